@@ -1,0 +1,1 @@
+"""Compress a long context into a soft prompt."""
