@@ -1,0 +1,113 @@
+"""KV prompt: the keys and values themselves are what is trained (prefix tuning, a "cartridge").
+
+    σ = (K, V),  K [L, Hkv, k, D],  V [L, Hkv, k, Dv],   keys after the rotary embedding, at positions 0..k−1
+
+The first tokens of a sequence are attention sinks: heads that have nothing to say look at them. Training them ruins
+that, so the first `frozen_tokens` (one by default) lie in buffers, where neither the gradient nor weight decay nor an
+optimiser's momentum can reach them, and the rest lies in parameters.
+
+Cost of a step: one concatenation of all layers' keys and one of all values, 4·L·Hkv·k·(D + Dv) bytes written in fp32.
+The layers of the prefix are views of it. Without frozen tokens nothing is copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softprompt_kernels.prompts.prefix import Prefix
+
+
+class KVPrompt(nn.Module):
+    """One trainable prefix.
+
+    Parameters `key [L, Hkv, k−n, D]` and `value [L, Hkv, k−n, Dv]` are the trainable tokens, buffers `frozen_key` and
+    `frozen_value` the first n = `frozen_tokens`. They are fp32 masters, whatever the model computes in: a step of
+    lr·gradient is easily below bf16's resolution.
+
+    Args:
+        key: `[L, Hkv, k, D]`, all k tokens, frozen ones first. Copied, converted to fp32 (float64 stays).
+        value: `[L, Hkv, k, Dv]`.
+        frozen_tokens: n, from 0 to k.
+
+    Raises:
+        ValueError: shapes that do not fit, k = 0, or `frozen_tokens` out of range.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor, *, frozen_tokens: int = 1) -> None:
+        super().__init__()
+        if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3] or key.shape[2] < 1:
+            raise ValueError(
+                f"key, value: got {tuple(key.shape)} and {tuple(value.shape)}, "
+                "accepted are [L, Hkv, k, D] and [L, Hkv, k, Dv] with k ≥ 1"
+            )
+        if not 0 <= frozen_tokens <= key.shape[2]:
+            raise ValueError(
+                f"frozen_tokens: got {frozen_tokens}, accepted is 0 to {key.shape[2]} (the prompt's length)"
+            )
+        key, value = master(key), master(value)
+        self.key = nn.Parameter(key[:, :, frozen_tokens:].clone())
+        self.value = nn.Parameter(value[:, :, frozen_tokens:].clone())
+        self.frozen_key: Tensor
+        self.frozen_value: Tensor
+        self.register_buffer("frozen_key", key[:, :, :frozen_tokens].clone())
+        self.register_buffer("frozen_value", value[:, :, :frozen_tokens].clone())
+
+    @classmethod
+    def from_prefix(cls, prefix: Prefix, *, frozen_tokens: int = 1) -> KVPrompt:
+        """The trainable copy of a prefix of one row.
+
+        Raises:
+            ValueError: several rows (see `PromptBank`), or layers of different shapes, which this prompt does not
+                store.
+        """
+        if prefix.rows != 1 or prefix.lengths is not None:
+            raise ValueError(f"prefix: got {prefix.rows} rows, accepted is one row without padding")
+        shapes = [(tuple(key.shape), tuple(value.shape)) for key, value in prefix.layers]
+        for index, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"prefix: got layer {index} of shapes {shape}, accepted are those of layer 0: {shapes[0]}"
+                )
+        key = torch.cat([key.detach() for key, _ in prefix.layers])
+        value = torch.cat([value.detach() for _, value in prefix.layers])
+        return cls(key, value, frozen_tokens=frozen_tokens)
+
+    @property
+    def length(self) -> int:
+        """k, frozen tokens included."""
+        return self.frozen_tokens + self.key.shape[2]
+
+    @property
+    def frozen_tokens(self) -> int:
+        """How many tokens at the start are not trained."""
+        return self.frozen_key.shape[2]
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model it belongs to."""
+        return self.key.shape[0]
+
+    def stacked(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """All k tokens of all layers, differentiable: `key [L, Hkv, k, D]`, `value [L, Hkv, k, Dv]`."""
+        if self.frozen_tokens == 0:
+            key, value = self.key, self.value
+        else:
+            key = torch.cat((self.frozen_key, self.key), dim=2)
+            value = torch.cat((self.frozen_value, self.value), dim=2)
+        return key.to(dtype), value.to(dtype)
+
+    def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
+        """What the attention reads: one row, differentiable, in `dtype` (None: as stored, fp32)."""
+        key, value = self.stacked(dtype)
+        # One unbind for all layers: its backward is one stack, not L scatters into a full-size zero.
+        return Prefix.of(zip(key.unsqueeze(1).unbind(), value.unsqueeze(1).unbind(), strict=True))
+
+    def extra_repr(self) -> str:
+        layers, heads, _, dim = self.key.shape
+        return f"layers={layers}, kv_heads={heads}, tokens={self.length}, head_dim={dim}, frozen={self.frozen_tokens}"
+
+
+def master(tensor: Tensor) -> Tensor:
+    """`tensor` without its graph in the type that prompts are trained in: fp32 (float64 stays, to check gradients)."""
+    return tensor.detach().to(tensor.dtype if tensor.dtype == torch.float64 else torch.float32)
