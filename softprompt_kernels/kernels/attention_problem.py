@@ -1,0 +1,96 @@
+"""What every attention kernel is given: one frozen record, already checked by `ops.prompt_attention`.
+
+Notation used by all attention kernels:
+
+    B  sequences (1 in the packed form)     S    sequences in the packed form, else B
+    M  queries a sequence                   N    own keys a sequence
+    R  prompts in the bank                  P    prompt keys (padded)
+    Hq query heads, Hkv key heads           g    Hq / Hkv
+    D  head size of queries and keys        Dv   head size of values
+
+Positions: prompt key p is at p, own key j at `len + j`, query i at `len + (N - M) + i`, with `len` the length of the
+prompt that the sequence sees. In the packed form i and j count from the start of their sequence.
+
+A kernel pair is
+
+    forward(problem) -> (out [B, Hq, M, Dv], lse [B, Hq, M])
+    backward(problem, out, lse, grad_out, grad_lse, needs) -> Gradients
+
+`out` has query's dtype, `lse` is fp32 (float64 for float64 inputs). out and the gradients of query, key and value are
+laid out in memory as [batch, tokens, heads, size], which is what the projections beside an attention read and write.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """Inputs of one attention over [prompt ; own tokens]."""
+
+    query: Tensor  # [B, Hq, M, D]
+    key: Tensor  # [B, Hkv, N, D]
+    value: Tensor  # [B, Hkv, N, Dv]
+    prompt_key: Tensor  # [R, Hkv, P, D]
+    prompt_value: Tensor  # [R, Hkv, P, Dv]
+    prompt_index: Tensor | None  # [S] int64, None: prompt 0 for all if R = 1, else prompt s for sequence s
+    prompt_lengths: Tensor | None  # [R] int64, None: all P
+    key_lengths: Tensor | None  # [B] int64, None: all N
+    cu_seqlens: Tensor | None  # [S + 1] int64, packed form
+    sinks: Tensor | None  # [Hq]
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 for float64 inputs, fp32 for all others."""
+        return accumulate_dtype(self.query.dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward must compute."""
+
+    query: bool
+    key: bool
+    value: bool
+    prompt_key: bool
+    prompt_value: bool
+    sinks: bool
+
+
+class Gradients(NamedTuple):
+    """One gradient an input of `Needs`; None where it was not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    prompt_key: Tensor | None
+    prompt_value: Tensor | None
+    sinks: Tensor | None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_output(problem: AttentionProblem) -> Tensor:
+    """Uninitialised out [B, Hq, M, Dv], in memory [B, M, Hq, Dv]."""
+    batch, heads, queries, _ = problem.query.shape
+    shape = (batch, queries, heads, problem.value.shape[-1])
+    return problem.query.new_empty(shape).transpose(1, 2)
+
+
+def token_major(tensor: Tensor) -> Tensor:
+    """The same [batch, heads, tokens, size], in memory [batch, tokens, heads, size]; no copy if it is so already."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)

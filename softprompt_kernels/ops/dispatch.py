@@ -1,0 +1,136 @@
+"""Which backend serves a call: a small registry, asked in order of preference.
+
+A backend is a name and one kernel module for each op that it serves. A kernel module has
+
+    unsupported(problem) -> str | None      why it cannot serve this problem, None if it can
+    forward(problem) ...                    as the op defines it (and `backward`, where the op has one)
+
+`backend=` of an op, or else the environment's SOFTPROMPT_BACKEND, names one backend, and then a problem that it cannot
+serve is an error. Otherwise the first that can serve the problem is taken. SOFTPROMPT_LOG=dispatch prints every new
+choice to stderr. The reference serves everything and is the last; being chosen for want of a faster one is announced
+once for each reason.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from softprompt_kernels.kernels.reference import attention as reference_attention
+
+REFERENCE = "reference"
+
+
+class Kernel(Protocol):
+    """What dispatch asks of a kernel module; what else it has is between it and its op."""
+
+    def unsupported(self, problem: Any) -> str | None:
+        """Why this kernel cannot serve the problem, naming the argument in the way; None if it can."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named family of kernels."""
+
+    name: str
+    summary: str
+    kernels: Mapping[str, Any]  # op -> Kernel
+    missing: Callable[[], str | None] = field(default=lambda: None)  # why it cannot run here, and how to get it
+
+
+@dataclass(frozen=True)
+class BackendRecord:
+    """One line of `softprompt doctor`."""
+
+    name: str
+    ops: tuple[str, ...]
+    available: bool
+    detail: str
+
+
+_backends: list[Backend] = []  # most preferred first
+_announced: set[str] = set()
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend ahead of those already registered."""
+    _backends.insert(0, backend)
+
+
+def available_backends() -> list[BackendRecord]:
+    """Every backend, most preferred first, with what it serves or why it cannot run here."""
+    records = []
+    for backend in _backends:
+        missing = backend.missing()
+        records.append(BackendRecord(backend.name, tuple(backend.kernels), missing is None, missing or backend.summary))
+    return records
+
+
+def check_backend(name: str | None) -> None:
+    """Raises ValueError for a name that no backend has."""
+    names = [b.name for b in _backends]
+    if name is not None and name not in names:
+        raise ValueError(f"backend must be None or one of {', '.join(sorted(names))}; got {name!r}")
+
+
+def select(op: str, problem: Any, requested: str | None, device: torch.device) -> Any:
+    """The kernel module that serves `problem`.
+
+    Raises:
+        ValueError: the requested backend does not exist, or cannot serve the problem.
+    """
+    requested = requested or os.environ.get("SOFTPROMPT_BACKEND") or None
+    check_backend(requested)
+    refused: list[str] = []
+    for backend in _backends:
+        if requested is not None and backend.name != requested:
+            continue
+        reason = _reason_against(backend, op, problem)
+        if reason is None:
+            _log(op, backend.name, device, "requested" if requested else "; ".join(refused) or "preferred")
+            if backend.name == REFERENCE and requested is None:
+                _announce_reference(op, device, refused)
+            return backend.kernels[op]
+        refused.append(f"{backend.name}: {reason}")
+    raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}")
+
+
+def _reason_against(backend: Backend, op: str, problem: Any) -> str | None:
+    if op not in backend.kernels:
+        return f"it has no {op}"
+    missing = backend.missing()
+    return missing if missing is not None else backend.kernels[op].unsupported(problem)
+
+
+def _log(op: str, name: str, device: torch.device, why: str) -> None:
+    if os.environ.get("SOFTPROMPT_LOG") == "dispatch" and _first_time(f"log {op} {name} {device} {why}"):
+        print(f"softprompt dispatch: {op} on {device} -> {name} ({why})", file=sys.stderr)
+
+
+def _announce_reference(op: str, device: torch.device, refused: list[str]) -> None:
+    why = "; ".join(refused) or "no other backend is registered"
+    if _first_time(f"reference {op} {device.type} {why}"):
+        warnings.warn(
+            f"{op} on {device.type} runs on the reference backend, which is right but slow ({why}). "
+            f"Pass backend='reference' or set SOFTPROMPT_BACKEND=reference to choose it without this warning.",
+            stacklevel=2,
+        )
+
+
+def _first_time(message: str) -> bool:
+    new = message not in _announced
+    _announced.add(message)
+    return new
+
+
+register(
+    Backend(
+        REFERENCE,
+        "plain PyTorch, any device and dtype: the definition",
+        {"prompt_attention": reference_attention},
+    )
+)

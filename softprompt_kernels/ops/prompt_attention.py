@@ -1,0 +1,325 @@
+"""Attention of a batch over [soft prompt ; own tokens], with prompts shared between sequences and never copied.
+
+For query i of sequence b, which sees prompt r = prompt_index[b] of length len_r:
+
+    S_p = softcap(scale · ⟨q_i, prompt_key[r, p]⟩)      S_j = softcap(scale · ⟨q_i, key[b, j]⟩)
+    lse = log( Σ exp(S_p) + Σ exp(S_j) + exp(sink) )
+    out = Σ exp(S_p − lse) prompt_value[r, p] + Σ exp(S_j − lse) value[b, j]
+
+over the keys that it sees. Prompt key p stands at position p, own key j at len_r + j, query i at len_r + (N − M) + i.
+`causal` keeps keys at or before the query, `window=w` keeps `0 <= query position − key position < w`.
+
+Cost: 4 · B · Hq · M · (P + N) · D FLOP forward, 2.5 times that backward; dprompt is summed over the sequences in fp32.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    accumulate_dtype,
+    empty_output,
+    token_major,
+)
+from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
+
+OP = "prompt_attention"
+
+
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    prompt_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a shared prompt and each sequence's own tokens.
+
+    Args:
+        query: [B, Hq, M, D], any strides. All of query, key, value and the prompt share one dtype and device.
+        key: [B, Hkv, N, D], Hq a multiple of Hkv; taken as it is (after RoPE). N may be 0.
+        value: [B, Hkv, N, Dv].
+        prompt_key: [R, Hkv, P, D], a bank of R prompts. P may be 0.
+        prompt_value: [R, Hkv, P, Dv].
+        prompt_index: [B] (packed: [S]) integers in [0, R): which prompt a sequence sees. Default: R = 1 shared by all,
+            R = B one each.
+        prompt_lengths: [R] integers in [0, P]: keys of each prompt; what follows them is padding. Default: P.
+        key_lengths: [B] integers in [0, N]: own keys of each sequence; what follows them is padding. Positions still
+            count from N. Default: N.
+        cu_seqlens: [S + 1] integers, packed form: B = 1, M = N, sequence s owns tokens cu_seqlens[s] up to
+            cu_seqlens[s + 1]; starts at 0. Tokens past the last sequence give out 0.
+        causal: keys after the query are not seen.
+        window: keys `window` or more positions before the query are not seen, nor those after it.
+        softcap: scores become softcap · tanh(scores / softcap).
+        sinks: [Hq] logits that join each row's denominator and carry no value.
+        scale: of the scores, default 1 / sqrt(D).
+        return_lse: also return the log-denominator, sinks included.
+        backend: None chooses; a name insists on it.
+
+    Padding keys may hold anything, NaN included; their gradient is 0.
+
+    Returns:
+        out [B, Hq, M, Dv] in query's dtype, in memory [B, M, Hq, Dv]; with `return_lse` also lse [B, Hq, M] in fp32
+        (float64 for float64 inputs), natural logarithm, differentiable. A query that sees no key has out 0 and
+        lse −inf, with gradient 0, also where there are sinks.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        RuntimeError: on a second derivative.
+    """
+    query, key, value, prompt_key, prompt_value = checks.autocast(query, key, value, prompt_key, prompt_value)
+    _check_tensors(query, key, value, prompt_key, prompt_value)
+    sequences = query.shape[0]
+    if cu_seqlens is not None:
+        _check_packed(query, key, key_lengths, cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+    _check_bank(prompt_key, sequences, prompt_index, prompt_lengths)
+    checks.integers("key_lengths", key_lengths, query.shape[0], "B", query.device)
+    _check_scalars(query, window, softcap, scale, sinks)
+    dispatch.check_backend(backend)
+    out, lse = _forward_op(
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        checks.as_int64(prompt_index),
+        checks.as_int64(prompt_lengths),
+        checks.as_int64(key_lengths),
+        checks.as_int64(cu_seqlens),
+        sinks,
+        causal,
+        window,
+        softcap,
+        1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+# --- the registered ops -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("softprompt_kernels::prompt_attention", mutates_args=())
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    prompt_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    problem = AttentionProblem(
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        prompt_index,
+        prompt_lengths,
+        key_lengths,
+        cu_seqlens,
+        sinks,
+        causal,
+        window,
+        softcap,
+        scale,
+    )
+    kernel = dispatch.select(OP, problem, backend, query.device)
+    return run_kernel(query.device, kernel.forward, problem)
+
+
+@_forward_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    out = token_major(query.new_empty(batch, heads, queries, value.shape[3]))
+    return out, query.new_empty(batch, heads, queries, dtype=accumulate_dtype(query.dtype))
+
+
+@torch.library.custom_op("softprompt_kernels::prompt_attention_backward", mutates_args=())
+def _backward_op(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    prompt_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    problem = AttentionProblem(
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        prompt_index,
+        prompt_lengths,
+        key_lengths,
+        cu_seqlens,
+        sinks,
+        causal,
+        window,
+        softcap,
+        scale,
+    )
+    kernel = dispatch.select(OP, problem, backend, query.device)
+    if grad_out is None:
+        grad_out = empty_output(problem).zero_()
+    gradients: Gradients = run_kernel(
+        query.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs)
+    )
+    own = [token_major(g) for g in gradients[:3] if g is not None]
+    return own + [g.contiguous() for g in gradients[3:] if g is not None]
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    prompt_index: Tensor | None,
+    prompt_lengths: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    own = [token_major(t.new_empty(t.shape)) for t, need in zip((query, key, value), needs, strict=False) if need]
+    others = zip((prompt_key, prompt_value, sinks), needs[3:], strict=True)
+    return own + [t.new_empty(t.shape) for t, need in others if need and t is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, *inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 9)]
+    gradients: list[Tensor | None] = [None] * 15
+    if grad_out is None and grad_lse is None:
+        return tuple(gradients)
+    found = iter(_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs))
+    for slot, need in zip((0, 1, 2, 3, 4, 9), needs, strict=True):
+        if need:
+            gradients[slot] = next(found)
+    return tuple(gradients)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(_backward_op, OP)
+
+
+# --- argument checks --------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> None:
+    tensors = {"query": query, "key": key, "value": value, "prompt_key": prompt_key, "prompt_value": prompt_value}
+    for name, tensor in tensors.items():
+        checks.floating(name, tensor)
+        checks.same_dtype_and_device(name, tensor, "query", query)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(tensor.shape)}")
+    batch, heads, _, size = query.shape
+    if size == 0 or value.shape[3] == 0:
+        raise ValueError(f"head sizes must be at least 1; got D = {size} and Dv = {value.shape[3]}")
+    kv_heads, own = key.shape[1], key.shape[2]
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"query's heads must be a multiple of key's; got Hq = {heads} and Hkv = {kv_heads}")
+    rows, _, prompt, _ = prompt_key.shape
+    value_size = value.shape[3]
+    checks.shape("key", key, "[B, Hkv, N, D]", (batch, kv_heads, own, size))
+    checks.shape("value", value, "[B, Hkv, N, Dv]", (batch, kv_heads, own, value_size))
+    checks.shape("prompt_key", prompt_key, "[R, Hkv, P, D]", (rows, kv_heads, prompt, size))
+    checks.shape("prompt_value", prompt_value, "[R, Hkv, P, Dv]", (rows, kv_heads, prompt, value_size))
+
+
+def _check_packed(query: Tensor, key: Tensor, key_lengths: Tensor | None, cu_seqlens: Tensor) -> None:
+    checks.integers("cu_seqlens", cu_seqlens, None, "S + 1", query.device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have S + 1 >= 1 elements; got none")
+    if query.shape[0] != 1:
+        raise ValueError(f"query must have B = 1 with cu_seqlens; got B = {query.shape[0]}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"query and key must have M = N with cu_seqlens; got {query.shape[2]} and {key.shape[2]}")
+    if key_lengths is not None:
+        raise ValueError("key_lengths must be None with cu_seqlens, which already says where sequences end")
+
+
+def _check_bank(prompt_key: Tensor, sequences: int, prompt_index: Tensor | None, prompt_lengths: Tensor | None) -> None:
+    rows = prompt_key.shape[0]
+    checks.integers("prompt_index", prompt_index, sequences, "number of sequences", prompt_key.device)
+    checks.integers("prompt_lengths", prompt_lengths, rows, "R", prompt_key.device)
+    if prompt_index is None and rows not in (1, sequences):
+        raise ValueError(
+            f"prompt_index must be given unless there is one prompt, or one for each of the {sequences} sequences; "
+            f"got None with R = {rows}"
+        )
+    if rows == 0 and sequences > 0:
+        raise ValueError("prompt_key must hold at least one prompt (of length 0 if there is none); got R = 0")
+
+
+def _check_scalars(
+    query: Tensor, window: int | None, softcap: float | None, scale: float | None, sinks: Tensor | None
+) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window must be None or at least 1; got {window}")
+    checks.positive("softcap", softcap)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be None or finite; got {scale}")
+    if sinks is not None:
+        checks.floating("sinks", sinks)
+        checks.shape("sinks", sinks, "[Hq]", (query.shape[1],))
+        checks.device("sinks", sinks, query.device)
