@@ -90,9 +90,9 @@ class KVPrompt(nn.Module):
 
     def stacked(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """All k tokens of all layers, differentiable: `key [L, Hkv, k, D]`, `value [L, Hkv, k, Dv]`."""
-        if self.frozen_tokens == 0:
-            key, value = self.key, self.value
-        else:
+        key: Tensor = self.key
+        value: Tensor = self.value
+        if self.frozen_tokens:
             key = torch.cat((self.frozen_key, self.key), dim=2)
             value = torch.cat((self.frozen_value, self.value), dim=2)
         return key.to(dtype), value.to(dtype)
