@@ -1,0 +1,22 @@
+"""transformers models behind a prefix: capture, forward, generate, head, rotary shifts."""
+
+from softprompt_kernels.models.capture import capture, embed_prefix, prefix_of
+from softprompt_kernels.models.forward import prompted_hidden, prompted_logits
+from softprompt_kernels.models.generate import generate
+from softprompt_kernels.models.head import Head, head_of
+from softprompt_kernels.models.prepare import prepare, release
+from softprompt_kernels.models.rope import shift_keys
+
+__all__ = [
+    "Head",
+    "capture",
+    "embed_prefix",
+    "generate",
+    "head_of",
+    "prefix_of",
+    "prepare",
+    "prompted_hidden",
+    "prompted_logits",
+    "release",
+    "shift_keys",
+]

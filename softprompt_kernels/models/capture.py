@@ -1,0 +1,149 @@
+"""Turn things into prefixes: a context, an embedding prompt, or any kind of prompt.
+
+A prefix is computed by running the model over the tokens alone and keeping what every layer's attention was given.
+Prompt tokens come first and attention is causal, so these keys and values are the ones that the concatenated run
+would compute, at batch 1 whatever the batch of inputs.
+
+Keys and values are taken where the attention receives them, not from a cache: sliding layers keep all their tokens,
+the graph stays whole, and gradient checkpointing, which drops caches, changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.families import check_window
+from softprompt_kernels.models.forward import check_graph, check_inputs, run_base
+from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.prompts.embedding import EmbeddingPrompt
+from softprompt_kernels.prompts.kv import KVPrompt
+from softprompt_kernels.prompts.prefix import Prefix
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None = None) -> Prefix:
+    """Keys and values of a context, without a graph.
+
+    Args:
+        model: a prepared model.
+        input_ids: `[1, C]` int64 (or `[R, C]`: several contexts of one length).
+        chunk_tokens: run this many tokens at a time, each chunk behind the keys and values of those before it. The
+            result is the same; activations shrink from C tokens to `chunk_tokens`. None: all at once.
+
+    Returns:
+        A prefix of C tokens in the model's dtype.
+
+    Raises:
+        SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1.
+    """
+    check_inputs(model, input_ids, None, None, None)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise SoftPromptError(f"chunk_tokens: got {chunk_tokens}, accepted is 1 or more, or None")
+    total = input_ids.shape[1]
+    context = _Context(total)
+    for start in range(0, total, chunk_tokens or total):
+        chunk = input_ids[:, start : start + (chunk_tokens or total)]
+        positions = torch.arange(start, start + chunk.shape[1], device=input_ids.device)[None]
+        before = context.prefix() if start else None
+        run_base(model, Call(before, sink=context), positions, input_ids=chunk)
+        context.length += chunk.shape[1]
+    return context.prefix()
+
+
+def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | None = None) -> Prefix:
+    """Run embedding prompts through the model: their keys and values, differentiable with respect to `embedding`.
+
+    Costs R·k tokens whatever the batch that reads them.
+
+    Args:
+        model: a prepared model.
+        embedding: `[k, d]`, or `[R, k, d]` for a bank; any floating dtype, computed in that of the model's
+            embedding. What the first layer would receive for a token: the output of the embedding module.
+        lengths: `[R]` int64, real tokens of each prompt, which come first. None: all k.
+
+    Returns:
+        A prefix of R rows, k tokens, with `lengths`.
+
+    Raises:
+        SoftPromptError: another size than the model's, or k beyond its window.
+    """
+    check_prepared(model)
+    bank = embedding[None] if embedding.dim() == 2 else embedding
+    table = cast(Tensor, model.get_input_embeddings().weight)
+    width = table.shape[1]
+    if bank.dim() != 3 or bank.shape[1] == 0 or bank.shape[2] != width:
+        raise SoftPromptError(
+            f"embedding: got shape {tuple(embedding.shape)}, accepted is [k, {width}] or [R, k, {width}], k ≥ 1"
+        )
+    check_window(model.config, bank.shape[1], 0)
+    layers = _Layers()
+    positions = torch.arange(bank.shape[1], device=table.device)[None]
+    run_base(
+        model,
+        Call(None, key_lengths=lengths, sink=layers),
+        positions,
+        inputs_embeds=bank.to(table.device, table.dtype),
+    )
+    prefix = layers.close(lengths)
+    check_graph(prefix.layers[-1][0], (embedding,))
+    return prefix
+
+
+def prefix_of(model: PreTrainedModel, prompt: Prefix | KVPrompt | EmbeddingPrompt | None) -> Prefix | None:
+    """The prefix of any kind of prompt; None, no prompt, stays None.
+
+    Raises:
+        TypeError: something else.
+    """
+    if prompt is None or isinstance(prompt, Prefix):
+        return prompt
+    if isinstance(prompt, KVPrompt):
+        return prompt.prefix()
+    if isinstance(prompt, EmbeddingPrompt):
+        return embed_prefix(model, prompt.vectors())
+    raise TypeError(f"prompt: got {type(prompt).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
+
+
+class _Layers:
+    """Keeps each layer's keys and values with their graph, until closed."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] | None = {}
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        # Gradient checkpointing runs a layer again in the backward pass; by then the prefix has been handed out.
+        if self.layers is not None:
+            self.layers[layer] = (key, value)
+
+    def close(self, lengths: Tensor | None) -> Prefix:
+        assert self.layers is not None
+        layers, self.layers = self.layers, None
+        return Prefix.of((layers[index] for index in range(len(layers))), lengths)
+
+
+class _Context:
+    """Buffers for all C tokens of every layer, filled from the left; `length` is how far."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.length = 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer not in self.layers:
+            self.layers[layer] = (self._buffer(key), self._buffer(value))
+        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+            buffer[:, :, self.length : self.length + new.shape[2]] = new
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        return like.new_empty(*like.shape[:2], self.total, like.shape[3])
+
+    def prefix(self) -> Prefix:
+        pairs = (self.layers[index] for index in range(len(self.layers)))
+        return Prefix.of((key[:, :, : self.length], value[:, :, : self.length]) for key, value in pairs)

@@ -1,0 +1,156 @@
+"""Run a model behind a prefix: last hidden states or logits of a batch of inputs.
+
+Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere;
+right-padded batches (training) cost nothing, any other order is moved to that form before the model and back after,
+one gather of ids and one of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.families import check_window
+from softprompt_kernels.models.head import head_of
+from softprompt_kernels.models.padding import compaction, is_right_padded
+from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.prompts.prefix import Prefix
+
+
+def prompted_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prefix: Prefix | None,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+) -> Tensor:
+    """Hidden states after the final norm, ready for the head; the head itself is not run.
+
+    Differentiable with respect to the prefix. Works under gradient checkpointing (not the re-entrant kind).
+
+    Args:
+        model: a prepared model, or the base model of one.
+        input_ids: `[B, M]` int64.
+        prefix: R rows of keys and values, None for no prompt.
+        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. What comes out at padding is finite
+            and means nothing.
+        prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
+            sequence b where R = B.
+
+    Returns:
+        `[B, M, d]` in the model's dtype.
+
+    Raises:
+        SoftPromptError: the model is not prepared, the prefix belongs to another model, shapes do not fit, or the
+            sequence is longer than the model's window.
+    """
+    check_inputs(model, input_ids, prefix, attention_mask, prompt_index)
+    lengths = inverse = None
+    if attention_mask is not None:
+        mask = attention_mask.to(input_ids.device).bool()
+        if not bool(mask.all()):
+            lengths = mask.sum(dim=1)
+            if not is_right_padded(mask):
+                order, inverse = compaction(mask)
+                input_ids = input_ids.gather(1, order)
+    positions = first_position(prefix, prompt_index, input_ids) + torch.arange(
+        input_ids.shape[1], device=input_ids.device
+    )
+    hidden = run_base(model, Call(prefix, prompt_index, lengths), positions, input_ids=input_ids)
+    return hidden if inverse is None else hidden.take_along_dim(inverse.to(hidden.device)[..., None], dim=1)
+
+
+def prompted_logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prefix: Prefix | None,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+) -> Tensor:
+    """Logits `[B, M, V]` as the model itself gives them; arguments and errors as in `prompted_hidden`."""
+    hidden = prompted_hidden(model, input_ids, prefix, attention_mask=attention_mask, prompt_index=prompt_index)
+    return head_of(model).logits(hidden)
+
+
+def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """One forward of the model without its head, at `positions [1 or B, M]`, of `input_ids` or `inputs_embeds`."""
+    # No mask: `call` says what is padding, and rows hold their real tokens first.
+    output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
+    hidden: Tensor = output.last_hidden_state
+    if call.prefix is not None:
+        check_graph(hidden, (tensor for pair in call.prefix.layers for tensor in pair))
+    return hidden
+
+
+def check_graph(result: Tensor, sources: Iterable[Tensor]) -> None:
+    """Raise when `result` has no graph although one of `sources` wants a gradient."""
+    if torch.is_grad_enabled() and not result.requires_grad and any(source.requires_grad for source in sources):
+        raise SoftPromptError(
+            "gradient checkpointing: got the re-entrant kind, which loses the gradient of the prompt; accepted is "
+            'model.gradient_checkpointing_enable({"use_reentrant": False})'
+        )
+
+
+def first_position(prefix: Prefix | None, prompt_index: Tensor | None, like: Tensor) -> Tensor:
+    """Position of the first own token, `[1, 1]`, or `[B, 1]` for prompts of different lengths."""
+    if prefix is None or prefix.lengths is None:
+        return torch.tensor([[0 if prefix is None else prefix.length]], device=like.device)
+    lengths = prefix.lengths.to(like.device)
+    return (lengths if prompt_index is None else lengths[prompt_index.to(like.device)])[:, None]
+
+
+def check_inputs(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prefix: Prefix | None,
+    attention_mask: Tensor | None,
+    prompt_index: Tensor | None,
+    new_tokens: int = 0,
+) -> None:
+    """Raise a SoftPromptError for what the model or the op could only answer with a puzzle."""
+    check_prepared(model)
+    if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise SoftPromptError(f"input_ids: got shape {tuple(input_ids.shape)}, accepted is [B, M] with B and M ≥ 1")
+    batch = input_ids.shape[0]
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise SoftPromptError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, accepted is {tuple(input_ids.shape)}, "
+            "one entry for each of input_ids"
+        )
+    if prefix is None:
+        if prompt_index is not None:
+            raise SoftPromptError("prompt_index: got one without a prefix, accepted is None")
+    else:
+        _check_prefix(model, prefix)
+        if prompt_index is None and prefix.rows not in (1, batch):
+            raise SoftPromptError(
+                f"prompt_index: got None for {prefix.rows} prompts and {batch} sequences, accepted is [{batch}] indices"
+            )
+        if prompt_index is not None and prompt_index.shape != (batch,):
+            raise SoftPromptError(f"prompt_index: got shape {tuple(prompt_index.shape)}, accepted is ({batch},)")
+    check_window(model.config, longest(prefix), input_ids.shape[1], new_tokens)
+
+
+def longest(prefix: Prefix | None) -> int:
+    """Tokens of the longest row, padding of the bank included."""
+    return 0 if prefix is None else prefix.length
+
+
+def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key = prefix.layers[0][0]
+    got, accepted = (prefix.num_layers, key.shape[1], key.shape[3]), (config.num_hidden_layers, heads, dim)
+    if got != accepted:
+        raise SoftPromptError(
+            f"prefix: got {got[0]} layers, {got[1]} key heads of size {got[2]}, "
+            f"the model has {accepted[0]}, {accepted[1]} and {accepted[2]}"
+        )

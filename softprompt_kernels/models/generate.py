@@ -1,0 +1,140 @@
+"""transformers' own `generate` behind a prefix: sampling, beams, streamers, stopping and logits processors all work.
+
+`generate` rejects keywords that it does not know, so the prefix is put into the model's forward by a pre-hook, which
+answers only to the cache of its own call: other calls on the same model, in this thread or another, pass untouched.
+The cache and the attention mask that transformers sees hold own tokens only, so all of its bookkeeping is that of an
+ordinary run; the hook adds the prompt's length to the positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.cache import OwnCache
+from softprompt_kernels.models.forward import check_inputs, first_position
+from softprompt_kernels.models.padding import Placement, is_right_padded
+from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.prompts.prefix import Prefix
+
+_OURS = ("past_key_values", "position_ids", "inputs_embeds", "cache_implementation", "use_cache", "prefill_chunk_size")
+_UNSERVED = ("assistant_model", "prompt_lookup_num_tokens", "inputs", "custom_generate")
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    prefix: Prefix | None,
+    *,
+    attention_mask: Tensor | None = None,
+    prompt_index: Tensor | None = None,
+    **generate_kwargs: Any,
+) -> Tensor:
+    """Continue `input_ids` behind a prefix.
+
+    Args:
+        model: a prepared model that can generate.
+        input_ids: `[B, M]` int64.
+        prefix: R rows of keys and values, None for no prompt.
+        attention_mask: `[B, M]`, non-zero for real tokens, padding on the left. None: all are real, padding tokens
+            are not guessed from their id.
+        prompt_index: `[B]` int64, the row of the prefix that each sequence reads, as in `prompted_hidden`.
+        generate_kwargs: everything else that `model.generate` takes.
+
+    Returns:
+        What `model.generate` returns: `[B, M + new]` int64, the inputs with the new tokens appended.
+
+    Raises:
+        SoftPromptError: as `prompted_hidden`; padding on the right; prompt, input and new tokens beyond the window;
+            or an argument that would replace the cache or the positions.
+    """
+    for name in _OURS + _UNSERVED:
+        if generate_kwargs.get(name) is not None:
+            reason = "the prefix sets it" if name in _OURS else "it cannot be combined with a prefix"
+            raise SoftPromptError(f"{name}: not accepted by generate, {reason}")
+    check_prepared(model)
+    if not model.can_generate():
+        raise SoftPromptError(f"model: {type(model).__name__} cannot generate, accepted is a ...ForCausalLM")
+    new_tokens = _new_tokens(model, input_ids, generate_kwargs)
+    check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
+    steps = _Steps(model, input_ids, prefix, attention_mask, prompt_index)
+    handle = model.register_forward_pre_hook(steps.inject, with_kwargs=True)
+    try:
+        generator: Any = model
+        tokens: Tensor = generator.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
+            past_key_values=steps.cache,
+            use_cache=True,
+            **generate_kwargs,
+        )
+        return tokens
+    finally:
+        handle.remove()
+
+
+class _Steps:
+    """The state of one `generate` call: its cache, and what each forward of it is told."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        prefix: Prefix | None,
+        attention_mask: Tensor | None,
+        prompt_index: Tensor | None,
+    ) -> None:
+        self.prefix, self.prompt_index = prefix, prompt_index
+        if prefix is not None and prompt_index is None and prefix.rows > 1:
+            self.prompt_index = torch.arange(prefix.rows, device=input_ids.device)
+        self.first = first_position(prefix, self.prompt_index, input_ids)
+        self.pads: Tensor | None = None
+        self.slack = 0
+        if attention_mask is not None and not bool((mask := attention_mask.to(input_ids.device).bool()).all()):
+            if not is_right_padded(mask.flip(1)) or not bool(mask[:, -1].all()):
+                raise SoftPromptError("attention_mask: got padding right of real tokens, accepted is left padding")
+            self.pads = (~mask).sum(dim=1)
+            self.slack = int(self.pads.max())
+        self.cache = OwnCache(self.pads)
+
+    def inject(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Pre-hook of the model's forward."""
+        if kwargs.get("past_key_values") is not self.cache:
+            return None
+        batch, queries = kwargs["input_ids"].shape
+        keys = self.cache.get_seq_length() + queries
+        positions = kwargs["position_ids"] + _rows(self.first, batch)
+        # The padding is told by `softprompt`; without the mask transformers has none to prepare.
+        return args, kwargs | {
+            "position_ids": positions,
+            "attention_mask": None,
+            "softprompt": self._call(batch, queries, keys),
+        }
+
+    def _call(self, batch: int, queries: int, keys: int) -> Call:
+        index = None if self.prompt_index is None else _rows(self.prompt_index, batch)
+        if self.pads is None:
+            return Call(self.prefix, index)
+        lengths = keys - _rows(self.pads, batch)
+        placement = Placement.at_row_ends(lengths, keys, queries, self.slack)
+        return Call(self.prefix, index, lengths, placement)
+
+
+def _rows(tensor: Tensor, batch: int) -> Tensor:
+    """One entry for each row of the batch that transformers made of the inputs: beams and samples are neighbours."""
+    return tensor if tensor.shape[0] in (1, batch) else tensor.repeat_interleave(batch // tensor.shape[0], dim=0)
+
+
+def _new_tokens(model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> int:
+    """How many tokens the call may add, as far as its arguments say."""
+    config = kwargs.get("generation_config") or model.generation_config
+    new = kwargs.get("max_new_tokens", None if "max_length" in kwargs else config.max_new_tokens)
+    if new is not None:
+        return int(new)
+    length = kwargs.get("max_length", config.max_length)
+    return 0 if length is None else max(int(length) - input_ids.shape[1], 0)

@@ -1,0 +1,70 @@
+"""Own-token padding in the only form that the attention op knows: real keys first, `key_lengths` of them.
+
+Batches come padded on the right (training), on the left (generation), or with holes. All are brought into the form by
+moving tokens, never by a mask in the kernel:
+
+    order [B, N]     columns of a row, real ones first, each group in its old order
+    inverse [B, N]   where each column went; `x.gather(order).gather(inverse) = x`
+
+Queries need moving too when they do not sit at the end of the real keys. The op puts query i of M at own position
+N − M + i; a row with n real keys wants its queries to end at n. `Placement` gives them a longer run of M' slots and
+says which slot holds which query; the slots that are left over compute something that nobody reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def is_right_padded(mask: Tensor) -> bool:
+    """Whether in each row of `mask [B, N]` (bool) all real tokens come first. Waits for the device."""
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
+
+
+def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`order`, `inverse` `[B, N]` int64 of `mask [B, N]` (bool, True for a real token)."""
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    return order, torch.argsort(order, dim=1)
+
+
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """`tensor [B, H, N, D]` with token `index[b, s]` at s: `[B, H, S, D]`."""
+    return tensor.take_along_dim(index[:, None, :, None], dim=2)
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the M queries of each row sit in a run of M' slots that ends where the keys end.
+
+    `query_of_slot [B, M']` and `slot_of_query [B, M]`, int64. Slots without a query repeat one, and queries that are
+    padding read any slot.
+    """
+
+    query_of_slot: Tensor
+    slot_of_query: Tensor
+
+    @classmethod
+    def at_row_ends(cls, lengths: Tensor, keys: int, queries: int, slack: int) -> Placement:
+        """For rows whose last query is their last real token.
+
+        Args:
+            lengths: `[B]` int64, real keys of a row, these queries' own keys among them.
+            keys: N, columns of the key tensor.
+            queries: M.
+            slack: at least `max(N − lengths)`, on the host.
+        """
+        slots = min(keys, queries + slack)
+        # Query i of a row is its real token n − M + i; slot s stands for own position N − M' + s.
+        first = (lengths - queries)[:, None] - (keys - slots)
+        slot = torch.arange(slots, device=lengths.device)
+        query = torch.arange(queries, device=lengths.device)
+        return cls((slot - first).clamp(0, queries - 1), (query + first).clamp(0, slots - 1))
+
+    @classmethod
+    def by_order(cls, order: Tensor, inverse: Tensor, queries: int) -> Placement:
+        """For the last M columns of any mask, from its `compaction`: M' = N."""
+        keys = order.shape[1]
+        return cls((order - (keys - queries)).clamp(min=0), inverse[:, keys - queries :])
