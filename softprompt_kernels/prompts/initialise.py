@@ -9,8 +9,8 @@
 | random | no tokens: noise of the right size | `random_prefix(like, k)` | `random_embedding(embed, ...)` |
 
 The start decides much of the end (Cartridges, LongHealth: 55.3 from the first tokens, 51.3 from unrelated text, 29.9
-from random vectors), above all within few steps. A KV prompt of `k` strided tokens carries what those k tokens saw,
-and each of them saw all of the context before it.
+from random vectors), above all within few steps. Strided KV tokens reach furthest: each has seen all of the context
+before it.
 
 Everything here is deterministic given its `generator`.
 """
