@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 64
 """Elements of a parameter that go into the hash of the weights."""
@@ -99,7 +101,9 @@ def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
     """SHA-256 of a sample of all parameters, once rounded to float16 and once to bfloat16."""
     # Embedding and head come first and both: a tied head is the embedding once more, so that tied and untied copies
     # agree although `parameters()` lists one matrix here and two there.
-    ends: list[Any] = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer]
+    ends: list[Any] = [
+        layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+    ]
     inner = [parameter for parameter in model.parameters() if not any(parameter is end for end in ends)]
     values = torch.cat([sampled(parameter) for parameter in [*ends, *inner]])
     # Rounding goes through fp32 for every type, so that float64 and quantised integers have one path.

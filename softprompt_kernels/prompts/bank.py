@@ -1,0 +1,97 @@
+"""A bank: several prompts side by side, so that each sequence of a batch can read its own.
+
+Prompts of one kind and one model, of any lengths k_r. They are padded at the end to the longest, K = max k_r, and the
+lengths travel along; a sequence that reads prompt r continues at position k_r, as it would alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from softprompt_kernels.prompts.embedding import EmbeddingPrompt
+from softprompt_kernels.prompts.kv import KVPrompt
+from softprompt_kernels.prompts.prefix import Prefix
+
+
+class PromptBank(nn.Module):
+    """R prompts, trainable where they are (a prompt may be shared with other banks).
+
+    Args:
+        prompts: one or more, all `EmbeddingPrompt` or all `KVPrompt`, of the same model's shape.
+
+    Raises:
+        ValueError: none, kinds mixed, or shapes of different models.
+    """
+
+    def __init__(self, prompts: Sequence[EmbeddingPrompt | KVPrompt]) -> None:
+        super().__init__()
+        if not prompts:
+            raise ValueError("prompts: got none, accepted is one or more")
+        shapes = [(type(prompt).__name__, model_shape(prompt)) for prompt in prompts]
+        for index, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"prompts[{index}]: got {shape[0]} of {shape[1]}, "
+                    f"accepted is what the first one is: {shapes[0][0]} of {shapes[0][1]}"
+                )
+        self.prompts = nn.ModuleList(prompts)
+        self.lengths: Tensor
+        self.register_buffer("lengths", torch.tensor([prompt.length for prompt in prompts]), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def is_kv(self) -> bool:
+        """Whether it holds KV prompts (`prefix`) or embedding prompts (`vectors`)."""
+        return isinstance(self.prompts[0], KVPrompt)
+
+    @property
+    def length(self) -> int:
+        """K, tokens of the longest prompt."""
+        return max(cast(EmbeddingPrompt | KVPrompt, prompt).length for prompt in self.prompts)
+
+    def ragged_lengths(self) -> Tensor | None:
+        """`[R]` int64, or None where all prompts have the same length."""
+        ragged = any(prompt.length != self.length for prompt in self.prompts)
+        return self.lengths if ragged else None
+
+    def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
+        """R rows of K tokens, zeros behind the end of the shorter ones, differentiable, in `dtype` (None: fp32).
+
+        Raises:
+            TypeError: a bank of embedding prompts, which only the model can turn into a prefix.
+        """
+        if not self.is_kv:
+            raise TypeError("prefix: got a bank of EmbeddingPrompt, accepted is KVPrompt (see models.prefix_of)")
+        keys, values = [], []
+        for prompt in self.prompts:
+            key, value = cast(KVPrompt, prompt).stacked(dtype)
+            behind = (0, 0, 0, self.length - key.shape[2])
+            keys.append(pad(key, behind))
+            values.append(pad(value, behind))
+        layers = zip(torch.stack(keys, dim=1).unbind(), torch.stack(values, dim=1).unbind(), strict=True)
+        return Prefix.of(layers, self.ragged_lengths())
+
+    def vectors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """`[R, K, d]`, zeros behind the end of the shorter ones, differentiable, and `ragged_lengths`.
+
+        Raises:
+            TypeError: a bank of KV prompts, which have no vectors.
+        """
+        if self.is_kv:
+            raise TypeError("vectors: got a bank of KVPrompt, accepted is EmbeddingPrompt")
+        rows = [cast(EmbeddingPrompt, prompt).vectors(dtype) for prompt in self.prompts]
+        return torch.stack([pad(row, (0, 0, 0, self.length - row.shape[0])) for row in rows]), self.ragged_lengths()
+
+
+def model_shape(prompt: EmbeddingPrompt | KVPrompt) -> tuple[int, ...]:
+    """What two prompts of one model have in common: `(L, Hkv, D, Dv)` or `(d,)`."""
+    if isinstance(prompt, KVPrompt):
+        return (*prompt.key.shape[:2], prompt.key.shape[3], prompt.value.shape[3])
+    return (prompt.hidden_size,)
