@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -43,6 +44,7 @@ class Call:
         key_lengths: `[B]` int64, real own keys of a row, which come first. None: all.
         placement: where the queries sit; None when query i is at own position N − M + i.
         sink: receives own keys and values, None to drop them.
+        wants_grad: a graph is wanted, so the layers must run with gradients enabled.
     """
 
     prefix: Prefix | None
@@ -50,6 +52,7 @@ class Call:
     key_lengths: Tensor | None = None
     placement: Placement | None = None
     sink: KeyValueSink | None = None
+    wants_grad: bool = False
 
 
 _PLAIN = Call(None)
@@ -87,7 +90,8 @@ def attend(
         `[B, M, Hq, Dv]` contiguous, and None in place of the attention weights, which are never formed.
 
     Raises:
-        SoftPromptError: dropout, returned weights, packed sequences or a 4-D mask are asked for.
+        SoftPromptError: dropout, returned weights, packed sequences or a 4-D mask are asked for, or re-entrant
+            gradient checkpointing, which runs the layers without gradients.
     """
     if dropout:
         raise SoftPromptError(
@@ -102,6 +106,11 @@ def attend(
     call = softprompt
     if call is None:
         call, key, value = _ordinary(attention_mask, query, key, value)
+    if call.wants_grad and not torch.is_grad_enabled():
+        raise SoftPromptError(
+            "gradient checkpointing: got the re-entrant kind, which loses the gradient of a prompt; accepted is "
+            'model.gradient_checkpointing_enable({"use_reentrant": False})'
+        )
     if call.sink is not None:
         call.sink.put(module.layer_idx, key, value)
     prompt_key, prompt_value = _prompt(call, module.layer_idx, key, value)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_window
-from softprompt_kernels.models.forward import check_graph, check_inputs, run_base
+from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.kv import KVPrompt
@@ -84,15 +84,10 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     check_window(model.config, bank.shape[1], 0)
     layers = _Layers()
     positions = torch.arange(bank.shape[1], device=table.device)[None]
-    run_base(
-        model,
-        Call(None, key_lengths=lengths, sink=layers),
-        positions,
-        inputs_embeds=bank.to(table.device, table.dtype),
-    )
-    prefix = layers.close(lengths)
-    check_graph(prefix.layers[-1][0], (embedding,))
-    return prefix
+    graph = torch.is_grad_enabled() and embedding.requires_grad
+    call = Call(None, key_lengths=lengths, sink=layers, wants_grad=graph)
+    run_base(model, call, positions, inputs_embeds=bank.to(table.device, table.dtype))
+    return layers.close(lengths)
 
 
 def prefix_of(model: PreTrainedModel, prompt: Prefix | KVPrompt | EmbeddingPrompt | None) -> Prefix | None:

@@ -7,8 +7,6 @@ one gather of ids and one of hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,7 +60,8 @@ def prompted_hidden(
     positions = first_position(prefix, prompt_index, input_ids) + torch.arange(
         input_ids.shape[1], device=input_ids.device
     )
-    hidden = run_base(model, Call(prefix, prompt_index, lengths), positions, input_ids=input_ids)
+    call = Call(prefix, prompt_index, lengths, wants_grad=wants_grad(prefix))
+    hidden = run_base(model, call, positions, input_ids=input_ids)
     return hidden if inverse is None else hidden.take_along_dim(inverse.to(hidden.device)[..., None], dim=1)
 
 
@@ -84,18 +83,14 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
     # No mask: `call` says what is padding, and rows hold their real tokens first.
     output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
     hidden: Tensor = output.last_hidden_state
-    if call.prefix is not None:
-        check_graph(hidden, (tensor for pair in call.prefix.layers for tensor in pair))
     return hidden
 
 
-def check_graph(result: Tensor, sources: Iterable[Tensor]) -> None:
-    """Raise when `result` has no graph although one of `sources` wants a gradient."""
-    if torch.is_grad_enabled() and not result.requires_grad and any(source.requires_grad for source in sources):
-        raise SoftPromptError(
-            "gradient checkpointing: got the re-entrant kind, which loses the gradient of the prompt; accepted is "
-            'model.gradient_checkpointing_enable({"use_reentrant": False})'
-        )
+def wants_grad(prefix: Prefix | None) -> bool:
+    """Whether this forward has to keep a graph for keys or values."""
+    if prefix is None or not torch.is_grad_enabled():
+        return False
+    return any(key.requires_grad or value.requires_grad for key, value in prefix.layers)
 
 
 def first_position(prefix: Prefix | None, prompt_index: Tensor | None, like: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 VOCABULARY = 61
 _COMMON = {
@@ -81,8 +82,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
 def _build(family: str, **changes: object) -> PreTrainedModel:
     """A model of the family with eager attention, not prepared. Weights are large enough to matter."""
     name, options = CONFIGURATIONS[family]
-    options = {key: value for key, value in {**_COMMON, **options, **changes}.items() if value is not None}
-    config = getattr(transformers, name)(**options, attn_implementation="eager")
+    options = {**_COMMON, **options, **changes}
+    options = {key: value for key, value in options.items() if value is not None or key == "eos_token_id"}
+    config = getattr(transformers, name)(**options)
     torch.manual_seed(sum(map(ord, family)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
@@ -120,3 +122,75 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
     return draw
+
+
+def _double(model: PreTrainedModel) -> PreTrainedModel:
+    if hasattr(model.config, "num_local_experts"):
+        model.set_experts_implementation("eager")  # the grouped product knows no float64
+    return model.double()
+
+
+@pytest.fixture
+def double() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """`double(model)`: the same model in float64."""
+    return _double
+
+
+@pytest.fixture
+def exact() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """`exact(model)`: the same model, in float64, with textbook attention in float64 under transformers' own masks.
+
+    The eager attention of most families rounds its softmax to fp32, which is no oracle for a gradient."""
+
+    def attention(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **_):
+        group = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(group, dim=1).mT * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores + attention_mask
+        if s_aux is not None:
+            sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1)[..., : key.shape[2]]
+        return (weights @ value.repeat_interleave(group, dim=1)).transpose(1, 2), None
+
+    def switch(model: PreTrainedModel) -> PreTrainedModel:
+        AttentionInterface.register("textbook", attention)
+        AttentionMaskInterface.register("textbook", eager_mask)
+        model.set_attn_implementation("textbook")
+        return _double(model)
+
+    return switch
+
+
+@pytest.fixture
+def alone() -> Callable[..., Tensor]:
+    """The oracle: `alone(model, contexts, rows)` are the logits of each row behind its context, run by an unprepared
+    model as one concatenated sequence of its own. Lists of 1-D tensors in, list of `[row, V]` out."""
+
+    @torch.no_grad()
+    def run(model: PreTrainedModel, contexts: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
+        return [
+            model(torch.cat([context, row])[None]).logits[0, len(context) :]
+            for context, row in zip(contexts, rows, strict=True)
+        ]
+
+    return run
+
+
+@pytest.fixture
+def padded() -> Callable[[list[Tensor], str], tuple[Tensor, Tensor]]:
+    """`padded(rows, side)`: ids `[B, M]` and mask `[B, M]`; side is "left", "right" or "both" (one on each, and a hole
+    in the middle of the first row)."""
+
+    def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+        width = max(map(len, rows)) + (2 if side == "both" else 0)
+        ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.int64)
+        for b, row in enumerate(rows):
+            columns = torch.arange(len(row)) + {"left": width - len(row), "right": 0, "both": 1}[side]
+            if side == "both" and b == 0:
+                columns[len(row) // 2 :] += 1
+            ids[b, columns], mask[b, columns] = row, 1
+        return ids, mask
+
+    return pad

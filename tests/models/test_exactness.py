@@ -1,0 +1,169 @@
+"""A model behind a prefix gives what it gives for the concatenated sequence: all families, paddings, banks."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from softprompt_kernels.models import capture, embed_prefix, prepare, prompted_hidden, prompted_logits
+from softprompt_kernels.prompts.prefix import Prefix
+
+# Absolute, on logits of standard deviation near 1, fp32.
+ATOL = 1e-5
+
+
+def bank(prefixes: list[Prefix]) -> Prefix:
+    """Prefixes of one row and different lengths as one; what follows a short row is poison."""
+    lengths = torch.tensor([one.length for one in prefixes])
+    layers = []
+    for pairs in zip(*(one.layers for one in prefixes), strict=True):
+        both = []
+        for tensors in zip(*pairs, strict=True):
+            shape = tensors[0].shape
+            rows = torch.full((len(prefixes), shape[1], int(lengths.max()), shape[3]), torch.nan)
+            for row, tensor in zip(rows, tensors, strict=True):
+                row[:, : tensor.shape[2]] = tensor[0]
+            both.append(rows)
+        layers.append((both[0], both[1]))
+    return Prefix(tuple(layers), lengths)
+
+
+def test_shared_context_equals_the_concatenated_run(family, build, tokens, alone):
+    context, rows = tokens(9), tokens(3, 7, seed=1)
+    expected = torch.stack(alone(build(family), [context] * 3, list(rows)))
+    model = build(family)
+    prepare(model)
+    got = prompted_logits(model, rows, capture(model, context[None]))
+    torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing_and_leaks_nothing(family, side, build, tokens, alone, padded):
+    context, rows = tokens(9), [tokens(length, seed=length) for length in (4, 7, 1)]
+    expected = alone(build(family), [context] * 3, rows)
+    model = build(family)
+    prepare(model)
+    ids, mask = padded(rows, side)
+    got = prompted_logits(model, ids, capture(model, context[None]), attention_mask=mask)
+    assert got.isfinite().all()
+    for one, real, want in zip(got, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_reads_its_own_prompt_of_a_ragged_bank(family, side, build, tokens, alone, padded):
+    contexts = [tokens(length, seed=length) for length in (9, 3, 6)]
+    rows = [tokens(length, seed=length + 1) for length in (7, 5, 7, 2)]
+    index = torch.tensor([2, 0, 1, 0])
+    expected = alone(build(family), [contexts[i] for i in index], rows)
+    model = build(family)
+    prepare(model)
+    prefix = bank([capture(model, context[None]) for context in contexts])
+    ids, mask = padded(rows, side)
+    got = prompted_logits(model, ids, prefix, attention_mask=mask, prompt_index=index)
+    for one, real, want in zip(got, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
+
+
+def test_without_index_row_b_reads_prompt_b(build, tokens, alone):
+    contexts, rows = tokens(2, 6), tokens(2, 4, seed=1)
+    expected = torch.stack(alone(build("llama"), list(contexts), list(rows)))
+    model = build("llama")
+    prepare(model)
+    got = prompted_logits(model, rows, capture(model, contexts))
+    torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
+def test_no_prefix_is_the_plain_model(family, build, tokens):
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected = build(family)(ids).logits
+    model = build(family)
+    prepare(model)
+    torch.testing.assert_close(prompted_logits(model, ids, None), expected, atol=ATOL, rtol=0)
+
+
+def test_embedding_prompt_equals_the_concatenated_embeddings(family, build, tokens):
+    ids, prompt = tokens(3, 7), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    plain = build(family)
+    with torch.no_grad():
+        embedded = torch.cat([prompt.expand(3, -1, -1), plain.get_input_embeddings()(ids)], dim=1)
+        expected = plain(inputs_embeds=embedded).logits[:, 6:]
+    model = build(family)
+    prepare(model)
+    prefix = embed_prefix(model, prompt)
+    assert (prefix.rows, prefix.length) == (1, 6)
+    torch.testing.assert_close(prompted_logits(model, ids, prefix), expected, atol=ATOL, rtol=0)
+
+
+def test_ragged_embedding_prompts_equal_each_alone(build, tokens):
+    prompts = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    ids, lengths = tokens(2, 7), torch.tensor([6, 4])
+    model = build("gemma3")
+    prepare(model)
+    got = prompted_logits(model, ids, embed_prefix(model, prompts, lengths))
+    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        want = prompted_logits(model, ids[row : row + 1], embed_prefix(model, prompt[:length]))
+        torch.testing.assert_close(got[row : row + 1], want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 9, 100])
+def test_capture_in_chunks_is_the_same_context(chunk, family, build, tokens):
+    model = build(family)
+    prepare(model)
+    context = tokens(1, 9)
+    whole, chunked = capture(model, context), capture(model, context, chunk_tokens=chunk)
+    assert chunked.length == 9 and chunked.lengths is None
+    for expected, got in zip(whole.layers, chunked.layers, strict=True):
+        torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
+def test_captured_keys_are_those_of_the_models_own_cache(family, build, tokens):
+    context = tokens(1, 9)
+    # A DynamicCache without a configuration: with one, sliding layers forget their first tokens.
+    with torch.no_grad():
+        cache = build(family)(context, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    model = build(family)
+    prepare(model)
+    prefix = capture(model, context)
+    assert not any(tensor.requires_grad for pair in prefix.layers for tensor in pair)
+    for layer, (key, value) in zip(cache.layers, prefix.layers, strict=True):
+        torch.testing.assert_close(key, layer.keys, atol=ATOL, rtol=0)
+        torch.testing.assert_close(value, layer.values, atol=ATOL, rtol=0)
+
+
+def test_capture_survives_gradient_checkpointing_in_training_mode(build, tokens):
+    # transformers drops caches there; a captured context must not come out empty.
+    model = build("llama")
+    prepare(model)
+    expected = capture(model, tokens(1, 9), chunk_tokens=4)
+    model.activation_checkpointing_enable()
+    model.train()
+    got = capture(model, tokens(1, 9), chunk_tokens=4)
+    torch.testing.assert_close(got.layers, expected.layers, atol=0, rtol=0)
+
+
+def test_prompt_of_another_dtype_is_cast_to_the_models(build, tokens):
+    model = build("llama").to(torch.bfloat16)
+    prepare(model)
+    prefix, ids = capture(model, tokens(1, 9)), tokens(2, 7)
+    hidden = prompted_hidden(model, ids, prefix.to(dtype=torch.float32))
+    assert hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden, prompted_hidden(model, ids, prefix), atol=0, rtol=0)
+
+
+def test_hidden_states_come_without_running_the_head(build, tokens, monkeypatch):
+    model = build("llama")
+    prepare(model)
+    ids, prefix = tokens(2, 7), capture(model, tokens(1, 9))
+    expected = prompted_logits(model, ids, prefix)
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the head was run"))
+    hidden = prompted_hidden(model, ids, prefix)
+    torch.testing.assert_close(hidden @ model.lm_head.weight.T, expected, atol=ATOL, rtol=0)
+
+
+def test_a_row_of_padding_alone_is_finite(build, tokens):
+    model = build("gemma2")
+    prepare(model)
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    for prefix in (None, capture(model, tokens(1, 5))):
+        assert prompted_hidden(model, tokens(2, 3), prefix, attention_mask=mask).isfinite().all()
