@@ -21,6 +21,7 @@ from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_window
 from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.prompts.bank import PromptBank
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.kv import KVPrompt
 from softprompt_kernels.prompts.prefix import Prefix
@@ -75,7 +76,7 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     """
     check_prepared(model)
     bank = embedding[None] if embedding.dim() == 2 else embedding
-    table = cast(Tensor, model.get_input_embeddings().weight)
+    table = _embedding_table(model)
     width = table.shape[1]
     if bank.dim() != 3 or bank.shape[1] == 0 or bank.shape[2] != width:
         raise SoftPromptError(
@@ -90,19 +91,34 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     return layers.close(lengths)
 
 
-def prefix_of(model: PreTrainedModel, prompt: Prefix | KVPrompt | EmbeddingPrompt | None) -> Prefix | None:
-    """The prefix of any kind of prompt; None, no prompt, stays None.
+def prefix_of(model: PreTrainedModel, prompt: Prefix | KVPrompt | EmbeddingPrompt | PromptBank | None) -> Prefix | None:
+    """The prefix of any kind of prompt, differentiable; None, no prompt, stays None.
+
+    Keys and values come in the dtype of the model's embedding, converted once for all layers. A `Prefix` is returned
+    as it is.
 
     Raises:
         TypeError: something else.
+        SoftPromptError: as `embed_prefix`.
     """
-    if prompt is None or isinstance(prompt, Prefix):
-        return prompt
-    if isinstance(prompt, KVPrompt):
-        return prompt.prefix()
-    if isinstance(prompt, EmbeddingPrompt):
-        return embed_prefix(model, prompt.vectors())
+    dtype = _embedding_table(model).dtype
+    match prompt:
+        case None | Prefix():
+            return prompt
+        case KVPrompt():
+            return prompt.prefix(dtype)
+        case EmbeddingPrompt():
+            return embed_prefix(model, prompt.vectors(dtype))
+        case PromptBank() if prompt.is_kv:
+            return prompt.prefix(dtype)
+        case PromptBank():
+            return embed_prefix(model, *prompt.vectors(dtype))
     raise TypeError(f"prompt: got {type(prompt).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
+
+
+def _embedding_table(model: PreTrainedModel) -> Tensor:
+    """`[V, d]`; its dtype is what the model computes in, quantised or not."""
+    return cast(Tensor, model.get_input_embeddings().weight)
 
 
 class _Layers:
