@@ -68,3 +68,51 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype not in FLOATING or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def rows_and_columns(name: str, tensor: Tensor) -> None:
+    """The tensor has a last dimension to work along, and rows."""
+    if tensor.dim() < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions; got shape {list(tensor.shape)}")
+
+
+def same_rows(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """The tensors agree in all but the last dimension."""
+    if tensor.shape[:-1] != other.shape[:-1]:
+        expected = list(other.shape[:-1])
+        raise ValueError(
+            f"{name} must have {other_name}'s leading dimensions {expected}; got {list(tensor.shape[:-1])}"
+        )
+
+
+def hidden_and_weight(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Hidden states [..., d] and the weight [V, d] of their head."""
+    floating(hidden_name, hidden)
+    floating(weight_name, weight)
+    rows_and_columns(hidden_name, hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        size = hidden.shape[-1]
+        raise ValueError(
+            f"{weight_name} must have shape [V, d] with d = {size} of {hidden_name}; got {list(weight.shape)}"
+        )
+
+
+def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, chunk_tokens: int | None) -> None:
+    """What else makes a head."""
+    if bias is not None:
+        floating("bias", bias)
+        shape("bias", bias, "[V]", (weight.shape[0],))
+        device("bias", bias, weight.device)
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale must be finite; got {logit_scale}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be None or at least 1; got {chunk_tokens}")
+
+
+def vocabulary(valid_vocab: int | None, *sizes: int) -> int:
+    """How many vocabulary rows count."""
+    if valid_vocab is None:
+        return min(sizes)
+    if not 1 <= valid_vocab <= min(sizes):
+        raise ValueError(f"valid_vocab must be None or in [1, {min(sizes)}]; got {valid_vocab}")
+    return valid_vocab

@@ -21,6 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from softprompt_kernels.kernels.reference import attention as reference_attention
+from softprompt_kernels.kernels.reference import expectation as reference_expectation
+from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
+from softprompt_kernels.kernels.reference import linear_kl_div as reference_linear_kl_div
 
 REFERENCE = "reference"
 
@@ -131,6 +134,12 @@ register(
     Backend(
         REFERENCE,
         "plain PyTorch, any device and dtype: the definition",
-        {"prompt_attention": reference_attention},
+        {
+            "prompt_attention": reference_attention,
+            "kl_div": reference_kl_div,
+            "linear_kl_div": reference_linear_kl_div,
+            "teacher_moments": reference_expectation,
+            "linear_kl_div_from_moments": reference_expectation,
+        },
     )
 )

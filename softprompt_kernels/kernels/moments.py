@@ -1,0 +1,98 @@
+"""The forward KL from moments: everything that is not of the vocabulary's size, shared by all backends.
+
+For a linear head p_h(v) ∝ exp(z_v), z = s (W h + b) / T, is an exponential family with log-partition A(h) = lse(z).
+With the teacher's moments m = E_{p_t}[W], b_m = E_{p_t}[b] and its entropy H,
+
+    KL(p_t‖p_h) = A(h) − s (⟨m, h⟩ + b_m) / T − H,        ∂ KL / ∂ h = s (E_{p_h}[W] − m) / T
+
+and a label y is the moments W_y, b_y with entropy 0. So with λ the weight of the label
+
+    loss = T² [ A(h) − (1−λ) (s (⟨m, h⟩ + b_m) / T + H) − λ z_y ] = T² [ (1−λ) KL(p_t‖p_h) + λ NLL(y) ].
+
+H is stored as A(h_t) − s (⟨m, h_t⟩ + b_m) / T with the rounded m. Then the loss is the Bregman divergence
+A(h) − A(h_t) − s ⟨m, h − h_t⟩ / T, in which an error in m counts only by the distance that is left.
+
+A backend supplies `expectation(problem) -> Expectation`, with 1 product of the head's size for A and 1 for the mean.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem, Head
+
+ExpectationKernel = Callable[[ExpectationProblem], Expectation]
+
+
+@dataclass(frozen=True)
+class MomentsProblem:
+    """A student against the moments of a teacher and, with some weight, against labels."""
+
+    student: Tensor  # [N, d]
+    mean: Tensor | None  # [N, d], None: labels only
+    entropy: Tensor | None  # [N]
+    bias_mean: Tensor | None  # [N]
+    head: Head
+    labels: Tensor | None  # [N] int64, negative: none
+    label_weight: float
+    weights: Tensor | None  # [N], None: all 1
+    temperature: float
+    chunk_tokens: int | None
+
+
+def teacher_moments(
+    hidden: Tensor, head: Head, temperature: float, chunk_tokens: int | None, expectation: ExpectationKernel
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """mean [N, d], entropy [N] and bias_mean [N], in the dtype of the computation."""
+    found = expectation(ExpectationProblem(hidden, head, None, None, temperature, chunk_tokens, need_mean=True))
+    assert found.mean is not None
+    linear = _expected_logit(found.mean, hidden, found.bias_mean, head.logit_scale / temperature)
+    entropy = found.log_partition.double() - linear
+    return found.mean, entropy.to(found.mean.dtype), found.bias_mean
+
+
+def forward(
+    problem: MomentsProblem, need_gradient: bool, expectation: ExpectationKernel
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
+    temperature, head = problem.temperature, problem.head
+    labels = problem.labels if problem.label_weight > 0 else None
+    found = expectation(
+        ExpectationProblem(
+            problem.student, head, labels, problem.weights, temperature, problem.chunk_tokens, need_gradient
+        )
+    )
+    dtype = found.log_partition.dtype
+    # [N] in float64: three numbers of the size of a logit, whose sum may be as small as a divergence.
+    loss = found.log_partition.double()
+    share: Tensor | float = 0.0  # λ of each row
+    if labels is not None and found.label_logit is not None:
+        share = torch.where(labels >= 0, problem.label_weight, 0.0).double()
+        loss = loss - share * found.label_logit.double()
+    if problem.mean is not None and problem.entropy is not None:
+        linear = _expected_logit(problem.mean, problem.student, problem.bias_mean, head.logit_scale / temperature)
+        loss = loss - (1 - share) * (linear + problem.entropy.double())
+    # Both parts are at least 0, and only rounding can say otherwise.
+    loss = loss.clamp(min=0) * temperature**2
+    gradient = None
+    if found.mean is not None:
+        gradient = found.mean
+        if labels is not None:
+            label_rows = head.weight[torch.where(labels >= 0, labels, 0)].to(dtype)
+            gradient = gradient - torch.as_tensor(share).to(dtype)[:, None] * label_rows
+        if problem.mean is not None:
+            teacher_share = 1 - share if isinstance(share, float) else (1 - share).to(dtype)[:, None]
+            gradient = gradient - teacher_share * problem.mean
+        gradient = gradient * (head.logit_scale * temperature)
+    if problem.weights is not None:
+        loss = torch.where(problem.weights == 0, 0, loss)
+        gradient = None if gradient is None else torch.where(problem.weights[:, None] == 0, 0, gradient)
+    return loss.to(dtype), gradient
+
+
+def _expected_logit(mean: Tensor, hidden: Tensor, bias_mean: Tensor | None, scale: float) -> Tensor:
+    """s (⟨m, h⟩ + b_m) / T of each row, [N] in float64."""
+    linear = (mean.double() * hidden.double()).sum(-1)
+    return scale * (linear if bias_mean is None else linear + bias_mean.double())

@@ -1,0 +1,147 @@
+"""Divergence of a student's logits from a teacher's.
+
+    forward  KL(p_t‖p_s)      reverse  KL(p_s‖p_t)      jsd  β KL(p_t‖m) + (1−β) KL(p_s‖m),  m = β p_t + (1−β) p_s
+
+with p = softmax(logits / T), each times T². The teacher is a constant: it gets no gradient. The gradient is computed
+from the logits in the backward, so that the only tensor of size [N, V] made here is the gradient itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence, LogitsProblem
+from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
+from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
+
+OP = "kl_div"
+KINDS = (FORWARD, REVERSE, JSD)
+
+
+def kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    valid_vocab: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence between the softmax of two tensors of logits.
+
+    Args:
+        student_logits: [N, V]; more leading dimensions are flattened. Differentiable.
+        teacher_logits: [N, V]; a constant. Any floating dtype, all arithmetic is fp32 (float64 for float64 students).
+        divergence: "forward" KL(t‖s), "reverse" KL(s‖t), or "jsd".
+        beta: the teacher's share of the mixture of "jsd", in (0, 1).
+        temperature: divides both logits and multiplies the loss by its square.
+        weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
+        reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
+        valid_vocab: only the first `valid_vocab` logits of each side count; the sides may be padded differently.
+        backend: None chooses; a name insists on it.
+
+    A logit of −inf is a probability of 0: it contributes 0 on the side that weighs by it, and makes the loss +inf where
+    the other side gives probability to it (not in "jsd", which is bounded). A teacher row of −inf alone has loss 0,
+    such a student row loss +inf, both with gradient 0.
+
+    Returns:
+        The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        RuntimeError: on a second derivative.
+    """
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        checks.floating(name, logits)
+        checks.rows_and_columns(name, logits)
+    checks.device("teacher_logits", teacher_logits, student_logits.device)
+    checks.same_rows("teacher_logits", teacher_logits, "student_logits", student_logits)
+    student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
+    if valid_vocab is None and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"valid_vocab must be given where the sides have different vocabularies; got None with "
+            f"{student.shape[1]} student and {teacher.shape[1]} teacher logits"
+        )
+    vocab = checks.vocabulary(valid_vocab, student.shape[1], teacher.shape[1])
+    check_divergence(divergence, beta, temperature)
+    check_reduction(reduction)
+    weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
+    dispatch.check_backend(backend)
+    options = (divergence, float(beta), float(temperature), vocab, backend)
+    return reduce_rows(_forward_op(student, teacher.detach(), weights, *options), weights, reduction)
+
+
+def check_divergence(divergence: str, beta: float, temperature: float) -> None:
+    """Raises ValueError for a divergence that does not exist."""
+    if divergence not in KINDS:
+        raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must be between 0 and 1, both excluded ('forward' and 'reverse' are the ends); got {beta}"
+        )
+    checks.positive("temperature", temperature)
+
+
+@torch.library.custom_op("softprompt_kernels::kl_div", mutates_args=())
+def _forward_op(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    backend: str | None,
+) -> Tensor:
+    problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
+    kernel = dispatch.select(OP, problem, backend, student.device)
+    rows: Tensor = run_kernel(student.device, kernel.forward, problem)
+    return rows
+
+
+@_forward_op.register_fake
+def _(student: Tensor, *others: Any) -> Tensor:
+    return student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+
+
+@torch.library.custom_op("softprompt_kernels::kl_div_backward", mutates_args=())
+def _backward_op(
+    row_scale: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    backend: str | None,
+) -> Tensor:
+    problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
+    kernel = dispatch.select(OP, problem, backend, student.device)
+    gradient: Tensor = run_kernel(student.device, kernel.backward, problem, row_scale)
+    return gradient.contiguous()
+
+
+@_backward_op.register_fake
+def _(row_scale: Tensor, student: Tensor, *others: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+    gradient = _backward_op(grad_rows, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+    return gradient, *[None] * 7
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(_backward_op, OP)

@@ -1,0 +1,270 @@
+"""Divergence of a student from a teacher, from the hidden states that their heads turn into logits.
+
+The logits, softcap(logit_scale · (W h + bias)), are made chunk by chunk and never all at once. In units of one product
+of the head's size, U = 2·N·V·d FLOP:
+
+    frozen head     3U   both logits and the student's gradient in the forward; the backward scales its rows
+    trained head    2U forward, 4U backward: logits again, gradient of hidden states and of the weight
+    no gradient     2U
+
+The teacher is a constant: its hidden states and its head get no gradient from its side.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadNeeds, HeadProblem
+from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.ops.autograd import forbid_double_backward, row_gradient_dtype, run_kernel, scale_rows
+from softprompt_kernels.ops.kl_div import check_divergence
+from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
+
+OP = "linear_kl_div"
+
+
+def linear_kl_div(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    *,
+    teacher_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    divergence: str = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    valid_vocab: int | None = None,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence between the distributions of two language-model heads.
+
+    Args:
+        student_hidden: [N, d]; more leading dimensions are flattened. Differentiable.
+        teacher_hidden: [N, d of the teacher]; a constant, any floating dtype.
+        weight: [V, d], student_hidden's dtype; differentiable, and costs nothing where it needs no gradient.
+        teacher_weight: [V, d of the teacher]; a constant. Default: `weight`.
+        bias: [V], added to W h on both sides; differentiable as the student's.
+        softcap: logits become softcap · tanh(logits / softcap), after logit_scale, on both sides.
+        logit_scale: multiplies the logits of both sides.
+        divergence, beta, temperature, weights, reduction, backend: as in `kl_div`.
+        valid_vocab: only the first `valid_vocab` rows of weight, teacher_weight and bias count.
+        chunk_tokens: tokens whose logits exist at a time; default: what fits the memory budget.
+
+    Returns:
+        The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        RuntimeError: on a second derivative, or when a differentiated weight was changed before the backward.
+    """
+    student_hidden, weight = checks.autocast(student_hidden, weight)
+    checks.hidden_and_weight("student_hidden", student_hidden, "weight", weight)
+    checks.same_dtype_and_device("weight", weight, "student_hidden", student_hidden)
+    if teacher_weight is None:
+        checks.hidden_and_weight("teacher_hidden", teacher_hidden, "weight", weight)
+    else:
+        checks.hidden_and_weight("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight)
+        checks.device("teacher_weight", teacher_weight, student_hidden.device)
+        if valid_vocab is None and teacher_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"valid_vocab must be given where the heads have different vocabularies; got None with "
+                f"{weight.shape[0]} rows of weight and {teacher_weight.shape[0]} of teacher_weight"
+            )
+    checks.device("teacher_hidden", teacher_hidden, student_hidden.device)
+    checks.same_rows("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    checks.head_options(weight, bias, logit_scale, chunk_tokens)
+    checks.positive("softcap", softcap)
+    check_divergence(divergence, beta, temperature)
+    check_reduction(reduction)
+    vocab = checks.vocabulary(
+        valid_vocab, weight.shape[0], (weight if teacher_weight is None else teacher_weight).shape[0]
+    )
+    student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
+    weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
+    dispatch.check_backend(backend)
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    rows, _ = _forward_op(
+        student,
+        weight,
+        bias,
+        teacher,
+        None if teacher_weight is None else teacher_weight.detach(),
+        weights,
+        torch.is_grad_enabled() and student.requires_grad and not head_trains,
+        softcap,
+        float(logit_scale),
+        divergence,
+        float(beta),
+        float(temperature),
+        vocab,
+        chunk_tokens,
+        backend,
+    )
+    return reduce_rows(rows, weights, reduction)
+
+
+def _problem(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor | None,
+    weights: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    chunk_tokens: int | None,
+) -> HeadProblem:
+    head = Head(weight, bias, softcap, logit_scale).cut(vocab)
+    teacher_head = head
+    if teacher_weight is not None:
+        teacher_head = Head(teacher_weight[:vocab], head.bias, softcap, logit_scale)
+    return HeadProblem(
+        student, teacher, head, teacher_head, weights, Divergence(divergence, beta, temperature), chunk_tokens
+    )
+
+
+@torch.library.custom_op("softprompt_kernels::linear_kl_div", mutates_args=())
+def _forward_op(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor | None,
+    weights: Tensor | None,
+    need_gradient: bool,
+    softcap: float | None,
+    logit_scale: float,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    chunk_tokens: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    problem = _problem(
+        student,
+        weight,
+        bias,
+        teacher,
+        teacher_weight,
+        weights,
+        softcap,
+        logit_scale,
+        divergence,
+        beta,
+        temperature,
+        vocab,
+        chunk_tokens,
+    )
+    kernel = dispatch.select(OP, problem, backend, student.device)
+    rows, gradient = run_kernel(student.device, kernel.forward, problem, need_gradient)
+    dtype = row_gradient_dtype(student.dtype)
+    return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
+
+
+@_forward_op.register_fake
+def _(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor | None,
+    weights: Tensor | None,
+    need_gradient: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    rows = student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+    return rows, student.new_empty(student.shape if need_gradient else 0, dtype=row_gradient_dtype(student.dtype))
+
+
+@torch.library.custom_op("softprompt_kernels::linear_kl_div_backward", mutates_args=())
+def _backward_op(
+    row_scale: Tensor,
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor | None,
+    weights: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    chunk_tokens: int | None,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    problem = _problem(
+        student,
+        weight,
+        bias,
+        teacher,
+        teacher_weight,
+        weights,
+        softcap,
+        logit_scale,
+        divergence,
+        beta,
+        temperature,
+        vocab,
+        chunk_tokens,
+    )
+    kernel = dispatch.select(OP, problem, backend, student.device)
+    hidden, of_weight, of_bias = run_kernel(student.device, kernel.backward, problem, row_scale, HeadNeeds(*needs))
+    found = []
+    if needs[0]:
+        found.append(hidden.contiguous())
+    for gradient, full, need in ((of_weight, weight, needs[1]), (of_bias, bias, needs[2])):
+        if need and full is not None:
+            padded = full.new_zeros(full.shape)  # cut vocabulary rows have no gradient
+            padded[:vocab] = gradient
+            found.append(padded)
+    return found
+
+
+@_backward_op.register_fake
+def _(row_scale: Tensor, student: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
+    needs = others[-1]
+    inputs = zip((student, weight, bias), needs, strict=True)
+    return [t.new_empty(t.shape) for t, need in inputs if need and t is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, weight, bias, *constants = inputs[:6]
+    ctx.mark_non_differentiable(output[1])
+    ctx.stored = inputs[6]
+    ctx.dtype = student.dtype
+    ctx.options = inputs[7:]
+    # The weight is saved although a stored gradient no longer needs it: changing it in place before the backward is an
+    # error, as it is for a linear layer.
+    ctx.save_for_backward(*((output[1], weight) if ctx.stored else (student, weight, bias, *constants)))
+
+
+def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * 15
+    needs = list(ctx.needs_input_grad[:3])
+    if ctx.stored:
+        gradients[0] = scale_rows(ctx.saved_tensors[0], grad_rows, ctx.dtype, OP)
+        return tuple(gradients)
+    found = iter(_backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
+    for slot, need in enumerate(needs):
+        if need:
+            gradients[slot] = next(found)
+    return tuple(gradients)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(_backward_op, OP)

@@ -1,0 +1,325 @@
+"""The forward KL against a teacher that was reduced to its moments: d + 1 numbers a token instead of V logits, exact.
+
+For a linear head, KL(p_t‖p_h) needs of the teacher only m = E_{p_t}[W] and its entropy (derivation in
+`kernels/moments.py`). `teacher_moments` makes them once, 2 products of the head's size; each step then costs 2 as well,
+forward and backward together. Labels are moments too (W_y, entropy 0), so NLL and mixtures are the same op.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels import moments as kernels
+from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.kernels.loss_problem import ExpectationProblem, Head
+from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.ops.autograd import row_gradient_dtype, run_kernel, scale_rows
+from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
+
+TEACHER_OP = "teacher_moments"
+STUDENT_OP = "linear_kl_div_from_moments"
+
+
+@dataclass(frozen=True)
+class TeacherMoments:
+    """What the forward KL needs of a teacher, and the settings that it holds for."""
+
+    mean: Tensor  # [N, d] fp32 (float64 for float64 teachers), E_p[W]
+    entropy: Tensor  # [N], nats
+    bias_mean: Tensor | None  # [N], E_p[bias], None without a bias
+    temperature: float
+    logit_scale: float
+    valid_vocab: int | None
+
+    def __getitem__(self, rows: Any) -> "TeacherMoments":
+        """The moments of some rows: any index of a first dimension."""
+        bias_mean = None if self.bias_mean is None else self.bias_mean[rows]
+        return TeacherMoments(
+            self.mean[rows], self.entropy[rows], bias_mean, self.temperature, self.logit_scale, self.valid_vocab
+        )
+
+
+def teacher_moments(
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    valid_vocab: int | None = None,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> TeacherMoments:
+    """Reduces a teacher's distribution to what the forward KL needs of it. No gradient.
+
+    Args:
+        teacher_hidden: [N, d]; more leading dimensions are flattened.
+        weight: [V, d], teacher_hidden's dtype.
+        bias: [V]; entries of −inf are probabilities of 0.
+        logit_scale: multiplies the logits.
+        temperature: divides them.
+        valid_vocab: only the first `valid_vocab` rows of weight and bias count.
+        chunk_tokens: tokens whose logits exist at a time; default: what fits the memory budget.
+        backend: None chooses; a name insists on it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it accepts.
+    """
+    teacher_hidden, weight = checks.autocast(teacher_hidden, weight)
+    _check_head("teacher_hidden", teacher_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
+    dispatch.check_backend(backend)
+    mean, entropy, bias_mean = _teacher_op(
+        teacher_hidden.detach().flatten(0, -2),
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        float(logit_scale),
+        float(temperature),
+        vocab,
+        chunk_tokens,
+        backend,
+    )
+    return TeacherMoments(
+        mean, entropy, None if bias is None else bias_mean, float(temperature), float(logit_scale), valid_vocab
+    )
+
+
+def linear_kl_div_from_moments(
+    student_hidden: Tensor,
+    moments: TeacherMoments | None,
+    weight: Tensor,
+    *,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    valid_vocab: int | None = None,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """(1 − label_weight) · KL(teacher‖student) + label_weight · NLL(labels), each times T².
+
+    Args:
+        student_hidden: [N, d]; more leading dimensions are flattened. Differentiable.
+        moments: of the same N tokens, made with this weight, bias, logit_scale, temperature and valid_vocab. None with
+            label_weight = 1: plain cross-entropy, where rows without a label have weight 0.
+        weight: [V, d], student_hidden's dtype, frozen.
+        labels: [N] integers in [0, V); negative (−100): no label, and the row's label_weight is 0.
+        label_weight: share of the labels' NLL, in [0, 1]. The NLL is that of softmax(logits / temperature).
+        bias: [V], frozen; entries of −inf are probabilities of 0.
+        logit_scale, temperature, valid_vocab, chunk_tokens, backend: as in `teacher_moments`.
+        weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
+        reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
+
+    The value is a difference of numbers of the size of a logit: its absolute error is about 1e-6 in fp32, and it is
+    never negative. The gradient is as good as that of the live form. Heads with a softcap are not linear and cannot be
+    served by moments; `linear_kl_div` serves them.
+
+    Returns:
+        The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        RuntimeError: on a second derivative, or when the weight was changed before the backward.
+    """
+    student_hidden, weight = checks.autocast(student_hidden, weight)
+    _check_head("student_hidden", student_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient: the moments were made with its old value; "
+                f"freeze it, or use linear_kl_div"
+            )
+    student = student_hidden.flatten(0, -2)
+    tokens = student.shape[0]
+    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
+    weights = check_weights(weights, tokens, accumulate_dtype(student.dtype), student.device)
+    labels = _check_labels(labels, label_weight, tokens, student.device)
+    check_reduction(reduction)
+    if moments is not None:
+        _check_moments(moments, student, weight, bias, logit_scale, temperature, vocab)
+    else:
+        if labels is None or label_weight != 1:
+            raise ValueError(
+                f"moments must be given unless label_weight is 1; got None and label_weight {label_weight}"
+            )
+        labelled = (labels >= 0).to(accumulate_dtype(student.dtype))
+        weights = labelled if weights is None else weights * labelled
+    dispatch.check_backend(backend)
+    rows, _ = _student_op(
+        student,
+        weight,
+        bias,
+        None if moments is None else moments.mean,
+        None if moments is None else moments.entropy,
+        None if moments is None else moments.bias_mean,
+        labels,
+        weights,
+        torch.is_grad_enabled() and student.requires_grad,
+        float(label_weight),
+        float(logit_scale),
+        float(temperature),
+        vocab,
+        chunk_tokens,
+        backend,
+    )
+    return reduce_rows(rows, weights, reduction)
+
+
+# --- the registered ops -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("softprompt_kernels::teacher_moments", mutates_args=())
+def _teacher_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    vocab: int,
+    chunk_tokens: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, None, logit_scale).cut(vocab)
+    problem = ExpectationProblem(hidden, head, None, None, temperature, chunk_tokens, need_mean=True)
+    kernel = dispatch.select(TEACHER_OP, problem, backend, hidden.device)
+    mean, entropy, bias_mean = run_kernel(
+        hidden.device, kernels.teacher_moments, hidden, head, temperature, chunk_tokens, kernel.forward
+    )
+    return mean, entropy, mean.new_empty(0) if bias_mean is None else bias_mean
+
+
+@_teacher_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean = hidden.new_empty(hidden.shape, dtype=accumulate_dtype(hidden.dtype))
+    tokens = hidden.shape[0]
+    return mean, mean.new_empty(tokens), mean.new_empty(0 if bias is None else tokens)
+
+
+@torch.library.custom_op("softprompt_kernels::linear_kl_div_from_moments", mutates_args=())
+def _student_op(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    entropy: Tensor | None,
+    bias_mean: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    need_gradient: bool,
+    label_weight: float,
+    logit_scale: float,
+    temperature: float,
+    vocab: int,
+    chunk_tokens: int | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    head = Head(weight, bias, None, logit_scale).cut(vocab)
+    problem = kernels.MomentsProblem(
+        student, mean, entropy, bias_mean, head, labels, label_weight, weights, temperature, chunk_tokens
+    )
+    expectation = ExpectationProblem(student, head, labels, weights, temperature, chunk_tokens, need_gradient)
+    kernel = dispatch.select(STUDENT_OP, expectation, backend, student.device)
+    rows, gradient = run_kernel(student.device, kernels.forward, problem, need_gradient, kernel.forward)
+    dtype = row_gradient_dtype(student.dtype)
+    return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
+
+
+@_student_op.register_fake
+def _(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    entropy: Tensor | None,
+    bias_mean: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    need_gradient: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    rows = student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+    return rows, student.new_empty(student.shape if need_gradient else 0, dtype=row_gradient_dtype(student.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype = inputs[0].dtype
+    # The weight is saved only so that changing it in place before the backward is an error, as for a linear layer.
+    ctx.save_for_backward(output[1], inputs[1])
+
+
+def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    stored, _weight = ctx.saved_tensors
+    return scale_rows(stored, grad_rows, ctx.dtype, STUDENT_OP), *[None] * 14
+
+
+_student_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- argument checks --------------------------------------------------------------------------------------------------
+
+
+def _check_head(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    chunk_tokens: int | None,
+) -> None:
+    checks.hidden_and_weight(name, hidden, "weight", weight)
+    checks.same_dtype_and_device("weight", weight, name, hidden)
+    checks.head_options(weight, bias, logit_scale, chunk_tokens)
+    checks.positive("temperature", temperature)
+
+
+def _check_labels(labels: Tensor | None, label_weight: float, tokens: int, device: torch.device) -> Tensor | None:
+    if not 0 <= label_weight <= 1:
+        raise ValueError(f"label_weight must be in [0, 1]; got {label_weight}")
+    if labels is None:
+        if label_weight > 0:
+            raise ValueError(f"labels must be given with a label_weight above 0; got None with {label_weight}")
+        return None
+    checks.integers("labels", labels.reshape(-1) if isinstance(labels, Tensor) else labels, tokens, "N", device)
+    return labels.reshape(-1).to(torch.int64)
+
+
+def _check_moments(
+    moments: TeacherMoments,
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    temperature: float,
+    vocab: int,
+) -> None:
+    if not isinstance(moments, TeacherMoments):
+        raise TypeError(f"moments must be TeacherMoments; got {type(moments).__name__}")
+    made_with = weight.shape[0] if moments.valid_vocab is None else moments.valid_vocab
+    settings = (
+        ("temperature", float(temperature), moments.temperature),
+        ("logit_scale", float(logit_scale), moments.logit_scale),
+        ("valid_vocab", vocab, made_with),
+    )
+    for name, got, made in settings:
+        if got != made:
+            raise ValueError(f"{name} must be {made}, which the moments were made with; got {got}")
+    if (bias is None) != (moments.bias_mean is None):
+        raise ValueError(
+            f"bias must be {'None' if moments.bias_mean is None else 'given'}, as for the moments; "
+            f"got {'None' if bias is None else 'a tensor'}"
+        )
+    dtype = accumulate_dtype(student.dtype)
+    shapes = (("mean", moments.mean, student.shape), ("entropy", moments.entropy, student.shape[:1]))
+    for name, tensor, shape in shapes:
+        checks.shape(f"moments.{name}", tensor, "of the student's tokens", tuple(shape))
+        checks.device(f"moments.{name}", tensor, student.device)
+        if tensor.dtype != dtype:
+            raise TypeError(f"moments.{name} must be {dtype} for a student in {student.dtype}; got {tensor.dtype}")
