@@ -105,6 +105,12 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def families() -> list[str]:
+    """All of them."""
+    return sorted(CONFIGURATIONS)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Threads cost more than they bring at these sizes."""

@@ -1,0 +1,173 @@
+"""What cannot be served is refused with one sentence, before anything runs."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models import (
+    capture,
+    embed_prefix,
+    generate,
+    head_of,
+    prepare,
+    prompted_hidden,
+    prompted_logits,
+)
+from softprompt_kernels.models.families import FAMILIES
+from softprompt_kernels.prompts.prefix import Prefix
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+UNSERVED = {
+    "gptj": ("GPTJConfig", {"rotary_dim": 8}),
+    "falcon": ("FalconConfig", {}),
+    "bloom": ("BloomConfig", {}),
+    "opt": ("OPTConfig", {"word_embed_proj_dim": 32, "ffn_dim": 32}),
+    "mamba": ("MambaConfig", {}),
+    "cohere": ("CohereConfig", {"num_key_value_heads": 2, "intermediate_size": 32}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 2}),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_other_families_are_refused_by_name(name):
+    config, options = UNSERVED[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **options))
+    before = model.config._attn_implementation
+    with pytest.raises(SoftPromptError, match=rf"got the family '{name}', accepted are gemma2, .*qwen3"):
+        prepare(model)
+    assert model.config._attn_implementation == before
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4)
+    with pytest.raises(SoftPromptError, match="got the family 't5'"):
+        prepare(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def test_multimodal_models_are_refused():
+    text = transformers.Gemma3TextConfig(**SMALL, intermediate_size=32, head_dim=8, num_key_value_heads=2)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    with pytest.raises(SoftPromptError, match="got the family 'gemma3'"):
+        prepare(transformers.Gemma3ForConditionalGeneration(config))
+
+
+def test_cross_attention_is_refused(build):
+    with pytest.raises(SoftPromptError, match="cross-attention"):
+        prepare(build("gpt2", add_cross_attention=True))
+
+
+def test_bidirectional_attention_is_refused(build):
+    with pytest.raises(SoftPromptError, match="bidirectional"):
+        prepare(build("gemma3", use_bidirectional_attention=True))
+
+
+def test_something_else_than_a_model_is_a_type_error():
+    with pytest.raises(TypeError, match="model: got Linear"):
+        prepare(torch.nn.Linear(2, 2))
+
+
+def test_every_family_of_the_list_is_tested(build, families):
+    assert {build(name).config.model_type for name in families} == set(FAMILIES)
+
+
+def test_an_unprepared_model_is_refused_rather_than_ignoring_the_prefix(build, tokens):
+    model = build("llama")
+    for call in (
+        lambda: prompted_hidden(model, tokens(1, 4), None),
+        lambda: prompted_logits(model, tokens(1, 4), None),
+        lambda: capture(model, tokens(1, 4)),
+        lambda: embed_prefix(model, torch.zeros(3, 32)),
+        lambda: generate(model, tokens(1, 4), None, max_new_tokens=2),
+    ):
+        with pytest.raises(SoftPromptError, match=r"its attention is 'eager', accepted is a model after .*prepare"):
+            call()
+
+
+def test_positions_beyond_the_window_are_refused_with_the_numbers(build, tokens):
+    model = build("llama")
+    prepare(model)
+    prefix = capture(model, tokens(1, 60))
+    assert prompted_hidden(model, tokens(2, 4), prefix).shape == (2, 4, 32)
+    with pytest.raises(SoftPromptError, match=r"60 prompt \+ 5 input tokens, the model's window is 64"):
+        prompted_hidden(model, tokens(2, 5), prefix)
+    with pytest.raises(SoftPromptError, match=r"0 prompt \+ 65 input tokens, the model's window is 64"):
+        capture(model, tokens(1, 65))
+    with pytest.raises(SoftPromptError, match=r"65 prompt \+ 0 input tokens"):
+        embed_prefix(model, torch.zeros(65, 32))
+
+
+def test_longrope_ends_where_its_frequencies_change(build, tokens):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    plain, model = build("phi3", **options), build("phi3", **options)
+    prepare(model)
+    context, ids = tokens(1, 10), tokens(1, 6, seed=1)
+    expected = plain(torch.cat([context, ids], dim=1)).logits[:, 10:]
+    torch.testing.assert_close(prompted_logits(model, ids, capture(model, context)), expected, atol=1e-5, rtol=0)
+    with pytest.raises(SoftPromptError, match="the model's window is 16"):
+        prompted_logits(model, tokens(1, 7), capture(model, context))
+
+
+def test_a_prefix_of_another_model_is_refused(build, tokens):
+    model, deeper = build("llama"), build("llama", num_hidden_layers=3)
+    prepare(model)
+    prepare(deeper)
+    with pytest.raises(SoftPromptError, match=r"prefix: got 3 layers, 2 key heads of size 8, the model has 2, 2 and 8"):
+        prompted_hidden(model, tokens(1, 4), capture(deeper, tokens(1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.zeros(4, dtype=torch.int64)}, r"input_ids: got shape \(4,\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"input_ids: got shape \(2, 0\)"),
+        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask: got shape \(2, 5\), accepted is \(2, 4\)"),
+        ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask: got shape \(2, 1, 4, 4\)"),
+        ({"prompt_index": torch.zeros(3, dtype=torch.int64)}, r"prompt_index: got shape \(3,\), accepted is \(2,\)"),
+        ({"prefix": 3}, "prompt_index: got None for 3 prompts and 2 sequences"),
+        ({"prefix": None, "prompt_index": torch.zeros(2, dtype=torch.int64)}, "prompt_index: got one without a prefix"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(arguments, message, build, tokens):
+    model = build("llama")
+    prepare(model)
+    given = {"input_ids": tokens(2, 4), "prefix": 1} | arguments
+    rows, ids = given.pop("prefix"), given.pop("input_ids")
+    prefix: Prefix | None = None if rows is None else capture(model, tokens(rows, 5))
+    with pytest.raises(SoftPromptError, match=message):
+        prompted_hidden(model, ids, prefix, **given)
+
+
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (3, 31), (2, 3, 31)])
+def test_embeddings_that_do_not_fit_are_refused(shape, build):
+    model = build("llama")
+    prepare(model)
+    with pytest.raises(SoftPromptError, match=r"embedding: got shape .*accepted is \[k, 32\] or \[R, k, 32\]"):
+        embed_prefix(model, torch.zeros(shape))
+
+
+def test_chunks_of_nothing_are_refused(build, tokens):
+    model = build("llama")
+    prepare(model)
+    with pytest.raises(SoftPromptError, match="chunk_tokens: got 0"):
+        capture(model, tokens(1, 5), chunk_tokens=0)
+
+
+def test_a_model_without_head_has_hidden_states_but_no_logits(build, tokens):
+    model = build("llama")
+    prepare(model)
+    expected = prompted_hidden(model, tokens(1, 4), None)
+    base = model.base_model
+    assert torch.equal(prompted_hidden(base, tokens(1, 4), None), expected)
+    with pytest.raises(SoftPromptError, match="LlamaModel has no language-model head"):
+        head_of(base)
+    with pytest.raises(SoftPromptError, match="LlamaModel cannot generate"):
+        generate(base, tokens(1, 4), None)

@@ -1,0 +1,68 @@
+"""Trap 19: queries continue at position P, as in PEFT; some cartridges restart them at 0.
+
+With rotary positions the two differ in every score, with learned positions in every token. The prompt's own length
+counts, not the length that a bank was padded to.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
+
+from softprompt_kernels.models import capture, generate, prepare, prompted_logits
+from softprompt_kernels.prompts.prefix import Prefix
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=61, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=None, eos_token_id=None
+    ),
+}
+CONTEXT, IDS = torch.arange(2, 11)[None], torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+@pytest.fixture(params=CONFIGS)
+def models(request):
+    """The same random model twice, prepared and not."""
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+        pair.append(model)
+    prepare(pair[0])
+    return pair
+
+
+def logits_at(plain, prefix: Prefix, first: int) -> torch.Tensor:
+    """The plain model's logits behind the prefix as a cache, with queries from position `first`."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(prefix.layers):
+        cache.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), layer)
+    positions = torch.arange(first, first + IDS.shape[1])[None]
+    return plain(IDS, past_key_values=cache, position_ids=positions).logits
+
+
+def test_queries_continue_at_the_length_of_the_prompt(models):
+    model, plain = models
+    prefix = capture(model, CONTEXT)
+    got = prompted_logits(model, IDS, prefix)
+    torch.testing.assert_close(got, logits_at(plain, prefix, 9), atol=1e-5, rtol=0)
+    assert (got - logits_at(plain, prefix, 0)).abs().max() > 1e-2
+
+
+def test_padding_of_a_bank_does_not_move_the_queries(models):
+    model, plain = models
+    prefix = capture(model, CONTEXT)
+    padded = Prefix(prefix.layers, torch.tensor([6]))
+    got = prompted_logits(model, IDS, padded)
+    torch.testing.assert_close(got, logits_at(plain, prefix.slice(0, 6), 6), atol=1e-5, rtol=0)
+
+
+def test_generation_continues_there_too(models):
+    model, plain = models
+    got = generate(model, IDS, capture(model, CONTEXT), max_new_tokens=6, do_sample=False)
+    expected = plain.generate(torch.cat([CONTEXT.expand(2, -1), IDS], dim=1), max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected[:, 9:])
