@@ -130,6 +130,11 @@ def check_inputs(
             )
         if prompt_index is not None and prompt_index.shape != (batch,):
             raise SoftPromptError(f"prompt_index: got shape {tuple(prompt_index.shape)}, accepted is ({batch},)")
+        # Elsewhere than on the CPU the check would wait for the device.
+        if prompt_index is not None and prompt_index.device.type == "cpu":
+            low, high = int(prompt_index.min()), int(prompt_index.max())
+            if low < 0 or high >= prefix.rows:
+                raise SoftPromptError(f"prompt_index: got {low} to {high}, accepted is 0 to {prefix.rows - 1}")
     check_window(model.config, longest(prefix), input_ids.shape[1], new_tokens)
 
 

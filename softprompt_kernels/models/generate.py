@@ -23,6 +23,7 @@ from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.prefix import Prefix
 
 _OURS = ("past_key_values", "position_ids", "inputs_embeds", "cache_implementation", "use_cache", "prefill_chunk_size")
+_DEFAULT_NEW_TOKENS = 20  # transformers', where nothing says how many
 _UNSERVED = ("assistant_model", "prompt_lookup_num_tokens", "inputs", "custom_generate")
 
 
@@ -71,7 +72,8 @@ def generate(
             attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
             past_key_values=steps.cache,
             use_cache=True,
-            **generate_kwargs,
+            cache_implementation=None,  # a model's generation config may ask for a static one
+            **{name: value for name, value in generate_kwargs.items() if name not in _OURS},
         )
         return tokens
     finally:
@@ -131,10 +133,13 @@ def _rows(tensor: Tensor, batch: int) -> Tensor:
 
 
 def _new_tokens(model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> int:
-    """How many tokens the call may add, as far as its arguments say."""
-    config = kwargs.get("generation_config") or model.generation_config
-    new = kwargs.get("max_new_tokens", None if "max_length" in kwargs else config.max_new_tokens)
+    """How many tokens the call may add, by transformers' own order of precedence."""
+
+    def setting(name: str) -> int | None:
+        sources = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
+        return next((one for one in sources if one is not None), getattr(model.generation_config, name))
+
+    new, total = setting("max_new_tokens"), setting("max_length")
     if new is not None:
-        return int(new)
-    length = kwargs.get("max_length", config.max_length)
-    return 0 if length is None else max(int(length) - input_ids.shape[1], 0)
+        return new
+    return _DEFAULT_NEW_TOKENS if total is None else max(total - input_ids.shape[1], 0)

@@ -42,13 +42,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
-        {**_MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "query_pre_attn_scalar": 8},
+        {**_MIXED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "query_pre_attn_scalar": 6},
     ),
     "gemma3": (
         "Gemma3TextConfig",
         {
             **_MIXED,
-            "query_pre_attn_scalar": 8,
+            "query_pre_attn_scalar": 6,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100000.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},

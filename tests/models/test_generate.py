@@ -141,6 +141,15 @@ def test_a_model_with_caching_switched_off_still_generates(build, tokens):
     assert torch.equal(generate(model, ids, prefix, **GREEDY), expected)
 
 
+def test_a_static_cache_in_the_models_own_settings_is_overruled(build, tokens):
+    model = build("llama")
+    prepare(model)
+    prefix, ids = capture(model, tokens(1, 6)), tokens(2, 4)
+    expected = generate(model, ids, prefix, **GREEDY)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(generate(model, ids, prefix, cache_implementation=None, **GREEDY), expected)
+
+
 def test_nothing_of_a_call_is_left_on_the_model(build, tokens):
     model = build("llama")
     prepare(model)
@@ -191,16 +200,15 @@ def test_threads_do_not_meet(build, tokens):
     assert all(torch.equal(one, expected[i]) for i in range(4) for one in got[i])
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_buffers_of_the_cache_grow_past_their_first_size(family, build, tokens, padded):
-    plain, model = build(family, max_position_embeddings=256), build(family, max_position_embeddings=256)
+def test_buffers_of_the_cache_grow_past_their_first_size(build, tokens, padded):
+    plain, model = build("gemma2", max_position_embeddings=96), build("gemma2", max_position_embeddings=96)
     prepare(model)
     context, rows = tokens(5), [tokens(4), tokens(2, seed=1)]
     ids, mask = padded(rows, "left")
-    got = generate(model, ids, capture(model, context[None]), attention_mask=mask, do_sample=False, max_new_tokens=150)
+    got = generate(model, ids, capture(model, context[None]), attention_mask=mask, do_sample=False, max_new_tokens=72)
     for out, row in zip(got, rows, strict=True):
-        expected = plain.generate(torch.cat([context, row])[None], do_sample=False, max_new_tokens=150)
-        assert torch.equal(out[4:], expected[0, -150:])
+        expected = plain.generate(torch.cat([context, row])[None], do_sample=False, max_new_tokens=72)
+        assert torch.equal(out[4:], expected[0, -72:])
 
 
 def test_arguments_that_would_replace_cache_or_positions_are_refused(build, tokens):
@@ -229,3 +237,11 @@ def test_a_generation_that_would_leave_the_window_is_refused_before_it_starts(op
     prepare(model)
     with pytest.raises(SoftPromptError, match=r"6 prompt \+ 4 input \+ 55 new tokens, the model's window is 64"):
         generate(model, tokens(1, 4), capture(model, tokens(1, 6)), **options)
+
+
+def test_the_window_is_checked_against_the_default_number_of_new_tokens(build, tokens):
+    model = build("gpt2")
+    prepare(model)
+    assert generate(model, tokens(1, 4), capture(model, tokens(1, 40))).shape == (1, 24)
+    with pytest.raises(SoftPromptError, match=r"41 prompt \+ 4 input \+ 20 new tokens, the model's window is 64"):
+        generate(model, tokens(1, 4), capture(model, tokens(1, 41)))

@@ -132,6 +132,8 @@ def test_a_prefix_of_another_model_is_refused(build, tokens):
         ({"attention_mask": torch.ones(2, 5)}, r"attention_mask: got shape \(2, 5\), accepted is \(2, 4\)"),
         ({"attention_mask": torch.ones(2, 1, 4, 4)}, r"attention_mask: got shape \(2, 1, 4, 4\)"),
         ({"prompt_index": torch.zeros(3, dtype=torch.int64)}, r"prompt_index: got shape \(3,\), accepted is \(2,\)"),
+        ({"prompt_index": torch.tensor([0, 1])}, "prompt_index: got 0 to 1, accepted is 0 to 0"),
+        ({"prompt_index": torch.tensor([-1, 0])}, "prompt_index: got -1 to 0, accepted is 0 to 0"),
         ({"prefix": 3}, "prompt_index: got None for 3 prompts and 2 sequences"),
         ({"prefix": None, "prompt_index": torch.zeros(2, dtype=torch.int64)}, "prompt_index: got one without a prefix"),
     ],
