@@ -182,7 +182,7 @@ def _ordinary(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) ->
             f"attention_mask: got shape {tuple(mask.shape)}, accepted is [batch, tokens] with one entry for each token"
         )
     lengths = mask.sum(dim=1)
-    if query.shape[2] == key.shape[2] and is_right_padded(mask):
+    if is_right_padded(mask):
         return Call(None, key_lengths=lengths), key, value
     order, inverse = compaction(mask)
     placement = Placement.by_order(order, inverse, query.shape[2])

@@ -36,8 +36,8 @@ def prompted_hidden(
         model: a prepared model, or the base model of one.
         input_ids: `[B, M]` int64.
         prefix: R rows of keys and values, None for no prompt.
-        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. What comes out at padding is finite
-            and means nothing.
+        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. On the CPU, nothing waits for the
+            device. What comes out at padding is finite and means nothing.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
             sequence b where R = B.
 
@@ -51,11 +51,11 @@ def prompted_hidden(
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index)
     lengths = inverse = None
     if attention_mask is not None:
-        mask = attention_mask.to(input_ids.device).bool()
+        mask = attention_mask.bool()
         if not bool(mask.all()):
-            lengths = mask.sum(dim=1)
+            lengths = mask.sum(dim=1).to(input_ids.device)
             if not is_right_padded(mask):
-                order, inverse = compaction(mask)
+                order, inverse = (index.to(input_ids.device) for index in compaction(mask))
                 input_ids = input_ids.gather(1, order)
     positions = first_position(prefix, prompt_index, input_ids) + torch.arange(
         input_ids.shape[1], device=input_ids.device
@@ -96,7 +96,7 @@ def wants_grad(prefix: Prefix | None) -> bool:
 def first_position(prefix: Prefix | None, prompt_index: Tensor | None, like: Tensor) -> Tensor:
     """Position of the first own token, `[1, 1]`, or `[B, 1]` for prompts of different lengths."""
     if prefix is None or prefix.lengths is None:
-        return torch.tensor([[0 if prefix is None else prefix.length]], device=like.device)
+        return torch.full((1, 1), longest(prefix), device=like.device)
     lengths = prefix.lengths.to(like.device)
     return (lengths if prompt_index is None else lengths[prompt_index.to(like.device)])[:, None]
 

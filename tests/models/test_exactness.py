@@ -151,6 +151,21 @@ def test_prompt_of_another_dtype_is_cast_to_the_models(build, tokens):
     torch.testing.assert_close(hidden, prompted_hidden(model, ids, prefix), atol=0, rtol=0)
 
 
+def test_autocast_is_as_near_to_fp32_as_the_models_own_attention(family, build, tokens):
+    # Keys are fp32 after the rotary embedding there, values bf16.
+    context, ids = tokens(1, 9), tokens(2, 7)
+    plain, model = build(family), build(family)
+    prepare(model)
+    joined = torch.cat([context.expand(2, -1), ids], dim=1)
+    with torch.no_grad():
+        exact = plain(joined).logits[:, 9:]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs = plain(joined).logits[:, 9:]
+            ours = prompted_logits(model, ids, capture(model, context))
+    assert ours.dtype == theirs.dtype
+    assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
 def test_hidden_states_come_without_running_the_head(build, tokens, monkeypatch):
     model = build("llama")
     prepare(model)
