@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from softprompt_kernels.kernels.composed import attention as composed_attention
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
@@ -141,5 +142,12 @@ register(
             "teacher_moments": reference_expectation,
             "linear_kl_div_from_moments": reference_expectation,
         },
+    )
+)
+register(
+    Backend(
+        "composed",
+        "PyTorch's flash attention on the CPU",
+        {"prompt_attention": composed_attention},
     )
 )
