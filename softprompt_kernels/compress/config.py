@@ -102,7 +102,7 @@ class CompressConfig(BaseModel):
     )
 
     seed: Whole = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and order.")
-    dtype: Dtype = Field("auto", description="Type of the frozen model; auto: float32 on a CPU, else bfloat16.")
+    dtype: Dtype = Field("auto", description="Type of the frozen model; auto: float32 on a CPU, as stored elsewhere.")
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
     threads: Whole | None = Field(None, ge=1, description="CPU threads. Default: what PyTorch takes.")
 

@@ -1,0 +1,186 @@
+"""What a run is shown as: the evaluation as a table, and the curves of training as a picture.
+
+Both only need what a run has written (metrics.jsonl, evaluation.json), so they can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softprompt_kernels.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = (
+    ("none", "nothing"),
+    ("truncated", "truncated context"),
+    ("untrained", "untrained prompt"),
+    ("prompt", "soft prompt"),
+)
+"""What the model reads before the query, and how it is called in the table."""
+
+SETS = (("heldout", "held-out"), ("train", "training"), ("queries", "given"))
+"""Sets of queries in evaluation.json, and the one of `softprompt evaluate`."""
+
+MISSING = "-"
+
+
+# The table
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the evaluation table, as text.
+
+    A row says what stands before the query; columns are, for each set of queries, the KL of the teacher against it
+    [nats per token], the recovered fraction `1 − KL/KL_none`, and how often both find the same token likeliest. The
+    full context is the teacher itself, hence 0, 1, 1.
+
+    Args:
+        evaluation: as evaluation.json; a set that is not there has no columns, a figure that is not there is "-".
+    """
+    sets = [(evaluation[key], name) for key, name in SETS if isinstance(evaluation.get(key), Mapping)]
+    header = ["before the query"]
+    for _, name in sets:
+        header += [f"{name} KL", "recovered", "top-1"]
+    rows = []
+    for key, name in ROWS:
+        figures = [_figures(one, key) for one, _ in sets]
+        if any(kl is not None for kl, _, _ in figures):
+            rows.append([name, *(_format(value) for triple in figures for value in triple)])
+    rows.append(["full context", *(_format(value) for _ in sets for value in (0.0, 1.0, 1.0))])
+    return header, rows
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text: the first column to the left, figures to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join((first, *rest)).rstrip()
+
+    return "\n".join((line(header), "  ".join("-" * width for width in widths), *map(line, rows)))
+
+
+def _figures(one: Mapping[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
+    """(KL, recovered, agreement) of one row in one set."""
+    kl, none = one.get(f"kl_{key}"), one.get("kl_none")
+    recovered = 1 - kl / none if kl is not None and none else None
+    return kl, recovered, one.get("top1_agreement" if key == "prompt" else f"top1_agreement_{key}")
+
+
+def _format(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3f}"
+
+
+# The picture
+
+
+def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None:
+    """Draws the course of a training as a PNG: loss and held-out KL over the baselines, learning rate, gradient.
+
+    Args:
+        metrics: the run's metrics.jsonl.
+        figures: the content of evaluation.json, or as much of it as there is; {} without.
+        target: the picture, replaced as a whole.
+
+    Raises:
+        SoftPromptError: there are no metrics, or they cannot be read.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    steps = read_metrics(metrics)
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+    _draw_loss(axes[0], steps, figures.get("heldout") or {})
+    _draw_figure(axes[1], steps, "learning_rate", "learning rate")
+    _draw_figure(axes[2], steps, "grad_norm", "gradient norm [nats]")
+    if any(step.get("grad_norm") for step in steps):
+        axes[2].set_yscale("log")
+    axes[2].set_xlabel("step")
+    axes[0].set_title(_title(figures))
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The steps of a run, in order.
+
+    A step that was done again after an interrupt counts once, as it was done last; a last line that a crash cut off is
+    left out.
+
+    Raises:
+        SoftPromptError: no such file, no steps in it, or a line that is none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SoftPromptError(f"{file} cannot be read: {error}") from error
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            steps[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise SoftPromptError(f"{file}, line {number} is no step of a training") from error
+    if not steps:
+        raise SoftPromptError(f"{file} has no steps yet")
+    return [steps[step] for step in sorted(steps)]
+
+
+def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any]) -> None:
+    """Training loss, smoothed over it, held-out KL, and the baselines as lines to cross."""
+    x = [step["step"] for step in steps]
+    loss = [step["loss"] for step in steps]
+    axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(x, _smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
+    points = {step["step"]: step["heldout_kl"] for step in steps if step.get("heldout_kl") is not None}
+    if heldout.get("kl_untrained") is not None:
+        points.setdefault(0, heldout["kl_untrained"])
+    if heldout.get("kl_prompt") is not None:
+        points[x[-1]] = heldout["kl_prompt"]
+    if points:
+        axes.plot(*zip(*sorted(points.items()), strict=True), "o--", color="tab:orange", label="held-out KL")
+    baselines = (("none", ":", "nothing"), ("truncated", "-.", "truncated context"), ("untrained", "--", "untrained"))
+    for key, style, name in baselines:
+        value = heldout.get(f"kl_{key}")
+        if value is not None:
+            label = f"held-out KL of {name}: {value:.3g}"
+            axes.axhline(value, color="tab:gray", linestyle=style, linewidth=1, label=label)
+    axes.set_yscale("log")
+    axes.set_ylabel("nats per token")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize="small", loc="best")
+
+
+def _draw_figure(axes: Axes, steps: list[dict[str, Any]], key: str, label: str) -> None:
+    points = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1)
+    axes.set_ylabel(label)
+    axes.grid(which="major", alpha=0.2)
+
+
+def _smooth(values: Sequence[float], span: int = 10) -> list[float]:
+    """Mean of each value and up to `span − 1` before it."""
+    windows = (values[max(0, end - span) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _title(figures: Mapping[str, Any]) -> str:
+    context, prompt = figures.get("context_tokens"), figures.get("prompt_tokens")
+    if not context or not prompt:
+        return "training of a soft prompt"
+    return f"{context} tokens in a soft prompt of {prompt} ({context / prompt:.1f}×)"
