@@ -120,7 +120,7 @@ class HeadGradients(NamedTuple):
 class Expectation(NamedTuple):
     """Row by row, in the dtype of the computation; anything finite in skipped rows."""
 
-    log_partition: Tensor  # [N] lse(z)
+    log_partition: Tensor  # [N] lse(z), may be float64
     label_logit: Tensor | None  # [N] z of the label, 0 where there is none
     mean: Tensor | None  # [N, d] E_p[W]
     bias_mean: Tensor | None  # [N] E_p[bias]

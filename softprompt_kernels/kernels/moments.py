@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.attention_problem import accumulate_dtype
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem, Head
 
 ExpectationKernel = Callable[[ExpectationProblem], Expectation]
@@ -64,7 +65,7 @@ def forward(
             problem.student, head, labels, problem.weights, temperature, problem.chunk_tokens, need_gradient
         )
     )
-    dtype = found.log_partition.dtype
+    dtype = accumulate_dtype(problem.student.dtype)
     # [N] in float64: three numbers of the size of a logit, whose sum may be as small as a divergence.
     loss = found.log_partition.double()
     share: Tensor | float = 0.0  # λ of each row

@@ -21,6 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from softprompt_kernels.kernels.composed import attention as composed_attention
+from softprompt_kernels.kernels.composed import expectation as composed_expectation
+from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
+from softprompt_kernels.kernels.composed import linear_kl_div as composed_linear_kl_div
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
@@ -147,7 +150,13 @@ register(
 register(
     Backend(
         "composed",
-        "PyTorch's flash attention on the CPU",
-        {"prompt_attention": composed_attention},
+        "CPU: PyTorch's flash attention, and losses from its matrix products in bounded memory",
+        {
+            "prompt_attention": composed_attention,
+            "kl_div": composed_kl_div,
+            "linear_kl_div": composed_linear_kl_div,
+            "teacher_moments": composed_expectation,
+            "linear_kl_div_from_moments": composed_expectation,
+        },
     )
 )

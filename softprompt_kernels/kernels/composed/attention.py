@@ -74,8 +74,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     batch, heads, queries, size = problem.query.shape
     value_size = problem.value.shape[3]
     width = max(size, value_size)
-    out = inputs.query.new_zeros(batch * queries, heads, value_size)
-    lse = inputs.query.new_full((batch * queries, heads), -torch.inf)
+    joined = _Joined(inputs.query, value_size)
     for segment in inputs.segments:
         query, key, value = _operands(inputs, segment, width)
         part, part_lse = _flash(
@@ -83,10 +82,11 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         )
         if segment.padding is not None:  # the kernel says 0 where no key is left
             part_lse = part_lse.masked_fill((segment.padding == -torch.inf).all(-1), -torch.inf)
-        _join(out, lse, segment.rows, _flat(part)[..., :value_size], part_lse.transpose(1, 2).flatten(0, 1))
+        joined.add(segment.rows, _flat(part)[..., :value_size], part_lse.transpose(1, 2).flatten(0, 1))
+    out, lse = joined.out, joined.lse
     if problem.sinks is not None:
         with_sinks = torch.logaddexp(lse, problem.sinks.to(lse.dtype))
-        out *= torch.exp(torch.where(lse == -torch.inf, 0, lse - with_sinks))[..., None]
+        out = out * torch.exp(torch.where(lse == -torch.inf, 0, lse - with_sinks))[..., None]
         lse = torch.where(lse == -torch.inf, lse, with_sinks)
     shape = (batch, queries, heads)
     return out.to(problem.query.dtype).view(*shape, -1).transpose(1, 2), lse.view(shape).transpose(1, 2).contiguous()
@@ -177,16 +177,28 @@ def _operands(inputs: _Inputs, segment: _Segment, width: int) -> tuple[Tensor, T
     return query, _pad(key, width), _pad(value, width)
 
 
-def _join(out: Tensor, lse: Tensor, rows: Rows, part: Tensor, part_lse: Tensor) -> None:
-    """Adds a segment's (out, lse) to the rows of the running ones, in place."""
-    old = lse[rows]
-    new = torch.logaddexp(old, part_lse)
-    base = torch.where(new == -torch.inf, 0, new)
-    joined = out[rows].mul_(torch.exp(old - base)[..., None])
-    joined.addcmul_(part, torch.exp(part_lse - base)[..., None])
-    if isinstance(rows, Tensor):
-        out[rows] = joined
-    lse[rows] = new
+class _Joined:
+    """The running out [T, Hq, Dv] and lse [T, Hq] of the segments so far; 0 and −inf for tokens without any."""
+
+    def __init__(self, query: Tensor, value_size: int) -> None:
+        self.out = query.new_zeros(1, 1, 1).expand(*query.shape[:2], value_size)
+        self.lse = query.new_full((1, 1), -torch.inf).expand(query.shape[:2])
+        self._empty = True
+
+    def add(self, rows: Rows, part: Tensor, part_lse: Tensor) -> None:
+        """Joins a segment to the tokens that it has."""
+        if self._empty and part.shape == self.out.shape:
+            self.out, self.lse, self._empty = part.contiguous(), part_lse.contiguous(), False
+            return
+        if self._empty:
+            self.out, self.lse, self._empty = self.out.contiguous(), self.lse.contiguous(), False
+        old = self.lse[rows]
+        share = torch.sigmoid(part_lse - old).nan_to_num_(0)[..., None]  # both empty: −inf − −inf
+        if isinstance(rows, slice):
+            self.out[rows].lerp_(part, share)
+        else:
+            self.out[rows] = self.out[rows].lerp_(part, share)
+        self.lse[rows] = torch.logaddexp(old, part_lse)
 
 
 def _grad_sinks(

@@ -1,0 +1,84 @@
+"""Divergences of rows of logits in place: few passes, in buffers that stay in the cache.
+
+The same losses and gradients as `kernels/reference/divergence.py`, from unnormalised exponentials. For KL(p‖q), with
+e = exp(z_p − max z_p), S = Σ e and the centred difference D = (z_q − max z_q) − (z_p − max z_p),
+
+    E = E_p[expm1(D)],   KL = E_p[expm1(D) − D] + (log1p(E) − E),   q − p = p (expm1(D) − E) / (1 + E)
+
+keeps the relative accuracy as q goes to p: the first term is a sum of terms of the size of D², and so is the second.
+It needs no exponential of z_q, but D must be finite and below MAX_DIFFERENCE, or p · e^D meets the ends of the fp32
+range; other rows go to the reference.
+"""
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.loss_problem import FORWARD, REVERSE, Divergence
+from softprompt_kernels.kernels.reference import divergence as reference
+
+# e^48 times the smallest normal fp32, 1.2e-38, is 1e-17: what underflow takes from p · e^D is nothing.
+MAX_DIFFERENCE = 48.0
+SCRATCH_BUFFERS = 2
+
+
+def divergence_(student: Tensor, teacher: Tensor, divergence: Divergence, scratch: tuple[Tensor, Tensor]) -> Tensor:
+    """Loss [b] of rows [b, V]; leaves its gradient by the student's logits in `student`, and overwrites the others."""
+    difference, other = scratch
+    student_max, teacher_max = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
+    shift = student_max - teacher_max
+    if divergence.kind == REVERSE:
+        torch.sub(teacher, student, out=difference).add_(shift)
+    else:
+        torch.sub(student, teacher, out=difference).sub_(shift)
+    smallest, largest = torch.aminmax(difference)
+    if not (smallest > -torch.inf and largest <= MAX_DIFFERENCE):  # NaN, of −inf on both sides, fails both
+        loss, gradient = reference.rows(student, teacher, divergence)
+        student.copy_(gradient)
+        return loss
+    if divergence.kind == FORWARD:
+        return _forward_(student, teacher.sub_(teacher_max).exp_(), difference)
+    student.sub_(student_max).exp_()
+    if divergence.kind == REVERSE:
+        return _reverse_(student, difference, teacher, other)
+    return _jsd_(student, teacher.sub_(teacher_max).exp_(), difference, divergence.beta, other)
+
+
+def _forward_(gradient: Tensor, teacher: Tensor, difference: Tensor) -> Tensor:
+    """`teacher` is e of p_t, `difference` D = z_s − z_t; the old contents of `gradient` are not read."""
+    total = teacher.sum(1, keepdim=True)
+    change = torch.expm1(difference, out=gradient)
+    excess = torch.sub(change, difference, out=difference).mul_(teacher).sum(1, keepdim=True).div_(total)
+    mean_change = change.mul_(teacher).sum(1, keepdim=True).div_(total)  # E
+    change.addcmul_(teacher, -mean_change).mul_(1 / (total * (1 + mean_change)))
+    return _loss(excess, mean_change)
+
+
+def _reverse_(student: Tensor, difference: Tensor, scratch: Tensor, other: Tensor) -> Tensor:
+    """`student` is e of p_s, `difference` D = z_t − z_s. The gradient p_s (log p_s/p_t − KL) is p_s (E_s[D] − D)."""
+    total = student.sum(1, keepdim=True)
+    change = torch.expm1(difference, out=scratch)
+    mean_change = torch.mul(change, student, out=other).sum(1, keepdim=True).div_(total)  # E
+    excess = change.sub_(difference).mul_(student).sum(1, keepdim=True).div_(total)
+    student.mul_(difference.sub_(mean_change - excess)).mul_(-1 / total)
+    return _loss(excess, mean_change)
+
+
+def _loss(excess: Tensor, mean_change: Tensor) -> Tensor:
+    """E_p[expm1(D) − D] + (log1p(E) − E), [b]."""
+    exact = mean_change.double()
+    return (excess + (torch.log1p(exact) - exact)).clamp_(min=0).squeeze(1).to(excess.dtype)
+
+
+def _jsd_(student: Tensor, teacher: Tensor, difference: Tensor, beta: float, scratch: Tensor) -> Tensor:
+    """e of p_s and of p_t. With l = log m/p_t and r = log p_s/m: loss (1−β) E_s[r] − β E_t[l].
+
+    An error in the normalisers of δ = l + r changes this loss only to second order.
+    """
+    student_total, teacher_total = student.sum(1, keepdim=True), teacher.sum(1, keepdim=True)
+    delta = difference.sub_(torch.log(student_total / teacher_total))
+    mixture = torch.expm1(delta, out=scratch).mul_(1 - beta).log1p_()  # l
+    ratio = delta.sub_(mixture)  # r
+    teacher_cost = mixture.mul_(teacher).sum(1, keepdim=True).div_(teacher_total)
+    student_cost = torch.mul(ratio, student, out=scratch).sum(1, keepdim=True).div_(student_total)
+    student.mul_(ratio.sub_(student_cost)).mul_((1 - beta) / student_total)
+    return ((1 - beta) * student_cost - beta * teacher_cost).clamp_(min=0).squeeze(1)
