@@ -1,0 +1,5 @@
+"""The command `softprompt`."""
+
+from softprompt_kernels.cli.app import app, main
+
+__all__ = ["app", "main"]

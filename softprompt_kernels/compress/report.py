@@ -153,7 +153,7 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
         points[x[-1]] = heldout["kl_prompt"]
     if points:
         axes.plot(*zip(*sorted(points.items()), strict=True), "o--", color="tab:orange", label="held-out KL")
-    baselines = (("none", ":", "nothing"), ("truncated", "-.", "truncated context"), ("untrained", "--", "untrained"))
+    baselines = (("none", ":", "nothing"), ("truncated", "-.", "truncated context"), ("untrained", "--", "untrained prompt"))
     for key, style, name in baselines:
         value = heldout.get(f"kl_{key}")
         if value is not None:

@@ -1,0 +1,65 @@
+"""How things look: tables and durations, with colour on a terminal and as plain text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from softprompt_kernels.compress.report import table_text
+
+
+def on_terminal() -> bool:
+    """Whether a person looks at standard output, rather than a file or a program."""
+    return sys.stdout.isatty()
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: str | None = None) -> None:
+    """Prints a table on standard output.
+
+    Args:
+        header, rows: text; the first column names the row, the others are figures.
+        strong: the first cell of the row that the table is about.
+    """
+    if not on_terminal():
+        typer.echo(table_text(header, rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row, style="bold green" if row[0] == strong else None)
+    Console().print(table)
+
+
+def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Prints lines of a name and a value, the values under each other."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        typer.echo(f"{name.ljust(width)}  {value}")
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "12 s", "3 min 05 s", "2 h 07 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: int) -> str:
+    """Bytes, as "640 B", "3.2 MB"; 1 MB is 10⁶ bytes."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
