@@ -10,7 +10,7 @@ the graph stays whole, and gradient checkpointing, which drops caches, changes n
 
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor
@@ -91,7 +91,14 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     return layers.close(lengths)
 
 
-def prefix_of(model: PreTrainedModel, prompt: Prefix | KVPrompt | EmbeddingPrompt | PromptBank | None) -> Prefix | None:
+Prompt = Prefix | KVPrompt | EmbeddingPrompt | PromptBank
+
+
+@overload
+def prefix_of(model: PreTrainedModel, prompt: Prompt) -> Prefix: ...
+@overload
+def prefix_of(model: PreTrainedModel, prompt: None) -> None: ...
+def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
     """The prefix of any kind of prompt, differentiable; None, no prompt, stays None.
 
     Keys and values come in the dtype of the model's embedding, converted once for all layers. A `Prefix` is returned

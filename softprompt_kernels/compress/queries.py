@@ -1,0 +1,96 @@
+"""Queries: the inputs z that the prompt has to be good for, each with the teacher's continuation y once it is known.
+
+They come from a file of JSON lines, `{"input": "...", "output": "..."}` with the output optional, or from self-study
+(`selfstudy.py`). Queries that are held out share no input with those that are trained on: two samples of one question
+are never on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from softprompt_kernels.errors import SoftPromptError
+
+
+@dataclass(frozen=True)
+class Query:
+    """One input, and the output to learn from; None where the teacher still has to be asked."""
+
+    input: str
+    output: str | None = None
+
+
+def load_queries(path: Path) -> list[Query]:
+    """Read a file of JSON lines. Blank lines are skipped.
+
+    Raises:
+        SoftPromptError: the file cannot be read, holds no query, or has a line that is none (named by its number).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SoftPromptError(f"queries: {path} cannot be read as UTF-8 text ({error})") from error
+    queries = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not queries:
+        raise SoftPromptError(f"queries: {path} holds no query, accepted is at least one line")
+    return queries
+
+
+def save_queries(path: Path, parts: dict[str, Sequence[Query]]) -> None:
+    """Write queries as JSON lines, each with the name of its part as "split"."""
+    lines = (
+        json.dumps({**asdict(query), "split": split}, ensure_ascii=False) for split in parts for query in parts[split]
+    )
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none: under a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def hold_out(queries: Sequence[Query], share: float, seed: int) -> tuple[list[Query], list[Query]]:
+    """`(trained on, held out)`: `share` of the different inputs, at least one, is held out.
+
+    Raises:
+        SoftPromptError: fewer than two different inputs.
+    """
+    inputs = sorted({query.input for query in queries})
+    if len(inputs) < 2:
+        raise SoftPromptError(f"queries: got {len(inputs)} different input, accepted are two or more: one is held out")
+    random.Random(seed).shuffle(inputs)
+    held = set(inputs[: min(max(1, round(share * len(inputs))), len(inputs) - 1)])
+    return [q for q in queries if q.input not in held], [q for q in queries if q.input in held]
+
+
+def without(queries: Iterable[Query], held_out: Iterable[Query]) -> list[Query]:
+    """`queries` less those whose input is held out."""
+    inputs = {query.input for query in held_out}
+    return [query for query in queries if query.input not in inputs]
+
+
+def _parse(line: str, place: str) -> Query:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SoftPromptError(f"queries: {place} is not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise SoftPromptError(f'queries: {place} is a {type(record).__name__}, accepted is an object with "input"')
+    extra = sorted(set(record) - {"input", "output", "split"})
+    if extra:
+        raise SoftPromptError(f'queries: {place} has the unknown key "{extra[0]}", accepted are "input" and "output"')
+    if not isinstance(record.get("input"), str) or not record["input"].strip():
+        raise SoftPromptError(f'queries: {place} needs an "input" that is a text and not empty')
+    output = record.get("output")
+    if output is not None and (not isinstance(output, str) or not output.strip()):
+        raise SoftPromptError(f'queries: {place} has an "output" that is no text, or empty; leave it out to sample one')
+    return Query(record["input"], output)

@@ -1,0 +1,92 @@
+"""A query with its output in tokens, and batches of them.
+
+    tokens    x_0 … x_{m−1}  y_0 … y_{n−1}        targets y_0 … y_{n−1} are predicted at positions m−1 … m+n−2
+
+The loss looks at the n rows that predict the output, so the last token is never fed to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt_kernels.models import prompted_hidden
+from softprompt_kernels.prompts import Prefix
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: `input_ids` (m ≥ 1) is read, `output_ids` (n ≥ 1) is predicted."""
+
+    input_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+
+    @property
+    def targets(self) -> int:
+        """n, the rows that the loss looks at."""
+        return len(self.output_ids)
+
+    @property
+    def length(self) -> int:
+        """m + n − 1, the tokens fed to the model."""
+        return len(self.input_ids) + len(self.output_ids) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Right-padded examples.
+
+    Args:
+        input_ids: `[B, M]` int64.
+        attention_mask: `[B, M]` int64, None when no row is padded.
+        target_rows: `[n]` int64: the rows of the flattened `[B·M]` hidden states that predict, example by example.
+        labels: `[n]` int64: what they predict.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    target_rows: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device) -> Batch:
+        """Pad examples to the longest; padding repeats token 0, which nothing looks at."""
+        width = max(example.length for example in examples)
+        ids = torch.zeros(len(examples), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        rows, labels = [], []
+        for index, example in enumerate(examples):
+            fed = (*example.input_ids, *example.output_ids[:-1])
+            ids[index, : len(fed)] = torch.tensor(fed)
+            mask[index, : len(fed)] = 1
+            start = index * width + len(example.input_ids) - 1
+            rows.append(torch.arange(start, start + example.targets))
+            labels.extend(example.output_ids)
+        padded = None if bool(mask.all()) else mask.to(device)
+        return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
+
+    def hidden(self, model: PreTrainedModel, prefix: Prefix | None) -> Tensor:
+        """`[n, d]`: the hidden states that predict the targets, behind a prefix."""
+        hidden = prompted_hidden(model, self.input_ids, prefix, attention_mask=self.attention_mask)
+        return hidden.flatten(0, 1).index_select(0, self.target_rows)
+
+
+def in_batches(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
+    """Indices of `examples` by length, in groups of at most `tokens` padded tokens (one example may exceed them)."""
+    group: list[int] = []
+    for index in sorted(range(len(examples)), key=lambda i: examples[i].length):
+        if group and examples[index].length * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def total_targets(examples: Iterable[Example]) -> int:
+    """All rows that a loss over `examples` looks at."""
+    return sum(example.targets for example in examples)

@@ -1,0 +1,161 @@
+"""Everything that is read and checked before any work starts: texts, queries, model, and whether they fit together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt_kernels.compress.chat import ChatFormat
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.loading import load_model, resolve_device
+from softprompt_kernels.compress.objective import Objective
+from softprompt_kernels.compress.queries import Query, hold_out, load_queries, without
+from softprompt_kernels.compress.selfstudy import self_study
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models import head_of
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A compression that can start.
+
+    Args:
+        config: what was asked for.
+        model, tokenizer, chat: loaded and prepared.
+        text: the context.
+        context_ids: `[1, C]`, the context in tokens, on the model's device.
+        train, heldout: queries, without a common input.
+        objective: the loss.
+    """
+
+    config: CompressConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    text: str
+    context_ids: Tensor
+    train: tuple[Query, ...]
+    heldout: tuple[Query, ...]
+    objective: Objective
+
+    @property
+    def context_tokens(self) -> int:
+        """C."""
+        return self.context_ids.shape[1]
+
+
+def read_text(path: Path, name: str) -> str:
+    """A text file.
+
+    Raises:
+        SoftPromptError: it is missing, empty or no UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SoftPromptError(f"{name}: {path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise SoftPromptError(f"{name}: {path} cannot be read ({error.strerror})") from error
+    if not text.strip():
+        raise SoftPromptError(f"{name}: {path} is empty, accepted is a text with at least a word")
+    return text
+
+
+def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
+    """`(training, held out)`: from files and self-study, as the configuration says.
+
+    Raises:
+        SoftPromptError: a file that cannot be used, or nothing left on one of the sides.
+    """
+    queries = [] if config.queries is None else load_queries(config.queries)
+    known = {query.input for query in queries}
+    queries += [query for query in self_study(text, config.selfstudy, config.seed) if query.input not in known]
+    if config.heldout is None:
+        train, heldout = hold_out(queries, config.heldout_share, config.seed)
+    else:
+        heldout = load_queries(config.heldout)
+        train = without(queries, heldout)
+    if not train:
+        raise SoftPromptError("queries: none is left to train on, all of them are held out")
+    return tuple(train), tuple(heldout)
+
+
+def set_up(config: CompressConfig) -> Setup:
+    """Read, load and check everything.
+
+    Raises:
+        SoftPromptError: whatever cannot be served, in one sentence; nothing has been written by then.
+    """
+    text = read_text(config.context, "context")
+    train, heldout = read_queries(config, text)
+    if config.init_text is not None:
+        read_text(config.init_text, "init_text")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    resolve_device(config.device)
+    model, tokenizer = load_model(config.model, config.dtype, config.device)
+    chat = ChatFormat(tokenizer)
+    context_ids = chat.context_ids(text).to(model.device)
+    context_tokens = context_ids.shape[1]
+    if config.tokens >= context_tokens:
+        raise SoftPromptError(
+            f"tokens: got {config.tokens} for a context of {context_tokens} tokens, "
+            f"accepted is 1 to {context_tokens - 1}"
+        )
+    check_fits(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
+    if config.gradient_checkpointing:
+        # Layers are recomputed in training mode only; frozen models without dropout compute the same in both.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
+    return Setup(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)
+
+
+def check_fits(
+    model: PreTrainedModel, chat: ChatFormat, context_tokens: int, queries: Sequence[Query], new_tokens: int
+) -> None:
+    """Refuses a context, or a query behind it, that is longer than the model's window."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return
+    if context_tokens >= window:
+        raise SoftPromptError(
+            f"context: got {context_tokens} tokens for a model with a window of {window}; accepted is a shorter text"
+        )
+    for query in queries:
+        output = new_tokens if query.output is None else len(chat.output_ids(query.output))
+        total = context_tokens + len(chat.query_ids(query.input)) + output
+        if total > window:
+            raise SoftPromptError(
+                f"queries: {query.input[:40]!r} needs {total} tokens with context and output, "
+                f"accepted is the model's window of {window}"
+            )
+
+
+def sha256(text: str) -> str:
+    """Of a text, hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(setup: Setup) -> dict[str, Any]:
+    """What makes two runs the same: all that decides the result, files by their content. JSON."""
+    config = setup.config.model_dump(
+        mode="json",
+        exclude={"output", "threads", "checkpoint_every", "micro_batch_size", "gradient_checkpointing", "device"},
+    )
+    for name, path in (
+        ("queries", setup.config.queries),
+        ("heldout", setup.config.heldout),
+        ("init_text", setup.config.init_text),
+    ):
+        if path is not None:
+            config[name] = sha256(path.read_text(encoding="utf-8"))
+    config["context"] = sha256(setup.text)
+    return config

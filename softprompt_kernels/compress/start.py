@@ -1,0 +1,59 @@
+"""The prompt before training: what `init` names, as a module of the kind that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.compress.setup import Setup, read_text
+from softprompt_kernels.models import capture, shift_keys
+from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix, initialise
+
+Prompt = KVPrompt | EmbeddingPrompt
+
+
+def initial_prompt(setup: Setup, context: Prefix) -> Prompt:
+    """k tokens as `config.init` says, trainable but for `config.frozen`, on the model's device.
+
+    Args:
+        setup: what is compressed.
+        context: its captured prefix.
+    """
+    config, model = setup.config, setup.model
+    k, generator = config.tokens, torch.Generator().manual_seed(config.seed)
+    if config.kind == "kv":
+        if config.init in ("first", "strided"):
+            rotate = partial(shift_keys, model)
+            prefix = initialise.from_prefix(context, k, config.init, rotate=rotate)
+        elif config.init == "random":
+            prefix = initialise.random_prefix(context, k, generator=generator)
+        else:
+            prefix = capture(model, tokens_of(setup, generator)[None].to(model.device))
+        return KVPrompt.from_prefix(prefix, frozen_tokens=config.frozen).to(model.device)
+    embed = cast(Callable[[Tensor], Tensor], model.get_input_embeddings())
+    if config.init == "random":
+        table = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+        rows = initialise.random_embedding(embed, table.shape[0], k, device=model.device, generator=generator)
+    else:
+        rows = initialise.embed_tokens(embed, tokens_of(setup, generator).to(model.device))
+    return EmbeddingPrompt(rows, frozen_tokens=config.frozen).to(model.device)
+
+
+def tokens_of(setup: Setup, generator: torch.Generator) -> Tensor:
+    """`[k]`: the tokens that the prompt starts as."""
+    config, ids = setup.config, setup.context_ids[0].cpu()
+    if config.init == "first":
+        return initialise.first_tokens(ids, config.tokens)
+    if config.init == "strided":
+        return initialise.strided_tokens(ids, config.tokens)
+    if config.init == "text":
+        assert config.init_text is not None
+        return initialise.tiled_tokens(
+            setup.chat.context_ids(read_text(config.init_text, "init_text"))[0], config.tokens
+        )
+    special = setup.tokenizer.all_special_ids
+    return initialise.vocabulary_tokens(len(setup.tokenizer), config.tokens, exclude=special, generator=generator)
