@@ -71,6 +71,18 @@ def test_each_row_generates_behind_its_own_prompt(build, tokens, padded):
         assert torch.equal(out[-8:], expected)
 
 
+def test_samples_of_one_input_read_the_prompt_of_that_input(build, tokens):
+    # Row b reads prompt b, and transformers makes two neighbouring rows of each input.
+    model = build("llama")
+    prepare(model)
+    contexts, ids = tokens(2, 6), tokens(2, 4, seed=1)
+    options = {"num_beams": 2, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 8}
+    got = generate(model, ids, capture(model, contexts), **options)
+    for b in range(2):
+        expected = generate(model, ids[b : b + 1], capture(model, contexts[b : b + 1]), **options)
+        assert torch.equal(got[2 * b : 2 * b + 2], expected)
+
+
 def test_without_prefix_it_is_plain_generation(build, tokens):
     ids = tokens(2, 6)
     expected = build("mistral").generate(ids, **GREEDY)
