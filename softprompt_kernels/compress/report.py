@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ROWS = (
     ("none", "nothing"),
     ("truncated", "truncated context"),
-    ("untrained", "untrained prompt"),
+    ("untrained", "untrained strided KV"),
+    ("initial", "prompt before training"),
     ("prompt", "soft prompt"),
 )
 """What the model reads before the query, and how it is called in the table."""
@@ -153,7 +154,11 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
         points[x[-1]] = heldout["kl_prompt"]
     if points:
         axes.plot(*zip(*sorted(points.items()), strict=True), "o--", color="tab:orange", label="held-out KL")
-    baselines = (("none", ":", "nothing"), ("truncated", "-.", "truncated context"), ("untrained", "--", "untrained prompt"))
+    baselines = (
+        ("none", ":", "nothing"),
+        ("truncated", "-.", "truncated context"),
+        ("untrained", "--", "untrained prompt"),
+    )
     for key, style, name in baselines:
         value = heldout.get(f"kl_{key}")
         if value is not None:

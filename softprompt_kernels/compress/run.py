@@ -24,7 +24,7 @@ from softprompt_kernels.compress.report import save_curves
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sequences import Example
 from softprompt_kernels.compress.setup import Setup, check_fits, identity, read_text, set_up, sha256
-from softprompt_kernels.compress.start import initial_prompt
+from softprompt_kernels.compress.start import baselines, initial_prompt
 from softprompt_kernels.compress.targets import Targets, cached_targets
 from softprompt_kernels.compress.teacher import answer, hidden_states
 from softprompt_kernels.compress.trainer import Schedule, StepReport, Trainer
@@ -71,17 +71,13 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     context = capture(setup.model, setup.context_ids, CAPTURE_TOKENS)
     train, heldout = _examples(setup, folder, context, reporter)
     prompt = initial_prompt(setup, context)
-    students = {
-        "none": None,
-        "truncated": context.slice(0, config.tokens),
-        "untrained": prefix_of(setup.model, prompt).detach(),
-    }
+    students = baselines(setup, context, prompt)
     sampled = train[: config.evaluation_sequences]
-    baselines = {
+    measured = {
         "train": measure(setup.model, context, students, sampled, reporter, "training"),
         "heldout": measure(setup.model, context, students, heldout, reporter, "held-out"),
     }
-    check_context_matters(baselines["heldout"]["none"].kl)
+    check_context_matters(measured["heldout"]["none"].kl)
     targets = _targets(setup, folder, context, train, reporter)
     trainer = Trainer(
         setup.model,
@@ -106,7 +102,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     trained = prefix_of(setup.model, prompt).detach()
     for name, examples in (("train", sampled), ("heldout", heldout)):
         label = "training" if name == "train" else "held-out"
-        distances: dict[str, Distance] = dict(baselines[name])
+        distances: dict[str, Distance] = dict(measured[name])
         distances |= measure(setup.model, context, {"prompt": trained}, examples, reporter, label)
         figures[name] = summary(distances)
     figures["seconds"] = time.perf_counter() - begin + before

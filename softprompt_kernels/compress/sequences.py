@@ -58,7 +58,8 @@ class Batch:
         width = max(example.length for example in examples)
         ids = torch.zeros(len(examples), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        rows, labels = [], []
+        rows: list[Tensor] = []
+        labels: list[int] = []
         for index, example in enumerate(examples):
             fed = (*example.input_ids, *example.output_ids[:-1])
             ids[index, : len(fed)] = torch.tensor(fed)

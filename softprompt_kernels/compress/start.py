@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt_kernels.compress.setup import Setup, read_text
-from softprompt_kernels.models import capture, shift_keys
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models import capture, prefix_of, shift_keys
+from softprompt_kernels.models.families import rope_parameters
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix, initialise
 
 Prompt = KVPrompt | EmbeddingPrompt
@@ -27,8 +31,7 @@ def initial_prompt(setup: Setup, context: Prefix) -> Prompt:
     k, generator = config.tokens, torch.Generator().manual_seed(config.seed)
     if config.kind == "kv":
         if config.init in ("first", "strided"):
-            rotate = partial(shift_keys, model)
-            prefix = initialise.from_prefix(context, k, config.init, rotate=rotate)
+            prefix = cut(model, context, k, config.init)
         elif config.init == "random":
             prefix = initialise.random_prefix(context, k, generator=generator)
         else:
@@ -41,6 +44,32 @@ def initial_prompt(setup: Setup, context: Prefix) -> Prompt:
     else:
         rows = initialise.embed_tokens(embed, tokens_of(setup, generator).to(model.device))
     return EmbeddingPrompt(rows, frozen_tokens=config.frozen).to(model.device)
+
+
+def cut(model: PreTrainedModel, context: Prefix, k: int, how: str) -> Prefix:
+    """k tokens of a captured context as a prefix of their own: the first, or strided ones.
+
+    Raises:
+        SoftPromptError: strided keys of a model whose rotary frequencies depend on the length cannot be moved.
+    """
+    # Learned positions are in the keys for good: strided ones are taken as they are.
+    rotate = partial(shift_keys, model) if rope_parameters(model.config) else None
+    return initialise.from_prefix(context, k, how, rotate=rotate)
+
+
+def baselines(setup: Setup, context: Prefix, prompt: Prompt) -> dict[str, Prefix | None]:
+    """What a trained prompt of k tokens has to beat, by name.
+
+    "none": no prompt; "truncated": the first k tokens of the context; "untrained": k of the context's own keys and
+    values, strided (left out where they cannot be moved); "initial": the prompt before training, where it is neither.
+    """
+    model, config = setup.model, setup.config
+    students: dict[str, Prefix | None] = {"none": None, "truncated": cut(model, context, config.tokens, "first")}
+    with suppress(SoftPromptError):
+        students["untrained"] = cut(model, context, config.tokens, "strided")
+    if config.kind != "kv" or config.init not in ("first", "strided"):
+        students["initial"] = prefix_of(model, prompt).detach()
+    return students
 
 
 def tokens_of(setup: Setup, generator: torch.Generator) -> Tensor:
