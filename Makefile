@@ -1,0 +1,54 @@
+# make demo   install into .venv, fetch the demo model, compress a text, answer questions about it
+# make test   install what tests need, lint, type-check, test
+# make bench  time and memory of a training step against the obvious way of writing it
+#
+# Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/SmolLM2-135M-Instruct
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo $(MODEL)/config.json
+	$(BIN)/softprompt compress --config demo/demo.yaml
+	$(BIN)/softprompt generate --compare --model $(MODEL) --context demo/handbook.txt --prompt runs/demo/prompt \
+		--max-new-tokens 32 \
+		"How high is the Tansy Viaduct?" "Who founded the hermitage?" "What will open in 2027?"
+
+test: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/bench $(MODEL)/config.json
+	$(BIN)/python benchmarks/step.py --model $(MODEL) --context demo/handbook.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+# torch first and alone: any other package would pull the CUDA build.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable '.[demo,test]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/torch pyproject.toml setup.py
+	$(PIP) --editable '.[bench,demo]'
+	touch $@
+
+$(MODEL)/config.json: demo/fetch_model.py | $(VENV)/demo
+	$(BIN)/python demo/fetch_model.py --out $(MODEL)
+	touch $@
