@@ -148,8 +148,9 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
     axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(x, _smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
     points = {step["step"]: step["heldout_kl"] for step in steps if step.get("heldout_kl") is not None}
-    if heldout.get("kl_untrained") is not None:
-        points.setdefault(0, heldout["kl_untrained"])
+    start = heldout.get("kl_initial", heldout.get("kl_untrained"))
+    if start is not None:
+        points.setdefault(0, start)
     if heldout.get("kl_prompt") is not None:
         points[x[-1]] = heldout["kl_prompt"]
     if points:
@@ -157,7 +158,7 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
     baselines = (
         ("none", ":", "nothing"),
         ("truncated", "-.", "truncated context"),
-        ("untrained", "--", "untrained prompt"),
+        ("untrained", "--", "untrained strided KV"),
     )
     for key, style, name in baselines:
         value = heldout.get(f"kl_{key}")

@@ -1,0 +1,194 @@
+"""The configuration: one meaning in YAML and in overrides, and a sentence for whatever is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from softprompt_kernels.compress.config import CompressConfig, accepted, load_config
+from softprompt_kernels.errors import SoftPromptError
+
+LEAST = {"model": "m", "context": "c.txt", "output": "run", "tokens": 8}
+
+
+def refusal(path: Path | None = None, **overrides: object) -> str:
+    with pytest.raises(SoftPromptError) as caught:
+        load_config(path, {**LEAST, **overrides})
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value).lower()
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_overrides_win_over_the_file(yaml_file):
+    path = yaml_file("model: a\ncontext: c.txt\noutput: run\ntokens: 8\nsteps: 50\nlearning_rate: 0.01\n")
+    config = load_config(path, {"steps": 70})
+    assert (config.model, config.steps, config.learning_rate) == ("a", 70, 0.01)
+    assert config.context == Path("c.txt")
+
+
+def test_what_yaml_takes_for_a_text_is_still_a_number(yaml_file):
+    assert load_config(yaml_file("learning_rate: 2e-2"), LEAST).learning_rate == 0.02
+
+
+def test_an_empty_file_changes_nothing(yaml_file):
+    assert load_config(yaml_file("# nothing yet\n"), LEAST) == load_config(None, LEAST)
+
+
+def test_written_and_read_again_it_is_the_same(yaml_file):
+    config = load_config(None, {**LEAST, "init": "text", "init_text": "ä.txt", "max_grad_norm": 1.5, "steps": 3})
+    assert load_config(yaml_file(config.to_yaml()), {}) == config
+
+
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(None, {**LEAST, "context": "~/c.txt"}).context == tmp_path / "c.txt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "given", "frozen"),
+    [("kv", 8, None, 1), ("kv", 1, None, 0), ("embedding", 8, None, 0), ("kv", 8, 0, 0), ("embedding", 8, 3, 3)],
+)
+def test_the_sink_is_frozen_by_default_in_kv_prompts_only(kind, tokens, given, frozen):
+    config = load_config(None, {**LEAST, "kind": kind, "tokens": tokens, "frozen_tokens": given})
+    assert config.frozen == frozen
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (4, 4), (5, 5), (200, 5)])
+def test_warmup_fits_into_a_short_training(steps, warmup):
+    assert load_config(None, {**LEAST, "steps": steps}).warmup_steps == warmup
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tokens", 0),
+        ("tokens", 2.5),
+        ("tokens", True),
+        ("frozen_tokens", -1),
+        ("selfstudy", -1),
+        ("new_tokens", 0),
+        ("sample_temperature", -0.1),
+        ("sample_batch", 0),
+        ("heldout_share", 0),
+        ("heldout_share", 1),
+        ("nll_weight", 1.1),
+        ("beta", 0),
+        ("beta", 1),
+        ("loss_temperature", 0),
+        ("steps", 0),
+        ("steps", "many"),
+        ("batch_size", 0),
+        ("micro_batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("warmup_steps", -1),
+        ("weight_decay", -1),
+        ("max_grad_norm", 0),
+        ("gradient_checkpointing", "maybe"),
+        ("checkpoint_every", 0),
+        ("evaluate_every", -1),
+        ("evaluation_sequences", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("threads", 0),
+        ("kind", "lora"),
+        ("init", "last"),
+        ("objective", "mse"),
+        ("dtype", "fp8"),
+        ("device", "the fast one"),
+        ("model", ""),
+        ("model", 7),
+        ("context", ""),
+        ("context", 7),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
+    message = refusal(**{field: value})
+    assert message == f"{field}: got {value!r}, accepted is {accepted(field)}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"frozen_tokens": 8}, "frozen_tokens"),
+        ({"init": "text"}, "init_text"),
+        ({"init_text": "t.txt"}, "init_text"),
+        ({"objective": "nll", "nll_weight": 0.5}, "nll_weight"),
+        ({"beta": 0.3}, "beta"),
+        ({"selfstudy": 0}, "queries"),
+        ({"batch_size": 4, "micro_batch_size": 5}, "micro_batch_size"),
+        ({"steps": 4, "warmup_steps": 5}, "warmup_steps"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(overrides, field):
+    assert refusal(**overrides).startswith(f"{field}: ")
+
+
+def test_accepted_says_the_range_in_words():
+    assert accepted("tokens") == "a whole number ≥ 1"
+    assert accepted("heldout_share") == "a number > 0 and < 1"
+    assert accepted("kind") == "one of kv, embedding"
+    assert accepted("max_grad_norm") == "a number > 0"
+    assert accepted("threads") == "a whole number ≥ 1"
+    assert accepted("init_text") == "a path"
+
+
+def test_all_wrong_fields_are_named_at_once():
+    message = refusal(steps=0, tokens=0)
+    assert "steps: got 0" in message and "tokens: got 0" in message
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(
+        SoftPromptError, match=r"^model: missing.*; context: missing.*; output: missing.*; tokens: missing"
+    ):
+        load_config(None, {})
+
+
+def test_an_unknown_key_comes_with_a_guess(yaml_file):
+    path = yaml_file("learning_rat: 0.1\nzzz: 1\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert "learning_rat: unknown, did you mean learning_rate?" in message and "zzz: unknown" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("- model\n- context\n", "holds a list, accepted is a mapping"),
+        ("model", "holds only 'model', accepted is a mapping"),
+        ("steps: 3\ntokens: [\n", "is not YAML in line 3"),
+        ("steps: 3\nsteps: 4\n", "is not YAML in line 2: steps is given twice"),
+        ("steps: !!python/object/apply:os.getcwd []\n", "is not YAML in line 1"),
+        ("steps: \x07", "is not YAML"),
+        (b"model: \xff\xfe", "is not UTF-8 text (byte 7)"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(yaml_file, text, fragment):
+    path = yaml_file(text)
+    message = refusal(path)
+    assert message.startswith(str(path)) and fragment in message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    assert refusal(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'} cannot be read: No such file or directory"
+    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+
+
+def test_every_field_says_what_it_is():
+    for name, field in CompressConfig.model_fields.items():
+        assert field.description and field.description.endswith((".", "...")), name
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None, LEAST).steps = 3
