@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LOGITS = 48 * 2**20  # bytes, the logits of a chunk
 _COPY = 8 * 2**20  # bytes, a part of the weight in fp32
-_BLOCK = 2**17  # elements of a scratch buffer
+_BLOCK = 2**16  # elements of a scratch buffer
 
 
 def kept_tokens(weights: Tensor | None) -> Tensor | None:
