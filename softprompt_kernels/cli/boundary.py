@@ -3,7 +3,7 @@
 | raised | printed on stderr | code |
 |---|---|---|
 | SoftPromptError | its sentence | 2 |
-| disk full, no permission, any other OSError | what and where | 2 |
+| disk full, no permission, any other OSError; a broken safetensors file | what and where | 2 |
 | out of memory | so, and what to make smaller | 2 |
 | Ctrl-C | so | 130 |
 | anything else | the traceback: a defect of ours | 1 |
@@ -74,6 +74,8 @@ def sentence_of(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return NO_MEMORY
+    if type(error).__name__ == "SafetensorError":
+        return f"a safetensors file is truncated or broken ({text})"
     if isinstance(error, ValueError) and text.startswith("backend"):
         return f"SOFTPROMPT_BACKEND: {text}"  # no command has an option for it
     return None

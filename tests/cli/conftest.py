@@ -1,0 +1,93 @@
+"""The command line in-process, a text, queries, and a run that has ended."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from softprompt_kernels.cli import app
+
+TEXT = "The red house by the river is number seven.\nIts owner, Ada Brook, keeps nine geese and a cat named Tom.\n"
+QUESTIONS = ("Who owns it?", "Where is it?", "How many geese?", "What is the cat called?", "What number?", "Which hue?")
+
+Run = Callable[..., Result]
+
+
+def _run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture
+def run() -> Run:
+    """`run("generate", "--model", ...)`: exit code, standard output and standard error of `softprompt`."""
+    return _run
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the commands are given."""
+
+    model: Path
+    context: Path
+    queries: Path
+    heldout: Path
+
+    def compress(self, output: Path, **changes: object) -> list[str]:
+        """The arguments of a small compression into `output`; None leaves one out."""
+        options: dict[str, object] = {
+            "model": self.model,
+            "context": self.context,
+            "output": output,
+            "tokens": 12,
+            "queries": self.queries,
+            "heldout": self.heldout,
+            "selfstudy": 0,
+            "new_tokens": 6,
+            "steps": 4,
+            "batch_size": 2,
+            "evaluate_every": 2,
+            **changes,
+        }
+        given = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None)
+        return ["compress", *(word for pair in given for word in pair)]
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A model, a text of about 150 tokens, four queries to train on and two held out."""
+    folder = tmp_path_factory.mktemp("inputs")
+    files = Inputs(tiny_model_folder, folder / "text.txt", folder / "queries.jsonl", folder / "heldout.jsonl")
+    files.context.write_text(TEXT)
+    lines = [f'{{"input": "{question}"}}\n' for question in QUESTIONS]
+    files.queries.write_text("".join(lines[:4]))
+    files.heldout.write_text("".join(lines[4:]))
+    return files
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A compression that has ended: its folder and what the command said."""
+
+    folder: Path
+    result: Result
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The run that the other commands work on. It is not changed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = _run(*inputs.compress(folder))
+    assert result.exit_code == 0, result.output
+    return Finished(folder, result)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,119 @@
+"""`softprompt compress` from the arguments to the folder, its forecast, and what an interrupt leaves."""
+
+import json
+
+import yaml
+
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.trainer import Trainer
+
+
+def test_a_compression_ends_with_the_table_and_says_where_things_are(finished):
+    out = finished.result.stdout
+    rows = [line.split("  ")[0].strip() for line in out.splitlines() if line.strip()]
+    start = rows.index("nothing")
+    assert rows[start : start + 5] == [
+        "nothing",
+        "truncated context",
+        "untrained strided KV",
+        "soft prompt",
+        "full context",
+    ]
+    assert "held-out KL" in out and "training KL" in out
+    for name in ("prompt", "evaluation.json", "curves.png"):
+        assert str(finished.folder / name) in out and (finished.folder / name).exists()
+    assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_shows_what_evaluation_json_holds(finished):
+    figures = json.loads((finished.folder / "evaluation.json").read_text())
+    (line,) = [line for line in finished.result.stdout.splitlines() if line.startswith("soft prompt")]
+    shown = [float(cell) for cell in line.removeprefix("soft prompt").split()]
+    expected = [
+        figures[part][key] for part in ("heldout", "train") for key in ("kl_prompt", "recovered", "top1_agreement")
+    ]
+    assert all(abs(a - b) <= 5.1e-4 for a, b in zip(shown, expected, strict=True))
+
+
+def test_progress_goes_to_standard_error_without_control_codes(finished):
+    assert "Training: 4 steps in" in finished.result.stderr
+    assert "Training" not in finished.result.stdout
+    assert "\x1b" not in finished.result.output and "\r" not in finished.result.output
+
+
+def test_the_same_command_again_shows_the_finished_run(run, inputs, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    again = run(*inputs.compress(finished.folder))
+    assert again.exit_code == 0
+    assert again.stdout == finished.result.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_name(run, inputs, finished):
+    other = run(*inputs.compress(finished.folder, steps=5, seed=3))
+    assert other.exit_code == 2
+    assert "holds another run, which differs in seed, steps" in other.stderr
+
+
+def test_options_win_over_the_yaml_file(run, inputs, tmp_path):
+    path = tmp_path / "config.yaml"
+    fields = {"model": str(inputs.model), "context": str(inputs.context), "output": "x", "tokens": 12, "steps": 9}
+    fields |= {"queries": str(inputs.queries), "heldout": str(inputs.heldout), "selfstudy": 0, "new_tokens": 4}
+    path.write_text(yaml.safe_dump(fields))
+    result = run("compress", "--config", path, "--steps", 2, "--output", tmp_path / "run", "--kind", "embedding")
+    assert result.exit_code == 0, result.output
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["steps"], written["tokens"], written["kind"]) == (2, 12, "embedding")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    config = json.loads((tmp_path / "run" / "prompt" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "PROMPT_TUNING"
+
+
+def test_every_field_of_the_configuration_is_an_option(run):
+    text = run("compress", "--help").stdout
+    for name in CompressConfig.model_fields:
+        assert f"--{name.replace('_', '-')}"[:16] in text, name
+
+
+def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
+    result = run(*inputs.compress(tmp_path / "run"), "--dry-run")
+    assert result.exit_code == 0, result.output
+    names = {line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()}
+    assert names == {"context", "prompt", "ratio", "queries", "KL of nothing", "a step", "in all"}
+    assert "4 to train on, 2 held out" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_where_an_unbroken_run_does(
+    run, inputs, finished, tmp_path, monkeypatch
+):
+    train_step = Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        stopped = run(*inputs.compress(tmp_path / "run"))
+    assert stopped.exit_code == 130
+    assert "Stopped at step 3 of 4" in stopped.stderr and "The same command goes on" in stopped.stderr
+    assert "Traceback" not in stopped.output and not (tmp_path / "run" / "evaluation.json").exists()
+
+    resumed = run(*inputs.compress(tmp_path / "run"))
+    assert resumed.exit_code == 0
+    weights = "prompt/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (finished.folder / weights).read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_ctrl_c_before_training_says_how_to_go_on(run, inputs, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("softprompt_kernels.compress.run.capture", stop)
+    stopped = run(*inputs.compress(tmp_path / "run"))
+    assert stopped.exit_code == 130 and "The same command goes on" in stopped.stderr
+    assert "Traceback" not in stopped.output
