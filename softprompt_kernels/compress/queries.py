@@ -31,7 +31,8 @@ def load_queries(path: Path) -> list[Query]:
         SoftPromptError: the file cannot be read, holds no query, or has a line that is none (named by its number).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON may hold U+2028 and the like as they are, and only a line feed ends a line of the file.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SoftPromptError(f"queries: {path} cannot be read as UTF-8 text ({error})") from error
     queries = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -83,6 +84,8 @@ def _parse(line: str, place: str) -> Query:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise SoftPromptError(f"queries: {place} is not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise SoftPromptError(f"queries: {place} is no JSON that can be read ({error})") from error
     if not isinstance(record, dict):
         raise SoftPromptError(f'queries: {place} is a {type(record).__name__}, accepted is an object with "input"')
     extra = sorted(set(record) - {"input", "output", "split"})
@@ -93,4 +96,7 @@ def _parse(line: str, place: str) -> Query:
     output = record.get("output")
     if output is not None and (not isinstance(output, str) or not output.strip()):
         raise SoftPromptError(f'queries: {place} has an "output" that is no text, or empty; leave it out to sample one')
-    return Query(record["input"], output)
+    if any("\ud800" <= character <= "\udfff" for character in record["input"] + (output or "")):
+        raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can write")
+    # Outer blanks are no part of what is asked: with them one question would count as two, on both sides of the split.
+    return Query(record["input"].strip(), output)
