@@ -83,13 +83,20 @@ class RunFolder:
                 raise SoftPromptError(
                     f"output: {self.path} holds another run, which differs in {', '.join(names)}; choose another folder"
                 )
+            self._write(config_yaml, record=None)
             return
         if self.path.exists() and any(self.path.iterdir()):
             raise SoftPromptError(f"output: {self.path} holds something that is no run; choose another folder")
+        self._write(config_yaml, json.dumps({"identity": identity}, indent=1))
+
+    def _write(self, config_yaml: str, record: str | None) -> None:
+        """The record first: with it alone the folder is known as ours, and the same call puts the rest there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.yaml", config_yaml)
-            write_text(record, json.dumps({"identity": identity}, indent=1))
+            if record is not None:
+                write_text(self.path / "run.json", record)
+            if not (self.path / "config.yaml").exists():
+                write_text(self.path / "config.yaml", config_yaml)
         except OSError as error:
             raise SoftPromptError(f"output: {self.path} cannot be written ({error.strerror})") from error
 
