@@ -30,7 +30,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, dtype=kind))
-    except (OSError, ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise whatever they like for broken files
         first = str(error).strip().split("\n")[0]
         raise SoftPromptError(f"model: nothing that can be loaded under {name!r} ({first})") from error
     check_tokenizer(model, tokenizer)
