@@ -7,6 +7,7 @@ tokens only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def answer(
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     # Queries of like length together: little padding, and batches of full width for the decoding steps.
     unknown = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
-    with reporter.progress("Asking the teacher", len(unknown), "query") as advance, torch.random.fork_rng(devices=[]):
+    with reporter.progress("Asking the teacher", len(unknown), "query") as advance, _own_randomness(model.device):
         torch.manual_seed(seed)
         for start in range(0, len(unknown), batch_size):
             chosen = unknown[start : start + batch_size]
@@ -53,6 +54,11 @@ def answer(
                 outputs[index] = output
             advance(len(chosen))
     return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y]
+
+
+def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """Gives the generators of the CPU and of a GPU back as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _sample(
