@@ -284,6 +284,6 @@ def _train(
             trainer.run(after_step)
         except KeyboardInterrupt:
             trainer.save(folder.checkpoint, key)
-            raise Interrupted(trainer.step, config.steps, folder.path) from None
+            raise Interrupted(trainer.saved, config.steps, folder.path) from None
     trainer.save(folder.checkpoint, key)
     return before

@@ -111,9 +111,8 @@ def set_up(config: CompressConfig) -> Setup:
         )
     check_fits(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
     if config.gradient_checkpointing:
-        # Layers are recomputed in training mode only; frozen models without dropout compute the same in both.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        # The model stays in evaluation mode; the trainer switches the layers alone (see `recomputing`).
+        model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
     return Setup(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt_kernels.compress.objective import Objective
 from softprompt_kernels.compress.sequences import Batch, Example, total_targets
@@ -107,6 +109,8 @@ class Trainer:
             self.parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=weight_decay
         )
         self.step = 0
+        self.whole = True  # False while σ is being updated
+        self.saved = 0  # the step of the last checkpoint
 
     def run(self, after_step: Callable[[StepReport], None]) -> None:
         """Train from the current step to the last; `after_step` is told of each once σ has been updated."""
@@ -122,10 +126,15 @@ class Trainer:
         rate = self.schedule.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if not math.isfinite(loss):
-            raise SoftPromptError(f"learning_rate: the loss is {loss} at step {self.step + 1}; try a smaller one")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise SoftPromptError(
+                f"learning_rate: at step {self.step + 1} the loss is {loss:.3g}, the norm of its gradient "
+                f"{float(norm):.3g}; try a smaller one"
+            )
+        self.whole = False
         self.optimizer.step()
         self.step += 1
+        self.whole = True
         tokens = total_targets([self.examples[i] for i in chosen])
         return StepReport(self.step, loss, float(norm), rate, tokens, time.perf_counter() - begin)
 
@@ -138,12 +147,14 @@ class Trainer:
         # Like lengths together: a micro-batch of short sequences is not padded to the longest of the batch.
         ordered = sorted(chosen, key=lambda i: self.examples[i].length)
         total = 0.0
-        for start in range(0, len(ordered), self.micro_batch_size):
-            part = ordered[start : start + self.micro_batch_size]
-            batch = Batch.of([self.examples[i] for i in part], self.model.device)
-            loss = self.objective.loss(batch.hidden(self.model, leaves), batch.labels, part, self.targets) / tokens
-            loss.backward()
-            total += float(loss.detach())
+        with recomputing(self.model):
+            for start in range(0, len(ordered), self.micro_batch_size):
+                part = ordered[start : start + self.micro_batch_size]
+                batch = Batch.of([self.examples[i] for i in part], self.model.device)
+                hidden = batch.hidden(self.model, leaves)
+                loss = self.objective.loss(hidden, batch.labels, part, self.targets) / tokens
+                loss.backward()
+                total += float(loss.detach())
         outputs, gradients = _with_gradient(prefix, leaves)
         torch.autograd.backward(outputs, gradients)
         return total
@@ -159,7 +170,12 @@ class Trainer:
         return order[start : start + size]
 
     def save(self, path: Path, identity: str) -> None:
-        """Write σ, the optimiser and the step, whole or not at all."""
+        """Write σ, the optimiser and the step, whole or not at all.
+
+        An update that was interrupted in the middle is not saved: the checkpoint before it is the last good state.
+        """
+        if not self.whole:
+            return
         tensors = {f"prompt.{name}": tensor for name, tensor in self.prompt.state_dict().items() if tensor.numel()}
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
@@ -172,6 +188,7 @@ class Trainer:
                 {"step": str(self.step), "identity": identity},
             )
             temporary.replace(path)
+            self.saved = self.step
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -198,7 +215,25 @@ class Trainer:
             self.optimizer.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()
             }
-        self.step = int(metadata["step"])
+        self.step = self.saved = int(metadata["step"])
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Let gradient checkpointing, where it was enabled, do its work.
+
+    transformers checkpoints layers in training mode. Only the layers' own flag is set: with `model.train()` dropout
+    would make the loss random, and the teacher's sampling would lose its cache.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    chosen = [layer for layer in layers if layer.gradient_checkpointing and not layer.training]
+    for layer in chosen:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            layer.training = False
 
 
 def _with_gradient(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:
