@@ -71,6 +71,7 @@ class CompressConfig(BaseModel):
     )
     heldout_share: Number = Field(0.1, gt=0, lt=1, description="Share of the queries held out if no file is given.")
     selfstudy: Whole = Field(256, ge=0, description="Queries that the model makes from the context by itself.")
+    samples: Whole = Field(1, ge=1, description="Answers sampled for each training query that has no output.")
     new_tokens: Whole = Field(48, ge=1, description="Tokens sampled from the teacher for a query without an output.")
     sample_temperature: Number = Field(1.0, ge=0, description="Temperature of that sampling; 0 takes the likeliest.")
     sample_batch: Whole = Field(64, ge=1, description="Sequences sampled at a time.")

@@ -84,6 +84,7 @@ def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], 
         train = without(queries, heldout)
     if not train:
         raise SoftPromptError("queries: none is left to train on, all of them are held out")
+    train = [query for query in train for _ in range(config.samples if query.output is None else 1)]
     return tuple(train), tuple(heldout)
 
 
