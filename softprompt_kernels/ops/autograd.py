@@ -35,21 +35,22 @@ def row_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("softprompt_kernels::scale_rows", mutates_args=())
-def _scale_rows(stored: Tensor, scale: Tensor, dtype: torch.dtype, op: str) -> Tensor:
-    return (stored * scale[:, None].to(accumulate_dtype(stored.dtype))).to(dtype)
+def _scale_rows(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
+    return (stored * scale[:, None].to(accumulate_dtype(stored.dtype))).to(hidden.dtype)
 
 
 @_scale_rows.register_fake
-def _(stored: Tensor, scale: Tensor, dtype: torch.dtype, op: str) -> Tensor:
-    return stored.new_empty(stored.shape, dtype=dtype)
+def _(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
+    return stored.new_empty(stored.shape, dtype=hidden.dtype)
 
 
-def scale_rows(stored: Tensor, scale: Tensor, dtype: torch.dtype, op: str) -> Tensor:
-    """stored [N, d] times scale [N] in a new tensor, so that a second backward finds the first one's input.
+def scale_rows(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
+    """stored [N, d] times scale [N] in hidden's dtype, in a new tensor: a second backward finds the first one's input.
 
-    An op of its own, because a derivative of it by `scale` alone would be a wrong second derivative of the loss.
+    An op of its own that also takes the hidden states, so that a second derivative by either is an error rather than
+    one that takes the stored gradient for a constant.
     """
-    scaled: Tensor = _scale_rows(stored, scale, dtype, op)
+    scaled: Tensor = _scale_rows(stored, scale, hidden, op)
     return scaled
 
 

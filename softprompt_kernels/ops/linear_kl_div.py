@@ -246,18 +246,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     student, weight, bias, *constants = inputs[:6]
     ctx.mark_non_differentiable(output[1])
     ctx.stored = inputs[6]
-    ctx.dtype = student.dtype
     ctx.options = inputs[7:]
     # The weight is saved although a stored gradient no longer needs it: changing it in place before the backward is an
     # error, as it is for a linear layer.
-    ctx.save_for_backward(*((output[1], weight) if ctx.stored else (student, weight, bias, *constants)))
+    ctx.save_for_backward(*((output[1], student, weight) if ctx.stored else (student, weight, bias, *constants)))
 
 
 def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * 15
     needs = list(ctx.needs_input_grad[:3])
     if ctx.stored:
-        gradients[0] = scale_rows(ctx.saved_tensors[0], grad_rows, ctx.dtype, OP)
+        stored, student, _weight = ctx.saved_tensors
+        gradients[0] = scale_rows(stored, grad_rows, student, OP)
         return tuple(gradients)
     found = iter(_backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
     for slot, need in enumerate(needs):

@@ -249,14 +249,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.dtype = inputs[0].dtype
     # The weight is saved only so that changing it in place before the backward is an error, as for a linear layer.
-    ctx.save_for_backward(output[1], inputs[1])
+    ctx.save_for_backward(output[1], *inputs[:2])
 
 
 def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    stored, _weight = ctx.saved_tensors
-    return scale_rows(stored, grad_rows, ctx.dtype, STUDENT_OP), *[None] * 14
+    stored, student, _weight = ctx.saved_tensors
+    return scale_rows(stored, grad_rows, student, STUDENT_OP), *[None] * 14
 
 
 _student_op.register_autograd(_backward, setup_context=_setup_context)

@@ -22,11 +22,17 @@ CASES = {
     "values larger than keys": {"sizes": {"value_size": 11}},
     "one prompt each": {"sizes": {"rows": 2}},
     "bank with index": {"sizes": {"rows": 3}, "options": {"prompt_index": torch.tensor([2, 0])}},
-    "bank where sequences share": {"sizes": {"rows": 3, "batch": 3}, "options": {"prompt_index": torch.tensor([1, 0, 1])}},
+    "bank where sequences share": {
+        "sizes": {"rows": 3, "batch": 3},
+        "options": {"prompt_index": torch.tensor([1, 0, 1])},
+    },
     "ragged bank": {"sizes": {"rows": 2}, "options": {"prompt_lengths": torch.tensor([0, 2])}},
     "ragged shared prompt": {"options": {"prompt_lengths": torch.tensor([2], dtype=torch.int32)}},
     "padded keys": {"options": {"key_lengths": torch.tensor([0, 3])}},
-    "padded keys before the queries": {"sizes": {"queries": 2, "own": 6}, "options": {"key_lengths": torch.tensor([3, 5])}},
+    "padded keys before the queries": {
+        "sizes": {"queries": 2, "own": 6},
+        "options": {"key_lengths": torch.tensor([3, 5])},
+    },
     "not causal": {"options": {"causal": False}},
     "sinks": {"options": {"sinks": torch.tensor([-1.0, 0.0, 2.0, 0.5], dtype=torch.float64)}},
     "sinks over rows without keys": {
@@ -36,12 +42,15 @@ CASES = {
     "scale": {"options": {"scale": 0.7}},
     "nine heads on three": {"sizes": {"heads": 9, "kv_heads": 3}},
     "window wider than everything": {"options": {"window": 8}},
-}  # fmt: skip
+}
 
 REFERENCE_CASES = {
     "window": {"options": {"window": 3}},
     "window of one": {"options": {"window": 1, "causal": False}},
-    "window over a ragged bank": {"sizes": {"rows": 2}, "options": {"window": 4, "prompt_lengths": torch.tensor([1, 3])}},
+    "window over a ragged bank": {
+        "sizes": {"rows": 2},
+        "options": {"window": 4, "prompt_lengths": torch.tensor([1, 3])},
+    },
     "softcap": {"options": {"softcap": 0.8}},
     "more queries than keys": {"sizes": {"queries": 6, "own": 2}},
     "no own keys, causal": {"sizes": {"own": 0, "queries": 2}},
@@ -55,7 +64,7 @@ REFERENCE_CASES = {
             "sinks": torch.tensor([-1.0, 0.0, 2.0, 0.5], dtype=torch.float64),
         },
     },
-}  # fmt: skip
+}
 
 
 def check(case, backend, attention_tensors, attention_oracle):
@@ -94,7 +103,11 @@ def test_reference_equals_the_oracle_where_it_is_alone(name, attention_tensors, 
 def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, attention_tensors):
     query, key, value, prompt_key, prompt_value = attention_tensors(batch=1, queries=9, own=9, rows=2, grad=True)
     inputs = [query, key, value, prompt_key, prompt_value]
-    starts, index, lengths = torch.tensor([0, 4, 4, 7], dtype=torch.int32), torch.tensor([1, 0, 1]), torch.tensor([3, 2])
+    starts, index, lengths = (
+        torch.tensor([0, 4, 4, 7], dtype=torch.int32),
+        torch.tensor([1, 0, 1]),
+        torch.tensor([3, 2]),
+    )
     out, lse = prompt_attention(
         *inputs, prompt_index=index, prompt_lengths=lengths, cu_seqlens=starts, return_lse=True, backend=backend
     )
@@ -103,7 +116,9 @@ def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, attention
     for (start, stop), row in zip(((0, 4), (4, 7)), (1, 1), strict=True):
         part = slice(start, stop)
         prompt = [t[row : row + 1, :, : lengths[row]] for t in (prompt_key, prompt_value)]
-        parts.append(prompt_attention(query[:, :, part], key[:, :, part], value[:, :, part], *prompt, backend="reference"))
+        parts.append(
+            prompt_attention(query[:, :, part], key[:, :, part], value[:, :, part], *prompt, backend="reference")
+        )
     expected = torch.cat(parts, 2)
     close(out[:, :, :7], expected)
     weight = torch.randn_like(out)

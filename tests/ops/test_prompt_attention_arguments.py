@@ -45,7 +45,7 @@ def test_error_names_argument_got_and_accepted(changes, error, message):
 
 
 def test_several_prompts_without_an_index_are_ambiguous():
-    with pytest.raises(ValueError, match="prompt_index must be given unless there is one prompt.*got None with R = 3"):
+    with pytest.raises(ValueError, match=r"prompt_index must be given unless there is one prompt.*got None with R = 3"):
         prompt_attention(**tensors(prompt_key=(3, 2, 3, 8), prompt_value=(3, 2, 3, 8)))
 
 
@@ -61,9 +61,9 @@ def test_packed_form_wants_equal_lengths_and_no_key_lengths():
 def test_dtypes_must_agree():
     made = tensors()
     made["prompt_key"] = made["prompt_key"].double()
-    with pytest.raises(TypeError, match="prompt_key must have query's dtype torch.float32; got torch.float64"):
+    with pytest.raises(TypeError, match=r"prompt_key must have query's dtype torch.float32; got torch.float64"):
         prompt_attention(**made)
-    with pytest.raises(TypeError, match="query must be float16, bfloat16, float32 or float64; got torch.int64"):
+    with pytest.raises(TypeError, match=r"query must be float16, bfloat16, float32 or float64; got torch.int64"):
         prompt_attention(**tensors() | {"query": torch.zeros(2, 4, 5, 8, dtype=INT)})
     with pytest.raises(TypeError, match="query must be a tensor; got list"):
         prompt_attention(**tensors() | {"query": []})

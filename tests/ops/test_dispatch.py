@@ -1,0 +1,94 @@
+"""Which backend serves a call, how it is overridden, and what is said about it."""
+
+import warnings
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.reference import attention as reference_attention
+from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry(monkeypatch):
+    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
+    monkeypatch.delenv("SOFTPROMPT_BACKEND", raising=False)
+    monkeypatch.delenv("SOFTPROMPT_LOG", raising=False)
+
+
+def attend(**options):
+    query, key = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
+    return prompt_attention(query, key, key, key, key, **options)
+
+
+def chosen(capfd, monkeypatch, **options):
+    monkeypatch.setenv("SOFTPROMPT_LOG", "dispatch")
+    attend(**options)
+    return capfd.readouterr().err
+
+
+def test_the_composed_backend_is_preferred_on_a_cpu(capfd, monkeypatch):
+    assert "prompt_attention on cpu -> composed (preferred)" in chosen(capfd, monkeypatch)
+
+
+def test_a_choice_is_logged_once(capfd, monkeypatch):
+    assert chosen(capfd, monkeypatch)
+    assert not chosen(capfd, monkeypatch)
+
+
+def test_the_argument_and_the_environment_insist_on_a_backend(capfd, monkeypatch):
+    assert "-> reference (requested)" in chosen(capfd, monkeypatch, backend="reference")
+    monkeypatch.setenv("SOFTPROMPT_BACKEND", "reference")
+    dispatch._announced.clear()
+    assert "-> reference (requested)" in chosen(capfd, monkeypatch)
+    assert "-> composed (requested)" in chosen(capfd, monkeypatch, backend="composed")
+
+
+def test_a_named_backend_that_cannot_serve_says_which_argument_is_in_the_way():
+    with pytest.raises(ValueError, match=r"backend='composed' cannot serve this prompt_attention call: .*softcap=2.0"):
+        attend(softcap=2.0, backend="composed")
+    with pytest.raises(ValueError, match="window=2 is shorter than prompt and keys"):
+        attend(window=2, backend="composed")
+
+
+def test_falling_back_to_the_reference_is_announced_once_with_what_to_do():
+    with pytest.warns(UserWarning, match=r"reference backend.*softcap=2.0.*backend='reference'"):
+        attend(softcap=2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend(softcap=2.0)
+        attend(window=2, backend="reference")
+
+
+def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv("SOFTPROMPT_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend must be None or one of composed, reference; got 'fast'"):
+        attend()
+
+
+def test_a_new_backend_registers_in_a_line_and_goes_first(capfd, monkeypatch):
+    dispatch.register(dispatch.Backend("native", "made for this test", {"prompt_attention": reference_attention}))
+    assert "-> native (preferred)" in chosen(capfd, monkeypatch)
+    assert [r.name for r in dispatch.available_backends()] == ["native", "composed", "reference"]
+    kl_div(torch.ones(1, 2), torch.ones(1, 2))  # an op that it does not have goes to the next
+    with pytest.raises(ValueError, match="native: it has no kl_div"):
+        kl_div(torch.ones(1, 2), torch.ones(1, 2), backend="native")
+
+
+def test_a_backend_that_is_missing_is_passed_over_and_says_how_to_get_it(capfd, monkeypatch):
+    how = "it was not built: run make build"
+    kernels = {"prompt_attention": reference_attention}
+    dispatch.register(dispatch.Backend("native", "made for this test", kernels, missing=lambda: how))
+    assert "-> composed" in chosen(capfd, monkeypatch)
+    record = dispatch.available_backends()[0]
+    assert (record.name, record.available, record.detail) == ("native", False, how)
+    with pytest.raises(ValueError, match=how):
+        attend(backend="native")
+
+
+def test_available_backends_lists_what_each_serves():
+    records = {r.name: r for r in dispatch.available_backends()}
+    ops = {"prompt_attention", "kl_div", "linear_kl_div", "teacher_moments", "linear_kl_div_from_moments"}
+    assert set(records["reference"].ops) == set(records["composed"].ops) == ops
+    assert all(r.available and r.detail for r in records.values())

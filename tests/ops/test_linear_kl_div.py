@@ -1,0 +1,180 @@
+"""linear_kl_div against float64 logits that are written out."""
+
+import re
+
+import pytest
+import torch
+
+from softprompt_kernels.ops import linear_kl_div
+
+TOKENS, SIZE, VOCAB = 7, 5, 40
+
+
+def made(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def written_out(hidden, weight, bias=None, softcap=None, logit_scale=1.0, valid_vocab=None):
+    logits = hidden.double() @ weight.double().mT
+    logits = logits if bias is None else logits + bias.double()
+    logits = logits * logit_scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits[:, :valid_vocab]
+
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 1.5},
+    "everything": {"bias": True, "softcap": 2.0, "logit_scale": 0.6, "valid_vocab": 33},
+}
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("head", HEADS)
+def test_rows_and_all_gradients_equal_the_oracle(head, kind, chunk_tokens, backend, divergence_oracle):
+    student, teacher, weight = made(TOKENS, SIZE), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    options = dict(HEADS[head])
+    if options.pop("bias", False):
+        options["bias"] = made(VOCAB)
+    fixed = {k: v.clone() if torch.is_tensor(v) else v for k, v in options.items()}
+    rows_of = {"beta": 0.3, "temperature": 1.7}
+    inputs = [t.requires_grad_() for t in (student, weight, options.get("bias")) if t is not None]
+    rows = linear_kl_div(
+        student, teacher, weight, teacher_weight=weight.detach(), divergence=kind, reduction="none",
+        chunk_tokens=chunk_tokens, backend=backend, **options, **rows_of,
+    )  # fmt: skip
+    expected = divergence_oracle(
+        written_out(student, weight, **options), written_out(teacher, weight.detach(), **fixed), kind, **rows_of
+    )
+    torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-12)
+    upstream = torch.randn_like(rows)
+    actual, wanted = (torch.autograd.grad(x, inputs, upstream) for x in (rows, expected))
+    for a, w in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_with_a_frozen_head_equals_that_with_a_trained_one(backend):
+    student, teacher, weight = made(TOKENS, SIZE).requires_grad_(), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    row_weights = torch.tensor([1, 0, 2, 0.5, 0, 1, 1])
+
+    def gradient(weight):
+        loss = linear_kl_div(student, teacher, weight, weights=row_weights, backend=backend)
+        return torch.autograd.grad(loss * 3, student)[0]
+
+    torch.testing.assert_close(gradient(weight), gradient(weight.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_gradcheck(kind):
+    teacher, teacher_weight = made(3, 4), made(9, 4)
+    inputs = (made(3, 2).requires_grad_(), made(9, 2).requires_grad_(), made(9).requires_grad_())
+
+    def loss(student, weight, bias):
+        return linear_kl_div(
+            student, teacher, weight, teacher_weight=teacher_weight, bias=bias, softcap=3.0, divergence=kind,
+            temperature=1.3, valid_vocab=8, reduction="none", backend="reference",
+        )  # fmt: skip
+
+    # The bias is on both sides, but only the student's side of it is differentiated.
+    fixed = inputs[2].detach()
+    assert torch.autograd.gradcheck(lambda s, w: loss(s, w, fixed), inputs[:2])
+
+
+def test_teacher_of_another_size_and_dtype(backend, divergence_oracle):
+    student, weight = made(TOKENS, SIZE, dtype=torch.float32), made(VOCAB, SIZE, dtype=torch.float32)
+    teacher, teacher_weight = made(TOKENS, 9, dtype=torch.bfloat16), made(VOCAB, 9, dtype=torch.bfloat16)
+    loss = linear_kl_div(student, teacher, weight, teacher_weight=teacher_weight, backend=backend)
+    expected = divergence_oracle(written_out(student, weight), written_out(teacher, teacher_weight)).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_no_worse_than_pytorch(dtype, backend, divergence_oracle):
+    """Three times the error of PyTorch's own 16-bit head with fp32 softmax is far more than is needed."""
+    student, weight = made(16, 32, dtype=dtype).requires_grad_(), (made(200, 32) / 4).to(dtype)
+    teacher = (student.detach().double() + 0.3 * made(16, 32)).to(dtype)
+
+    def theirs(student):
+        logits = (h @ weight.mT for h in (student, teacher))
+        log_student, log_teacher = (torch.log_softmax(z.float(), -1) for z in logits)
+        return torch.nn.functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+
+    def gradient(loss, hidden):
+        return torch.autograd.grad(loss, hidden)[0].double()
+
+    exact = student.detach().double().requires_grad_()
+    expected = divergence_oracle(written_out(exact, weight), written_out(teacher, weight)).mean()
+    ours, other = linear_kl_div(student, teacher, weight, backend=backend), theirs(student)
+    assert abs(ours - expected) <= 2 * abs(other - expected) + 1e-6 * expected
+    wanted = gradient(expected, exact)
+    assert (gradient(ours, student) - wanted).norm() <= 3 * (gradient(other, student) - wanted).norm()
+
+
+def test_fp16_gradients_survive_a_loss_scale(backend):
+    """Row gradients of 1e-9 are below fp16's smallest number until the loss scale lifts them."""
+    student = made(4, 8, dtype=torch.float16).requires_grad_()
+    weight = made(30, 8, dtype=torch.float16) * 0.02
+    teacher = student.detach() + torch.tensor(2**-9, dtype=torch.float16)
+    loss = linear_kl_div(student, teacher, weight, temperature=1.0, backend=backend)
+    scaled = torch.autograd.grad(loss * 2.0**16, student)[0].double() / 2.0**16
+    exact = student.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(linear_kl_div(exact, teacher, weight.double(), backend="reference"), exact)[0]
+    assert wanted.abs().max() < torch.finfo(torch.float16).tiny
+    torch.testing.assert_close(scaled, wanted, rtol=2e-2, atol=1e-9)
+
+
+def test_nothing_of_the_size_of_the_logits_is_made():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return out
+
+    student, teacher, weight = (made(*s, dtype=torch.float32) for s in ((64, 4), (64, 4), (1000, 4)))
+    with Largest() as seen:
+        from softprompt_kernels.kernels.composed import linear_kl_div as kernel
+        from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadProblem
+
+        head = Head(weight, None, None, 1.0)
+        kernel.forward(HeadProblem(student, teacher, head, head, None, Divergence("forward", 0.5, 1.0), 8), True)
+    assert seen.elements <= 2 * (2**16) < 64 * 1000 * 3
+
+
+ERRORS = [
+    (
+        {"weight": (VOCAB, SIZE + 1)},
+        ValueError,
+        "weight must have shape [V, d] with d = 5 of student_hidden; got [40, 6]",
+    ),
+    ({"teacher": (TOKENS, 9)}, ValueError, "weight must have shape [V, d] with d = 9 of teacher_hidden; got [40, 5]"),
+    ({"teacher": (3, SIZE)}, ValueError, "teacher_hidden must have student_hidden's leading dimensions [7]; got [3]"),
+    ({"bias": torch.zeros(3)}, ValueError, "bias must have shape [V] = [40]; got [3]"),
+    ({"softcap": 0.0}, ValueError, "softcap must be None or a finite number above 0; got 0.0"),
+    ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite; got inf"),
+    ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be None or at least 1; got 0"),
+    ({"teacher_weight": torch.zeros(50, SIZE)}, ValueError, "valid_vocab must be given where the heads have different"),
+    ({"teacher_weight": torch.zeros(50, 4)}, ValueError, "teacher_weight must have shape [V, d] with d = 5"),
+    ({"valid_vocab": 0}, ValueError, "valid_vocab must be None or in [1, 40]; got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS, ids=[e[2] for e in ERRORS])
+def test_error_names_argument_got_and_accepted(changes, error, message):
+    student = made(TOKENS, SIZE, dtype=torch.float32)
+    teacher = made(*changes.pop("teacher", (TOKENS, SIZE)), dtype=torch.float32)
+    weight = made(*changes.pop("weight", (VOCAB, SIZE)), dtype=torch.float32)
+    with pytest.raises(error, match=re.escape(message)):
+        linear_kl_div(student, teacher, weight, **changes)
+
+
+def test_student_and_weight_share_a_dtype():
+    with pytest.raises(TypeError, match=r"weight must have student_hidden's dtype torch.float32; got torch.float64"):
+        linear_kl_div(made(2, 3, dtype=torch.float32), made(2, 3), made(5, 3))

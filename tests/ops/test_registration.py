@@ -1,0 +1,197 @@
+"""The ops as PyTorch sees them: opcheck, torch.compile, autocast, second derivatives, what costs nothing."""
+
+import pytest
+import torch
+
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
+from softprompt_kernels.ops.autograd import _scale_rows
+from softprompt_kernels.ops.kl_div import _backward_op as kl_div_backward
+from softprompt_kernels.ops.kl_div import _forward_op as kl_div_forward
+from softprompt_kernels.ops.linear_kl_div import _backward_op as linear_backward
+from softprompt_kernels.ops.linear_kl_div import _forward_op as linear_forward
+from softprompt_kernels.ops.moments import _student_op, _teacher_op
+from softprompt_kernels.ops.prompt_attention import _backward_op as attention_backward
+from softprompt_kernels.ops.prompt_attention import _forward_op as attention_forward
+
+TOKENS, SIZE, VOCAB = 6, 4, 30
+ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+FORWARD_ONLY = ("test_schema", "test_faketensor")  # ops that nothing is differentiated through
+
+
+def made(*shape, grad=False):
+    return torch.randn(shape).requires_grad_(grad)
+
+
+def attention_inputs(grad=False):
+    tensors = [made(2, 4, 3, 8, grad=grad), made(2, 2, 5, 8, grad=grad), made(2, 2, 5, 6, grad=grad)]
+    tensors += [made(3, 2, 4, 8, grad=grad), made(3, 2, 4, 6, grad=grad)]
+    index, lengths, own = torch.tensor([2, 0]), torch.tensor([4, 1, 3]), torch.tensor([5, 4])
+    return [*tensors, index, lengths, own, None, made(4, grad=grad), True, None, None, 0.3]
+
+
+def head_inputs(grad=False):
+    weights = torch.tensor([1, 0, 2, 0.5, 1, 1])
+    return [made(TOKENS, SIZE, grad=grad), made(VOCAB, SIZE), made(VOCAB), made(TOKENS, SIZE), None, weights]
+
+
+HEAD_OPTIONS = [None, 0.9, "forward", 0.5, 2.0, 28, 4]
+
+
+def test_attention_passes_opcheck(backend):
+    torch.library.opcheck(attention_forward, (*attention_inputs(grad=True), backend), test_utils=ALL)
+
+
+def test_attention_backward_passes_opcheck(backend):
+    inputs = attention_inputs()
+    out, lse = attention_forward(*inputs, backend)
+    grads = (torch.randn_like(out), torch.randn_like(lse))
+    for needs in ([True] * 6, [False, False, True, True, False, False]):
+        arguments = (*grads, out, lse, *inputs, backend, needs)
+        torch.library.opcheck(attention_backward, arguments, test_utils=FORWARD_ONLY)
+
+
+def test_kl_div_passes_opcheck(backend):
+    options = ("jsd", 0.3, 2.0, 28, backend)
+    inputs = (made(TOKENS, VOCAB, grad=True), made(TOKENS, VOCAB), torch.tensor([1, 0, 2, 0.5, 1, 1]), *options)
+    torch.library.opcheck(kl_div_forward, inputs, test_utils=ALL)
+    arguments = (torch.ones(TOKENS), inputs[0].detach(), *inputs[1:])
+    torch.library.opcheck(kl_div_backward, arguments, test_utils=FORWARD_ONLY)
+
+
+def test_linear_kl_div_passes_opcheck(backend):
+    torch.library.opcheck(linear_forward, (*head_inputs(grad=True), True, *HEAD_OPTIONS, backend), test_utils=ALL)
+    arguments = (torch.ones(TOKENS), *head_inputs(), *HEAD_OPTIONS, backend, [True, True, False])
+    torch.library.opcheck(linear_backward, arguments, test_utils=FORWARD_ONLY)
+
+
+def test_moments_pass_opcheck(backend):
+    student, weight, bias, teacher, _, weights = head_inputs()
+    options = (0.9, 2.0, 28, 4, backend)
+    torch.library.opcheck(_teacher_op, (teacher, weight, bias, *options), test_utils=FORWARD_ONLY)
+    mean, entropy, bias_mean = _teacher_op(teacher, weight, bias, *options)
+    labels = torch.tensor([1, -100, 3, 0, 2, 9])
+    inputs = (student.requires_grad_(), weight, bias, mean, entropy, bias_mean, labels, weights, True, 0.3, *options)
+    torch.library.opcheck(_student_op, inputs, test_utils=ALL)
+
+
+def test_scale_rows_passes_opcheck():
+    torch.library.opcheck(_scale_rows, (made(5, 3), made(5), made(5, 3).double(), "op"), test_utils=FORWARD_ONLY)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def losses(student, teacher, weight):
+    moments = teacher_moments(teacher, weight)
+    weights = torch.tensor([1.0, 0, 2, 1, 1, 1])
+    return (
+        linear_kl_div(student, teacher, weight, weights=weights, temperature=2.0)
+        + linear_kl_div_from_moments(student, moments, weight, labels=torch.arange(TOKENS), label_weight=0.5)
+        + kl_div(student @ weight.mT, teacher @ weight.mT, divergence="jsd")
+    )
+
+
+def test_losses_compile_in_one_graph_and_give_the_same_bits():
+    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    eager = losses(student, teacher, weight)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(student, teacher, weight)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (eager, compiled)))
+
+
+def attention_sum(query, key, value, prompt_key, prompt_value):
+    out, lse = prompt_attention(query, key, value, prompt_key, prompt_value, return_lse=True)
+    return (out * out).sum() + lse.sum()
+
+
+def test_attention_compiles_in_one_graph_and_gives_the_same_bits(attention_tensors):
+    inputs = attention_tensors(dtype=torch.float32, grad=True)
+    eager = attention_sum(*inputs)
+    compiled = torch.compile(attention_sum, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(eager, compiled)
+    for e, c in zip(*(torch.autograd.grad(x, inputs) for x in (eager, compiled)), strict=True):
+        assert torch.equal(e, c)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_derivative_is_a_clear_error(attention_tensors):
+    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    moments = teacher_moments(teacher, weight)
+    query, *others = attention_tensors(grad=True)
+    cases = {
+        "prompt_attention": (prompt_attention(query, *others).sum(), query),
+        "kl_div": (kl_div(student, teacher), student),
+        "linear_kl_div": (linear_kl_div(student, teacher, weight), student),
+        "linear_kl_div_from_moments": (linear_kl_div_from_moments(student, moments, weight), student),
+    }
+    trained = weight.clone().requires_grad_()
+    cases["linear_kl_div "] = (linear_kl_div(student, teacher, trained), student)
+    for name, (loss, by) in cases.items():
+        (gradient,) = torch.autograd.grad(loss, by, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"^{name.strip()} has no second derivative"):
+            gradient.sum().backward()
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return function(*args, **(kwargs or {}))
+
+
+def products(call):
+    from softprompt_kernels.ops import dispatch
+
+    seen = []
+    run = dispatch.select
+
+    def counted(*arguments):
+        kernel = run(*arguments)
+
+        class Counted:
+            @staticmethod
+            def forward(*inputs):
+                with Products() as found:
+                    result = kernel.forward(*inputs)
+                seen.append(found.count)
+                return result
+
+            @staticmethod
+            def backward(*inputs):
+                with Products() as found:
+                    result = kernel.backward(*inputs)
+                seen.append(found.count)
+                return result
+
+        return Counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "select", counted)
+        call()
+    return sum(seen)
+
+
+def test_only_the_products_that_are_needed_are_made():
+    """In units of one product of the head's size: live 3, moments 2, without a gradient 2 and 1, a trained head 6."""
+    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    trained, moments = weight.clone().requires_grad_(), teacher_moments(teacher, weight)
+    options = {"backend": "composed"}
+
+    def without_gradient(function, *inputs):
+        with torch.no_grad():
+            function(*inputs, **options)
+
+    assert products(lambda: linear_kl_div(student, teacher, weight, **options).backward()) == 3
+    assert products(lambda: without_gradient(linear_kl_div, student, teacher, weight)) == 2
+    assert products(lambda: linear_kl_div(student.detach(), teacher, weight, **options)) == 2
+    assert products(lambda: linear_kl_div(student, teacher, trained, **options).backward()) == 6
+    assert products(lambda: linear_kl_div_from_moments(student, moments, weight, **options).backward()) == 2
+    assert products(lambda: without_gradient(linear_kl_div_from_moments, student, moments, weight)) == 1
+    assert products(lambda: teacher_moments(teacher, weight, **options)) == 2
