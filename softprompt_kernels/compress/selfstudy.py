@@ -83,6 +83,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;:。！？])\s+|\n+")
 _CAPITALISED = re.compile(r"\b[A-Z]\w+(?:[ -][A-Z]\w+)*")
 _NUMBER = re.compile(r"\b\d[\d,.:]*(?:\s+\w+)?")
 _LONG_WORDS = 3  # of each sentence
+_SENTENCE_WORDS = 60
 
 
 def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
@@ -112,8 +113,20 @@ def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences and headings of at least three words."""
-    return [part.strip() for part in _SENTENCE_END.split(text) if len(part.split()) >= 3]
+    """Sentences and headings of at least three words; what goes on for longer than `_SENTENCE_WORDS` is cut there.
+
+    A text without stops, as a table or a program, would otherwise be put into its queries as a whole.
+    """
+    parts = []
+    for part in _SENTENCE_END.split(text):
+        words = part.split()
+        if len(words) <= _SENTENCE_WORDS:
+            parts.append((part.strip(), len(words)))
+            continue
+        for start in range(0, len(words), _SENTENCE_WORDS):
+            piece = words[start : start + _SENTENCE_WORDS]
+            parts.append((" ".join(piece), len(piece)))
+    return [part for part, count in parts if count >= 3]
 
 
 def find_phrases(sentences: Sequence[str]) -> list[str]:
