@@ -1,0 +1,126 @@
+"""A tiny model in memory, a text for it, and examples in tokens."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt_kernels.compress import CompressConfig, load_model
+from softprompt_kernels.compress.sequences import Example
+from softprompt_kernels.models import capture
+from softprompt_kernels.prompts import Prefix
+
+TEXT = "Mira Vale keeps the blue mill. It grinds 40 sacks a day. The river Osk turns it. Visitors pay 3 crowns."
+INPUTS = ("Who keeps it?", "What turns it?", "How many sacks?", "What do visitors pay?", "Which colour?", "Where?")
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_model(str(tiny_model_folder), "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def model(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedModel:
+    return loaded[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    return loaded[1]
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return TEXT
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Seven, of different lengths; two of them with outputs of one token."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(3, 4), (1, 1), (6, 2), (2, 7), (5, 5), (4, 1), (3, 3)]
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, 250, (count,), generator=generator).tolist())
+
+    return [Example(draw(m), draw(n)) for m, n in shapes]
+
+
+@pytest.fixture(scope="session")
+def context(model: PreTrainedModel) -> Prefix:
+    """A context of 20 tokens, captured."""
+    return capture(model, torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(6)))
+
+
+@pytest.fixture
+def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., CompressConfig]:
+    """A run of few steps that takes its text and six queries from `tmp_path`; options replace its settings."""
+    (tmp_path / "context.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"input": i}) + "\n" for i in INPUTS), encoding="utf-8")
+
+    def make(**options: Any) -> CompressConfig:
+        settings = {
+            "model": str(tiny_model_folder),
+            "context": tmp_path / "context.txt",
+            "output": tmp_path / "run",
+            "queries": tmp_path / "queries.jsonl",
+            "selfstudy": 0,
+            "heldout_share": 0.3,
+            "tokens": 8,
+            "new_tokens": 6,
+            "steps": 5,
+            "batch_size": 3,
+            "warmup_steps": 1,
+            "checkpoint_every": 2,
+            "evaluation_sequences": 3,
+            "device": "cpu",
+        }
+        return CompressConfig.model_validate(settings | options)
+
+    return make
+
+
+class CountingReporter:
+    """Remembers messages and stages; raises `error` when stage `stage` has advanced by `after` units in all."""
+
+    def __init__(self, stage: str = "", after: int = 0, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.messages: list[str] = []
+        self.done: dict[str, int] = {}
+        self.stage, self.after, self.error = stage, after, error
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int, unit: str) -> Iterator[Any]:
+        self.done[description] = 0
+
+        def advance(count: int, **figures: float) -> None:
+            self.done[description] += count
+            if description == self.stage and self.done[description] == self.after:
+                raise self.error
+
+        yield advance
+        assert self.done[description] == total, f"{description} ended at {self.done[description]} of {total}"
+
+
+@pytest.fixture
+def counting() -> type[CountingReporter]:
+    return CountingReporter
+
+
+@pytest.fixture
+def fill_disk() -> Callable[[Path], None]:
+    """Makes the next whole write of a file end as on a full disk: its temporary name leads to /dev/full."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, a device that is always full")
+
+    def fill(path: Path) -> None:
+        path.with_name(path.name + ".partial").symlink_to("/dev/full")
+
+    return fill

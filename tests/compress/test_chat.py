@@ -1,0 +1,115 @@
+"""Where the context ends and the query begins: cut so that both together are what the model would have been given."""
+
+import copy
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from softprompt_kernels.compress.chat import INSTRUCTION, ChatFormat
+from softprompt_kernels.errors import SoftPromptError
+
+CONTEXT, QUERY = "The mill is blue.", "Which colour?"
+TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+REFUSES_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}" + TURN + "{% endfor %}" + OPENING
+)
+SYSTEM_INTO_USER = (
+    "{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.first = m['content'] + '\n\n' %}{% else %}<|im_start|>{{ m['role'] }}\n{{ ns.first + m['content'] }}"
+    "<|im_end|>\n{% endif %}{% endfor %}" + OPENING
+)
+DROPS_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + OPENING
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def joined(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    chat = ChatFormat(tokenizer)
+    ids = chat.context_ids(CONTEXT)
+    assert ids.shape[0] == 1
+    return [*ids[0].tolist(), *chat.query_ids(QUERY)]
+
+
+SYSTEM_AND_USER = [{"role": "system", "content": INSTRUCTION + CONTEXT}, {"role": "user", "content": QUERY}]
+ONE_USER = [{"role": "user", "content": f"{INSTRUCTION}{CONTEXT}\n\n{QUERY}"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        pytest.param("own", SYSTEM_AND_USER, id="system-turn"),
+        pytest.param(
+            "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}" + OPENING, SYSTEM_AND_USER, id="bos"
+        ),
+        pytest.param(SYSTEM_INTO_USER, SYSTEM_AND_USER, id="system-put-into-the-user-turn"),
+        pytest.param(REFUSES_SYSTEM, ONE_USER, id="raises-for-system"),
+        pytest.param(DROPS_SYSTEM, ONE_USER, id="drops-system"),
+    ],
+)
+def test_context_and_query_together_are_the_rendered_chat(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]]
+) -> None:
+    chosen = tokenizer if template == "own" else with_template(tokenizer, template)
+    assert joined(chosen) == rendered(chosen, messages)
+
+
+def test_a_query_alone_starts_as_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = ChatFormat(tokenizer)
+    assert chat.query_ids(QUERY) == rendered(tokenizer, [{"role": "user", "content": QUERY}])
+    text = tokenizer.decode(chat.context_ids(CONTEXT)[0])
+    assert text.endswith(f"{CONTEXT}<|im_end|>\n")
+
+
+def test_bos_is_there_once_and_belongs_to_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
+    chosen = with_template(tokenizer, REFUSES_SYSTEM.replace("<|im_start|>", "").replace("<|im_end|>", ""))
+    chat = ChatFormat(chosen)
+    assert chat.context_ids(CONTEXT)[0].tolist().count(chosen.bos_token_id) == 1
+    assert chat.context_ids(CONTEXT)[0, 0] == chosen.bos_token_id
+    assert chosen.bos_token_id not in chat.query_ids(QUERY)
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", None])
+def test_without_a_template_question_and_answer_follow_the_text(
+    tokenizer: PreTrainedTokenizerBase, bos: str | None
+) -> None:
+    plain = with_template(tokenizer, None)
+    plain.bos_token = bos
+    whole = f"{bos or ''}{INSTRUCTION}{CONTEXT}\n\nQuestion: {QUERY}\nAnswer:"
+    assert joined(plain) == plain(whole, add_special_tokens=False)["input_ids"]
+    chat = ChatFormat(plain)
+    assert plain.decode(chat.query_ids(QUERY)) == f"Question: {QUERY}\nAnswer:"
+    assert plain.decode(chat.output_ids("Blue.")) == " Blue.<|im_end|>"
+
+
+def test_an_answer_ends_with_the_end_token_and_has_no_blank_where_a_turn_opens(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids = ChatFormat(tokenizer).output_ids("  Blue. ")
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "Blue."
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    assert ChatFormat(endless).output_ids("Blue.") == ids[:-1]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t "])
+def test_an_empty_context_is_refused(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    with pytest.raises(SoftPromptError, match="context: got an empty text"):
+        ChatFormat(tokenizer).context_ids(text)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "nothing of it", "{% broken"])
+def test_a_template_that_keeps_no_turn_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    with pytest.raises(SoftPromptError, match="tokenizer: its chat template"):
+        ChatFormat(with_template(tokenizer, template))

@@ -1,0 +1,107 @@
+"""Queries from files: what is wrong is named by its line, and no question stands on both sides of the split."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from softprompt_kernels.compress.queries import Query, hold_out, load_queries, save_queries, without, write_text
+from softprompt_kernels.errors import SoftPromptError
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", r"is not JSON \(.* at column 2\)"),
+        ('["a"]', 'is a list, accepted is an object with "input"'),
+        ('"a"', "is a str"),
+        ("3", "is a int"),
+        ('{"output": "a"}', 'needs an "input"'),
+        ('{"input": ""}', 'needs an "input"'),
+        ('{"input": " \\n"}', 'needs an "input"'),
+        ('{"input": 3}', 'needs an "input"'),
+        ('{"input": null}', 'needs an "input"'),
+        ('{"input": "a", "output": " "}', 'has an "output" that is no text'),
+        ('{"input": "a", "output": ["b"]}', 'has an "output" that is no text'),
+        ('{"input": "a", "answer": "b"}', 'has the unknown key "answer"'),
+        ('{"input": "a\\ud800"}', "has half of a surrogate pair"),
+        ('{"input": "a", "output": "\\udc00"}', "has half of a surrogate pair"),
+        ("[" * 100_000, "is no JSON that can be read|is not JSON"),
+        ('{"input": ' + "1" * 5000 + "}", "is no JSON that can be read"),
+    ],
+)
+def test_a_line_that_is_no_query_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text(f'{{"input": "first"}}\n\n{line}\n{{"input": "last"}}\n')
+    with pytest.raises(SoftPromptError, match=rf"queries\.jsonl, line 3 ({reason})"):
+        load_queries(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_queries_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text(content)
+    with pytest.raises(SoftPromptError, match="holds no query"):
+        load_queries(path)
+
+
+def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_bytes('{"input": "Größe?"}'.encode("latin-1"))
+    for unreadable in (path, tmp_path / "missing.jsonl", tmp_path):
+        with pytest.raises(SoftPromptError, match="cannot be read as UTF-8 text"):
+            load_queries(unreadable)
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    odd = 'a\u2028b\x85c\nd\re"f\\ \x0b g\u00fc\U0001f600'
+    train, heldout = [Query("one"), Query("two", odd), Query(odd, "x")], [Query("three", "y")]
+    path = tmp_path / "queries.jsonl"
+    save_queries(path, {"train": train, "heldout": heldout})
+    assert load_queries(path) == [*train, *heldout]
+    assert [path.read_text(encoding="utf-8").count(f'"split": "{part}"') for part in ("train", "heldout")] == [3, 1]
+
+
+def test_outer_blanks_make_no_other_question(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"input": "What?"}\r\n{"input": " What?\\n"}\r\n{"input": "Who?"}')
+    assert [query.input for query in load_queries(path)] == ["What?", "What?", "Who?"]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_hold_out_never_splits_an_input(share: float, seed: int) -> None:
+    queries = [Query(f"question {index % 7}", f"answer {index}") for index in range(30)]
+    train, heldout = hold_out(queries, share, seed)
+    inputs = [{query.input for query in part} for part in (train, heldout)]
+    assert not inputs[0] & inputs[1]
+    assert len(inputs[1]) == min(max(1, round(share * 7)), 6)
+    assert sorted([*train, *heldout], key=queries.index) == queries
+    assert (train, heldout) == hold_out(queries, share, seed)
+
+
+def test_hold_out_depends_on_the_seed() -> None:
+    queries = [Query(f"question {index}") for index in range(20)]
+    assert hold_out(queries, 0.2, 0)[1] != hold_out(queries, 0.2, 1)[1]
+
+
+@pytest.mark.parametrize("queries", [[], [Query("one")], [Query("one", "a"), Query("one", "b")]])
+def test_hold_out_needs_two_inputs(queries: list[Query]) -> None:
+    with pytest.raises(SoftPromptError, match="accepted are two or more"):
+        hold_out(queries, 0.5, 0)
+
+
+def test_without_drops_every_query_of_a_held_out_input() -> None:
+    queries = [Query("one", "a"), Query("two"), Query("one"), Query("three")]
+    assert without(queries, [Query("one", "z"), Query("four")]) == [Query("two"), Query("three")]
+    assert without(queries, []) == queries
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path: Path, fill_disk: Callable[[Path], None]) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    fill_disk(path)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
