@@ -7,7 +7,7 @@ import sys
 def test_the_command_explains_itself_and_knows_no_other(tmp_path):
     program = "import sys; from softprompt_kernels.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", program]
-    result = subprocess.run([*command, "compres"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    result = subprocess.run([*command, "compres"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert "Did you mean 'compress'" in " ".join(result.stderr.split())
 
