@@ -100,7 +100,7 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
     steps = read_metrics(metrics)
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    _draw_loss(axes[0], steps, figures.get("heldout") or {})
+    _draw_loss(axes[0], steps, figures.get("heldout") or {}, figures.get("start"))
     _draw_figure(axes[1], steps, "learning_rate", "learning rate")
     _draw_figure(axes[2], steps, "grad_norm", "gradient norm [nats]")
     if any(step.get("grad_norm") for step in steps):
@@ -141,14 +141,14 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any]) -> None:
-    """Training loss, smoothed over it, held-out KL, and the baselines as lines to cross."""
+def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any], start_row: str | None) -> None:
+    """Training loss, smoothed over it, held-out KL from where it started, baselines as lines to cross."""
     x = [step["step"] for step in steps]
     loss = [step["loss"] for step in steps]
     axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(x, _smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
     points = {step["step"]: step["heldout_kl"] for step in steps if step.get("heldout_kl") is not None}
-    start = heldout.get("kl_initial", heldout.get("kl_untrained"))
+    start = heldout.get(f"kl_{start_row}")
     if start is not None:
         points.setdefault(0, start)
     if heldout.get("kl_prompt") is not None:

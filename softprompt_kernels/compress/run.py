@@ -24,7 +24,7 @@ from softprompt_kernels.compress.report import save_curves
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sequences import Example
 from softprompt_kernels.compress.setup import Setup, check_fits, identity, read_text, set_up, sha256
-from softprompt_kernels.compress.start import baselines, initial_prompt
+from softprompt_kernels.compress.start import baselines, initial_prompt, start_row
 from softprompt_kernels.compress.targets import Targets, cached_targets
 from softprompt_kernels.compress.teacher import answer, hidden_states
 from softprompt_kernels.compress.trainer import Schedule, StepReport, Trainer
@@ -97,6 +97,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         "context_tokens": setup.context_tokens,
         "prompt_tokens": config.tokens,
         "ratio": setup.context_tokens / config.tokens,
+        "start": start_row(config),
         "seconds": 0.0,
     }
     trained = prefix_of(setup.model, prompt).detach()

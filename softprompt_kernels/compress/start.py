@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.setup import Setup, read_text
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, prefix_of, shift_keys
@@ -67,9 +68,16 @@ def baselines(setup: Setup, context: Prefix, prompt: Prompt) -> dict[str, Prefix
     students: dict[str, Prefix | None] = {"none": None, "truncated": cut(model, context, config.tokens, "first")}
     with suppress(SoftPromptError):
         students["untrained"] = cut(model, context, config.tokens, "strided")
-    if config.kind != "kv" or config.init not in ("first", "strided"):
+    if start_row(config) == "initial":
         students["initial"] = prefix_of(model, prompt).detach()
     return students
+
+
+def start_row(config: CompressConfig) -> str:
+    """The baseline that the prompt is before training."""
+    return (
+        {"first": "truncated", "strided": "untrained"}.get(config.init, "initial") if config.kind == "kv" else "initial"
+    )
 
 
 def tokens_of(setup: Setup, generator: torch.Generator) -> Tensor:

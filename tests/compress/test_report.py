@@ -21,7 +21,13 @@ HELDOUT = {
     "top1_agreement_truncated": 0.7,
     "top1_agreement_untrained": 0.6,
 }
-FIGURES = {"context_tokens": 600, "prompt_tokens": 60, "heldout": HELDOUT, "train": {**HELDOUT, "kl_prompt": 0.04}}
+FIGURES = {
+    "context_tokens": 600,
+    "prompt_tokens": 60,
+    "start": "untrained",
+    "heldout": HELDOUT,
+    "train": {**HELDOUT, "kl_prompt": 0.04},
+}
 
 
 def write_metrics(path: Path, steps: list[dict]) -> Path:
@@ -123,7 +129,7 @@ def test_the_curves_show_loss_heldout_points_and_baselines(tmp_path, drawn):
 
 
 def test_a_prompt_that_did_not_start_as_the_strided_baseline_starts_where_it_did(tmp_path, drawn):
-    figures = {"heldout": {**HELDOUT, "kl_initial": 0.7}}
+    figures = {"start": "initial", "heldout": {**HELDOUT, "kl_initial": 0.7}}
     save_curves(write_metrics(tmp_path / "m.jsonl", [step(1), step(2)]), figures, tmp_path / "c.png")
     (line,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "held-out KL"]
     assert list(line.get_ydata()) == [0.7, 0.1]
