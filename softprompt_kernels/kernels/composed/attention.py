@@ -89,7 +89,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         out = out * torch.exp(torch.where(lse == -torch.inf, 0, lse - with_sinks))[..., None]
         lse = torch.where(lse == -torch.inf, lse, with_sinks)
     shape = (batch, queries, heads)
-    return out.to(problem.query.dtype).view(*shape, -1).transpose(1, 2), lse.view(shape).transpose(1, 2).contiguous()
+    return out.to(problem.query.dtype).view(*shape, value_size).transpose(1, 2), lse.view(shape).transpose(1, 2).contiguous()
 
 
 def backward(

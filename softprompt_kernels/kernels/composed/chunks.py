@@ -30,9 +30,10 @@ def token_chunks(tokens: int, kept: Tensor | None, chunk: int) -> Iterator[slice
         yield rows if kept is None else kept[start : start + chunk]
 
 
-def chunk_size(requested: int | None, buffers: int, vocab: int, dtype: torch.dtype) -> int:
-    """Tokens whose logits fit the budget, in `buffers` buffers."""
-    return requested or max(1, _LOGITS // (buffers * vocab * dtype.itemsize))
+def chunk_size(tokens: int, requested: int | None, buffers: int, vocab: int, dtype: torch.dtype) -> int:
+    """Tokens whose logits exist at a time: as requested, or as many as fit the budget in `buffers` buffers."""
+    fitting = requested or _LOGITS // (buffers * vocab * dtype.itemsize)
+    return max(1, min(tokens, fitting))
 
 
 def block_size(vocab: int) -> int:

@@ -35,7 +35,7 @@ def forward(problem: ExpectationProblem) -> Expectation:
     mean = torch.zeros(tokens, size, dtype=dtype) if problem.need_mean else None
     bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype)
 
-    chunk = min(tokens, chunk_size(problem.chunk_tokens, 1, vocab, dtype))
+    chunk = chunk_size(tokens, problem.chunk_tokens, 1, vocab, dtype)
     buffer = torch.empty(chunk, vocab, dtype=dtype)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
         hidden = problem.hidden[rows].to(dtype)

@@ -77,7 +77,7 @@ def _factor(problem: HeadProblem) -> float:
 def _chunks(problem: HeadProblem) -> Iterator[_Chunk]:
     divergence, dtype = problem.divergence, problem.compute_dtype
     tokens, vocab = problem.student.shape[0], problem.head.weight.shape[0]
-    size = min(tokens, chunk_size(problem.chunk_tokens, 2, vocab, dtype))
+    size = chunk_size(tokens, problem.chunk_tokens, 2, vocab, dtype)
     block = block_size(vocab)
     logits = torch.empty(2, size, vocab, dtype=dtype)
     capped = problem.head.softcap is not None

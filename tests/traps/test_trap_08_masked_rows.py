@@ -1,0 +1,66 @@
+"""All rows of weight 0: loss 0 and attached; some in the middle: gradient exactly 0, whatever these rows hold."""
+
+import pytest
+import torch
+
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
+
+
+@pytest.fixture(params=["reference", "composed"])
+def losses(request):
+    """Each loss as a function of student, teacher and options, with the teacher's hidden states as logits of kl_div."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 6)
+
+    def from_moments(student, teacher, **options):
+        moments = teacher_moments(teacher.nan_to_num(), weight)
+        return linear_kl_div_from_moments(student, moments, weight, backend=request.param, **options)
+
+    def trained_head(student, teacher, **options):
+        return linear_kl_div(student, teacher, weight.clone().requires_grad_(), backend=request.param, **options)
+
+    return {
+        "kl_div": lambda s, t, **o: kl_div(s, t, backend=request.param, **o),
+        "linear": lambda s, t, **o: linear_kl_div(s, t, weight, backend=request.param, **o),
+        "trained head": trained_head,
+        "moments": from_moments,
+    }
+
+
+NAMES = ("kl_div", "linear", "trained head", "moments")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_row_at_all_is_loss_zero_that_is_still_attached(losses, name, reduction):
+    student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    loss = losses[name](student, teacher, weights=torch.zeros(4), reduction=reduction)
+    assert (loss == 0).all() and loss.requires_grad
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.equal(gradient, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skipped_rows_may_hold_anything(losses, name):
+    student, teacher = torch.randn(5, 6), torch.randn(5, 6)
+    student[1] = teacher[1] = teacher[3] = torch.nan
+    student[3] = torch.inf
+    student.requires_grad_()
+    weights = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0])
+    loss = losses[name](student, teacher, weights=weights)
+    (gradient,) = torch.autograd.grad(loss, student)
+    kept = weights != 0
+    assert torch.equal(gradient[~kept], torch.zeros(2, 6))
+    alone = student.detach()[kept].requires_grad_()
+    expected = losses[name](alone, teacher[kept], weights=weights[kept])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected, alone)[0])
+
+
+def test_a_trained_weight_gets_nothing_from_skipped_rows():
+    student, teacher = torch.randn(3, 6), torch.randn(3, 6)
+    student[1] = teacher[1] = torch.nan
+    for backend in ("reference", "composed"):
+        weight = torch.randn(12, 6, requires_grad=True)
+        linear_kl_div(student, teacher, weight, weights=torch.tensor([1.0, 0.0, 1.0]), backend=backend).backward()
+        assert weight.grad.isfinite().all() and (weight.grad != 0).any()
