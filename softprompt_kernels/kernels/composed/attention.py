@@ -83,13 +83,13 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         if segment.padding is not None:  # the kernel says 0 where no key is left
             part_lse = part_lse.masked_fill((segment.padding == -torch.inf).all(-1), -torch.inf)
         joined.add(segment.rows, _flat(part)[..., :value_size], part_lse.transpose(1, 2).flatten(0, 1))
-    out, lse = joined.out, joined.lse
+    out, lse = joined.out.contiguous(), joined.lse
     if problem.sinks is not None:
         with_sinks = torch.logaddexp(lse, problem.sinks.to(lse.dtype))
         out = out * torch.exp(torch.where(lse == -torch.inf, 0, lse - with_sinks))[..., None]
         lse = torch.where(lse == -torch.inf, lse, with_sinks)
-    shape = (batch, queries, heads)
-    return out.to(problem.query.dtype).view(*shape, value_size).transpose(1, 2), lse.view(shape).transpose(1, 2).contiguous()
+    out = out.to(problem.query.dtype).view(batch, queries, heads, value_size)
+    return out.transpose(1, 2), lse.view(batch, queries, heads).transpose(1, 2).contiguous()
 
 
 def backward(
@@ -136,8 +136,9 @@ def backward(
         grad_key[segment.of_prompt][segment.where] = of_key[..., :size]
         grad_value[segment.of_prompt][segment.where] = of_value[..., :value_size]
     dtype = problem.query.dtype
+    batch, heads, queries, _ = problem.query.shape
     return Gradients(
-        _heads_first(grad_query.to(dtype), problem.query.shape[0]) if needs.query else None,
+        grad_query.to(dtype).view(batch, queries, heads, size).transpose(1, 2) if needs.query else None,
         grad_key[0].to(dtype) if needs.key else None,
         grad_value[0].to(dtype) if needs.value else None,
         grad_key[1].to(dtype) if needs.prompt_key else None,
@@ -157,10 +158,6 @@ def _flat(tensor: Tensor) -> Tensor:
 def _sequences(tokens: Tensor, batch: int) -> Tensor:
     """[b·m, H, X] -> [b, H, m, X], a view."""
     return tokens.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def _heads_first(tokens: Tensor, batch: int) -> Tensor:
-    return tokens.view(batch, tokens.shape[0] // max(batch, 1), *tokens.shape[1:]).transpose(1, 2)
 
 
 def _pad(tensor: Tensor, width: int) -> Tensor:

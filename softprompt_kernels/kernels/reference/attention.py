@@ -10,7 +10,7 @@ Backward, from the saved out and lse:
     dV  = Aᵀ dO,   dQ = scale · dS' K,   dK = scale · dS'ᵀ Q,   dS' = dS ∘ (1 − (S / softcap)²)
     dsink = Σ exp(sink − lse) · (dlse − rowsum(dO ∘ out))
 
-A query that sees no key has out 0, lse −inf and no gradient. Padding keys may hold anything, NaN included.
+A query that sees no key has out 0, lse −inf and no gradient. It, and padding keys, may hold anything, NaN included.
 All work is done in fp32 (float64 for float64 inputs); memory is O(B · Hq · M · (P + N)).
 """
 
@@ -31,6 +31,7 @@ class _Joined:
     key: Tensor  # [B, Hkv, 1, K, D]
     value: Tensor  # [B, Hkv, 1, K, Dv]
     visible: Tensor  # [B|1, 1, 1, M, K]
+    seen: Tensor  # [B|1, 1, 1, M], the query sees a key
     sinks: Tensor | None  # [Hkv, g, 1]
 
 
@@ -38,10 +39,9 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
     joined = _join(problem)
     scores, _ = _scores(problem, joined)
-    seen = joined.visible.any(-1)  # [B|1, 1, 1, M]
     lse = torch.logsumexp(scores, dim=-1)  # [B, Hkv, g, M]
     if joined.sinks is not None:
-        lse = torch.where(seen, torch.logaddexp(lse, joined.sinks), lse)
+        lse = torch.where(joined.seen, torch.logaddexp(lse, joined.sinks), lse)
     weights = _weights(scores, lse)
     out = empty_output(problem)
     out.copy_((weights @ joined.value).flatten(1, 2))
@@ -54,7 +54,7 @@ def backward(
     """Gradients of the inputs named in `needs`, each in its input's dtype, prompt gradients summed in fp32."""
     joined = _join(problem)
     scores, capped = _scores(problem, joined)
-    grad_out = _fold(problem, grad_out)
+    grad_out = torch.where(joined.seen[..., None], _fold(problem, grad_out), 0)
     delta = (grad_out * _fold(problem, out)).sum(-1)  # [B, Hkv, g, M]
     if grad_lse is not None:
         delta = delta - grad_lse.to(delta.dtype).unflatten(1, delta.shape[1:3])
@@ -92,11 +92,14 @@ def _join(problem: AttentionProblem) -> _Joined:
     sinks = None
     if problem.sinks is not None:
         sinks = problem.sinks.to(problem.compute_dtype).view(problem.key.shape[1], problem.group, 1)
+    visible = mask.visible[:, None, None]
+    seen = visible.any(-1)
     return _Joined(
-        _fold(problem, problem.query),
+        torch.where(seen[..., None], _fold(problem, problem.query), 0),
         _concatenate(problem, problem.prompt_key, problem.key, mask),
         _concatenate(problem, problem.prompt_value, problem.value, mask),
-        mask.visible[:, None, None],
+        visible,
+        seen,
         sinks,
     )
 

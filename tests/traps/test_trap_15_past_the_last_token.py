@@ -1,0 +1,31 @@
+"""Gradients past the last packed token, and of prompts that nobody sees, are 0 and not what memory held."""
+
+import pytest
+import torch
+
+from softprompt_kernels.ops import prompt_attention
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed"])
+def test_everything_that_is_not_seen_has_gradient_zero(backend):
+    torch.manual_seed(0)
+    shapes = [(1, 4, 9, 8), *[(1, 2, 9, 8)] * 2, *[(3, 2, 5, 8)] * 2]
+    tensors = [torch.randn(s) for s in shapes]
+    for tensor in tensors[:3]:
+        tensor[:, :, 7:] = torch.nan
+    for tensor in tensors:
+        tensor.requires_grad_()
+    out = prompt_attention(
+        *tensors,
+        prompt_index=torch.tensor([2, 0]),
+        prompt_lengths=torch.tensor([4, 5, 2]),
+        cu_seqlens=torch.tensor([0, 3, 7]),
+        backend=backend,
+    )
+    assert (out[:, :, 7:] == 0).all()
+    gradients = torch.autograd.grad(out.sum(), tensors)
+    for gradient in gradients[:3]:
+        assert (gradient[:, :, 7:] == 0).all() and gradient.isfinite().all()
+    for gradient in gradients[3:]:
+        assert (gradient[1] == 0).all() and (gradient[0, :, 4:] == 0).all() and (gradient[2, :, 2:] == 0).all()
+        assert (gradient[0, :, :4] != 0).any() and (gradient[2, :, :2] != 0).any()
