@@ -1,0 +1,150 @@
+"""The teacher's targets on disk: what they are, when they are used again, and when they are made anew."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from softprompt_kernels.compress import SilentReporter
+from softprompt_kernels.compress import targets as module
+from softprompt_kernels.compress.sequences import Batch, Example
+from softprompt_kernels.compress.targets import Targets, cached_targets
+from softprompt_kernels.models import Head, head_of
+from softprompt_kernels.prompts import Prefix
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EXAMPLES_PER_SHARD", 2)
+
+
+@pytest.fixture
+def make(tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]) -> Any:
+    def call(
+        identity: Any = "this", examples: list[Example] = examples, head: Head | None = None, **options: Any
+    ) -> Targets:
+        settings = {"form": "moments", "temperature": 1.0, "reporter": SilentReporter()} | options
+        return cached_targets(
+            tmp_path / "cache", {"of": identity}, model, head or head_of(model), context, examples, **settings
+        )
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that the teacher is run."""
+    made: list[int] = []
+    original = module.hidden_states
+
+    def counted(*args: Any) -> list[torch.Tensor]:
+        made.append(len(args[2]))
+        return original(*args)
+
+    monkeypatch.setattr(module, "hidden_states", counted)
+    return made
+
+
+def hidden_of(model: PreTrainedModel, context: Prefix, examples: list[Example]) -> torch.Tensor:
+    return torch.cat([Batch.of([example], CPU).hidden(model, context) for example in examples])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_moments_are_those_of_the_teachers_distribution(
+    make: Any, model: PreTrainedModel, context: Prefix, examples: list[Example], temperature: float, biased: bool
+) -> None:
+    head = head_of(model)
+    if biased:
+        head = replace(head, bias=torch.randn(300, generator=torch.Generator().manual_seed(1)))
+    chosen = [5, 0, 3, 3, 6]
+    moments = make(temperature=temperature, head=head).moments(chosen, CPU)
+    weight, bias = head.weight.double(), torch.zeros(300).double() if head.bias is None else head.bias.double()
+    hidden = hidden_of(model, context, [examples[i] for i in chosen]).double()
+    log_p = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
+    p = log_p.exp()
+    torch.testing.assert_close(moments.mean.double(), p @ weight, rtol=0, atol=2e-5)
+    torch.testing.assert_close(moments.entropy.double(), -(p * log_p).sum(-1), rtol=0, atol=2e-4)
+    assert moments.temperature == temperature
+    if biased:
+        torch.testing.assert_close(moments.bias_mean.double(), p @ bias, rtol=0, atol=2e-5)
+    else:
+        assert moments.bias_mean is None
+
+
+def test_hidden_states_are_kept_as_they_are(
+    make: Any, model: PreTrainedModel, context: Prefix, examples: list[Example]
+) -> None:
+    chosen = [6, 1, 2]
+    rows = make(form="hidden").hidden(chosen, CPU)
+    torch.testing.assert_close(rows, hidden_of(model, context, [examples[i] for i in chosen]), rtol=0, atol=1e-5)
+
+
+def test_the_teacher_is_run_once(make: Any, calls: list[int]) -> None:
+    first = make().moments(range(7), CPU)
+    assert calls == [2, 2, 2, 1]
+    again = make().moments(range(7), CPU)
+    assert len(calls) == 4
+    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.entropy, again.entropy)
+
+
+def test_other_examples_model_form_or_temperature_make_them_anew(
+    make: Any, calls: list[int], examples: list[Example]
+) -> None:
+    other = [*examples[:-1], Example(examples[-1].input_ids, (*examples[-1].output_ids, 9))]
+    for options in ({}, {"identity": "that"}, {"examples": other}, {"form": "hidden"}, {"temperature": 2.0}):
+        calls.clear()
+        make(**options)
+        assert len(calls) == 4, options
+
+
+def test_a_change_of_one_token_changes_what_comes_back(make: Any, examples: list[Example]) -> None:
+    before = make().moments([6], CPU).mean
+    changed = replace(examples[6], input_ids=(9, *examples[6].input_ids[1:]))
+    after = make(examples=[*examples[:6], changed]).moments([6], CPU).mean
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing", "empty", "no index", "index is no record"])
+def test_a_broken_cache_is_made_anew(make: Any, calls: list[int], tmp_path: Path, harm: str) -> None:
+    expected = make().moments(range(7), CPU).mean.clone()
+    shard, index = tmp_path / "cache" / "targets-00001.safetensors", tmp_path / "cache" / "index.json"
+    calls.clear()
+    if harm == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    elif harm == "missing":
+        shard.unlink()
+    elif harm == "empty":
+        shard.write_bytes(b"")
+    elif harm == "no index":
+        index.unlink()
+    else:
+        index.write_text("[]")
+    assert torch.equal(make().moments(range(7), CPU).mean, expected)
+    assert len(calls) == 4
+
+
+def test_an_interrupted_computation_leaves_no_cache(
+    make: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    counted = module.hidden_states
+
+    def stopped(*args: Any) -> list[torch.Tensor]:
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    monkeypatch.setattr(module, "hidden_states", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(identity="that")
+    monkeypatch.setattr(module, "hidden_states", counted)
+    calls.clear()
+    make()
+    assert len(calls) == 4, "the index of the first set does not vouch for half of the second"
