@@ -1,14 +1,21 @@
-"""Compress a long context into a soft prompt."""
+"""Compress a long context into a soft prompt.
 
-from softprompt_kernels.ops import (
-    TeacherMoments,
-    kl_div,
-    linear_kl_div,
-    linear_kl_div_from_moments,
-    prompt_attention,
-    teacher_moments,
-)
-from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, PromptBank
+Names are imported when they are first asked for: `softprompt --help` and a mistake in a configuration need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt_kernels.ops import (
+        TeacherMoments,
+        kl_div,
+        linear_kl_div,
+        linear_kl_div_from_moments,
+        prompt_attention,
+        teacher_moments,
+    )
+    from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, PromptBank
 
 __all__ = [
     "EmbeddingPrompt",
@@ -21,3 +28,23 @@ __all__ = [
     "prompt_attention",
     "teacher_moments",
 ]
+
+_HOMES = {
+    "TeacherMoments": "softprompt_kernels.ops",
+    "kl_div": "softprompt_kernels.ops",
+    "linear_kl_div": "softprompt_kernels.ops",
+    "linear_kl_div_from_moments": "softprompt_kernels.ops",
+    "prompt_attention": "softprompt_kernels.ops",
+    "teacher_moments": "softprompt_kernels.ops",
+    "EmbeddingPrompt": "softprompt_kernels.prompts",
+    "KVPrompt": "softprompt_kernels.prompts",
+    "PromptBank": "softprompt_kernels.prompts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,11 +1,18 @@
-"""From a text to a soft prompt: queries, teacher, training, evaluation."""
+"""From a text to a soft prompt: queries, teacher, training, evaluation.
 
-from softprompt_kernels.compress.chat import ChatFormat
-from softprompt_kernels.compress.config import CompressConfig, load_config
-from softprompt_kernels.compress.loading import load_model
-from softprompt_kernels.compress.plan import Plan, plan
-from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
-from softprompt_kernels.compress.run import Interrupted, compress, evaluate_prompt
+Names are imported when they are first asked for: `softprompt --help` and a mistake in a configuration need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softprompt_kernels.compress.chat import ChatFormat
+    from softprompt_kernels.compress.config import CompressConfig, load_config
+    from softprompt_kernels.compress.forecast import Plan, plan
+    from softprompt_kernels.compress.loading import load_model
+    from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
+    from softprompt_kernels.compress.run import Interrupted, compress, evaluate_prompt
 
 __all__ = [
     "Advance",
@@ -21,3 +28,26 @@ __all__ = [
     "load_model",
     "plan",
 ]
+
+_HOMES = {
+    "ChatFormat": "softprompt_kernels.compress.chat",
+    "CompressConfig": "softprompt_kernels.compress.config",
+    "load_config": "softprompt_kernels.compress.config",
+    "Plan": "softprompt_kernels.compress.forecast",
+    "plan": "softprompt_kernels.compress.forecast",
+    "load_model": "softprompt_kernels.compress.loading",
+    "Advance": "softprompt_kernels.compress.reporter",
+    "Reporter": "softprompt_kernels.compress.reporter",
+    "SilentReporter": "softprompt_kernels.compress.reporter",
+    "Interrupted": "softprompt_kernels.compress.run",
+    "compress": "softprompt_kernels.compress.run",
+    "evaluate_prompt": "softprompt_kernels.compress.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.report import ROWS
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sequences import Example
 from softprompt_kernels.compress.teacher import hidden_states
@@ -76,11 +77,13 @@ def measure(
         reporter: told of the progress.
         name: of the set of examples, for the reader.
     """
-    head = head_of(model)
-    teacher = hidden_states(model, context, examples, reporter, f"Full context on {name} queries")
+    head, names = head_of(model), {key: row.capitalize() for key, row in ROWS}
+    teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
     return {
         student: distance(
-            head, hidden_states(model, prefix, examples, reporter, f"{student} on {name} queries"), teacher
+            head,
+            hidden_states(model, prefix, examples, reporter, f"{names.get(student, student)}, {name} queries"),
+            teacher,
         )
         for student, prefix in students.items()
     }

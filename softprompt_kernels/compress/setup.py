@@ -148,7 +148,15 @@ def identity(setup: Setup) -> dict[str, Any]:
     """What makes two runs the same: all that decides the result, files by their content. JSON."""
     config = setup.config.model_dump(
         mode="json",
-        exclude={"output", "threads", "checkpoint_every", "micro_batch_size", "gradient_checkpointing", "device"},
+        exclude={
+            "output",
+            "threads",
+            "checkpoint_every",
+            "evaluate_every",
+            "micro_batch_size",
+            "gradient_checkpointing",
+            "device",
+        },
     )
     for name, path in (
         ("queries", setup.config.queries),

@@ -16,3 +16,13 @@ def test_help_names_every_command(run):
     text = run("--help").stdout
     for name in ("compress", "generate", "evaluate", "doctor"):
         assert f" {name} " in text
+
+
+def test_help_and_mistakes_in_options_need_no_torch(tmp_path):
+    program = (
+        "import sys\nfrom softprompt_kernels.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    for arguments, code in ((["compress", "--help"], 0), (["compress", "--tokens", "0"], 2)):
+        command = [sys.executable, "-c", program, *arguments]
+        assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == code
