@@ -15,7 +15,7 @@ A(h) − A(h_t) − s ⟨m, h − h_t⟩ / T, in which an error in m counts only
 A backend supplies `expectation(problem) -> Expectation`, with 1 product of the head's size for A and 1 for the mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from softprompt_kernels.kernels.attention_problem import accumulate_dtype
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem, Head
 
 ExpectationKernel = Callable[[ExpectationProblem], Expectation]
+
+_BLOCK = 2**19  # elements of a copy
 
 
 @dataclass(frozen=True)
@@ -66,34 +68,49 @@ def forward(
         )
     )
     dtype = accumulate_dtype(problem.student.dtype)
-    # [N] in float64: three numbers of the size of a logit, whose sum may be as small as a divergence.
+    # [N] in float64: numbers of the size of a logit, whose sum may be as small as a divergence.
     loss = found.log_partition.double()
-    share: Tensor | float = 0.0  # λ of each row
+    label_share = torch.zeros_like(loss)  # λ of each row
     if labels is not None and found.label_logit is not None:
-        share = torch.where(labels >= 0, problem.label_weight, 0.0).double()
-        loss = loss - share * found.label_logit.double()
+        label_share.masked_fill_(labels >= 0, problem.label_weight)
+        loss = loss - label_share * found.label_logit.double()
     if problem.mean is not None and problem.entropy is not None:
         linear = _expected_logit(problem.mean, problem.student, problem.bias_mean, head.logit_scale / temperature)
-        loss = loss - (1 - share) * (linear + problem.entropy.double())
+        loss = loss - (1 - label_share) * (linear + problem.entropy.double())
     # Both parts are at least 0, and only rounding can say otherwise.
-    loss = loss.clamp(min=0) * temperature**2
-    gradient = None
-    if found.mean is not None:
-        gradient = found.mean
-        if labels is not None:
-            label_rows = head.weight[torch.where(labels >= 0, labels, 0)].to(dtype)
-            gradient = gradient - torch.as_tensor(share).to(dtype)[:, None] * label_rows
-        if problem.mean is not None:
-            teacher_share = 1 - share if isinstance(share, float) else (1 - share).to(dtype)[:, None]
-            gradient = gradient - teacher_share * problem.mean
-        gradient = gradient * (head.logit_scale * temperature)
+    loss = (loss.clamp(min=0) * temperature**2).to(dtype)
+    gradient = found.mean
+    if gradient is not None:
+        _subtract_targets_(gradient, problem, labels, label_share.to(dtype)[:, None])
+        gradient.mul_(head.logit_scale * temperature)
     if problem.weights is not None:
         loss = torch.where(problem.weights == 0, 0, loss)
-        gradient = None if gradient is None else torch.where(problem.weights[:, None] == 0, 0, gradient)
-    return loss.to(dtype), gradient
+        if gradient is not None:
+            gradient.masked_fill_(problem.weights[:, None] == 0, 0)
+    return loss, gradient
+
+
+def _subtract_targets_(mean: Tensor, problem: MomentsProblem, labels: Tensor | None, label_share: Tensor) -> None:
+    """E_p[W] becomes E_p[W] − (1−λ) m − λ W_y, in place."""
+    if problem.mean is not None and labels is None:
+        mean -= problem.mean
+    elif problem.mean is not None:
+        mean.addcmul_(problem.mean, label_share - 1)
+    if labels is not None:
+        for rows in _blocks(mean):
+            label_rows = problem.head.weight[labels[rows].clamp(min=0)].to(mean.dtype)
+            mean[rows].addcmul_(label_rows, label_share[rows], value=-1)
 
 
 def _expected_logit(mean: Tensor, hidden: Tensor, bias_mean: Tensor | None, scale: float) -> Tensor:
     """s (⟨m, h⟩ + b_m) / T of each row, [N] in float64."""
-    linear = (mean.double() * hidden.double()).sum(-1)
+    linear = torch.empty(mean.shape[0], dtype=torch.float64, device=mean.device)
+    for rows in _blocks(mean):
+        linear[rows] = (mean[rows].double() * hidden[rows].double()).sum(-1)
     return scale * (linear if bias_mean is None else linear + bias_mean.double())
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    """Rows whose copies in another dtype are small beside the tensor."""
+    step = max(1, _BLOCK // max(1, tensor.shape[1]))
+    return (slice(start, start + step) for start in range(0, tensor.shape[0], step))

@@ -8,12 +8,17 @@ import torch
 from softprompt_kernels.ops import kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
 
 FAR = 2**31 + 64  # elements between neighbours
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux: pages count when they are touched
+
+
+def untouched(size):
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
 
 
 def far_apart(rows, *shape):
     """fp32 [rows, *shape] whose rows lie FAR elements apart in untouched anonymous memory."""
     size = torch.Size(shape).numel()
-    memory = torch.frombuffer(mmap.mmap(-1, 4 * ((rows - 1) * FAR + size)), dtype=torch.float32)
+    memory = torch.frombuffer(untouched(4 * ((rows - 1) * FAR + size)), dtype=torch.float32)
     inner = torch.empty(shape).stride()
     tensor = memory.as_strided((rows, *shape), (FAR, *inner))
     tensor.copy_(torch.randn(tensor.shape))
@@ -23,7 +28,7 @@ def far_apart(rows, *shape):
 @pytest.fixture(autouse=True)
 def _room():
     try:
-        mmap.mmap(-1, 4 * 3 * FAR).close()
+        untouched(4 * 3 * FAR).close()
     except OSError as error:
         pytest.skip(f"the system does not lend {12 * FAR} bytes of address space: {error}")
 
