@@ -112,7 +112,8 @@ class Objective:
 
     def _no_teacher(self, hidden: Tensor) -> TeacherMoments:
         """Moments that label weight 1 leaves out of the sum."""
-        rows = torch.zeros(hidden.shape[0], device=hidden.device)
-        mean = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
+        mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         bias_mean = None if self.head.bias is None else rows
         return TeacherMoments(mean, rows, bias_mean, self.temperature, self.head.logit_scale, None)
