@@ -115,12 +115,17 @@ def counting() -> type[CountingReporter]:
 
 
 @pytest.fixture
-def fill_disk() -> Callable[[Path], None]:
-    """Makes the next whole write of a file end as on a full disk: its temporary name leads to /dev/full."""
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full, a device that is always full")
+def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """While the context is open no file grows beyond `room` bytes: writes end in the middle, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="needs the file size limits of POSIX")
 
-    def fill(path: Path) -> None:
-        path.with_name(path.name + ".partial").symlink_to("/dev/full")
+    @contextlib.contextmanager
+    def limited(room: int = 256) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    return fill
+    return limited

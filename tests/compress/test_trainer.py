@@ -1,0 +1,332 @@
+"""The trainer: what a step computes, that a run is a function of its seed, and that it can be cut anywhere."""
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from softprompt_kernels.compress import SilentReporter
+from softprompt_kernels.compress.objective import Objective
+from softprompt_kernels.compress.sequences import Batch, Example, total_targets
+from softprompt_kernels.compress.targets import cached_targets
+from softprompt_kernels.compress.trainer import Schedule, StepReport, Trainer
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models import capture, head_of, prefix_of, prepare
+from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix
+
+CPU = torch.device("cpu")
+Make = Callable[..., Trainer]
+FullDisk = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(params=["kv", "embedding"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("targets")
+
+
+@pytest.fixture
+def make(model: PreTrainedModel, context: Prefix, examples: list[Example], shared_cache: Path) -> Make:
+    def call(kind: str = "kv", examples: list[Example] = examples, **options: Any) -> Trainer:
+        frozen = options.pop("frozen_tokens", 1)
+        prompt: KVPrompt | EmbeddingPrompt
+        if kind == "kv":
+            prompt = KVPrompt.from_prefix(context.slice(0, 4), frozen_tokens=frozen)
+        else:
+            rows = model.get_input_embeddings().weight[10:14].clone()
+            prompt = EmbeddingPrompt(rows, frozen_tokens=frozen)
+        objective = Objective("kl", head_of(model))
+        targets = cached_targets(
+            shared_cache / str(len(examples)),
+            {},
+            model,
+            objective.head,
+            context,
+            examples,
+            form="moments",
+            temperature=1.0,
+            reporter=SilentReporter(),
+        )
+        schedule = Schedule(options.pop("steps", 6), options.pop("learning_rate", 0.02), options.pop("warmup", 1))
+        settings = {"batch_size": 3, "seed": 7} | options
+        return Trainer(model, prompt, examples, targets, objective, schedule, **settings)
+
+    return call
+
+
+def reports_of(trainer: Trainer) -> list[StepReport]:
+    reports: list[StepReport] = []
+    trainer.run(reports.append)
+    return [replace(report, seconds=0.0) for report in reports]
+
+
+def state_of(trainer: Trainer) -> dict[str, Tensor]:
+    state = {name: value.clone() for name, value in trainer.prompt.state_dict().items()}
+    for index, parameter in enumerate(trainer.parameters):
+        state |= {f"{index}.{name}": value.clone() for name, value in trainer.optimizer.state[parameter].items()}
+    return state
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# One step
+
+
+def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make: Make, kind: str) -> None:
+    trainer, chosen = make(kind), [5, 0, 3]
+    loss = trainer.accumulate(chosen)
+    found = [parameter.grad.clone() for parameter in trainer.parameters]
+    # Sequence by sequence, straight through the prompt.
+    total = torch.zeros((), dtype=torch.float64)
+    for index in chosen:
+        batch = Batch.of([trainer.examples[index]], CPU)
+        hidden = batch.hidden(trainer.model, prefix_of(trainer.model, trainer.prompt))
+        total = total + trainer.objective.loss(hidden, batch.labels, [index], trainer.targets).double()
+    mean = total / total_targets([trainer.examples[i] for i in chosen])
+    assert loss == pytest.approx(float(mean.detach()), rel=1e-5)
+    for gradient, expected in zip(found, torch.autograd.grad(mean, trainer.parameters), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_frozen_tokens_never_change_and_the_others_do(make: Make, kind: str) -> None:
+    trainer = make(kind, frozen_tokens=2, weight_decay=0.1)
+    before = {name: value.clone() for name, value in trainer.prompt.state_dict().items()}
+    prefix = prefix_of(trainer.model, trainer.prompt).detach()
+    reports_of(trainer)
+    for name, value in trainer.prompt.state_dict().items():
+        assert torch.equal(value, before[name]) == ("frozen" in name), name
+    trained = prefix_of(trainer.model, trainer.prompt).detach()
+    for (old, _), (new, _) in zip(prefix.layers, trained.layers, strict=True):
+        assert torch.equal(old[:, :, :2], new[:, :, :2])
+
+
+def test_the_model_is_left_alone(make: Make, kind: str) -> None:
+    trainer = make(kind)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    reports_of(trainer)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_nothing_to_train_is_refused(make: Make, kind: str) -> None:
+    with pytest.raises(SoftPromptError, match="frozen_tokens: got all tokens"):
+        make(kind, frozen_tokens=4)
+
+
+def test_gradients_are_cut_to_the_norm(make: Make) -> None:
+    free, cut = make(), make(max_grad_norm=1e-3)
+    norm = free.train_step().grad_norm
+    assert norm > 1e-3
+    assert cut.train_step().grad_norm == norm, "the norm before the cut is reported"
+    assert float(torch.cat([p.grad.flatten() for p in cut.parameters]).norm()) == pytest.approx(1e-3, rel=1e-3)
+    assert float(torch.cat([p.grad.flatten() for p in free.parameters]).norm()) == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_or_gradient_that_is_not_finite_ends_training_before_the_prompt_is_touched(
+    make: Make, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    for harmed in ("loss", "gradient"):
+        trainer = make()
+        trainer.train_step()
+        before = state_of(trainer)
+        original = trainer.accumulate
+
+        def harm(chosen: Any, harmed: str = harmed, trainer: Trainer = trainer, original: Any = original) -> float:
+            loss = original(chosen)
+            if harmed == "loss":
+                return value
+            trainer.parameters[0].grad[0, 0, 0] = value
+            return loss
+
+        monkeypatch.setattr(trainer, "accumulate", harm)
+        with pytest.raises(SoftPromptError, match="learning_rate: at step 2"):
+            trainer.train_step()
+        assert_same(state_of(trainer), before)
+        assert trainer.step == 1
+
+
+# Many steps
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(3, 7), (7, 7), (2, 7), (5, 7), (1, 3)])
+def test_every_epoch_visits_each_example_once(make: Make, batch_size: int, count: int) -> None:
+    trainer = make(batch_size=batch_size, examples=(make().examples * 2)[:count])
+    drawn = [index for step in range(4 * count) for index in trainer.batch_at(step)]
+    epochs = [drawn[start : start + count] for start in range(0, len(drawn), count)]
+    assert len(drawn) == 4 * count * batch_size
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch has an order of its own"
+
+
+def test_a_batch_is_never_larger_than_the_set(make: Make) -> None:
+    trainer = make(batch_size=100)
+    assert sorted(trainer.batch_at(0)) == sorted(trainer.batch_at(3)) == list(range(7))
+
+
+def test_the_order_depends_on_the_seed(make: Make) -> None:
+    orders = [[tuple(make(seed=seed).batch_at(step)) for step in range(4)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_the_rate_rises_and_falls_along_a_cosine() -> None:
+    schedule = Schedule(10, 2.0, 4)
+    rates = [schedule.at(step) for step in range(10)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[5:] == pytest.approx([1 + math.cos(math.pi * step / 6) for step in range(1, 6)])
+    assert schedule.at(10) == pytest.approx(0)
+    assert Schedule(1, 2.0, 0).at(0) == 2.0
+    assert Schedule(3, 2.0, 3).at(2) == pytest.approx(1.5)
+
+
+def test_the_rate_is_that_of_the_schedule_in_every_step(make: Make) -> None:
+    reports = reports_of(make(steps=5))
+    assert [report.learning_rate for report in reports] == [Schedule(5, 0.02, 1).at(step) for step in range(5)]
+    still = make(learning_rate=1e-30)
+    before = still.prompt.key.clone()
+    still.train_step()
+    assert torch.equal(still.prompt.key, before)
+
+
+def test_training_lowers_the_loss(make: Make, kind: str) -> None:
+    losses = [report.loss for report in reports_of(make(kind, batch_size=7, steps=40, learning_rate=0.05))]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_two_runs_are_equal_bit_for_bit(make: Make, kind: str) -> None:
+    first, second = make(kind), make(kind)
+    torch.manual_seed(1)
+    reports = reports_of(first)
+    torch.manual_seed(2)
+    assert reports_of(second) == reports
+    assert_same(state_of(first), state_of(second))
+
+
+# Gradient checkpointing
+
+
+def test_gradient_checkpointing_changes_nothing_even_where_the_model_has_dropout(examples: list[Example]) -> None:
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, attn_pdrop=0.5)
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing_enable({"use_reentrant": False})
+    gradients = []
+    for model in (plain, saving):
+        prepare(model)
+        prompt = KVPrompt.from_prefix(capture(model, torch.arange(5)[None]))
+        trainer = Trainer(
+            model, prompt, examples, None, Objective("nll", head_of(model)), Schedule(1, 0.1), batch_size=7
+        )
+        ran: list[int] = []
+        handle = model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        loss = trainer.accumulate(range(7))
+        handle.remove()
+        gradients.append((loss, [parameter.grad for parameter in trainer.parameters], len(ran)))
+        assert not any(module.training for module in model.modules())
+    (loss, expected, once), (other, found, twice) = gradients
+    assert (once, twice) == (1, 2), "layers were computed again"
+    assert other == pytest.approx(loss, rel=1e-6)
+    for gradient, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=0, atol=1e-6 * float(right.abs().max()))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 6])
+def test_a_run_that_was_cut_goes_on_bit_for_bit(make: Make, kind: str, tmp_path: Path, cut: int) -> None:
+    whole, first = make(kind, weight_decay=0.01), make(kind, weight_decay=0.01)
+    reports = reports_of(whole)
+    before = [replace(first.train_step(), seconds=0.0) for _ in range(cut)]
+    first.save(tmp_path / "checkpoint", "me")
+    second = make(kind, weight_decay=0.01)
+    second.load(tmp_path / "checkpoint", "me")
+    assert (second.step, second.saved) == (cut, cut)
+    assert before + reports_of(second) == reports
+    assert_same(state_of(second), state_of(whole))
+
+
+def test_training_on_leaves_the_file_as_it_is(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    first = make()
+    first.train_step()
+    first.save(path, "me")
+    content = path.read_bytes()
+    second = make()
+    second.load(path, "me")
+    reports_of(second)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "text"])
+def test_a_broken_checkpoint_is_refused_in_a_sentence(make: Make, tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "checkpoint"
+    trainer = make()
+    trainer.train_step()
+    trainer.save(path, "me")
+    content = {"truncated": path.read_bytes()[:-5], "empty": b"", "text": b"not a checkpoint at all"}
+    path.unlink()
+    if harm in content:
+        path.write_bytes(content[harm])
+    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .*delete it to start anew"):
+        make().load(path, "me")
+
+
+def test_a_checkpoint_of_another_run_is_refused(make: Make, tmp_path: Path) -> None:
+    make().save(tmp_path / "checkpoint", "me")
+    trainer = make()
+    before = state_of(trainer)
+    with pytest.raises(SoftPromptError, match="belongs to another run"):
+        trainer.load(tmp_path / "checkpoint", "you")
+    assert_same(state_of(trainer), before)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(make: Make, tmp_path: Path, full_disk: FullDisk) -> None:
+    path = tmp_path / "checkpoint"
+    trainer = make()
+    trainer.train_step()
+    trainer.save(path, "me")
+    content = path.read_bytes()
+    trainer.train_step()
+    with full_disk(), pytest.raises((OSError, SafetensorError)):
+        trainer.save(path, "me")
+    assert path.read_bytes() == content
+    assert trainer.saved == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_half_of_an_update_is_not_saved(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint"
+    trainer = make()
+    trainer.train_step()
+    trainer.save(path, "me")
+    content, update = path.read_bytes(), trainer.optimizer.step
+
+    def interrupted() -> None:
+        update()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.optimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_step()
+    trainer.save(path, "me")
+    assert path.read_bytes() == content
+    assert trainer.saved == 1
