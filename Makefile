@@ -2,7 +2,8 @@
 # make test   install what tests need, lint, type-check, test
 # make bench  time and memory of a training step against the obvious way of writing it
 #
-# Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with.
+# Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with, 3.11 or
+# newer. After a change to the demo's text or settings, `make clean` makes room for another run.
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,7 +32,8 @@ bench: $(VENV)/bench $(MODEL)/config.json
 clean:
 	rm -rf $(VENV) runs build *.egg-info
 
-# torch first and alone: any other package would pull the CUDA build.
+# torch first and alone, at the pinned version: nothing after it pulls another one. On a machine without a GPU,
+# PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds spares the CUDA libraries.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch

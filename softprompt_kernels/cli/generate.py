@@ -54,6 +54,7 @@ def generate(
 
     from softprompt_kernels.compress import ChatFormat, load_model
     from softprompt_kernels.compress.setup import read_text
+    from softprompt_kernels.compress.start import nothing
     from softprompt_kernels.prompts.adapter import describe
 
     text = None if context is None else read_text(context, "context")
@@ -65,6 +66,7 @@ def generate(
     settings = generation_config(loaded, tokenizer, max_new_tokens, temperature)
     soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer)
     full = None if text is None else read_context(loaded, chat.context_ids(text))
+    bare = nothing(loaded, chat)
     torch.manual_seed(seed)
 
     def answer(question: str, prefix: Prefix | None, **options: Any) -> str:
@@ -73,12 +75,12 @@ def generate(
 
     if compare:
         for question in asked(questions):
-            columns = {"full text": full, "soft prompt": soft, "nothing": None}
+            columns = {"full text": full, "soft prompt": soft, "nothing": bare}
             show_side_by_side(question, {name: answer(question, prefix) for name, prefix in columns.items()})
         return
     from transformers import TextStreamer
 
-    prefix = soft if full is None else full
+    prefix = full if full is not None else soft if soft is not None else bare
     several = questions is not None and len(questions) > 1
     for question in asked(questions):
         if several:
@@ -133,6 +135,7 @@ def generation_config(
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
+        repetition_penalty=1.0,
         eos_token_id=sorted(ids) or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ids, default=0),
         **sampling,

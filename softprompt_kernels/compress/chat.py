@@ -32,7 +32,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         before, between, after = self._pieces()
         # A new line or turn marker that follows the context belongs to the context: the query then starts as a turn
-        # does, and means something on its own too (the baseline without any context).
+        # does.
         self.context_start, self.context_end, self.query_start, self.query_end = before, *between, after
 
     def context_ids(self, text: str) -> Tensor:
@@ -44,6 +44,20 @@ class ChatFormat:
         if not text.strip():
             raise SoftPromptError("context: got an empty text, accepted is one with at least a word")
         return torch.tensor([self._encode(f"{self.context_start}{INSTRUCTION}{text.strip()}{self.context_end}")])
+
+    def bare_ids(self) -> Tensor | None:
+        """`[1, n]` int64: what the template puts before a query when there is no context; None where that is nothing.
+
+        The model alone is the model behind this, as its template would run it: with the token that begins a text, the
+        opening of the turn, and the system turn that some templates bring along.
+        """
+        bare = self.context_start
+        if self.tokenizer.chat_template:
+            rendered = self._render([{"role": "user", "content": _QUERY}]) or ""
+            before = rendered.partition(_QUERY)[0]
+            bare = before.removesuffix(self.query_start) if before.endswith(self.query_start) else ""
+        ids = self._encode(bare)
+        return torch.tensor([ids]) if ids else None
 
     def query_ids(self, text: str) -> list[int]:
         """The tokens of one query, up to where the answer starts."""

@@ -12,7 +12,7 @@ for these queries; recovered would be noise over noise, and is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,9 +50,11 @@ def distance(head: Head, student: Sequence[Tensor], teacher: Sequence[Tensor]) -
     kl = linear_kl_div(
         student_rows, teacher_rows, head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
     )
+    # Logits in fp32: rounded to 16 bits they tie, and a tie goes to the lower token.
+    exact = replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
     agreement = gap = 0.0
     for s, t in zip(student_rows.split(_ROWS), teacher_rows.split(_ROWS), strict=True):
-        student_logits, teacher_logits = head.logits(s).float(), head.logits(t).float()
+        student_logits, teacher_logits = exact.logits(s.float()), exact.logits(t.float())
         agreement += float((student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum())
         gap += float((_entropy(student_logits) - _entropy(teacher_logits)).sum())
     tokens = student_rows.shape[0]

@@ -14,7 +14,7 @@ from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.run import CAPTURE_TOKENS
 from softprompt_kernels.compress.sequences import Example
 from softprompt_kernels.compress.setup import set_up
-from softprompt_kernels.compress.start import initial_prompt
+from softprompt_kernels.compress.start import initial_prompt, nothing
 from softprompt_kernels.compress.teacher import answer
 from softprompt_kernels.compress.trainer import Schedule, Trainer
 from softprompt_kernels.models import capture, prefix_of
@@ -88,7 +88,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     sampling = unknown / width * (first + decode * config.new_tokens)
 
     begin = time.perf_counter()
-    distances = measure(setup.model, context, {"none": None}, examples, reporter, "a few")
+    distances = measure(setup.model, context, {"none": nothing(setup.model, setup.chat)}, examples, reporter, "a few")
     per_sequence = (time.perf_counter() - begin) / (2 * len(examples))
     # Sequences of full length: the tried ones are shorter.
     tried = sum(example.length for example in examples) / len(examples)

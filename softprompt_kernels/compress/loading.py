@@ -51,8 +51,12 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise SoftPromptError(f'device: got {device!r}, accepted are "auto", "cpu", "cuda", "cuda:1", …') from error
+        if place.type != "cuda" or torch.cuda.is_available():
+            torch.empty(0, device=place)  # a name that torch knows may still be a device that is not there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SoftPromptError(
+            f'device: got {device!r}, which torch cannot use here; accepted are "auto", "cpu", "cuda", "cuda:1", …'
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise SoftPromptError(f'device: got {device!r}, but torch sees no CUDA device here; accepted is "cpu"')
     return place

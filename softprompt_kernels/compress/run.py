@@ -8,15 +8,17 @@ Each part is kept in the run's folder as soon as it is there, so the same call g
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from softprompt_kernels.compress.chat import ChatFormat
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.evaluate import Distance, check_context_matters, distance, measure, summary
+from softprompt_kernels.compress.evaluate import check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.loading import load_model
 from softprompt_kernels.compress.queries import Query, load_queries, save_queries, write_text
@@ -24,10 +26,11 @@ from softprompt_kernels.compress.report import save_curves
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sequences import Example
 from softprompt_kernels.compress.setup import Setup, check_fits, identity, read_text, set_up, sha256
-from softprompt_kernels.compress.start import baselines, initial_prompt, start_row
+from softprompt_kernels.compress.start import baselines, cut, initial_prompt, nothing, start_row
 from softprompt_kernels.compress.targets import Targets, cached_targets
 from softprompt_kernels.compress.teacher import answer, hidden_states
 from softprompt_kernels.compress.trainer import Schedule, StepReport, Trainer
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of, prefix_of
 from softprompt_kernels.prompts import Prefix, check_destination, load, save
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
@@ -72,12 +75,13 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     train, heldout = _examples(setup, folder, context, reporter)
     prompt = initial_prompt(setup, context)
     students = baselines(setup, context, prompt)
-    sampled = train[: config.evaluation_sequences]
+    sampled = random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
     measured = {
         "train": measure(setup.model, context, students, sampled, reporter, "training"),
         "heldout": measure(setup.model, context, students, heldout, reporter, "held-out"),
     }
-    check_context_matters(measured["heldout"]["none"].kl)
+    for distances in measured.values():
+        check_context_matters(distances["none"].kl)
     targets = _targets(setup, folder, context, train, reporter)
     trainer = Trainer(
         setup.model,
@@ -103,9 +107,8 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     trained = prefix_of(setup.model, prompt).detach()
     for name, examples in (("train", sampled), ("heldout", heldout)):
         label = "training" if name == "train" else "held-out"
-        distances: dict[str, Distance] = dict(measured[name])
-        distances |= measure(setup.model, context, {"prompt": trained}, examples, reporter, label)
-        figures[name] = summary(distances)
+        measured[name] |= measure(setup.model, context, {"prompt": trained}, examples, reporter, label)
+        figures[name] = summary(measured[name])
     figures["seconds"] = time.perf_counter() - begin + before
     save(
         folder.prompt,
@@ -173,9 +176,11 @@ def evaluate_prompt(
         seed=seed,
         reporter=reporter,
     )
-    students = {"none": None, "prompt": prefix_of(model, prompt).detach()}
+    students = {"none": nothing(model, chat), "prompt": prefix_of(model, prompt).detach()}
     if prompt.length < prefix.length:
-        students["truncated"] = prefix.slice(0, prompt.length)
+        students["truncated"] = cut(model, prefix, prompt.length, "first")
+        with suppress(SoftPromptError):
+            students["untrained"] = cut(model, prefix, prompt.length, "strided")
     distances = measure(model, prefix, students, examples, reporter, "given")
     return {
         "context_tokens": prefix.length,
@@ -190,7 +195,7 @@ def _examples(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples: from the folder, or asked of the teacher and put there."""
     parts = {"train": setup.train, "heldout": setup.heldout}
-    if folder.examples.exists():
+    with suppress(OSError, ValueError):  # not there yet, or cut off by a crash: the teacher is asked again
         saved = json.loads(folder.examples.read_text(encoding="utf-8"))
         train, heldout = ([Example(tuple(x), tuple(y)) for x, y in saved[part]] for part in parts)
         return train, heldout

@@ -20,6 +20,7 @@ from softprompt_kernels.compress.queries import Query, hold_out, load_queries, w
 from softprompt_kernels.compress.selfstudy import self_study
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of
+from softprompt_kernels.prompts.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,4 +167,6 @@ def identity(setup: Setup) -> dict[str, Any]:
         if path is not None:
             config[name] = sha256(path.read_text(encoding="utf-8"))
     config["context"] = sha256(setup.text)
+    config["model"] = model_fingerprint(setup.model)
+    config["tokenizer"] = tokenizer_fingerprint(setup.tokenizer)
     return config

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.chat import ChatFormat
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.setup import Setup, read_text
 from softprompt_kernels.errors import SoftPromptError
@@ -58,14 +59,23 @@ def cut(model: PreTrainedModel, context: Prefix, k: int, how: str) -> Prefix:
     return initialise.from_prefix(context, k, how, rotate=rotate)
 
 
+def nothing(model: PreTrainedModel, chat: ChatFormat) -> Prefix | None:
+    """What stands before a query when there is neither context nor prompt."""
+    ids = chat.bare_ids()
+    return None if ids is None else capture(model, ids.to(model.device))
+
+
 def baselines(setup: Setup, context: Prefix, prompt: Prompt) -> dict[str, Prefix | None]:
     """What a trained prompt of k tokens has to beat, by name.
 
-    "none": no prompt; "truncated": the first k tokens of the context; "untrained": k of the context's own keys and
+    "none": no context; "truncated": the first k tokens of the context; "untrained": k of the context's own keys and
     values, strided (left out where they cannot be moved); "initial": the prompt before training, where it is neither.
     """
     model, config = setup.model, setup.config
-    students: dict[str, Prefix | None] = {"none": None, "truncated": cut(model, context, config.tokens, "first")}
+    students: dict[str, Prefix | None] = {
+        "none": nothing(model, setup.chat),
+        "truncated": cut(model, context, config.tokens, "first"),
+    }
     with suppress(SoftPromptError):
         students["untrained"] = cut(model, context, config.tokens, "strided")
     if start_row(config) == "initial":

@@ -12,6 +12,7 @@ once for each reason.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -129,8 +130,9 @@ def _announce_reference(op: str, device: torch.device, refused: list[str]) -> No
 
 
 def _first_time(message: str) -> bool:
-    new = message not in _announced
-    _announced.add(message)
+    kind = re.sub(r"\d+", "#", message)  # each decoding step has other sizes than the one before
+    new = kind not in _announced
+    _announced.add(kind)
     return new
 
 

@@ -28,10 +28,10 @@ class TeacherMoments:
 
     mean: Tensor  # [N, d] fp32 (float64 for float64 teachers), E_p[W]
     entropy: Tensor  # [N], nats
-    bias_mean: Tensor | None  # [N], E_p[bias], None without a bias
-    temperature: float
-    logit_scale: float
-    valid_vocab: int | None
+    bias_mean: Tensor | None = None  # [N], E_p[bias], None without a bias
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    valid_vocab: int | None = None
 
     def __getitem__(self, rows: Any) -> "TeacherMoments":
         """The moments of some rows: any index of a first dimension."""

@@ -41,8 +41,8 @@ def unsupported(problem: AttentionProblem) -> str | None:
         return f"softcap={problem.softcap} is given, and it has none"
     if problem.window is not None and problem.window < prompt + own:
         return f"window={problem.window} is shorter than prompt and keys, {prompt} + {own}, and it has no window"
-    if problem.causal and queries > own:
-        return f"query is longer than key, {queries} > {own}, with causal=True"
+    if (problem.causal or problem.window is not None) and queries > own:
+        return f"query is longer than key, {queries} > {own}, with causal=True or a window"
     return None
 
 
