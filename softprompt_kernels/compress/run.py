@@ -72,9 +72,9 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         return finished
     check_destination(folder.prompt)
     context = capture(setup.model, setup.context_ids, CAPTURE_TOKENS)
-    train, heldout = _examples(setup, folder, context, reporter)
     prompt = initial_prompt(setup, context)
     students = baselines(setup, context, prompt)
+    train, heldout = _examples(setup, folder, context, reporter)
     sampled = random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
     measured = {
         "train": measure(setup.model, context, students, sampled, reporter, "training"),
@@ -235,7 +235,11 @@ def _targets(
         return None
     return cached_targets(
         folder.cache,
-        {"model": model_fingerprint(setup.model), "context": setup.context_ids.tolist()},
+        {
+            "model": model_fingerprint(setup.model),
+            "dtype": str(setup.model.dtype),
+            "context": setup.context_ids.tolist(),
+        },
         setup.model,
         setup.objective.head,
         context,
