@@ -1,0 +1,419 @@
+"""A compression from end to end: what it leaves, that it goes on where it was, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softprompt_kernels.compress import CompressConfig, Interrupted, compress
+from softprompt_kernels.compress import run as module
+from softprompt_kernels.compress.queries import load_queries
+from softprompt_kernels.compress.report import save_curves
+from softprompt_kernels.compress.trainer import Trainer
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
+
+Make = Callable[..., CompressConfig]
+FullDisk = Callable[..., AbstractContextManager[None]]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All but the seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Parameters, optimiser, metrics and figures, bit for bit."""
+    assert metrics(first) == metrics(second)
+    for name in ("checkpoint.safetensors", "prompt/adapter_model.safetensors"):
+        one, other = load_file(first / name), load_file(second / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    figures = [json.loads((folder / "evaluation.json").read_text()) for folder in (first, second)]
+    for one in figures:
+        del one["seconds"]
+    assert figures[0] == figures[1]
+
+
+def check_figures(figures: dict[str, Any], output: Path) -> None:
+    """What evaluation.json has to hold."""
+    assert json.loads((output / "evaluation.json").read_text()) == figures
+    assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "train", "heldout"}
+    for part in (figures["train"], figures["heldout"]):
+        assert {"kl_none", "kl_truncated", "kl_untrained", "kl_prompt", "recovered", "top1_agreement"} <= set(part)
+        assert part["recovered"] == pytest.approx(1 - part["kl_prompt"] / part["kl_none"])
+        assert 0 <= part["top1_agreement"] <= 1
+        assert part["kl_none"] > 0.01
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plot takes longer than all the rest."""
+    monkeypatch.setattr(module, "save_curves", lambda *_: None)
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_its_parts(
+    make_config: Make,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counting: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "save_curves", save_curves)
+    config = make_config(evaluate_every=2)
+    reporter = counting()
+    figures = compress(config, reporter)
+    output = config.output
+    check_figures(figures, output)
+    assert figures["prompt_tokens"] == 8
+    assert figures["ratio"] == figures["context_tokens"] / 8
+    names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
+    assert {entry.name for entry in output.iterdir()} == names | {"curves.png", "prompt", "evaluation.json"}
+    records = metrics(output)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records if "heldout_kl" in record] == [2, 4]
+    assert {"loss", "learning_rate", "grad_norm", "tokens"} <= set(records[0])
+    asked = load_queries(output / "queries.jsonl")
+    assert len(asked) == 6
+    assert {query.input for query in asked} == {query.input for query in load_queries(config.queries)}
+    prompt, record = load(output / "prompt", model, tokenizer)
+    assert isinstance(prompt, KVPrompt)
+    assert (prompt.length, prompt.frozen_tokens) == (8, 1)
+    assert record["figures"] == figures["heldout"]
+    assert record["context"]["tokens"] == figures["context_tokens"]
+    assert reporter.done["Training"] == 5
+
+
+@pytest.mark.parametrize("init", ["strided", "first", "text", "vocabulary", "random"])
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_every_kind_and_start_is_trained(
+    make_config: Make, tmp_path: Path, model: PreTrainedModel, kind: str, init: str
+) -> None:
+    options: dict[str, Any] = {"kind": kind, "init": init, "steps": 2}
+    if init == "text":
+        (tmp_path / "start.txt").write_text("Keep this.")
+        options["init_text"] = tmp_path / "start.txt"
+    config = make_config(**options)
+    figures = compress(config)
+    check_figures(figures, config.output)
+    prompt, _ = load(config.output / "prompt", model)
+    assert isinstance(prompt, KVPrompt if kind == "kv" else EmbeddingPrompt)
+    assert ("kl_initial" in figures["heldout"]) == (kind != "kv" or init not in ("strided", "first"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "reverse_kl"},
+        {"objective": "jsd", "beta": 0.3},
+        {"objective": "nll"},
+        {"nll_weight": 0.3},
+        {"loss_temperature": 2.0},
+    ],
+    ids=str,
+)
+def test_every_objective_is_trained(make_config: Make, options: dict[str, Any]) -> None:
+    config = make_config(steps=2, **options)
+    check_figures(compress(config), config.output)
+
+
+def test_training_recovers_what_an_untrained_prompt_lost(make_config: Make) -> None:
+    figures = compress(make_config(steps=40, batch_size=4, learning_rate=0.05))
+    assert figures["train"]["kl_prompt"] < 0.8 * figures["train"]["kl_untrained"]
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"micro_batch_size": 1}], ids=str)
+def test_what_saves_memory_changes_no_figure(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+    plain = compress(make_config())
+    saving = compress(make_config(output=tmp_path / "saving", **options))
+    assert (tmp_path / "run/queries.jsonl").read_text() == (tmp_path / "saving/queries.jsonl").read_text()
+    for part in ("train", "heldout"):
+        assert saving[part] == pytest.approx(plain[part], rel=1e-4)
+
+
+def test_self_study_and_outputs_that_are_given(make_config: Make, tmp_path: Path) -> None:
+    lines = [{"input": "Who keeps it?", "output": "Mira."}, {"input": "Where?"}]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = make_config(queries=None, heldout=tmp_path / "heldout.jsonl", selfstudy=5, steps=1)
+    figures = compress(config)
+    saved = [json.loads(line) for line in (config.output / "queries.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in saved] == ["train"] * 5 + ["heldout"] * 2
+    assert saved[5] == {**lines[0], "split": "heldout"}
+    assert figures["heldout"]["tokens"] > len("Mira.")
+
+
+def test_several_answers_to_a_query_differ(make_config: Make) -> None:
+    config = make_config(samples=3, steps=1)
+    compress(config)
+    saved = [json.loads(line) for line in (config.output / "queries.jsonl").read_text().splitlines()]
+    answers: dict[str, set[str]] = {}
+    for line in saved:
+        answers.setdefault(f"{line['split']}: {line['input']}", set()).add(line["output"])
+    counts = {name: len(found) for name, found in answers.items()}
+    assert len(saved) == 3 * sum(name.startswith("train") for name in counts) + sum("heldout" in n for n in counts)
+    assert all(count > 1 for name, count in counts.items() if name.startswith("train"))
+
+
+# Again, and after an interruption
+
+
+def test_a_finished_run_is_given_back_without_work(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, counting: Any
+) -> None:
+    config = make_config(steps=2)
+    figures = compress(config)
+    for name in ("capture", "answer", "Trainer"):
+        monkeypatch.setattr(module, name, None)
+    reporter = counting()
+    assert compress(config, reporter) == figures
+    assert reporter.messages == [f"{config.output} holds this run, finished."]
+
+
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
+    make_config: Make, tmp_path: Path, counting: Any, kind: str, step: int
+) -> None:
+    whole = make_config(kind=kind, evaluate_every=2, output=tmp_path / "whole")
+    compress(whole)
+    config = make_config(kind=kind, evaluate_every=2)
+    with pytest.raises(Interrupted) as stop:
+        compress(config, counting("Training", step))
+    assert (stop.value.step, stop.value.steps, stop.value.output) == (step, 5, config.output)
+    assert not (config.output / "evaluation.json").exists()
+    reporter = counting()
+    compress(config, reporter)
+    assert f"Going on from step {step}." in reporter.messages
+    assert_same_run(config.output, whole.output)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counting: Any
+) -> None:
+    whole = make_config(output=tmp_path / "whole")
+    compress(whole)
+    config = make_config()
+    with pytest.raises(SystemError):
+        compress(config, counting("Training", 3, SystemError))
+    assert [record["step"] for record in metrics(config.output)] == [1, 2, 3]
+    with (config.output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    reporter = counting()
+    compress(config, reporter)
+    assert "Going on from step 2." in reporter.messages
+    assert_same_run(config.output, whole.output)
+
+
+@pytest.mark.parametrize(
+    "stage", ["Asking the teacher", "Full context, training queries", "Teacher's distributions, part 1 of 1"]
+)
+def test_an_interruption_before_training_loses_nothing_either(
+    make_config: Make, tmp_path: Path, counting: Any, stage: str
+) -> None:
+    whole = make_config(output=tmp_path / "whole")
+    reporter = counting()
+    compress(whole, reporter)
+    config = make_config()
+    with pytest.raises(KeyboardInterrupt):
+        compress(config, counting(stage, reporter.done[stage]))
+    compress(config)
+    assert_same_run(config.output, whole.output)
+
+
+def test_another_checkpoint_rate_or_device_of_the_same_run_goes_on(make_config: Make, counting: Any) -> None:
+    with pytest.raises(Interrupted):
+        compress(make_config(), counting("Training", 3))
+    reporter = counting()
+    compress(make_config(checkpoint_every=1, micro_batch_size=2, threads=1), reporter)
+    assert "Going on from step 3." in reporter.messages
+
+
+@pytest.mark.parametrize("broken", ["cut", "empty"])
+def test_a_broken_record_of_answers_is_made_anew(make_config: Make, counting: Any, tmp_path: Path, broken: str) -> None:
+    whole = make_config(output=tmp_path / "whole")
+    compress(whole)
+    config = make_config()
+    with pytest.raises(Interrupted):
+        compress(config, counting("Training", 3))
+    path = config.output / "cache" / "examples.json"
+    path.write_text(path.read_text()[:-20] if broken == "cut" else "")
+    compress(config)
+    assert_same_run(config.output, whole.output)
+
+
+def test_a_truncated_checkpoint_ends_in_a_sentence(make_config: Make, counting: Any) -> None:
+    config = make_config()
+    with pytest.raises(Interrupted):
+        compress(config, counting("Training", 3))
+    path = config.output / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .* delete it to start anew"):
+        compress(config)
+    path.unlink()
+    compress(config)
+    assert [record["step"] for record in metrics(config.output)] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: FullDisk
+) -> None:
+    whole = make_config(output=tmp_path / "whole")
+    compress(whole)
+    config = make_config()
+    path = config.output / "checkpoint.safetensors"
+    save = Trainer.save
+    contents: list[bytes] = []
+
+    def save_on_a_full_disk(self: Trainer, path: Path, identity: str) -> None:
+        if self.step < 4:
+            save(self, path, identity)
+            contents.append(path.read_bytes())
+            return
+        with full_disk():
+            save(self, path, identity)
+
+    monkeypatch.setattr(Trainer, "save", save_on_a_full_disk)
+    with pytest.raises((OSError, SafetensorError)):
+        compress(config)
+    assert path.read_bytes() == contents[-1]
+    assert not (config.output / "evaluation.json").exists()
+    monkeypatch.setattr(Trainer, "save", save)
+    compress(config)
+    assert_same_run(config.output, whole.output)
+
+
+# Folders that are not this run's
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tokens": 9}, "tokens"),
+        ({"learning_rate": 0.5, "seed": 3}, "learning_rate, seed"),
+        ({"kind": "embedding"}, "kind"),
+        ({"steps": 6}, "steps"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused_by_what_differs(
+    make_config: Make, options: dict[str, Any], named: str
+) -> None:
+    compress(make_config(steps=1))
+    files = {path: path.read_bytes() for path in make_config().output.rglob("*") if path.is_file()}
+    with pytest.raises(SoftPromptError, match=f"holds another run, which differs in {named}; choose another folder"):
+        compress(make_config(**{"steps": 1} | options))
+    assert {path: path.read_bytes() for path in make_config().output.rglob("*") if path.is_file()} == files
+
+
+def test_a_changed_text_or_query_file_is_another_run(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    compress(config)
+    for name, key in (("context.txt", "context"), ("queries.jsonl", "queries")):
+        path = tmp_path / name
+        before = path.read_text()
+        path.write_text(before.replace("sacks", "carts"))
+        with pytest.raises(SoftPromptError, match=f"differs in {key};"):
+            compress(config)
+        path.write_text(before)
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(make_config: Make) -> None:
+    config = make_config()
+    config.output.mkdir()
+    (config.output / "thesis.tex").write_text("mine")
+    with pytest.raises(SoftPromptError, match="holds something that is no run"):
+        compress(config)
+    assert [entry.name for entry in config.output.iterdir()] == ["thesis.tex"]
+    file = make_config(output=config.output / "thesis.tex")
+    with pytest.raises(SoftPromptError, match="is a file, accepted is a folder"):
+        compress(file)
+
+
+def test_an_unreadable_record_is_refused(make_config: Make) -> None:
+    config = make_config(steps=1)
+    config.output.mkdir()
+    for content in ("", "[]", '{"identity": 3}', "{"):
+        (config.output / "run.json").write_text(content)
+        with pytest.raises(SoftPromptError, match=r"run\.json cannot be read"):
+            compress(config)
+
+
+# Input that cannot be served: refused before anything is written
+
+
+@pytest.mark.parametrize(
+    ("options", "files", "reason"),
+    [
+        ({}, {"context.txt": ""}, r"context\.txt is empty"),
+        ({}, {"context.txt": " \n\t"}, r"context\.txt is empty"),
+        ({}, {"context.txt": b"\xff\xfe\x00"}, r"context\.txt is not UTF-8 text \(byte 0\)"),
+        ({}, {"context.txt": None}, r"context\.txt cannot be read"),
+        ({}, {"context.txt": "word " * 200}, r"context: got \d+ tokens for a model with a window of 512"),
+        ({"new_tokens": 500}, {}, r"queries: 'W.*' needs \d+ tokens with context and output, accepted is .* 512"),
+        ({"tokens": 100_000}, {}, r"tokens: got 100000 for a context of (\d+) tokens, accepted is 1 to \d+"),
+        ({}, {"queries.jsonl": ""}, "holds no query"),
+        ({}, {"queries.jsonl": '{"input": "a"}\n{"inptu": "b"}'}, "line 2"),
+        ({}, {"queries.jsonl": '{"input": "a"}'}, "got 1 different input"),
+        ({"heldout": "queries.jsonl"}, {}, "none is left to train on"),
+        ({"heldout": "missing.jsonl"}, {}, "cannot be read"),
+        ({"model": "/nowhere/at/all"}, {}, "model: nothing that can be loaded under '/nowhere/at/all'"),
+        ({"device": "nonsense"}, {}, "device: got 'nonsense'"),
+        ({"init": "text", "init_text": "start.txt"}, {"start.txt": " "}, "init_text: .* is empty"),
+        ({"nll_weight": 0.5, "loss_temperature": 2.0}, {}, "loss_temperature: got 2.0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_written(
+    make_config: Make, tmp_path: Path, options: dict[str, Any], files: dict[str, Any], reason: str
+) -> None:
+    named = {name: tmp_path / value for name, value in options.items() if name in ("heldout", "init_text")}
+    config = make_config(**options | named)
+    for name, content in files.items():  # make_config has written its own
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SoftPromptError, match=reason):
+        compress(config)
+    assert not config.output.exists()
+
+
+def test_the_longest_prompt_is_one_below_the_context(make_config: Make) -> None:
+    tokens = compress(make_config(steps=1))["context_tokens"]
+    with pytest.raises(SoftPromptError, match=f"accepted is 1 to {tokens - 1}"):
+        compress(make_config(tokens=tokens))
+    figures = compress(make_config(tokens=tokens - 1, steps=1, output=make_config().output.with_name("longest")))
+    assert figures["prompt_tokens"] == tokens - 1
+
+
+def test_a_context_that_does_not_matter_is_refused_before_training(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt_kernels.compress.evaluate.MEANINGLESS_KL", 1e9)
+    config = make_config()
+    with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
+        compress(config)
+    assert not (config.output / "metrics.jsonl").exists()
+    assert not (config.output / "prompt").exists()
+
+
+def test_a_start_that_the_model_cannot_have_is_refused_before_the_teacher_is_asked(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise SoftPromptError("cannot be moved")
+
+    monkeypatch.setattr("softprompt_kernels.compress.start.shift_keys", refuse)
+    monkeypatch.setattr(module, "answer", None)
+    with pytest.raises(SoftPromptError, match="cannot be moved"):
+        compress(make_config())
