@@ -27,7 +27,8 @@ test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/bench $(MODEL)/config.json
-	$(BIN)/python benchmarks/step.py --model $(MODEL) --context demo/handbook.txt
+	$(BIN)/python benchmarks/step.py --model $(MODEL) --context demo/handbook.txt \
+		--micro-batch-size 4 --repeats 3
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -18,7 +18,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,21 +68,30 @@ class Comparison:
         return ours / theirs
 
 
-def compare(problem: Problem, repeats: int) -> Comparison:
+def compare(problem: Problem, repeats: int, say: Callable[[str], None]) -> Comparison:
     """Measure both sides.
+
+    Args:
+        problem: what they work on.
+        repeats: steps of each that count.
+        say: told what has been measured so far.
 
     Raises:
         SoftPromptError: their first losses differ.
     """
-    peaks = {name: peak_of(name, problem) for name in SIDES}
+    peaks = {}
+    for name in SIDES:
+        peaks[name] = peak_of(name, problem)
+        say(f"{name}: {peaks[name] / 2**20:.0f} MiB")
     sides: dict[str, Side] = {name: way(problem, way.load(problem.model)) for name, way in SIDES.items()}
     losses = {name: side.step() for name, side in sides.items()}
     ours, theirs = (side.gradient().clone() for side in sides.values())
     check_same_loss(losses)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
+    for number in range(repeats):
         for name, side in sides.items():
             seconds[name].append(timed(side.step)[1])
+            say(f"{name}: step {number + 1} of {repeats} took {seconds[name][-1]:.2f} s")
     results = {name: Result(losses[name], tuple(seconds[name]), peaks[name]) for name in SIDES}
     return Comparison(results, float((ours - theirs).norm() / theirs.norm()))
 
@@ -210,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             new_tokens=options.new_tokens,
         )
         del model
-        comparison = compare(problem, options.repeats)
+        say = Console(stderr=True, highlight=False).print
+        say(describe(problem))
+        comparison = compare(problem, options.repeats, say)
         show(console, problem, cost, comparison)
         if options.json:
             write_text(options.json, as_json(problem, cost, comparison))
