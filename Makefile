@@ -18,7 +18,7 @@ demo: $(VENV)/demo $(MODEL)/config.json
 	$(BIN)/softprompt compress --config demo/demo.yaml
 	$(BIN)/softprompt generate --compare --model $(MODEL) --context demo/handbook.txt --prompt runs/demo/prompt \
 		--max-new-tokens 32 \
-		"How high is the Tansy Viaduct?" "Who founded the hermitage?" "What will open in 2027?"
+		"Who opened the cable railway, and when?" "How often is the cable replaced?" "What will open in 2027?"
 
 test: $(VENV)/test
 	$(BIN)/ruff check .
