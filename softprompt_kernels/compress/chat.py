@@ -55,7 +55,7 @@ class ChatFormat:
         if self.tokenizer.chat_template:
             rendered = self._render([{"role": "user", "content": _QUERY}]) or ""
             before = rendered.partition(_QUERY)[0]
-            bare = before.removesuffix(self.query_start) if before.endswith(self.query_start) else ""
+            bare = before.removesuffix(self.query_start)
         ids = self._encode(bare)
         return torch.tensor([ids]) if ids else None
 

@@ -65,7 +65,8 @@ def resolve_device(device: str) -> torch.device:
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that makes tokens the model has no embedding for."""
     table = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if len(tokenizer) > table:
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have holes, so not how many there are
+    if tokens > table:
         raise SoftPromptError(
-            f"tokenizer: got one of {len(tokenizer)} tokens, accepted is at most {table}, the model's embeddings"
+            f"tokenizer: got one of {tokens} tokens, accepted is at most {table}, the model's embeddings"
         )

@@ -113,3 +113,18 @@ def test_an_empty_context_is_refused(tokenizer: PreTrainedTokenizerBase, text: s
 def test_a_template_that_keeps_no_turn_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     with pytest.raises(SoftPromptError, match="tokenizer: its chat template"):
         ChatFormat(with_template(tokenizer, template))
+
+
+def test_the_model_alone_starts_as_its_template_starts_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    for template in (tokenizer.chat_template, REFUSES_SYSTEM, SYSTEM_INTO_USER):
+        chosen = with_template(tokenizer, template)
+        chat = ChatFormat(chosen)
+        bare = chat.bare_ids()
+        alone = ([] if bare is None else bare[0].tolist()) + chat.query_ids(QUERY)
+        # A system turn that becomes a part of the user turn leaves the blank line between both to the query.
+        right = rendered(chosen, [{"role": "user", "content": QUERY}])
+        assert [token for token in alone if chosen.decode([token]) != "\n"] == [
+            token for token in right if chosen.decode([token]) != "\n"
+        ]
+    plain = ChatFormat(with_template(tokenizer, None))
+    assert plain.bare_ids().tolist() == [[tokenizer.bos_token_id]]

@@ -1,0 +1,54 @@
+"""The folder of a run: whose it is, and what of its metrics stays."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.errors import SoftPromptError
+
+
+def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.claim({"steps": 3}, "steps: 3\n")
+    assert (folder.path / "config.yaml").read_text() == "steps: 3\n"
+    folder.claim({"steps": 3}, "steps: 3\nthreads: 2\n")
+    assert (folder.path / "config.yaml").read_text() == "steps: 3\n"
+    with pytest.raises(SoftPromptError, match="differs in seed, steps;"):
+        folder.claim({"steps": 4, "seed": 1}, "")
+
+
+def test_a_full_disk_at_the_claim_leaves_a_folder_that_the_same_run_can_take(
+    tmp_path: Path, full_disk: Callable[..., AbstractContextManager[None]]
+) -> None:
+    folder, identity = RunFolder(tmp_path / "run"), {"steps": 3}
+    for room in (4, 64):  # none for the record; none for the configuration
+        with full_disk(room), pytest.raises(SoftPromptError, match=r"output: .* cannot be written \(File too large\)"):
+            folder.claim(identity, "steps: 3\n" * 100)
+    folder.claim(identity, "steps: 3\n" * 100)
+    assert (folder.path / "config.yaml").read_text() == "steps: 3\n" * 100
+    assert json.loads((folder.path / "run.json").read_text()) == {"identity": identity}
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.cut_metrics(3) == 0
+    lines = [json.dumps({"step": step, "seconds": 0.5}) for step in range(1, 6)]
+    folder.metrics.write_text("\n".join(lines) + '\n{"step": 6, "sec')
+    assert folder.cut_metrics(3) == 1.5
+    assert folder.metrics.read_text().splitlines() == lines[:3]
+    assert folder.cut_metrics(0) == 0
+    assert folder.metrics.read_text() == ""
+
+
+@pytest.mark.parametrize("content", [None, "", '{"kl'])
+def test_a_run_without_whole_figures_is_not_finished(tmp_path: Path, content: str | None) -> None:
+    folder = RunFolder(tmp_path)
+    if content is not None:
+        folder.evaluation.write_text(content)
+    assert folder.read_evaluation() is None
+    folder.evaluation.write_text('{"seconds": 1}')
+    assert folder.read_evaluation() == {"seconds": 1}
