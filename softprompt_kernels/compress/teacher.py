@@ -39,7 +39,8 @@ def answer(
     """Every query as an example; those without an output get one sampled from the teacher.
 
     Sampling takes the whole distribution divided by `temperature` (0: greedy), no top-k and no top-p: what is trained
-    on is what the teacher says. Random numbers depend on `seed` and `batch_size`, and the caller's generator is left alone.
+    on is what the teacher says. Random numbers depend on `seed` and `batch_size`, and the caller's generator is left
+    alone.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
