@@ -1,8 +1,123 @@
-"""Build script: metadata lives in pyproject.toml; native extensions are added here as they land.
+"""Builds the CPU kernels of `csrc/cpu` into `softprompt_kernels.kernels.cpu._native`; metadata is in pyproject.toml.
 
-The extensions are pybind11 modules on raw pointers, so building needs no torch.
+The module takes raw pointers, so building needs no torch and one build serves every torch. Each kernel is compiled once
+for each instruction set of the platform and the right one is chosen when it runs, so a wheel serves every such machine.
+
+    SOFTPROMPT_CPU   auto (default): build where there is a C++ compiler; 1: insist on it; 0: do not build
+    CXX              the compiler; default: g++, clang++ or c++, the first that is there
+    CXXFLAGS, LDFLAGS  are added to its arguments
+
+Without the module the package works, slower, on PyTorch's own kernels; `softprompt doctor` says so.
 """
 
-from setuptools import setup
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MODULE = "softprompt_kernels.kernels.cpu._native"
+COMMON = ("bindings_cpu.cpp", "bindings_cpu_kl.cpp", "cpu/attention.cpp", "cpu/isa.cpp", "cpu/kl.cpp", "cpu/parallel.cpp")
+FOR_EACH_INSTRUCTION_SET = ("cpu/attention_backward.cpp", "cpu/attention_forward.cpp", "cpu/kl_rows.cpp", "cpu/table.cpp")
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma",
+        "avx2": "-mavx2 -mfma",
+        "baseline": "",
+    },
+}
+FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+
+
+def compiler() -> str | None:
+    """The C++ compiler, None if there is none."""
+    named = os.environ.get("CXX")
+    return named or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+
+
+def instruction_sets() -> dict[str, str]:
+    """Names and flags of what is compiled for this platform."""
+    machine = platform.machine().replace("AMD64", "x86_64")
+    return INSTRUCTION_SETS.get(machine, {"baseline": ""})  # on 64-bit Arm, NEON is the baseline
+
+
+def wanted() -> bool:
+    """Whether to build, from SOFTPROMPT_CPU and what is there."""
+    choice = os.environ.get("SOFTPROMPT_CPU", "auto")
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"SOFTPROMPT_CPU must be auto, 0 or 1; got {choice!r}")
+    if choice == "0":
+        return False
+    if os.name == "posix" and compiler() is not None:
+        return True
+    if choice == "1":
+        sys.exit("SOFTPROMPT_CPU=1 asks for the CPU kernels, and there is no C++ compiler here: install g++ or clang++")
+    print("softprompt-kernels: no C++ compiler here, so the CPU kernels are left out", file=sys.stderr)
+    return False
+
+
+class NinjaBuild(build_ext):
+    """Compiles each source for each instruction set, several at a time, and only what has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Writes a build.ninja and runs it."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self._rules(target))
+        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+        if subprocess.run(command).returncode:
+            sys.exit(
+                "The CPU kernels did not compile (see above). SOFTPROMPT_CPU=0 installs without them; "
+                "CXX names another compiler."
+            )
+
+    def _rules(self, target: Path) -> str:
+        import pybind11
+
+        includes = [sysconfig.get_path("include"), pybind11.get_include(), str(ROOT / "csrc")]
+        flags = " ".join([FLAGS, *(f"-isystem {path}" for path in includes[:2]), f"-I{includes[2]}"])
+        flags += f" {os.environ.get('CXXFLAGS', '')}"
+        sets = instruction_sets()
+        flags += "".join(f" -DSPK_HAS_{name.upper()}" for name in sets)
+        link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
+        rules = [
+            f"cxx = {compiler()}",
+            f"flags = {flags}",
+            f"ldflags = {link} {os.environ.get('LDFLAGS', '')}",
+            "rule compile",
+            "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx $in $ldflags -o $out",
+        ]
+        objects = []
+        units = [(source, "neutral", "") for source in COMMON]
+        units += [
+            (source, name, f"{options} -DSPK_ISA={name}")
+            for name, options in sets.items()
+            for source in FOR_EACH_INSTRUCTION_SET
+        ]
+        for source, name, options in units:
+            objects.append(f"{name}/{Path(source).stem}.o")
+            rules += [f"build {objects[-1]}: compile {_escape(ROOT / 'csrc' / source)}", f"  isa = {options}"]
+        rules += [f"build {_escape(target)}: link {' '.join(objects)}", ""]
+        return "\n".join(rules)
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension(MODULE, [])] if wanted() else [],
+    cmdclass={"build_ext": NinjaBuild},
+)

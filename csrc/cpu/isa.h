@@ -1,0 +1,27 @@
+// Which instruction sets the kernels were compiled for, and which one runs.
+#pragma once
+
+#include "attention.h"
+#include "kl.h"
+
+namespace softprompt {
+
+// What a translation unit compiled for one instruction set offers: the work of one thread of each op.
+struct Kernels {
+  const char* name;
+  void (*attention_forward)(const AttentionForward& call, int thread);
+  void (*attention_backward)(const AttentionBackward& call, int thread);
+  void (*attention_fold)(const AttentionBackward& call, int thread);
+  void (*kl_rows)(const KlRows& call, int thread);
+  void (*kl_logits)(const KlLogits& call, int thread);
+  void (*expectation_rows)(const ExpectationRows& call, int thread);
+};
+
+// The widest that this machine has, or the one that SOFTPROMPT_ISA names.
+// Throws std::invalid_argument for a name that was not compiled or that the machine does not have.
+const Kernels& kernels();
+
+// Names of those that were compiled and that this machine has, widest first.
+const char* const* usable_instruction_sets(int& count);
+
+}  // namespace softprompt

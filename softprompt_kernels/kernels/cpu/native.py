@@ -1,0 +1,48 @@
+"""The compiled module of the CPU kernels, or why it is not here."""
+
+from types import ModuleType
+
+import torch  # before the module: it runs on the threads of torch's OpenMP runtime and brings none of its own
+from torch import Tensor
+
+_why_missing: str | None = None
+try:
+    from softprompt_kernels.kernels.cpu import _native
+except ImportError as error:
+    _why_missing = (
+        f"its module was not built or cannot be loaded ({error}): install a C++ compiler, g++ or clang++, "
+        f"and install the package again"
+    )
+
+
+def missing() -> str | None:
+    """Why the kernels cannot run here, None if they can."""
+    return _why_missing
+
+
+def module() -> ModuleType:
+    """The module.
+
+    Raises:
+        RuntimeError: it is missing.
+    """
+    if _why_missing is not None:
+        raise RuntimeError(_why_missing)
+    return _native
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor cannot be given to the kernels, which take fp32, bf16 and fp16 on the CPU."""
+    if tensor.device.type != "cpu":
+        return f"{name} is on {tensor.device}, and it serves the CPU"
+    if tensor.dtype not in DTYPES:
+        return f"{name} is {tensor.dtype}, and it computes in fp32"
+    return None
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where neighbours in the last dimension are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
