@@ -23,8 +23,22 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MODULE = "softprompt_kernels.kernels.cpu._native"
-COMMON = ("bindings_cpu.cpp", "bindings_cpu_kl.cpp", "cpu/attention.cpp", "cpu/isa.cpp", "cpu/kl.cpp", "cpu/parallel.cpp")
-FOR_EACH_INSTRUCTION_SET = ("cpu/attention_backward.cpp", "cpu/attention_forward.cpp", "cpu/kl_rows.cpp", "cpu/table.cpp")
+COMMON = (
+    "bindings_cpu.cpp",
+    "bindings_cpu_attention.cpp",
+    "bindings_cpu_kl.cpp",
+    "cpu/attention.cpp",
+    "cpu/attention_plan.cpp",
+    "cpu/isa.cpp",
+    "cpu/kl.cpp",
+    "cpu/parallel.cpp",
+)
+FOR_EACH_INSTRUCTION_SET = (
+    "cpu/attention_backward.cpp",
+    "cpu/attention_forward.cpp",
+    "cpu/kl_rows.cpp",
+    "cpu/table.cpp",
+)
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma",

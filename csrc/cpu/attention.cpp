@@ -1,1 +1,130 @@
+#include "attention.h"
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "attention_call.h"
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace softprompt {
+namespace {
+
+constexpr int64_t kMostLanes = 16;  // buffers are as large as the widest instruction set wants them
+
+int64_t up_to_lanes(int64_t size) { return (size + kMostLanes - 1) / kMostLanes * kMostLanes; }
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
+  return tensor.data + bytes_of(dtype) * (batch * tensor.batch + head * tensor.head + token * tensor.token);
+}
+
+// Tokens past the last sequence of a packed call, in a token-major tensor.
+void clear_uncovered(const Strided& tensor, Dtype dtype, int64_t covered, int64_t tokens, int64_t row) {
+  if (tensor.data == nullptr || covered == tokens) return;
+  std::memset(row_of(tensor, dtype, 0, 0, covered), 0, (tokens - covered) * row * bytes_of(dtype));
+}
+
+void clear_unseen(const KeySums& sums, Dtype dtype, int64_t size, int64_t value_size,
+                  const std::vector<KeyRange>& unseen) {
+  const auto clear = [&](const Strided& gradient, int64_t row) {
+    for (const KeyRange& keys : unseen) {
+      for (int64_t i = 0; i < keys.count && gradient.data != nullptr; ++i) {
+        std::memset(row_of(gradient, dtype, keys.batch, keys.head, keys.first + i), 0, row * bytes_of(dtype));
+      }
+    }
+  };
+  clear(sums.grad_key, size);
+  clear(sums.grad_value, value_size);
+}
+
+KeySums key_sums(const Strided& grad_key, const Strided& grad_value, const AttentionProblem& problem, int64_t keys) {
+  KeySums sums = {};
+  sums.needed = grad_key.data != nullptr || grad_value.data != nullptr;
+  sums.grad_key = grad_key;
+  sums.grad_value = grad_value;
+  sums.buffer_floats = sums.needed ? keys * (up_to_lanes(problem.size) + up_to_lanes(problem.value_size)) : 0;
+  return sums;
+}
+
+}  // namespace
+
+void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes, const ForwardOutputs& outputs) {
+  const AttentionPlan plan = plan_attention(problem, sizes, true);
+  plan.attach(problem);
+  const Kernels& isa = kernels();
+  AttentionForward call = {};
+  call.problem = problem;
+  call.out = outputs.out;
+  call.lse = outputs.lse;
+  call.queries = sizes.queries;
+  call.workspace_bytes = isa.attention_forward_workspace(problem);
+  call.merges = plan.merges.data();
+  call.merge_count = static_cast<int64_t>(plan.merges.size());
+  const Memory workspace = allocate(problem.threads * call.workspace_bytes);
+  const Memory partial = allocate(plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * 4);
+  call.workspace = workspace.get();
+  call.partial = reinterpret_cast<float*>(partial.get());
+
+  parallel(problem.threads, [&](int thread) { isa.attention_forward(call, thread); });
+  if (call.merge_count > 0) parallel(problem.threads, [&](int thread) { isa.attention_merge(call, thread); });
+  clear_uncovered(outputs.out, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.value_size);
+  for (int64_t head = 0; head < problem.heads && plan.covered_tokens < sizes.queries; ++head) {
+    std::fill(outputs.lse + head * sizes.queries + plan.covered_tokens, outputs.lse + (head + 1) * sizes.queries,
+              -std::numeric_limits<float>::infinity());
+  }
+}
+
+void run_attention_backward(AttentionProblem problem, const AttentionSizes& sizes, const BackwardInputs& inputs,
+                            const BackwardOutputs& outputs) {
+  AttentionPlan plan = plan_attention(problem, sizes, false);
+  const KeyRanges own = find_own_ranges(plan, problem, sizes), prompts = find_prompt_ranges(plan, problem, sizes);
+  plan.attach(problem);
+  const Kernels& isa = kernels();
+  AttentionBackward call = {};
+  call.problem = problem;
+  call.out = inputs.out;
+  call.grad_out = inputs.grad_out;
+  call.lse = inputs.lse;
+  call.grad_lse = inputs.grad_lse;
+  call.queries = sizes.queries;
+  call.need_query = outputs.grad_query.data != nullptr;
+  call.grad_query = outputs.grad_query;
+  int64_t most_keys = 0;
+  for (const Sequence& sequence : plan.sequences) most_keys = std::max(most_keys, sequence.keys);
+  call.own = key_sums(outputs.grad_key, outputs.grad_value, problem, most_keys);
+  call.prompt = key_sums(outputs.grad_prompt_key, outputs.grad_prompt_value, problem, sizes.prompt_keys);
+  call.own.shared = own.shared.data();
+  call.own.shared_count = static_cast<int64_t>(own.shared.size());
+  call.prompt.shared = prompts.shared.data();
+  call.prompt.shared_count = static_cast<int64_t>(prompts.shared.size());
+  call.prompt_keys = sizes.prompt_keys;
+  call.workspace_bytes = isa.attention_backward_workspace(problem);
+  const Memory workspace = allocate(problem.threads * call.workspace_bytes);
+  const Memory own_sums = allocate(problem.threads * 2 * call.own.buffer_floats * 4);
+  const Memory prompt_sums = allocate(problem.threads * 2 * call.prompt.buffer_floats * 4);
+  std::vector<double> grad_sinks(outputs.grad_sinks == nullptr ? 0 : problem.threads * problem.heads, 0.0);
+  call.workspace = workspace.get();
+  call.own.buffers = reinterpret_cast<float*>(own_sums.get());
+  call.prompt.buffers = reinterpret_cast<float*>(prompt_sums.get());
+  call.grad_sinks = grad_sinks.empty() ? nullptr : grad_sinks.data();
+
+  parallel(problem.threads, [&](int thread) { isa.attention_backward(call, thread); });
+  if (call.own.shared_count + call.prompt.shared_count > 0) {
+    parallel(problem.threads, [&](int thread) { isa.attention_fold(call, thread); });
+  }
+  clear_unseen(call.own, problem.dtype, problem.size, problem.value_size, own.unseen);
+  clear_unseen(call.prompt, problem.dtype, problem.size, problem.value_size, prompts.unseen);
+  clear_uncovered(outputs.grad_query, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.size);
+  for (int64_t head = 0; head < problem.heads && outputs.grad_sinks != nullptr; ++head) {
+    double sum = 0;
+    for (int thread = 0; thread < problem.threads; ++thread) sum += grad_sinks[thread * problem.heads + head];
+    outputs.grad_sinks[head] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace softprompt

@@ -35,6 +35,7 @@ struct Sequence {
 struct Piece {
   int64_t sequence;
   int64_t row, rows;  // of the queries * g rows of the sequence
+  bool shared;        // other threads have rows of this sequence and key head
 };
 
 struct Unit {
@@ -42,7 +43,8 @@ struct Unit {
   int64_t first_piece, pieces, rows;
   int64_t prompt_begin, prompt_end;  // the prompt keys that this unit looks at
   bool own;                          // whether it looks at own keys
-  int64_t partial;                   // >= 0: first row of its part of a result that is merged later; -1: it is whole
+  bool prompt_shared;                // other threads have rows of this prompt and key head
+  int64_t partial;                   // >= 0: where its rows begin among the partial results; -1: it is whole
 };
 
 struct AttentionProblem {
@@ -61,12 +63,63 @@ struct AttentionProblem {
   int threads;
 };
 
+// Several units that look at the same rows and at parts of the keys.
+struct Merge {
+  int64_t first_unit, units;
+};
+
 struct AttentionForward {
   AttentionProblem problem;
+  Strided out;             // [B, Hq, M, Dv] in the problem's dtype
+  float* lse;              // [B, Hq, M], contiguous
+  int64_t queries;         // M
+  char* workspace;         // attention_forward_workspace bytes for each thread
+  int64_t workspace_bytes;
+  float* partial;          // [partial rows, Dv up to lanes + 2]: output before its division, maximum and sum
+  const Merge* merges;
+  int64_t merge_count;
+};
+
+// Keys whose gradients are summed together: those of a prompt or of a sequence, for one key head.
+struct KeyRange {
+  int64_t batch, head, first, count;  // tokens [first, first + count) of (batch, head) of the gradient
+};
+
+// A range that several threads have a part of, from first_thread to last_thread.
+struct SharedRange {
+  KeyRange keys;
+  int64_t first_thread, last_thread;
+  int64_t first_buffer;  // of first_thread; the others have their part in buffer 0
+};
+
+// Where the gradients of one kind of keys are summed, in fp32.
+//
+// Units are ordered, so a thread meets ranges one after the other; the first it may share with the threads before it,
+// and the last with those after it. So two buffers serve a thread: 0 for its first range, 1 for all others in turn. A
+// range that it has alone is written to the gradient when it is complete; what is shared stays in the buffers and is
+// added up in the order of the threads when all are done, so the sum has the same bits in every run.
+struct KeySums {
+  bool needed;
+  Strided grad_key, grad_value;  // data nullptr: that one is not needed
+  float* buffers;                // [threads, 2, buffer_floats]
+  int64_t buffer_floats;
+  const SharedRange* shared;
+  int64_t shared_count;
 };
 
 struct AttentionBackward {
   AttentionProblem problem;
+  Strided out, grad_out;   // [B, Hq, M, Dv] in the problem's dtype
+  const float* lse;        // [B, Hq, M], contiguous
+  const float* grad_lse;   // the same, nullptr: 0
+  int64_t queries;         // M
+  bool need_query;
+  Strided grad_query;
+  KeySums own, prompt;
+  int64_t prompt_keys;     // P
+  double* grad_sinks;      // [threads, Hq], zeroed; nullptr: not needed
+  char* workspace;         // attention_backward_workspace bytes for each thread
+  int64_t workspace_bytes;
 };
 
 }  // namespace softprompt

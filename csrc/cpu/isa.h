@@ -6,10 +6,13 @@
 
 namespace softprompt {
 
-// What a translation unit compiled for one instruction set offers: the work of one thread of each op.
+// The functions of `kernels.h`, compiled for one instruction set.
 struct Kernels {
   const char* name;
+  int64_t (*attention_forward_workspace)(const AttentionProblem& problem);
+  int64_t (*attention_backward_workspace)(const AttentionProblem& problem);
   void (*attention_forward)(const AttentionForward& call, int thread);
+  void (*attention_merge)(const AttentionForward& call, int thread);
   void (*attention_backward)(const AttentionBackward& call, int thread);
   void (*attention_fold)(const AttentionBackward& call, int thread);
   void (*kl_rows)(const KlRows& call, int thread);

@@ -26,7 +26,9 @@
 #endif
 
 #define SPK_UNROLL _Pragma("GCC unroll 16")
+#ifndef SPK_INLINE
 #define SPK_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace softprompt::SPK_ISA {
 
@@ -204,32 +206,43 @@ SPK_INLINE Vec exp2(Vec x) {
 }
 
 struct ReducedExp {
-  Vec part;  // expm1(r), x = n ln2 + r, |r| <= ln2 / 2; 1e-8
-  Vec power;  // 2^n, 0 for x < -87
+  Vec r, tail;  // x = n ln2 + r with |r| <= ln2 / 2; expm1(r) - r, 1e-8
+  Vec power;    // 2^n, 0 for x < -87
 };
 
 SPK_INLINE ReducedExp reduce_exp(Vec x) {
+  x = x < -87.0f ? splat(-88.0f) : x;  // there 2^n has the bits of 0
   const Exponent n = round_to_exponent(x * kLog2E);
   const Vec r = (x - n.whole * 0.693359375f) - n.whole * -2.12194440e-4f;  // ln2 in two parts, the first one exact
   Vec p = r * 0.0013946456603440944f + 0.008366582327303869f;
   p = p * r + 0.04166628194462586f;
   p = p * r + 0.16666543004517578f;
   p = p * r + 0.5000000061939559f;
-  p = p * (r * r) + r;
-  const Vec power = (Vec)((IntVec)splat(1.0f) + n.bits);
-  return {x < -87.0f ? Vec{} : p, x < -87.0f ? Vec{} : power};
+  return {r, p * (r * r), (Vec)((IntVec)splat(1.0f) + n.bits)};
 }
 
 // e^x, 0 below -87, NaN at NaN; x <= 88.
 SPK_INLINE Vec exp(Vec x) {
   const ReducedExp e = reduce_exp(x);
-  return e.part * e.power + e.power;
+  return (e.tail + e.r) * e.power + e.power;
 }
 
 // e^x - 1 with relative accuracy at 0; x <= 88.
 SPK_INLINE Vec expm1(Vec x) {
   const ReducedExp e = reduce_exp(x);
-  return e.part * e.power + (e.power - 1.0f);
+  return (e.tail + e.r) * e.power + (e.power - 1.0f);
+}
+
+struct Growth {
+  Vec change;  // e^x - 1
+  Vec excess;  // e^x - 1 - x >= 0
+};
+
+// Both with relative accuracy at 0, where n is 0 and the excess is the tail alone; x <= 88.
+SPK_INLINE Growth growth(Vec x) {
+  const ReducedExp e = reduce_exp(x);
+  const Vec below = e.power - 1.0f;
+  return {(e.tail + e.r) * e.power + below, e.tail * e.power + ((e.r * e.power - x) + below)};
 }
 
 // log(x) for normal x > 0. Polynomial: 4e-8 relative to the distance from a power of two.

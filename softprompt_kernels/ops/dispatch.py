@@ -25,6 +25,8 @@ from softprompt_kernels.kernels.composed import attention as composed_attention
 from softprompt_kernels.kernels.composed import expectation as composed_expectation
 from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.composed import linear_kl_div as composed_linear_kl_div
+from softprompt_kernels.kernels.cpu import attention as cpu_attention
+from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
@@ -160,5 +162,13 @@ register(
             "teacher_moments": composed_expectation,
             "linear_kl_div_from_moments": composed_expectation,
         },
+    )
+)
+register(
+    Backend(
+        "cpu",
+        "C++ kernels for this processor, fp32 arithmetic",
+        {"prompt_attention": cpu_attention},
+        missing=native.missing,
     )
 )

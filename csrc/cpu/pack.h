@@ -1,0 +1,73 @@
+// Between tensors of any dtype and stride, and the packed fp32 that the kernels compute on.
+#pragma once
+
+#include "attention.h"
+#include "simd.h"
+
+namespace softprompt::SPK_ISA {
+
+SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+SPK_INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+template <class T>
+SPK_INLINE void read_row_of(const T* source, int64_t size, float scale, float* row) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(row + i, load(source + i) * scale);
+  if (i < size) store(row + i, load_part(source + i, static_cast<int>(size - i)) * scale);
+}
+
+// row[0, size) = scale * source, 0 up to the next multiple of kLanes.
+static void read_row(Dtype dtype, const char* source, int64_t size, float scale, float* row) {
+  switch (dtype) {
+    case Dtype::float32: return read_row_of(reinterpret_cast<const float*>(source), size, scale, row);
+    case Dtype::bfloat16: return read_row_of(reinterpret_cast<const BFloat16*>(source), size, scale, row);
+    case Dtype::float16: return read_row_of(reinterpret_cast<const Float16*>(source), size, scale, row);
+  }
+}
+
+template <class T>
+SPK_INLINE void write_row_of(T* target, int64_t size, float scale, const float* row) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(target + i, load(row + i) * scale);
+  if (i < size) store_part(target + i, load(row + i) * scale, static_cast<int>(size - i));
+}
+
+// target = scale * row[0, size), rounded to the dtype.
+static void write_row(Dtype dtype, char* target, int64_t size, float scale, const float* row) {
+  switch (dtype) {
+    case Dtype::float32: return write_row_of(reinterpret_cast<float*>(target), size, scale, row);
+    case Dtype::bfloat16: return write_row_of(reinterpret_cast<BFloat16*>(target), size, scale, row);
+    case Dtype::float16: return write_row_of(reinterpret_cast<Float16*>(target), size, scale, row);
+  }
+}
+
+// Where the row of (batch, head, token) begins.
+SPK_INLINE char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
+  return tensor.data + element_size(dtype) * (batch * tensor.batch + head * tensor.head + token * tensor.token);
+}
+
+// rows[kTileKeys, size up to kLanes] = the `count` tokens from `token` on; what follows them is 0.
+static void pack_rows(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token, int64_t count,
+                      int64_t size, float* rows) {
+  const int64_t stride = round_up(size, kLanes);
+  for (int64_t i = 0; i < count; ++i) {
+    read_row(dtype, row_of(tensor, dtype, batch, head, token + i), size, 1.0f, rows + i * stride);
+  }
+  for (int64_t i = count * stride; i < round_up(count, kLanes) * stride; i += kLanes) store(rows + i, Vec{});
+}
+
+// columns[size up to kLanes, kTileKeys] = the transpose of rows[count up to kLanes, size up to kLanes].
+static void transpose_rows(const float* rows, int64_t count, int64_t size, float* columns) {
+  const int64_t stride = round_up(size, kLanes);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    for (int64_t d = 0; d < size; d += kLanes) {
+      Vec block[kLanes];
+      SPK_UNROLL for (int lane = 0; lane < kLanes; ++lane) block[lane] = load(rows + (i + lane) * stride + d);
+      transpose(block);
+      SPK_UNROLL for (int lane = 0; lane < kLanes; ++lane) store(columns + (d + lane) * kTileKeys + i, block[lane]);
+    }
+  }
+}
+
+}  // namespace softprompt::SPK_ISA

@@ -1,0 +1,96 @@
+"""Attention over [prompt ; own tokens] in C++: one online softmax over both segments, prompts read where they lie.
+
+All arithmetic is fp32, whatever the dtype of the tensors. Everything of the op is served: banks, ragged and packed
+sequences, windows, softcap, sinks, a differentiable lse. The kernels stand in `csrc/cpu/attention_forward.cpp` and
+`attention_backward.cpp`; the sums of dK and dV over the batch are made in fp32 in an order that the number of threads
+alone decides.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.cpu import native
+
+View = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
+def unsupported(problem: AttentionProblem) -> str | None:
+    """It serves everything on a CPU but float64."""
+    return native.unsupported_tensor("query", problem.query)
+
+
+def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
+    out = empty_output(problem)
+    lse = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
+    kept, native_problem = _problem(problem)
+    native_problem.forward(_view(out), _vector(lse))
+    return out, lse
+
+
+def backward(
+    problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
+) -> Gradients:
+    """Gradients of the inputs named in `needs`; what none of them depends on is not computed."""
+    kept, native_problem = _problem(problem)
+    out, grad_out = native.unit_stride(out), native.unit_stride(grad_out)
+    lse = lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    inputs = (problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value)
+    gradients = [
+        _empty_token_major(tensor) if need and tensor.shape[0] else tensor.new_empty(tensor.shape) if need else None
+        for tensor, need in zip(inputs[:3], needs[:3], strict=True)
+    ]
+    gradients += [t.new_empty(t.shape) if need else None for t, need in zip(inputs[3:], needs[3:5], strict=True)]
+    sinks = problem.sinks
+    grad_sinks = None if sinks is None or not needs.sinks else sinks.new_empty(sinks.shape, dtype=torch.float32)
+    native_problem.backward(
+        _view(out),
+        _view(grad_out),
+        _vector(lse),
+        None if grad_lse is None else _vector(grad_lse),
+        *(None if g is None else _view(g) for g in gradients),
+        None if grad_sinks is None else _vector(grad_sinks),
+    )
+    return Gradients(*gradients, None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype))
+
+
+def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
+    """The tensors that hold the memory, and what the module makes of them."""
+    strided = [
+        native.unit_stride(t)
+        for t in (problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value)
+    ]
+    dense = [
+        None if t is None else t.contiguous()
+        for t in (problem.prompt_index, problem.prompt_lengths, problem.key_lengths, problem.cu_seqlens)
+    ]
+    dense.append(None if problem.sinks is None else problem.sinks.to(torch.float32).contiguous())
+    native_problem = native.module().AttentionProblem(
+        native.DTYPES[problem.query.dtype],
+        *map(_view, strided),
+        *(None if t is None else _vector(t) for t in dense),
+        problem.causal,
+        problem.window,
+        problem.softcap,
+        problem.scale,
+        torch.get_num_threads(),
+    )
+    return [*strided, *dense], native_problem
+
+
+def _view(tensor: Tensor) -> View:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _vector(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _empty_token_major(tensor: Tensor) -> Tensor:
+    """Uninitialised [B, H, T, X], in memory [B, T, H, X]."""
+    batch, heads, tokens, size = tensor.shape
+    return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
