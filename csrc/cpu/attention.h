@@ -15,7 +15,7 @@
 
 namespace softprompt {
 
-constexpr int64_t kUnitRows = 256;  // at most; see `plan_units`
+constexpr int64_t kUnitRows = 512;  // at most; see `plan_units`
 constexpr int64_t kTileKeys = 64;   // keys that are packed at a time
 
 // A tensor [batch, head, token, size] whose last dimension lies densely in memory; strides in elements.

@@ -25,7 +25,7 @@ struct Workspace {
   float *query, *grad_query;     // [kUnitRows, D up to lanes]
   float* grad_out;               // [kUnitRows, Dv up to lanes]
   float *lse, *delta;            // [kUnitRows], lse in units of log 2, +inf where the row sees no key
-  Run* runs;                     // [kUnitRows]
+  Run *visible, *runs;           // [kUnitRows], of all keys and of those of a segment
   float *key_rows, *keys;        // [kTileKeys, D], [D, kTileKeys]
   float *value_rows, *values;    // [kTileKeys, Dv], [Dv, kTileKeys]
   float *weights, *grad_scores;  // [kBlockRows, kTileKeys]
@@ -44,6 +44,7 @@ struct Workspace {
     grad_out = take(kUnitRows * value_size);
     lse = take(kUnitRows);
     delta = take(kUnitRows);
+    visible = reinterpret_cast<Run*>(take(kUnitRows * 4));
     runs = reinterpret_cast<Run*>(take(kUnitRows * 4));
     key_rows = take(kTileKeys * size);
     keys = take(size * kTileKeys);
@@ -59,15 +60,15 @@ struct Workspace {
 template <bool masked, bool capped>
 SPK_INLINE void gradient_row(const AttentionProblem& problem, const Run& run, int64_t tile, const Seen& seen, float lse,
                              float delta, float* scores, float* grad) {
-  for (int v = 0; v < seen.vectors; ++v) {
-    const int column = seen.first + v * kLanes;
+  const VisibleColumns visible(run, tile);
+  for (int column = seen.first; column < seen.first + seen.vectors * kLanes; column += kLanes) {
     Vec score = load(scores + column), slope = {};
     if (capped) {
       const Vec tangent = tanh(score);
       slope = 1.0f - tangent * tangent;
       score = tangent * (problem.softcap * kLog2E);
     }
-    if (masked) score = select(visible(run, tile, column), score, splat(-kInfinity));
+    if (masked) score = select(visible.at(column), score, splat(-kInfinity));
     const Vec weight = exp2(score - lse);
     Vec gradient = weight * (load(grad + column) - delta);
     if (capped) gradient *= slope;
@@ -87,12 +88,13 @@ struct Block {
   int count = 0;
   int begin = kTileKeys, end = 0;  // columns that any of them computes, multiples of kLanes
 
-  Block(const Workspace& ws, const Blocks& tiles, int64_t first_row, int64_t first_tile, int64_t tile, int width) {
+  Block(const Workspace& ws, const Blocks& tiles, int64_t first_row, int64_t first_tile, bool ordered, int64_t tile,
+        int width) {
     for (; count < kBlockTiles - 1 && first_tile + count < tiles.blocks; ++count) {
       row[count] = first_row + tiles.start(first_tile + count);
       row[count + 1] = first_row + tiles.start(first_tile + count + 1);
       const Seen& found = seen[count] =
-          seen_of_tile(ws.runs + row[count], static_cast<int>(row[count + 1] - row[count]), tile, width);
+          seen_of_tile(ws.runs + row[count], static_cast<int>(row[count + 1] - row[count]), ordered, tile, width);
       if (found.vectors == 0) continue;
       begin = found.first < begin ? found.first : begin;
       const int computed = found.first + found.vectors * kLanes;
@@ -143,49 +145,58 @@ void add_grad_query(Workspace& ws, const Block& block) {
   }
 }
 
-// dK and dV of a tile of keys, from P and dS of a block; rows that do not see some keys are left out at both ends.
-void add_grad_keys(Workspace& ws, const Block& block, int64_t tile, int width, const KeySum& sum) {
-  const Blocks columns((block.end < width ? block.end : width) - block.begin, kTileRows);
+// dK and dV of the keys of one source, at the columns [begin, end) of a tile, from P and dS of a block. Rows that do not
+// see some keys are left out at both ends.
+void add_grad_keys(Workspace& ws, const Block& block, int begin, int end, int64_t first_key, const KeySum& sum) {
+  const Blocks columns(end - begin, kTileRows);
   for (int64_t c = 0; c < columns.blocks; ++c) {
-    const int first = block.begin + static_cast<int>(columns.start(c));
-    const int last = block.begin + static_cast<int>(columns.start(c + 1));
+    const int first = begin + static_cast<int>(columns.start(c)), last = begin + static_cast<int>(columns.start(c + 1));
     int low = 0, high = block.count;
     const auto unseen = [&](const Seen& seen) {
       return seen.vectors == 0 || seen.end <= first || seen.first >= last;
     };
     while (low < high && unseen(block.seen[low])) ++low;
     while (low < high && unseen(block.seen[high - 1])) --high;
-    const int64_t row = block.row[low], rows = block.row[high] - row;
     if (low == high) continue;
+    const int64_t row = block.row[low], rows = block.row[high] - row, key = first_key + first - begin;
     const int64_t offset = (row - block.row[0]) * kTileKeys + first;
     if (sum.value != nullptr) {
       gemm_rows<Layout::columns>(last - first, ws.value_size, rows, ws.weights + offset, kTileKeys,
-                                 ws.grad_out + row * ws.value_size, ws.value_size,
-                                 sum.value + (tile + first) * ws.value_size, ws.value_size, true);
+                                 ws.grad_out + row * ws.value_size, ws.value_size, sum.value + key * ws.value_size,
+                                 ws.value_size, true);
     }
     if (sum.key != nullptr) {
       gemm_rows<Layout::columns>(last - first, ws.size, rows, ws.grad_scores + offset, kTileKeys,
-                                 ws.query + row * ws.size, ws.size, sum.key + (tile + first) * ws.size, ws.size, true);
+                                 ws.query + row * ws.size, ws.size, sum.key + key * ws.size, ws.size, true);
     }
   }
 }
 
-// Rows [first, first + count) of a unit against all keys of one segment that any of them sees.
-void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t first, int64_t count, const Strided& key,
-                      const Strided& value, int64_t batch, int64_t head, int64_t first_key, const KeySum& sum) {
+// Rows [first, first + count) of a unit against all keys of a segment that any of them sees; the gradients of a source's
+// keys are added to its sum.
+void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t first, int64_t count,
+                      const Segment& segment, const KeySum (&sums)[2]) {
   const AttentionProblem& problem = call.problem;
+  clip_runs(ws.visible, segment, first, count, ws.runs);
   const Blocks tiles(count, kTileRows);
   for_each_tile(hull(ws.runs + first, count), [&](int64_t tile, int width) {
-    pack_rows(key, problem.dtype, batch, head, first_key + tile, width, problem.size, ws.key_rows);
-    transpose_rows(ws.key_rows, width, problem.size, ws.keys);
-    pack_rows(value, problem.dtype, batch, head, first_key + tile, width, problem.value_size, ws.value_rows);
-    transpose_rows(ws.value_rows, width, problem.value_size, ws.values);
+    pack_tile(segment, &Source::key, problem.dtype, tile, width, problem.size, ws.key_rows);
+    transpose_rows(ws.key_rows, ws.size, width, problem.size, ws.keys);
+    pack_tile_columns(segment, &Source::value, problem.dtype, tile, width, problem.value_size, ws.value_rows,
+                      ws.values);
     for (int64_t t = 0; t < tiles.blocks; t += kBlockTiles - 1) {
-      const Block block(ws, tiles, first, t, tile, width);
+      const Block block(ws, tiles, first, t, segment.ordered, tile, width);
       if (block.begin >= block.end) continue;
       score_block(problem, ws, block, tile);
       if (call.need_query) add_grad_query(ws, block);
-      if (sum.key != nullptr || sum.value != nullptr) add_grad_keys(ws, block, tile, width, sum);
+      for (int s = 0; s < segment.count; ++s) {
+        const Source& source = segment.sources[s];
+        const int64_t begin = most(source.begin, tile + block.begin);
+        const int64_t end = least(source.end, tile + least(width, block.end));
+        if (begin >= end || (sums[s].key == nullptr && sums[s].value == nullptr)) continue;
+        add_grad_keys(ws, block, static_cast<int>(begin - tile), static_cast<int>(end - tile),
+                      source.token + begin - source.begin - sums[s].first_token, sums[s]);
+      }
     }
   });
 }
@@ -199,6 +210,7 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
     const int64_t token = sequence.first_query + query;
     float *packed = ws.query + row * ws.size, *grad = ws.grad_out + row * ws.value_size;
     for (int64_t d = 0; d < ws.size; d += kLanes) store(ws.grad_query + row * ws.size + d, Vec{});
+    ws.visible[row] = visible_run(problem, sequence, query);
     const int64_t at = (sequence.batch * problem.heads + head) * call.queries + token;
     const float lse = call.lse[at];
     if (lse == -kInfinity) {  // it sees no key, may hold anything, and gives nothing
@@ -240,28 +252,26 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& uni
                    ThreadSums& own_sums, double* grad_sinks) {
   const AttentionProblem& problem = call.problem;
   load_rows(call, ws, unit, grad_sinks);
-  if (call.need_query || call.prompt.needed) {
-    for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t) {
-      ws.runs[row] = prompt_run_of(unit, prompt_run(problem, sequence, query));
-    });
-    const KeyRange keys = {unit.prompt, unit.kv_head, 0, call.prompt_keys};
-    backward_segment(call, ws, 0, unit.rows, problem.prompt_key, problem.prompt_value, unit.prompt, unit.kv_head, 0,
-                     prompt_sums.of(keys, unit.prompt_shared));
-  }
-  if (call.need_query || call.own.needed) {
-    for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t) {
-      ws.runs[row] = own_run(problem, sequence, query);
-    });
-    int64_t row = 0;
-    for (int64_t p = unit.first_piece; p < unit.first_piece + unit.pieces; ++p) {
-      const Piece& piece = problem.pieces[p];
-      const Sequence& sequence = problem.sequences[piece.sequence];
-      const KeyRange keys = {sequence.batch, unit.kv_head, sequence.first_key, sequence.keys};
-      backward_segment(call, ws, row, piece.rows, problem.key, problem.value, sequence.batch, unit.kv_head,
-                       sequence.first_key, own_sums.of(keys, piece.shared));
-      row += piece.rows;
+  const KeySum prompt_sum = prompt_sums.of({unit.prompt, unit.kv_head, 0, call.prompt_keys}, unit.prompt_shared);
+  const Piece* piece = problem.pieces + unit.first_piece;
+  for_each_segment(problem, unit, [&](int64_t first, int64_t rows, const Segment& segment) {
+    KeySum sums[2] = {prompt_sum, {}};
+    const bool of_prompt_alone = segment.count == 1 && segment.sources[0].key == &problem.prompt_key;
+    if (!of_prompt_alone) {
+      const Sequence& sequence = problem.sequences[piece->sequence];
+      sums[segment.count - 1] =
+          own_sums.of({sequence.batch, unit.kv_head, sequence.first_key, sequence.keys}, piece->shared);
+      ++piece;
     }
-  }
+    if (call.need_query) {
+      backward_segment(call, ws, first, rows, segment, sums);
+    } else {  // only the keys whose gradients are wanted
+      for (int s = 0; s < segment.count; ++s) {
+        const Segment part = {{segment.sources[s], {}}, 1, segment.ordered};
+        if (sums[s].key || sums[s].value) backward_segment(call, ws, first, rows, part, {sums[s], {}});
+      }
+    }
+  });
   if (call.need_query) store_grad_query(call, ws, unit);
 }
 

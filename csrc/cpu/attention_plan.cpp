@@ -50,9 +50,8 @@ void add_units(AttentionPlan& plan, const AttentionProblem& problem, const std::
 }
 
 int64_t seen_by(const AttentionProblem& problem, const Unit& unit, const Sequence& sequence, int64_t query) {
-  const Run prompt = prompt_run_of(unit, prompt_run(problem, sequence, query));
-  const Run own = own_run(problem, sequence, query);
-  return most(0, prompt.end - prompt.begin) + (unit.own ? most(0, own.end - own.begin) : 0);
+  const Run run = intersection(visible_run(problem, sequence, query), looked_at(unit, sequence));
+  return most(0, run.end - run.begin);
 }
 
 // What a row sees grows evenly along a sequence, so the first and the last row stand for all.

@@ -28,40 +28,93 @@ SPK_INLINE void for_each_row(const AttentionProblem& problem, const Unit& unit, 
   }
 }
 
-// The part of a tile that a few rows see: columns [begin, end) of it, of which [first, first + vectors * kLanes) are
-// computed; `whole` where each row sees all of those.
+// Keys at the positions [begin, end), in one tensor.
+struct Source {
+  const Strided *key, *value;
+  int64_t batch, head, token;  // of the key at `begin`
+  int64_t begin, end;
+};
+
+// Keys that some rows look at together: a prompt, own keys, or one after the other.
+struct Segment {
+  Source sources[2];
+  int count;
+  bool ordered;  // the runs of these rows go up, so the first and the last say all
+  Run positions() const { return {sources[0].begin, sources[count - 1].end}; }
+};
+
+SPK_INLINE Source prompt_source(const AttentionProblem& problem, const Unit& unit) {
+  return {&problem.prompt_key, &problem.prompt_value, unit.prompt,      unit.kv_head,
+          unit.prompt_begin,   unit.prompt_begin,     unit.prompt_end};
+}
+
+SPK_INLINE Source own_source(const AttentionProblem& problem, const Unit& unit, const Sequence& sequence) {
+  return {&problem.key,       &problem.value,         sequence.batch, unit.kv_head,
+          sequence.first_key, sequence.prompt_length, sequence.prompt_length + sequence.key_length};
+}
+
+// visit(first row, rows, segment). A single sequence looks at its prompt and its own keys as one row of keys; several
+// that are stacked look at their prompt together, and each at its own keys.
+template <class F>
+SPK_INLINE void for_each_segment(const AttentionProblem& problem, const Unit& unit, F visit) {
+  const Source prompt = prompt_source(problem, unit);
+  const Piece* pieces = problem.pieces + unit.first_piece;
+  if (unit.pieces == 1 && unit.own) {
+    visit(0, unit.rows, Segment{{prompt, own_source(problem, unit, problem.sequences[pieces[0].sequence])}, 2, true});
+    return;
+  }
+  visit(0, unit.rows, Segment{{prompt, {}}, 1, unit.pieces == 1});
+  int64_t row = 0;
+  for (int64_t p = 0; p < unit.pieces && unit.own; ++p) {
+    visit(row, pieces[p].rows, Segment{{own_source(problem, unit, problem.sequences[pieces[p].sequence]), {}}, 1, true});
+    row += pieces[p].rows;
+  }
+}
+
+// The runs of a segment's rows, given those of all rows of the unit.
+SPK_INLINE void clip_runs(const Run* all, const Segment& segment, int64_t first, int64_t rows, Run* runs) {
+  for (int64_t i = first; i < first + rows; ++i) runs[i] = intersection(all[i], segment.positions());
+}
+
+// The part of a tile that a few rows see: columns [first, end) of it, of which vectors * kLanes are computed; `whole`
+// where each row sees all of those.
 struct Seen {
   int first, end, vectors;
   bool whole;
 };
 
-SPK_INLINE Seen seen_of_tile(const Run* runs, int rows, int64_t tile, int width) {
-  int64_t begin = width, end = 0, begin_of_all = 0, end_of_all = kTileKeys;
-  for (int i = 0; i < rows; ++i) {
-    const int64_t low = most(runs[i].begin - tile, 0), high = least(runs[i].end - tile, width);
-    if (low < high) {
-      begin = least(begin, low);
-      end = most(end, high);
-    }
-    begin_of_all = most(begin_of_all, low);
-    end_of_all = least(end_of_all, high);
+SPK_INLINE Seen seen_of_tile(const Run* runs, int rows, bool ordered, int64_t tile, int width) {
+  int64_t begin = runs[0].begin, end = runs[rows - 1].end;              // that any row sees
+  int64_t begin_of_all = runs[rows - 1].begin, end_of_all = runs[0].end;  // that every row sees
+  for (int i = 0; i < rows && !ordered; ++i) {
+    begin = least(begin, runs[i].begin);
+    end = most(end, runs[i].end);
+    begin_of_all = most(begin_of_all, runs[i].begin);
+    end_of_all = least(end_of_all, runs[i].end);
   }
+  begin = most(begin - tile, 0);
+  end = least(end - tile, width);
   if (begin >= end) return {0, 0, 0, true};
   const int first = static_cast<int>(begin) / kLanes * kLanes;
   const int vectors = (static_cast<int>(end) - first + kLanes - 1) / kLanes;
-  return {first, static_cast<int>(end), vectors, begin_of_all <= first && end_of_all >= first + vectors * kLanes};
+  const int64_t computed = tile + first + vectors * kLanes;
+  return {first, static_cast<int>(end), vectors, begin_of_all <= tile + first && end_of_all >= computed};
 }
 
-// Lanes of the vector at column `column` of a tile that a row with this run sees.
-SPK_INLINE IntVec visible(const Run& run, int64_t tile, int column) {
-  const int64_t base = tile + column;
-  const int begin = static_cast<int>(least(most(run.begin - base, 0), kLanes));
-  const int end = static_cast<int>(least(most(run.end - base, 0), kLanes));
-  const IntVec lane = lane_index();
-  return (lane >= begin) & (lane < end);
-}
+// Columns of a tile that a row sees, as comparisons of vectors want them.
+struct VisibleColumns {
+  IntVec begin, end;
+  VisibleColumns(const Run& run, int64_t tile)
+      : begin(IntVec{} + static_cast<int>(least(most(run.begin - tile, 0), kTileKeys))),
+        end(IntVec{} + static_cast<int>(least(most(run.end - tile, 0), kTileKeys))) {}
+  // Lanes of the vector at `column`.
+  IntVec at(int column) const {
+    const IntVec lane = lane_index() + column;
+    return (lane >= begin) & (lane < end);
+  }
+};
 
-// The tiles of a run of keys, each at most kTileKeys: visit(first key, keys).
+// The tiles of a run of positions, each at most kTileKeys: visit(first, count).
 template <class F>
 SPK_INLINE void for_each_tile(const Run& keys, F visit) {
   for (int64_t tile = keys.begin; tile < keys.end; tile += kTileKeys) {
@@ -69,7 +122,7 @@ SPK_INLINE void for_each_tile(const Run& keys, F visit) {
   }
 }
 
-// The keys that any of some rows sees.
+// The positions that any of some rows sees.
 SPK_INLINE Run hull(const Run* runs, int64_t rows) {
   Run all = {INT64_MAX, 0};
   for (int64_t i = 0; i < rows; ++i) {
@@ -78,6 +131,36 @@ SPK_INLINE Run hull(const Run* runs, int64_t rows) {
     all.end = most(all.end, runs[i].end);
   }
   return all;
+}
+
+// rows[kTileKeys, size up to kLanes] = the keys or values at the positions of a tile; 0 after them up to a whole vector.
+static void pack_tile(const Segment& segment, const Strided* Source::*tensor, Dtype dtype, int64_t tile, int width,
+                      int64_t size, float* rows) {
+  const int64_t stride = round_up(size, kLanes);
+  for (int s = 0; s < segment.count; ++s) {
+    const Source& source = segment.sources[s];
+    for (int64_t at = most(tile, source.begin); at < least(tile + width, source.end); ++at) {
+      const int64_t token = source.token + at - source.begin;
+      read_row(dtype, row_of(*(source.*tensor), dtype, source.batch, source.head, token), size, 1.0f,
+               rows + (at - tile) * stride);
+    }
+  }
+  for (int64_t i = width * stride; i < round_up(width, kLanes) * stride; i += kLanes) store(rows + i, Vec{});
+}
+
+// columns[size up to kLanes, kTileKeys] = the transpose of what `pack_tile` packs, which goes through `rows` unless it
+// can be read where it lies.
+static void pack_tile_columns(const Segment& segment, const Strided* Source::*tensor, Dtype dtype, int64_t tile,
+                              int width, int64_t size, float* rows, float* columns) {
+  for (int s = 0; s < segment.count && dtype == Dtype::float32 && size % kLanes == 0 && width % kLanes == 0; ++s) {
+    const Source& source = segment.sources[s];
+    if (tile < source.begin || tile + width > source.end) continue;
+    const char* first = row_of(*(source.*tensor), dtype, source.batch, source.head, source.token + tile - source.begin);
+    transpose_rows(reinterpret_cast<const float*>(first), (source.*tensor)->token, width, size, columns);
+    return;
+  }
+  pack_tile(segment, tensor, dtype, tile, width, size, rows);
+  transpose_rows(rows, round_up(size, kLanes), width, size, columns);
 }
 
 }  // namespace softprompt::SPK_ISA

@@ -1,7 +1,7 @@
 // Which keys a query sees.
 //
-// Whatever hides a key (the causal rule, a window, padding, a prompt's length) leaves each query one run of prompt keys
-// and one run of own keys. So a mask is two numbers a row and segment.
+// Prompt key p stands at position p, own key j at prompt_length + j: one row of keys, of which the causal rule, a window
+// and padding at the end leave each query one run. So a mask is two numbers a query.
 #pragma once
 
 #include "attention.h"
@@ -10,32 +10,26 @@
 
 namespace softprompt {
 
-struct Run {  // keys [begin, end); none where end <= begin
+struct Run {  // of positions [begin, end); empty where end <= begin
   int64_t begin, end;
 };
 
 SPK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 SPK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-SPK_INLINE Run prompt_run(const AttentionProblem& problem, const Sequence& sequence, int64_t query) {
+SPK_INLINE Run intersection(const Run& a, const Run& b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
+
+SPK_INLINE Run visible_run(const AttentionProblem& problem, const Sequence& sequence, int64_t query) {
   const int64_t position = sequence.prompt_length + sequence.keys - sequence.queries + query;
-  Run run = {0, sequence.prompt_length};
+  Run run = {0, sequence.prompt_length + sequence.key_length};
   if (problem.causal) run.end = least(run.end, position + 1);
   if (problem.window > 0) run.begin = most(0, position - problem.window + 1);
   return run;
 }
 
-SPK_INLINE Run own_run(const AttentionProblem& problem, const Sequence& sequence, int64_t query) {
-  const int64_t position = sequence.keys - sequence.queries + query;
-  Run run = {0, sequence.key_length};
-  if (problem.causal) run.end = least(run.end, position + 1);
-  if (problem.window > 0) run.begin = most(0, position - problem.window + 1);
-  return run;
-}
-
-// The prompt keys that a unit looks at, of those that a query sees.
-SPK_INLINE Run prompt_run_of(const Unit& unit, const Run& run) {
-  return {most(run.begin, unit.prompt_begin), least(run.end, unit.prompt_end)};
+// The positions that a unit looks at, for one of its sequences.
+SPK_INLINE Run looked_at(const Unit& unit, const Sequence& sequence) {
+  return {unit.prompt_begin, unit.own ? sequence.prompt_length + sequence.keys : unit.prompt_end};
 }
 
 }  // namespace softprompt

@@ -6,9 +6,11 @@
 
 namespace softprompt::SPK_ISA {
 
-// Where a unit adds to: [keys, D up to lanes] and [keys, Dv up to lanes]; nullptr: not needed.
+// Where a unit adds to: [keys, D up to lanes] and [keys, Dv up to lanes], from the key that is `first_token` of its
+// tensor on; nullptr: not needed.
 struct KeySum {
   float *key, *value;
+  int64_t first_token;
 };
 
 // Writes `count` keys from the `first` of a range on, from their sums. Packed queries carry their scale into dK.
@@ -38,7 +40,7 @@ class ThreadSums {
 
   // Where to add to the gradients of some keys; ends the range before.
   KeySum of(const KeyRange& keys, bool shared) {
-    if (!sums_.needed) return {nullptr, nullptr};
+    if (!sums_.needed) return {};
     if (ranges_ == 0 || keys.batch != keys_.batch || keys.head != keys_.head || keys.first != keys_.first) {
       complete();
       ++ranges_;
@@ -59,7 +61,7 @@ class ThreadSums {
   float* current() const { return buffers_ + (ranges_ > 1 ? sums_.buffer_floats : 0); }
   KeySum sum() const {
     return {sums_.grad_key.data == nullptr ? nullptr : current(),
-            sums_.grad_value.data == nullptr ? nullptr : current() + keys_.count * size_};
+            sums_.grad_value.data == nullptr ? nullptr : current() + keys_.count * size_, keys_.first};
   }
 
   const AttentionProblem& problem_;
@@ -94,7 +96,7 @@ static void fold_shared(const AttentionProblem& problem, const KeySums& sums, in
     };
     add(first * size, count * size);
     add(value_offset, count * value_size);
-    write_sum(problem, sums, range.keys, first, count, {total + first * size, total + value_offset}, key_scale);
+    write_sum(problem, sums, range.keys, first, count, {total + first * size, total + value_offset, 0}, key_scale);
   }
 }
 

@@ -47,19 +47,8 @@ SPK_INLINE char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64
   return tensor.data + element_size(dtype) * (batch * tensor.batch + head * tensor.head + token * tensor.token);
 }
 
-// rows[kTileKeys, size up to kLanes] = the `count` tokens from `token` on; what follows them is 0.
-static void pack_rows(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token, int64_t count,
-                      int64_t size, float* rows) {
-  const int64_t stride = round_up(size, kLanes);
-  for (int64_t i = 0; i < count; ++i) {
-    read_row(dtype, row_of(tensor, dtype, batch, head, token + i), size, 1.0f, rows + i * stride);
-  }
-  for (int64_t i = count * stride; i < round_up(count, kLanes) * stride; i += kLanes) store(rows + i, Vec{});
-}
-
-// columns[size up to kLanes, kTileKeys] = the transpose of rows[count up to kLanes, size up to kLanes].
-static void transpose_rows(const float* rows, int64_t count, int64_t size, float* columns) {
-  const int64_t stride = round_up(size, kLanes);
+// columns[size up to kLanes, kTileKeys] = the transpose of `count` rows with a stride, read in whole vectors.
+static void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t size, float* columns) {
   for (int64_t i = 0; i < count; i += kLanes) {
     for (int64_t d = 0; d < size; d += kLanes) {
       Vec block[kLanes];

@@ -192,8 +192,10 @@ SPK_INLINE Exponent round_to_exponent(Vec x) {
   return {shifted - kRounding, (IntVec)shifted << 23};
 }
 
-// 2^x, 0 below the smallest normal number (and at -inf), NaN at NaN; x <= 127. Polynomial: 2e-9.
+// 2^x, 0 from x = -127 on down (and at -inf), NaN at NaN; x <= 127. Polynomial: 2e-9.
+// At -127 the polynomial is 1 and the sum of the bits 0; between -127 and -126 the result is some subnormal number.
 SPK_INLINE Vec exp2(Vec x) {
+  x = max(splat(-127.0f), x);
   const Exponent n = round_to_exponent(x);
   const Vec r = x - n.whole;
   Vec p = r * 0.0001535333728905792f + 0.001339887357359537f;
@@ -202,7 +204,7 @@ SPK_INLINE Vec exp2(Vec x) {
   p = p * r + 0.2402264791308266f;
   p = p * r + 0.6931472028531684f;
   p = p * r + 1.0f;
-  return x < -126.0f ? Vec{} : (Vec)((IntVec)p + n.bits);
+  return (Vec)((IntVec)p + n.bits);
 }
 
 struct ReducedExp {
@@ -234,15 +236,16 @@ SPK_INLINE Vec expm1(Vec x) {
 }
 
 struct Growth {
+  Vec factor;  // e^x
   Vec change;  // e^x - 1
   Vec excess;  // e^x - 1 - x >= 0
 };
 
-// Both with relative accuracy at 0, where n is 0 and the excess is the tail alone; x <= 88.
+// All with relative accuracy, also at 0, where n is 0 and the excess is the tail alone; x <= 88.
 SPK_INLINE Growth growth(Vec x) {
   const ReducedExp e = reduce_exp(x);
-  const Vec below = e.power - 1.0f;
-  return {(e.tail + e.r) * e.power + below, e.tail * e.power + ((e.r * e.power - x) + below)};
+  const Vec below = e.power - 1.0f, part = (e.tail + e.r) * e.power;
+  return {part + e.power, part + below, e.tail * e.power + ((e.r * e.power - x) + below)};
 }
 
 // log(x) for normal x > 0. Polynomial: 4e-8 relative to the distance from a power of two.
