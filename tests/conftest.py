@@ -1,8 +1,35 @@
-"""A tiny model on the disk, for everything that starts from a folder."""
+"""The backends that every op is tested on, and a tiny model on the disk for everything that starts from a folder."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+
+from softprompt_kernels.kernels.cpu import native
+
+BACKENDS = ("reference", "composed", "cpu")
+
+
+class Precision(NamedTuple):
+    """What a backend computes in, and how close to float64 its results are to be."""
+
+    dtype: torch.dtype
+    tolerance: float
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpu" and native.missing():
+        pytest.skip(f"the cpu backend: {native.missing()}")
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def precision(backend: str) -> Precision:
+    return Precision(torch.float32, 2e-5) if backend == "cpu" else Precision(torch.float64, 1e-10)
+
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -16,7 +43,6 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Its weights are large enough for what it reads to change what it predicts.
     """
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

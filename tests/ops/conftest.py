@@ -7,17 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "composed")
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def _attention_oracle(

@@ -9,7 +9,7 @@ from softprompt_kernels.ops import prompt_attention
 
 
 def close(actual, expected, tolerance=1e-11):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 CASES = {
@@ -44,7 +44,7 @@ CASES = {
     "window wider than everything": {"options": {"window": 8}},
 }
 
-REFERENCE_CASES = {
+BEYOND_COMPOSED = {
     "window": {"options": {"window": 3}},
     "window of one": {"options": {"window": 1, "causal": False}},
     "window over a ragged bank": {
@@ -67,41 +67,45 @@ REFERENCE_CASES = {
 }
 
 
-def check(case, backend, attention_tensors, attention_oracle):
-    tensors = attention_tensors(**case.get("sizes", {}), grad=True)
+def check(case, backend, precision, attention_tensors, attention_oracle):
+    tensors = attention_tensors(**case.get("sizes", {}), dtype=precision.dtype, grad=True)
     options = dict(case.get("options", {}))
+    inputs, exact = tensors, [t.detach().double().requires_grad_() for t in tensors]
+    exact_options = dict(options)
     if "sinks" in options:
-        options["sinks"] = options["sinks"].clone().requires_grad_()
-        inputs = [*tensors, options["sinks"]]
-    else:
-        inputs = tensors
+        options["sinks"] = options["sinks"].to(precision.dtype).requires_grad_()
+        exact_options["sinks"] = options["sinks"].detach().double().requires_grad_()
+        inputs, exact = [*tensors, options["sinks"]], [*exact, exact_options["sinks"]]
     out, lse = prompt_attention(*tensors, **options, return_lse=True, backend=backend)
-    expected_out, expected_lse = attention_oracle(*tensors, **options)
-    close(out, expected_out)
-    close(lse, expected_lse)
-    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    expected_out, expected_lse = attention_oracle(*exact[:5], **exact_options)
+    close(out, expected_out, precision.tolerance)
+    close(lse, expected_lse, precision.tolerance)
+    grad_out, grad_lse = torch.randn_like(expected_out), torch.randn_like(expected_lse)
 
-    def gradients(out, lse):
+    def gradients(out, lse, inputs):
         seen = torch.where(lse == -torch.inf, 0, lse)
-        loss = (out * grad_out).sum() + (seen * grad_lse).sum()
+        loss = (out * grad_out.to(out.dtype)).sum() + (seen * grad_lse.to(lse.dtype)).sum()
         return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
-    for actual, expected in zip(gradients(out, lse), gradients(expected_out, expected_lse), strict=True):
-        close(actual, expected, 1e-10)
+    for actual, expected in zip(gradients(out, lse, inputs), gradients(expected_out, expected_lse, exact), strict=True):
+        close(actual, expected, precision.tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_oracle_with_all_gradients(name, backend, attention_tensors, attention_oracle):
-    check(CASES[name], backend, attention_tensors, attention_oracle)
+def test_equals_the_oracle_with_all_gradients(name, backend, precision, attention_tensors, attention_oracle):
+    check(CASES[name], backend, precision, attention_tensors, attention_oracle)
 
 
-@pytest.mark.parametrize("name", REFERENCE_CASES)
-def test_reference_equals_the_oracle_where_it_is_alone(name, attention_tensors, attention_oracle):
-    check(REFERENCE_CASES[name], "reference", attention_tensors, attention_oracle)
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+@pytest.mark.parametrize("name", BEYOND_COMPOSED)
+def test_equals_the_oracle_beyond_what_is_composed(name, backend, precision, attention_tensors, attention_oracle):
+    check(BEYOND_COMPOSED[name], backend, precision, attention_tensors, attention_oracle)
 
 
-def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, attention_tensors):
-    query, key, value, prompt_key, prompt_value = attention_tensors(batch=1, queries=9, own=9, rows=2, grad=True)
+def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, precision, attention_tensors):
+    query, key, value, prompt_key, prompt_value = attention_tensors(
+        batch=1, queries=9, own=9, rows=2, dtype=precision.dtype, grad=True
+    )
     inputs = [query, key, value, prompt_key, prompt_value]
     starts, index, lengths = (
         torch.tensor([0, 4, 4, 7], dtype=torch.int32),
@@ -120,12 +124,12 @@ def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, attention
             prompt_attention(query[:, :, part], key[:, :, part], value[:, :, part], *prompt, backend="reference")
         )
     expected = torch.cat(parts, 2)
-    close(out[:, :, :7], expected)
+    close(out[:, :, :7], expected, precision.tolerance)
     weight = torch.randn_like(out)
     actual = torch.autograd.grad((out * weight).sum(), inputs)
     wanted = torch.autograd.grad((expected * weight[:, :, :7]).sum(), inputs)
     for a, e in zip(actual, wanted, strict=True):
-        close(a, e)
+        close(a, e, precision.tolerance)
 
 
 @given(
@@ -194,13 +198,13 @@ def test_sixteen_bits_are_no_worse_than_pytorch(dtype, backend, attention_tensor
         assert (o.double() - e).norm() <= allowed
 
 
-def test_out_lies_in_memory_as_the_output_projection_reads_it(backend, attention_tensors):
-    out = prompt_attention(*attention_tensors(), backend=backend)
+def test_out_lies_in_memory_as_the_output_projection_reads_it(backend, precision, attention_tensors):
+    out = prompt_attention(*attention_tensors(dtype=precision.dtype), backend=backend)
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_a_frozen_prompt_gets_no_gradient_and_a_frozen_query_none_either(backend, attention_tensors):
-    tensors = attention_tensors()
+def test_a_frozen_prompt_gets_no_gradient_and_a_frozen_query_none_either(backend, precision, attention_tensors):
+    tensors = attention_tensors(dtype=precision.dtype)
     tensors[1].requires_grad_()
     prompt_attention(*tensors, backend=backend).sum().backward()
     assert tensors[1].grad is not None

@@ -6,46 +6,52 @@ import torch
 from softprompt_kernels.ops import prompt_attention
 
 
-@pytest.fixture(params=["reference", "composed"])
-def backend(request):
-    torch.manual_seed(0)
-    return request.param
+@pytest.fixture
+def inputs(precision):
+    def make(batch=4, prompt=6, rows=1):
+        shapes = [(batch, 4, 3, 8), *[(batch, 2, 3, 8)] * 2, *[(rows, 2, prompt, 8)] * 2]
+        return [torch.randn(s, dtype=torch.float64).to(precision.dtype).requires_grad_() for s in shapes]
+
+    return make
 
 
-def inputs(batch=4, prompt=6, rows=1):
-    shapes = [(batch, 4, 3, 8), *[(batch, 2, 3, 8)] * 2, *[(rows, 2, prompt, 8)] * 2]
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+@pytest.fixture
+def close(precision):
+    def check(actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=precision.tolerance, atol=precision.tolerance)
+
+    return check
 
 
 def gradients(out, tensors, weight):
     return torch.autograd.grad((out * weight).sum(), tensors)
 
 
-def test_a_prompt_in_two_parts_is_the_prompt(backend):
+def test_a_prompt_in_two_parts_is_the_prompt(backend, inputs, close):
     """The second part goes to the front of the own keys."""
     query, key, value, prompt_key, prompt_value = tensors = inputs(batch=1)
     whole = prompt_attention(*tensors, backend=backend)
     parts = [torch.cat([p[:, :, 2:], t], 2) for p, t in ((prompt_key, key), (prompt_value, value))]
     split = prompt_attention(query, *parts, prompt_key[:, :, :2], prompt_value[:, :, :2], backend=backend)
-    torch.testing.assert_close(whole, split)
+    close(whole, split)
     weight = torch.randn_like(whole)
     for a, b in zip(*(gradients(x, tensors, weight) for x in (whole, split)), strict=True):
-        torch.testing.assert_close(a, b)
+        close(a, b)
 
 
-def test_a_shared_prompt_equals_repeated_copies_with_summed_gradients(backend):
+def test_a_shared_prompt_equals_repeated_copies_with_summed_gradients(backend, inputs, close):
     *own, prompt_key, prompt_value = inputs()
     copies = [p.detach().expand(4, -1, -1, -1).clone().requires_grad_() for p in (prompt_key, prompt_value)]
     shared = prompt_attention(*own, prompt_key, prompt_value, backend=backend)
     copied = prompt_attention(*own, *copies, backend=backend)
-    torch.testing.assert_close(shared, copied)
+    close(shared, copied)
     weight = torch.randn_like(shared)
     once, each = gradients(shared, [prompt_key, prompt_value], weight), gradients(copied, copies, weight)
     for a, b in zip(once, each, strict=True):
-        torch.testing.assert_close(a, b.sum(0, keepdim=True))
+        close(a, b.sum(0, keepdim=True))
 
 
-def test_the_order_of_the_batch_does_not_matter_and_runs_repeat_bit_for_bit(backend):
+def test_the_order_of_the_batch_does_not_matter_and_runs_repeat_bit_for_bit(backend, inputs, close):
     tensors = inputs(rows=2)
     index, order = torch.tensor([0, 1, 1, 0]), torch.tensor([2, 0, 3, 1])
     out = prompt_attention(*tensors, prompt_index=index, backend=backend)
@@ -60,9 +66,9 @@ def test_the_order_of_the_batch_does_not_matter_and_runs_repeat_bit_for_bit(back
         assert torch.equal(a, b)
     moved = [t.detach()[order].requires_grad_() for t in tensors[:3]] + tensors[3:]
     shuffled = prompt_attention(*moved, prompt_index=index[order], backend=backend)
-    torch.testing.assert_close(shuffled, out[order])
+    close(shuffled, out[order])
     for a, b in zip(gradients(shuffled, moved, weight[order])[3:], first[3:], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+        close(a, b)
 
 
 def test_bf16_prompt_gradients_are_summed_in_fp32_over_the_batch(backend):

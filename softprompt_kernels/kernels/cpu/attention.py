@@ -39,23 +39,26 @@ def backward(
     out, grad_out = native.unit_stride(out), native.unit_stride(grad_out)
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    inputs = (problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value)
-    gradients = [
-        _empty_token_major(tensor) if need and tensor.shape[0] else tensor.new_empty(tensor.shape) if need else None
-        for tensor, need in zip(inputs[:3], needs[:3], strict=True)
-    ]
-    gradients += [t.new_empty(t.shape) if need else None for t, need in zip(inputs[3:], needs[3:5], strict=True)]
-    sinks = problem.sinks
-    grad_sinks = None if sinks is None or not needs.sinks else sinks.new_empty(sinks.shape, dtype=torch.float32)
+    query, key, value = (
+        _empty_token_major(t) if need else None
+        for t, need in ((problem.query, needs.query), (problem.key, needs.key), (problem.value, needs.value))
+    )
+    prompt_key = problem.prompt_key.new_empty(problem.prompt_key.shape) if needs.prompt_key else None
+    prompt_value = problem.prompt_value.new_empty(problem.prompt_value.shape) if needs.prompt_value else None
+    sinks = None
+    if needs.sinks and problem.sinks is not None:
+        sinks = problem.sinks.new_empty(problem.sinks.shape, dtype=torch.float32)
     native_problem.backward(
         _view(out),
         _view(grad_out),
         _vector(lse),
         None if grad_lse is None else _vector(grad_lse),
-        *(None if g is None else _view(g) for g in gradients),
-        None if grad_sinks is None else _vector(grad_sinks),
+        *(None if g is None else _view(g) for g in (query, key, value, prompt_key, prompt_value)),
+        None if sinks is None else _vector(sinks),
     )
-    return Gradients(*gradients, None if grad_sinks is None or sinks is None else grad_sinks.to(sinks.dtype))
+    if sinks is not None and problem.sinks is not None:
+        sinks = sinks.to(problem.sinks.dtype)
+    return Gradients(query, key, value, prompt_key, prompt_value, sinks)
 
 
 def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:

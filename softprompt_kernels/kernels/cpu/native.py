@@ -1,13 +1,15 @@
 """The compiled module of the CPU kernels, or why it is not here."""
 
+import importlib
 from types import ModuleType
 
 import torch  # before the module: it runs on the threads of torch's OpenMP runtime and brings none of its own
 from torch import Tensor
 
 _why_missing: str | None = None
+_module: ModuleType | None = None
 try:
-    from softprompt_kernels.kernels.cpu import _native
+    _module = importlib.import_module("softprompt_kernels.kernels.cpu._native")
 except ImportError as error:
     _why_missing = (
         f"its module was not built or cannot be loaded ({error}): install a C++ compiler, g++ or clang++, "
@@ -26,9 +28,9 @@ def module() -> ModuleType:
     Raises:
         RuntimeError: it is missing.
     """
-    if _why_missing is not None:
+    if _module is None or _why_missing is not None:
         raise RuntimeError(_why_missing)
-    return _native
+    return _module
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

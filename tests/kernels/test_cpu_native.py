@@ -1,0 +1,243 @@
+"""The compiled module itself: instruction sets, threads, forks, memory, and what it refuses."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.ops import prompt_attention
+
+pytestmark = pytest.mark.usefixtures("module")
+
+PROBE = """
+import torch
+from softprompt_kernels.ops import prompt_attention
+torch.manual_seed(0)
+torch.set_num_threads(2)
+shapes = [(3, 6, 70, 40), *[(3, 2, 70, 40)] * 2, *[(1, 2, 90, 40)] * 2]
+inputs = [torch.randn(s).to(torch.DTYPE).requires_grad_() for s in shapes]
+out, lse = prompt_attention(*inputs, softcap=4.0, window=100, return_lse=True, backend="cpu")
+gradients = torch.autograd.grad(out.float().square().sum() + lse.sum(), inputs)
+"""
+
+
+def python(code, timeout=120, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_instruction_sets_agree(module, tmp_path, dtype):
+    names = module.instruction_sets()
+    assert names[-1] == "baseline"
+    results = {}
+    for name in names:
+        code = PROBE.replace("DTYPE", dtype) + (
+            f"from softprompt_kernels.kernels.cpu import native\n"
+            f"assert native.module().instruction_set() == {name!r}\n"
+            f"torch.save([t.detach() for t in (out, lse, *gradients)], {str(tmp_path / name)!r})\n"
+        )
+        done = python(code, SOFTPROMPT_ISA=name)
+        assert done.returncode == 0, done.stderr
+        results[name] = torch.load(tmp_path / name)
+    tolerance = 2e-5 if dtype == "float32" else 2e-2
+    for name in names[:-1]:
+        for a, b in zip(results[name], results["baseline"], strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(module):
+    done = python(PROBE.replace("DTYPE", "float32"), SOFTPROMPT_ISA="mmx")
+    accepted = ", ".join(module.instruction_sets())
+    assert f"SOFTPROMPT_ISA must be one of {accepted} on this machine; got 'mmx'" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_one_openmp_runtime_is_loaded_and_it_is_torch_s():
+    code = PROBE.replace("DTYPE", "float32") + (
+        "maps = open('/proc/self/maps').read().splitlines()\n"
+        "print(*{line.split()[-1] for line in maps if 'omp' in line.split()[-1].rsplit('/', 1)[-1]}, sep='\\n')"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    (runtime,) = done.stdout.split()
+    assert Path(torch.__file__).parent in Path(runtime).parents
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils lists the symbols")
+def test_no_instruction_set_shares_code_with_another(module):
+    """Functions that the linker could merge between copies would run AVX-512 on machines without it."""
+    listing = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
+    kernels = [line for line in listing.splitlines() if re.search(r"softprompt::(avx512|avx2|baseline)::", line)]
+    kinds = {line.split()[1] for line in kernels if re.match(r"[0-9a-f]+ ", line)}
+    assert kernels and kinds <= set("tTrRdDbB"), kinds  # no weak (W, V) or unique (u) ones
+
+
+def test_calls_from_several_python_threads_at_once():
+    torch.manual_seed(0)
+    problems = [[torch.randn(2, 2, 50 + i, 16, requires_grad=True) for _ in range(5)] for i in range(6)]
+
+    def work(inputs):
+        for _ in range(5):
+            out = prompt_attention(*inputs, prompt_index=torch.tensor([0, 1]), backend="cpu")
+            gradients = torch.autograd.grad(out.square().sum(), inputs)
+        return [out.detach(), *gradients]
+
+    alone = [work(inputs) for inputs in problems]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(work, problems))
+    for a, b in zip(alone, together, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y)  # a thread of its own may be given another number of threads
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_after_use_works_and_gives_the_same_bits():
+    code = PROBE.replace("DTYPE", "float32") + (
+        "import os\n"
+        "child = os.fork()\n"
+        "again, _ = prompt_attention(*inputs, softcap=4.0, window=100, return_lse=True, backend='cpu')\n"
+        "if child == 0:  # compared by numpy: torch's own kernels hang there, waiting for the parent's threads\n"
+        "    os._exit(0 if (out.detach().numpy() == again.detach().numpy()).all() else 3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = python(code, timeout=60)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
+def test_a_failed_allocation_is_a_memory_error_and_nothing_comes_out():
+    code = """
+import resource, torch
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.ops import prompt_attention
+inputs = [torch.randn(1, 1, 4, 256, requires_grad=True) for _ in range(5)]
+out = prompt_attention(*inputs, backend="cpu")
+torch.set_num_threads(512)  # each wants room of its own
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+for call in (lambda: prompt_attention(*inputs, backend="cpu"), lambda: out.sum().backward()):
+    try:
+        call()
+    except MemoryError:
+        print("MemoryError")
+print([t.grad for t in inputs])
+"""
+    done = python(code)
+    assert done.stdout.split("\n")[:3] == ["MemoryError", "MemoryError", str([None] * 5)], done.stderr
+
+
+# --- what the bindings refuse, before a pointer is followed -----------------------------------------------------------
+
+
+def view(*sizes, strides=None):
+    """A tensor at an address that must not be looked at."""
+    return 16, sizes, torch.empty(sizes, device="meta").stride() if strides is None else strides
+
+
+def arguments(**changes):
+    given = {
+        "dtype": 0,
+        "query": view(2, 4, 3, 8),
+        "key": view(2, 2, 5, 8),
+        "value": view(2, 2, 5, 6),
+        "prompt_key": view(1, 2, 7, 8),
+        "prompt_value": view(1, 2, 7, 6),
+        "prompt_index": None,
+        "prompt_lengths": None,
+        "key_lengths": None,
+        "cu_seqlens": None,
+        "sinks": None,
+        "causal": True,
+        "window": None,
+        "softcap": None,
+        "scale": 1.0,
+        "threads": 1,
+    }
+    return [*{**given, **changes}.values()]
+
+
+REFUSED = [
+    ({"dtype": 3}, "dtype must be 0, 1 or 2; got 3"),
+    ({"threads": 0}, "threads must be at least 1; got 0"),
+    ({"window": 0}, "window must be at least 1; got 0"),
+    ({"value": view(2, 2, 4, 6)}, "value must have shape [2, 2, 5, 6]; got [2, 2, 4, 6]"),
+    ({"prompt_value": view(1, 1, 7, 6)}, "prompt_value must have shape [1, 2, 7, 6]; got [1, 1, 7, 6]"),
+    ({"query": view(2, 3, 3, 8)}, "query's heads must be a multiple of key's; got 3 and 2"),
+    ({"key": view(2, 2, 5, 8, strides=(80, 40, 1, 5))}, "key must have a last stride of 1; got strides [80, 40, 1, 5]"),
+    ({"prompt_index": (16, 3)}, "prompt_index must have 2 elements; got 3"),
+    ({"prompt_key": view(3, 2, 7, 8), "prompt_value": view(3, 2, 7, 6)}, "prompt_index must be given for 3 prompts"),
+    ({"cu_seqlens": (16, 2)}, "cu_seqlens must come with one batch"),
+    ({"sinks": (16, 5)}, "sinks must have 4 elements; got 5"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_sizes_and_strides_are_checked_before_pointers_are_taken(module, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module.AttentionProblem(*arguments(**changes))
+
+
+def test_outputs_are_checked_too(module):
+    problem = module.AttentionProblem(*arguments())
+    with pytest.raises(ValueError, match=re.escape("out must have shape [2, 4, 3, 6]; got [2, 4, 3, 8]")):
+        problem.forward(view(2, 4, 3, 8), (16, 24))
+    with pytest.raises(ValueError, match="out must lie in memory as"):
+        problem.forward(view(2, 4, 3, 6), (16, 24))
+    with pytest.raises(ValueError, match="lse must have 24 elements; got 23"):
+        problem.forward(view(2, 4, 3, 6, strides=(72, 6, 24, 1)), (16, 23))
+
+
+OUT_OF_RANGE = {
+    "prompt_index": ([1, 0], "prompt_index must be in [0, 0]; got 1 at 0"),
+    "prompt_lengths": ([8], "prompt_lengths must be in [0, 7]; got 8 at 0"),
+    "key_lengths": ([5, -1], "key_lengths must be in [0, 5]; got -1 at 1"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_indices_and_lengths_out_of_range_are_refused(name):
+    values, message = OUT_OF_RANGE[name]
+    query, key, prompt = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prompt_attention(query, key, key, prompt, prompt, **{name: torch.tensor(values)}, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([1, 3], "cu_seqlens must be in [0, 0]; got 1 at 0"),
+        ([0, 2, 1], "cu_seqlens must be in [2, 3]; got 1 at 2"),
+        ([0, 4], "cu_seqlens must be in [0, 3]; got 4 at 1"),
+    ],
+)
+def test_packed_starts_that_are_no_partition_are_refused(starts, message):
+    query, key, prompt = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prompt_attention(query, key, key, prompt, prompt, cu_seqlens=torch.tensor(starts), backend="cpu")
+
+
+def test_float64_is_refused_with_the_argument(module):
+    tensors = [torch.randn(1, 1, 2, 4, dtype=torch.float64) for _ in range(5)]
+    with pytest.raises(ValueError, match=r"cpu: query is torch.float64, and it computes in fp32"):
+        prompt_attention(*tensors, backend="cpu")
+
+
+def test_a_missing_module_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(native, "_why_missing", "its module was not built: install a C++ compiler")
+    with pytest.raises(RuntimeError, match="install a C"):
+        native.module()
+    with pytest.raises(ValueError, match="cpu: its module was not built: install a C"):
+        prompt_attention(*[torch.randn(1, 1, 2, 4) for _ in range(5)], backend="cpu")
