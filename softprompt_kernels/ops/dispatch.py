@@ -8,7 +8,7 @@ A backend is a name and one kernel module for each op that it serves. A kernel m
 `backend=` of an op, or else the environment's SOFTPROMPT_BACKEND, names one backend, and then a problem that it cannot
 serve is an error. Otherwise the first that can serve the problem is taken. SOFTPROMPT_LOG=dispatch prints every new
 choice to stderr. The reference serves everything and is the last; being chosen for want of a faster one is announced
-once for each reason.
+once for each reason, and so is a backend that would have served a call but was not built or cannot run here.
 """
 
 import os
@@ -99,21 +99,17 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
     for backend in _backends:
         if requested is not None and backend.name != requested:
             continue
-        reason = _reason_against(backend, op, problem)
-        if reason is None:
+        reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
+        missing = backend.missing()
+        if reason is None and missing is None:
             _log(op, backend.name, device, "requested" if requested else "; ".join(refused) or "preferred")
             if backend.name == REFERENCE and requested is None:
                 _announce_reference(op, device, refused)
             return backend.kernels[op]
-        refused.append(f"{backend.name}: {reason}")
+        if reason is None and requested is None:
+            _announce_missing(backend.name, device, str(missing))
+        refused.append(f"{backend.name}: {missing or reason}")
     raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}")
-
-
-def _reason_against(backend: Backend, op: str, problem: Any) -> str | None:
-    if op not in backend.kernels:
-        return f"it has no {op}"
-    missing = backend.missing()
-    return missing if missing is not None else backend.kernels[op].unsupported(problem)
 
 
 def _log(op: str, name: str, device: torch.device, why: str) -> None:
@@ -127,6 +123,15 @@ def _announce_reference(op: str, device: torch.device, refused: list[str]) -> No
         warnings.warn(
             f"{op} on {device.type} runs on the reference backend, which is right but slow ({why}). "
             f"Pass backend='reference' or set SOFTPROMPT_BACKEND=reference to choose it without this warning.",
+            stacklevel=2,
+        )
+
+
+def _announce_missing(name: str, device: torch.device, why: str) -> None:
+    if _first_time(f"missing {name} {device.type}"):
+        warnings.warn(
+            f"the {name} backend would serve calls on {device.type}, but {why}. Another one does, more slowly. "
+            f"Set SOFTPROMPT_BACKEND to choose one without this warning.",
             stacklevel=2,
         )
 
@@ -167,7 +172,7 @@ register(
 register(
     Backend(
         "cpu",
-        "C++ kernels for this processor, fp32 arithmetic",
+        f"CPU: C++ kernels for {native.instruction_set()}, fp32 arithmetic",
         {"prompt_attention": cpu_attention},
         missing=native.missing,
     )

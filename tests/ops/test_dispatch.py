@@ -81,7 +81,12 @@ def test_a_backend_that_is_missing_is_passed_over_and_says_how_to_get_it(capfd, 
     how = "it was not built: run make build"
     kernels = {"prompt_attention": reference_attention}
     dispatch.register(dispatch.Backend("native", "made for this test", kernels, missing=lambda: how))
-    assert "-> composed" in chosen(capfd, monkeypatch)
+    with pytest.warns(UserWarning, match=f"the native backend would serve calls on cpu, but {how}"):
+        assert "-> composed" in chosen(capfd, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attend()  # announced once
+        kl_div(torch.ones(1, 2), torch.ones(1, 2))  # which it would not have served
     record = dispatch.available_backends()[0]
     assert (record.name, record.available, record.detail) == ("native", False, how)
     with pytest.raises(ValueError, match=how):

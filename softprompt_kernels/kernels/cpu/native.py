@@ -33,6 +33,16 @@ def module() -> ModuleType:
     return _module
 
 
+def instruction_set() -> str:
+    """The instruction set that runs, as far as it can be told: SOFTPROMPT_ISA may name one that is not there."""
+    if _module is None:
+        return "none"
+    try:
+        return str(_module.instruction_set())
+    except ValueError as error:
+        return str(error)
+
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
