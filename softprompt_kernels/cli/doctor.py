@@ -120,7 +120,7 @@ def devices() -> list[Finding]:
     except ImportError as error:
         return [Finding("torch", f"cannot be loaded: {error}", fatal=True)]
     capability = torch.backends.cpu.get_cpu_capability()
-    findings = [Finding("cpu", f"{platform.machine()}, {capability}, threads: {torch.get_num_threads()}")]
+    findings = [Finding("processor", f"{platform.machine()}, {capability}, threads: {torch.get_num_threads()}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)

@@ -172,7 +172,7 @@ register(
 register(
     Backend(
         "cpu",
-        f"CPU: C++ kernels for {native.instruction_set()}, fp32 arithmetic",
+        f"CPU: C++ kernels, fp32 arithmetic; {native.instruction_set()}",
         {"prompt_attention": cpu_attention},
         missing=native.missing,
     )
