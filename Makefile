@@ -1,6 +1,7 @@
 # make demo   install into .venv, fetch the demo model, compress a text, answer questions about it
 # make test   install what tests need, lint, type-check, test
-# make bench  time and memory of a training step against the obvious way of writing it
+# make bench  time and memory of the ops and of a training step, against their floors and other ways of writing them;
+#             a quarter of an hour on two cores. BENCH="-k attention" and the like measures a part
 #
 # Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with, 3.11 or
 # newer. After a change to the demo's text or settings, `make clean` makes room for another run.
@@ -9,6 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := .cache/SmolLM2-135M-Instruct
+BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test bench clean
@@ -27,8 +29,8 @@ test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/bench $(MODEL)/config.json
-	$(BIN)/python benchmarks/step.py --model $(MODEL) --context demo/handbook.txt \
-		--micro-batch-size 4 --repeats 3
+	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \
+		--benchmark-json runs/bench/bench.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -2,12 +2,13 @@
 
     python benchmarks/step.py --model .cache/SmolLM2-135M-Instruct --context demo/handbook.txt
 
-Ours is `compress.Trainer.train_step` with a KV prompt. The obvious way is transformers and PEFT: a CARTRIDGE of the
-same size, the teacher run over context + query + output in every step, logits of all tokens, `F.kl_div` on those that
-predict the output, AdamW. Both get the same batch and start from the same prompt, so their first loss has to be the
-same within 1e-4: the script fails if it is not. `step_sides.py` has the two side by side.
+Ours is `compress.Trainer.train_step` with a KV prompt, on the backend that the ops choose and on `composed`. The
+obvious way is transformers and PEFT: a CARTRIDGE of the same size, the teacher run over context + query + output in
+every step, logits of all tokens, `F.kl_div` on those that predict the output, AdamW. All get the same batch and start
+from the same prompt, so their first loss has to be the same within 1e-4: the script fails if it is not.
+`step_sides.py` has them side by side.
 
-Seconds: steps of the two take turns, after one each that does not count; median, least and most. Memory: see
+Seconds: steps of all take turns, after one each that does not count; median, least and most. Memory: see
 `step_memory.py`. What cached moments cost before training is said below the table.
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from machine import processor
 from rich.console import Console
 from rich.table import Table
 from step_memory import peak_of
@@ -52,24 +53,24 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides by name, ours first, and ‖difference‖ / ‖gradient‖ of their first gradients."""
+    """All sides by name, ours first, the obvious one last; ‖difference‖ / ‖gradient‖ of these two's first gradients."""
 
     results: dict[str, Result]
     gradient_difference: float
 
     def seconds_ratio(self) -> float:
         """How many of our steps fit into one of theirs."""
-        ours, theirs = (median(result.seconds) for result in self.results.values())
+        ours, *_, theirs = (median(result.seconds) for result in self.results.values())
         return theirs / ours
 
     def memory_ratio(self) -> float:
         """Our peak as a part of theirs."""
-        ours, theirs = (result.peak_bytes for result in self.results.values())
+        ours, *_, theirs = (result.peak_bytes for result in self.results.values())
         return ours / theirs
 
 
 def compare(problem: Problem, repeats: int, say: Callable[[str], None]) -> Comparison:
-    """Measure both sides.
+    """Measure all sides.
 
     Args:
         problem: what they work on.
@@ -83,17 +84,27 @@ def compare(problem: Problem, repeats: int, say: Callable[[str], None]) -> Compa
     for name in SIDES:
         peaks[name] = peak_of(name, problem)
         say(f"{name}: {peaks[name] / 2**20:.0f} MiB")
-    sides: dict[str, Side] = {name: way(problem, way.load(problem.model)) for name, way in SIDES.items()}
-    losses = {name: side.step() for name, side in sides.items()}
-    ours, theirs = (side.gradient().clone() for side in sides.values())
-    check_same_loss(losses)
+    sides, losses, difference = first_steps(problem)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats):
         for name, side in sides.items():
             seconds[name].append(timed(side.step)[1])
             say(f"{name}: step {number + 1} of {repeats} took {seconds[name][-1]:.2f} s")
     results = {name: Result(losses[name], tuple(seconds[name]), peaks[name]) for name in SIDES}
-    return Comparison(results, float((ours - theirs).norm() / theirs.norm()))
+    return Comparison(results, difference)
+
+
+def first_steps(problem: Problem) -> tuple[dict[str, Side], dict[str, float], float]:
+    """All sides after a step each, the losses of that, and how far the first and the last one's gradients are apart.
+
+    Raises:
+        SoftPromptError: the losses differ.
+    """
+    sides: dict[str, Side] = {name: way(problem, way.load(problem.model)) for name, way in SIDES.items()}
+    losses = {name: side.step() for name, side in sides.items()}
+    check_same_loss(losses)
+    ours, *_, theirs = (side.gradient() for side in sides.values())
+    return sides, losses, float((ours - theirs).norm() / theirs.norm())
 
 
 def check_same_loss(losses: dict[str, float]) -> None:
@@ -107,16 +118,16 @@ def show(console: Console, problem: Problem, cost: Preparation, comparison: Comp
     table = Table("training step", title=describe(problem), title_justify="left")
     for column in ("seconds", "min..max", "faster", "peak MiB", "memory", "loss"):
         table.add_column(column, justify="right")
-    ratios = [(f"{comparison.seconds_ratio():.2f}×", f"{comparison.memory_ratio():.2f}×"), ("1×", "1×")]
-    for (name, result), (faster, memory) in zip(comparison.results.items(), ratios, strict=True):
+    theirs = list(comparison.results.values())[-1]
+    for name, result in comparison.results.items():
         seconds = result.seconds
         table.add_row(
             name,
             f"{median(seconds):.3f}",
             f"{min(seconds):.3f}..{max(seconds):.3f}",
-            faster,
+            f"{median(theirs.seconds) / median(seconds):.2f}×",
             f"{result.peak_bytes / 2**20:.0f}",
-            memory,
+            f"{result.peak_bytes / theirs.peak_bytes:.2f}×",
             f"{result.loss:.6f}",
         )
     console.print(table)
@@ -135,13 +146,6 @@ def describe(problem: Problem) -> str:
         f"the loss; context {len(problem.context_ids)}, prompt {problem.tokens} tokens\n"
         f"{processor()}, {problem.threads} threads, torch {torch.__version__}, fp32"
     )
-
-
-def processor() -> str:
-    """Its name, as far as the system tells."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def show_profile(console: Console, problem: Problem) -> None:

@@ -36,7 +36,7 @@ def breakdown(side: Side) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _part(event: Any) -> str:
-    """GEMMs of the model or of an op, an op's flash kernels, an op's other work, or "elsewhere"."""
+    """GEMMs of the model or of an op, an op's flash kernels, an op's own work (a native kernel too), or "elsewhere"."""
     inner = None
     while event is not None:
         name = event.name
@@ -44,6 +44,6 @@ def _part(event: Any) -> str:
             inner = "GEMMs" if name in GEMMS else "flash"
         for op, part in OPS.items():
             if name.startswith(op):
-                return f"{part}: {inner or ('rows' if part == 'loss op' else 'around it')}"
+                return f"{part}: {inner or 'its own work'}"
         event = event.cpu_parent
     return f"model: {inner}" if inner else "elsewhere"

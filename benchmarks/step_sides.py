@@ -1,4 +1,4 @@
-"""The two ways of a training step. Both have `step() -> loss` and the `gradient()` that the last step used.
+"""The ways of a training step. All have `step() -> loss` and the `gradient()` that the last step used.
 
 | | `CachedMoments` | `Obvious` |
 |---|---|---|
@@ -6,14 +6,17 @@
 | student | hidden states behind a shared prompt | PEFT's CARTRIDGE: keys and values of the prompt for each sequence |
 | head | fused with the loss, on the rows that predict the output | logits of all tokens, `F.log_softmax`, `F.kl_div` |
 
-Where the obvious way could be written worse, it is given the better: inputs are padded once and not in each step, the
-teacher keeps no cache, and only the rows that are needed of its logits outlive its forward.
+`ComposedMoments` is `CachedMoments` without native kernels. Where the obvious way could be written worse, it is given
+the better: inputs are padded once and not in each step, the teacher keeps no cache, and only the rows that are needed
+of its logits outlive its forward.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +74,14 @@ class CachedMoments:
         key, value = self.prompt.key.grad, self.prompt.value.grad
         assert key is not None and value is not None
         return flatten(key, value)
+
+
+class ComposedMoments(CachedMoments):
+    """The same, with no kernel of the package's own."""
+
+    def step(self) -> float:
+        with patch.dict(os.environ, SOFTPROMPT_BACKEND="composed"):
+            return super().step()
 
 
 class Obvious:
@@ -132,5 +143,9 @@ def _padded(
     return ids, mask, (row, position)
 
 
-SIDES: dict[str, type[CachedMoments] | type[Obvious]] = {"cached moments": CachedMoments, "obvious": Obvious}
-"""Both ways by name, ours first."""
+SIDES: dict[str, type[CachedMoments] | type[Obvious]] = {
+    "cached moments": CachedMoments,
+    "cached moments, composed": ComposedMoments,
+    "obvious": Obvious,
+}
+"""All ways by name, ours first, the obvious one last."""

@@ -31,13 +31,15 @@ def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
     return [part for name, value in (given | sizes).items() for part in (f"--{name}", str(value))]
 
 
-def test_both_sides_have_the_same_loss_and_gradient_and_need_memory(
+def test_all_sides_have_the_same_loss_and_gradient_and_need_memory(
     step: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step.main([*arguments, "--profile", "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
     ours, theirs = (figures["sides"][name] for name in ("cached moments", "obvious"))
+    composed = figures["sides"]["cached moments, composed"]
     assert ours["loss"] > 0.01
+    assert abs(ours["loss"] - composed["loss"]) <= 1e-4
     assert abs(ours["loss"] - theirs["loss"]) <= 1e-4
     assert figures["gradient_difference"] < 1e-4
     assert ours["peak_bytes"] > 0
@@ -45,7 +47,7 @@ def test_both_sides_have_the_same_loss_and_gradient_and_need_memory(
     assert figures["times_faster"] == pytest.approx(theirs["seconds"][0] / ours["seconds"][0])
     shown = capsys.readouterr().out
     assert f"{ours['loss']:.6f}" in shown
-    assert "attention op: flash" in shown
+    assert "attention op: " in shown
     assert "loss op: GEMMs" in shown
 
 
@@ -60,12 +62,12 @@ def test_other_losses_are_refused(step: ModuleType) -> None:
 def test_a_peak_that_is_gone_at_the_end_is_seen(
     step: ModuleType, monkeypatch: pytest.MonkeyPatch, by_kernel: bool
 ) -> None:
-    import step_memory
+    import memory
 
     if not by_kernel:
-        monkeypatch.setattr(step_memory, "_reset_high_water", lambda: False)
+        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
     size = 64 * 2**20
-    with step_memory.PeakResident() as peak:
+    with memory.PeakResident() as peak:
         for _ in range(5):
             torch.ones(size, dtype=torch.uint8)
     assert size * 0.9 < peak.growth < size * 2

@@ -1,0 +1,108 @@
+"""Cases of the suite `scaling`: one size grows, the others stay, and time should grow with the work.
+
+A point is out of line where its cost per unit of work is more than a quarter above that of the best point below it:
+where it takes longer than a smaller problem led to expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attention_cases import AttentionCase
+from case import Case
+from kl_cases import LIVE, LOGITS, MOMENTS, KlCase
+
+MOST_EXCESS = 1.25
+
+_ATTENTION = AttentionCase(4, 8, 2, 128, 128, 64)
+_KL = {LIVE: KlCase(LIVE, 256, 256, 16384), MOMENTS: KlCase(MOMENTS, 256, 256, 16384)}
+_LOGITS = KlCase(LOGITS, 256, 64, 16384)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One op and the size that grows.
+
+    Args:
+        op: as the plot names it.
+        letter: of the size, as the ops' docstrings have it.
+        points: the size, and the case.
+        work: of a case: useful FLOP, or elements of the logits.
+    """
+
+    op: str
+    letter: str
+    points: Sequence[tuple[int, Case]]
+    work: Callable[[Any], float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} by {self.letter}"
+
+
+def _flop(case: Case) -> float:
+    assert case.flop is not None
+    return case.flop
+
+
+def _elements(case: KlCase) -> float:
+    return float(case.tokens * case.vocab)
+
+
+def _axis(op: str, letter: str, base: Any, field: str, sizes: Sequence[int], work: Any = _flop) -> Axis:
+    return Axis(op, letter, [(size, replace(base, **{field: size})) for size in sizes], work)
+
+
+AXES = [
+    _axis("attention", "B", _ATTENTION, "batch", (1, 2, 4, 8, 16)),
+    _axis("attention", "P", _ATTENTION, "prompt", (64, 256, 1024, 4096, 16384)),
+    _axis("attention", "N", _ATTENTION, "queries", (64, 128, 256, 512, 1024)),
+    *(_axis(f"KL {kind}", "N", base, "tokens", (64, 128, 256, 512, 1024)) for kind, base in _KL.items()),
+    *(_axis(f"KL {kind}", "V", base, "vocab", (4096, 8192, 16384, 32768, 65536)) for kind, base in _KL.items()),
+    _axis("KL logits", "N", _LOGITS, "tokens", (64, 128, 256, 512, 1024), _elements),
+    _axis("KL logits", "V", _LOGITS, "vocab", (4096, 8192, 16384, 32768, 65536), _elements),
+]
+
+
+def excess(work: Sequence[float], seconds: Sequence[float]) -> list[float]:
+    """Of each point after the first: its cost per unit of work, over the least one before it."""
+    costs = [second / unit for second, unit in zip(seconds, work, strict=True)]
+    return [cost / min(costs[: index + 1]) for index, cost in enumerate(costs[1:])]
+
+
+def note(record: dict[str, Any]) -> str:
+    """A line of the report."""
+    pairs = zip(record["sizes"], record["medians"], strict=True)
+    times = ", ".join(f"{size}: {seconds * 1e3:.2f}" for size, seconds in pairs)
+    over = excess(record["work"], record["medians"])
+    flagged = [size for size, more in zip(record["sizes"][1:], over, strict=True) if more > MOST_EXCESS]
+    word = f"OUT OF LINE at {', '.join(map(str, flagged))}" if flagged else "in line"
+    return f"{record['case']}: ms {times}; at most {max(over):.2f}× its share of work: {word}"
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds over work, both relative to an axis' first point, with the line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ops = list(dict.fromkeys(record["op"] for record in records))
+    figure, panels = pyplot.subplots(1, len(ops), figsize=(4.5 * len(ops), 4.2), squeeze=False, layout="constrained")
+    for op, panel in zip(ops, panels[0], strict=True):
+        chosen = [record for record in records if record["op"] == op]
+        furthest = max(record["work"][-1] / record["work"][0] for record in chosen)
+        panel.plot([1, furthest], [1, furthest], color="grey", linestyle="--", linewidth=1, label="slope 1")
+        for record in chosen:
+            work = [unit / record["work"][0] for unit in record["work"]]
+            seconds = [second / record["medians"][0] for second in record["medians"]]
+            first = f"{record['letter']} from {record['sizes'][0]} to {record['sizes'][-1]}"
+            panel.plot(work, seconds, marker="o", markersize=4, label=f"{first}, {record['medians'][0] * 1e3:.2g} ms")
+        panel.set(xscale="log", yscale="log", title=op, xlabel="work, times the first", ylabel="time, times the first")
+        panel.legend(fontsize=8, title="first point's time", title_fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,168 @@
+"""`make bench` in tiny: every suite runs, every way gives our result, and the report says what was measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("psutil")
+pytest.importorskip("pytest_benchmark")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
+    """What was printed, what was written, and the folder of the plots."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "context.txt").write_text("the cat sat on the mat and the dog ran to the red house " * 2)
+    queries = ["where is the dog?", "what is red?", "who sat?"]
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"input": query}) + "\n" for query in queries))
+    given = {
+        "model": tiny_model_folder,
+        "context": folder / "context.txt",
+        "queries": folder / "queries.jsonl",
+        "plots": folder,
+        "benchmark-json": folder / "new" / "bench.json",
+    }
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "pytest", "-c", "benchmarks/pytest.ini", "benchmarks", "--quick", *options]
+    # Not as a worker of this run: pytest-benchmark measures nothing in those.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads((folder / "new" / "bench.json").read_text()), folder
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+
+
+def records(written: dict[str, Any], suite: str) -> list[dict[str, Any]]:
+    found = [benchmark["extra_info"] for benchmark in written["benchmarks"]]
+    return [record for record in found if record["suite"] == suite]
+
+
+def test_every_suite_is_measured_against_ours_and_its_floor(run: tuple[str, dict[str, Any], Path]) -> None:
+    _, written, _ = run
+    assert len(records(written, "attention")) >= 20
+    assert {record["case"].split()[0] for record in records(written, "kl")} == {"live", "moments", "logits"}
+    assert len(records(written, "step")) == 1
+    for suite in ("attention", "kl", "step"):
+        for record in records(written, suite):
+            entries = record["entries"]
+            assert [entry["role"] for entry in entries].count("ours") == 1
+            assert any(entry["role"] == "alternative" for entry in entries)
+            assert all(entry["min"] <= entry["median"] <= entry["max"] for entry in entries)
+            assert record["mm_gflops"] > 0
+            assert next(entry for entry in entries if entry["role"] == "ours")["peak_bytes"] is not None
+
+
+def test_ways_are_checked_before_they_are_timed(run: tuple[str, dict[str, Any], Path]) -> None:
+    for record in records(run[1], "attention") + records(run[1], "kl"):
+        for entry in record["entries"]:
+            assert (entry["difference"] is not None) == (entry["role"] == "alternative")
+
+
+def test_the_report_names_machine_ways_and_plots(run: tuple[str, dict[str, Any], Path]) -> None:
+    shown, written, folder = run
+    assert f"{written['softprompt']['threads']} threads" in shown
+    assert "GFLOP/s" in shown
+    assert "concat + SDPA, bool mask" in shown
+    assert "attention by P" in shown
+    assert "the figures mean nothing" in shown
+    assert (folder / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_wrong_result_is_not_timed() -> None:
+    import torch
+    from contest import ALTERNATIVE, OURS, Contest, Entry
+
+    ours = Entry("ours", OURS, lambda: (torch.ones(3),))
+    for wrong in (torch.full((3,), 1.01), torch.tensor([1.0, 1.0, float("nan")])):
+        other = Entry("other", ALTERNATIVE, lambda wrong=wrong: (wrong,))
+        with pytest.raises(AssertionError, match="other"):
+            Contest([ours, other], 1e-3).check()
+    assert Contest([ours, Entry("other", ALTERNATIVE, ours.run)], 1e-3).check() == {"other": 0.0}
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_useful_flop_leave_out_what_is_masked() -> None:
+    from attention_cases import AttentionCase
+
+    forward = AttentionCase(1, 1, 1, queries=3, prompt=2, size=1, backward=False)
+    assert forward.flop == 4 * (3 * 2 + 1 + 2 + 3)
+    assert AttentionCase(2, 4, 2, queries=3, prompt=2, size=8).flop == 14 * 8 * 2 * 4 * 12
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_growth_beyond_the_work_is_flagged() -> None:
+    import scaling
+
+    assert scaling.excess([1, 2, 4], [1, 2, 4]) == [1, 1]
+    assert scaling.excess([1, 2, 4], [2, 4, 10]) == [1, 1.25]
+    record = {"case": "op by N", "sizes": [1, 2, 4], "work": [1, 2, 4], "medians": [2, 4, 11]}
+    assert "OUT OF LINE at 4" in scaling.note(record)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_requirements_are_judged_from_the_medians() -> None:
+    from requirements import verdicts
+
+    def entry(name: str, role: str, seconds: float, **more: Any) -> dict[str, Any]:
+        return {"name": name, "role": role, "median": seconds, "flop": None, **more}
+
+    record = {
+        "suite": "attention",
+        "case": "one",
+        "flop": 1e9,
+        "mm_gflops": 4.0,
+        "result_bytes": 2**20,
+        "other_load": 0.2,
+        "entries": [
+            entry("ours", "ours", 0.5, peak_bytes=3 * 2**20),
+            entry("composed", "alternative", 0.4),
+            entry("concat + SDPA, bool mask", "alternative", 1.0),
+            entry("ours, fp32", "twin", 0.25, flop=1e9),
+        ],
+        "rules": [
+            ("never slower", 1.0),
+            ("times faster than concat + SDPA", 1.7),
+            ("share of the mm rate", 0.5),
+            ("times the twin's time", 1.9),
+            ("MiB beyond inputs and gradient", 2.0),
+        ],
+    }
+    assert all(verdict.busy for verdict in verdicts([record]))
+    found = {verdict.kind: (round(verdict.figure, 6), verdict.holds) for verdict in verdicts([record])}
+    assert found == {
+        "never slower": (0.8, False),
+        "times faster than concat + SDPA": (2.0, True),
+        "share of the mm rate": (0.5, True),
+        "times the twin's time": (2.0, False),
+        "MiB beyond inputs and gradient": (2.0, True),
+    }
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_attention_floor_of_a_step_counts_what_is_seen_and_needed() -> None:
+    import torch
+    from step_floor import attention_flop
+
+    from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
+
+    own, prompt = torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 5, 4)
+    none: tuple[None, ...] = (None,) * 5
+    problem = AttentionProblem(own, own, own, prompt, prompt, *none, True, None, None, 1.0)
+    pairs, of_prompt = 2 * (6 + 15), 2 * 15
+    assert attention_flop(problem, None) == 4 * 4 * pairs
+    assert attention_flop(problem, Needs(True, True, True, True, True, False)) == 10 * 4 * pairs
+    # Only the prompt: scores, their gradient, and the two gradients, over the prompt's pairs.
+    assert attention_flop(problem, Needs(False, False, False, True, True, False)) == 8 * 4 * of_prompt
