@@ -1,0 +1,77 @@
+"""What `pip wheel .` makes, with and without a C++ compiler, used from a folder of its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USE = """
+import warnings, torch
+from softprompt_kernels import prompt_attention
+from softprompt_kernels.kernels.cpu import native
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = prompt_attention(*[torch.ones(1, 1, 2, 4)] * 5)
+print(native.__file__, native.instruction_set(), out.sum().item(), *[w.message for w in caught], sep="\\n")
+"""
+
+
+def run(command, cwd, **environment):
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+
+
+def install(tmp_path, **environment):
+    """The sources, copied so that nothing built in place is found, as a wheel, installed into a folder."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("csrc", "softprompt_kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    made = run([*pip, "wheel", ".", "--no-deps", "--wheel-dir", str(tmp_path)], source, **environment)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path).returncode == 0
+    used = run([sys.executable, "-c", USE], tmp_path, PYTHONPATH=str(site))
+    assert used.returncode == 0, used.stderr
+    file, *said = used.stdout.splitlines()
+    assert Path(file).is_relative_to(site)
+    return wheel, said
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="there is no C++ compiler")
+def test_a_wheel_carries_the_kernels_for_every_machine_of_its_kind(tmp_path):
+    wheel, (isa, total) = install(tmp_path, SOFTPROMPT_CPU="1")
+    assert "none-any" not in wheel.name
+    assert isa in ("avx512", "avx2", "baseline") and float(total) == 8
+
+
+def test_without_a_compiler_the_package_works_and_says_once_what_is_missing(tmp_path):
+    wheel, (isa, total, warning) = install(tmp_path, SOFTPROMPT_CPU="0")
+    assert wheel.name.endswith("none-any.whl")
+    assert isa == "none" and float(total) == 8
+    assert "install a C++ compiler" in warning and "Another one does, more slowly" in warning
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SOFTPROMPT_CPU": "yes"}, "SOFTPROMPT_CPU must be auto, 0 or 1; got 'yes'"),
+        ({"SOFTPROMPT_CPU": "1", "PATH": ""}, "there is no C++ compiler here"),
+        ({"SOFTPROMPT_CPU": "1", "CXX": "/no/such/compiler"}, "SOFTPROMPT_CPU=0 installs without them"),
+    ],
+)
+def test_a_build_that_cannot_work_says_why(environment, message, tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    cleared = {name: os.environ[name] for name in os.environ if name not in ("CXX", "SOFTPROMPT_CPU")}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**cleared, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and message in done.stdout + done.stderr
