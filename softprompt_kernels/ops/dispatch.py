@@ -102,7 +102,8 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
         reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
         missing = backend.missing()
         if reason is None and missing is None:
-            _log(op, backend.name, device, "requested" if requested else "; ".join(refused) or "preferred")
+            if os.environ.get("SOFTPROMPT_LOG") == "dispatch":
+                _log(op, backend.name, device, "requested" if requested else "; ".join(refused) or "preferred")
             if backend.name == REFERENCE and requested is None:
                 _announce_reference(op, device, refused)
             return backend.kernels[op]
@@ -113,7 +114,7 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
 
 
 def _log(op: str, name: str, device: torch.device, why: str) -> None:
-    if os.environ.get("SOFTPROMPT_LOG") == "dispatch" and _first_time(f"log {op} {name} {device} {why}"):
+    if _first_time(f"log {op} {name} {device} {why}"):
         print(f"softprompt dispatch: {op} on {device} -> {name} ({why})", file=sys.stderr)
 
 

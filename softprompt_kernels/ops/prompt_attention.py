@@ -27,7 +27,7 @@ from softprompt_kernels.kernels.attention_problem import (
     token_major,
 )
 from softprompt_kernels.ops import checks, dispatch
-from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
+from softprompt_kernels.ops.autograd import define_op, forbid_double_backward, run_kernel
 
 OP = "prompt_attention"
 
@@ -118,8 +118,7 @@ def prompt_attention(
 # --- the registered ops -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("softprompt_kernels::prompt_attention", mutates_args=())
-def _forward_op(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -153,11 +152,11 @@ def _forward_op(
         scale,
     )
     kernel = dispatch.select(OP, problem, backend, query.device)
-    return run_kernel(query.device, kernel.forward, problem)
+    result: tuple[Tensor, Tensor] = run_kernel(query.device, kernel.forward, problem)
+    return result
 
 
-@_forward_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     out = token_major(query.new_empty(batch, heads, queries, value.shape[3]))
     return out, query.new_empty(batch, heads, queries, dtype=accumulate_dtype(query.dtype))
@@ -258,7 +257,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return tuple(gradients)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
 forbid_double_backward(_backward_op, OP)
 
 
