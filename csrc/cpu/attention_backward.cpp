@@ -206,13 +206,12 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
   const AttentionProblem& problem = call.problem;
   const float scale = query_scale(problem);
   float* out = ws.weights;  // free until the first tile
-  for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t head) {
-    const int64_t token = sequence.first_query + query;
+  for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
     float *packed = ws.query + row * ws.size, *grad = ws.grad_out + row * ws.value_size;
     for (int64_t d = 0; d < ws.size; d += kLanes) store(ws.grad_query + row * ws.size + d, Vec{});
-    ws.visible[row] = visible_run(problem, sequence, query);
-    const int64_t at = (sequence.batch * problem.heads + head) * call.queries + token;
-    const float lse = call.lse[at];
+    ws.visible[row] = visible_run(problem, at.sequence(), at.query());
+    const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
+    const float lse = call.lse[first + at.query()];
     if (lse == -kInfinity) {  // it sees no key, may hold anything, and gives nothing
       for (int64_t d = 0; d < ws.size; d += kLanes) store(packed + d, Vec{});
       for (int64_t d = 0; d < ws.value_size; d += kLanes) store(grad + d, Vec{});
@@ -220,26 +219,24 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
       ws.delta[row] = 0;
       return;
     }
-    read_row(problem.dtype, row_of(problem.query, problem.dtype, sequence.batch, head, token), problem.size, scale,
-             packed);
-    read_row(problem.dtype, row_of(call.grad_out, problem.dtype, sequence.batch, head, token), problem.value_size, 1,
-             grad);
-    read_row(problem.dtype, row_of(call.out, problem.dtype, sequence.batch, head, token), problem.value_size, 1, out);
+    read_row(problem.dtype, at.address(problem.query), problem.size, scale, packed);
+    read_row(problem.dtype, at.address(call.grad_out), problem.value_size, 1, grad);
+    read_row(problem.dtype, at.address(call.out), problem.value_size, 1, out);
     Vec product = {};
     for (int64_t d = 0; d < ws.value_size; d += kLanes) product += load(grad + d) * load(out + d);
     ws.lse[row] = lse * kLog2E;
-    ws.delta[row] = sum_lanes(product) - (call.grad_lse == nullptr ? 0 : call.grad_lse[at]);
+    ws.delta[row] = sum_lanes(product) - (call.grad_lse == nullptr ? 0 : call.grad_lse[first + at.query()]);
     if (grad_sinks != nullptr) {
-      grad_sinks[head] -= static_cast<double>(exp2(splat((problem.sinks[head] - lse) * kLog2E))[0]) * ws.delta[row];
+      const float share = exp2(splat((problem.sinks[at.head()] - lse) * kLog2E))[0];
+      grad_sinks[at.head()] -= static_cast<double>(share) * ws.delta[row];
     }
   });
 }
 
 void store_grad_query(const AttentionBackward& call, const Workspace& ws, const Unit& unit) {
   const AttentionProblem& problem = call.problem;
-  for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t head) {
-    char* target = row_of(call.grad_query, problem.dtype, sequence.batch, head, sequence.first_query + query);
-    write_row(problem.dtype, target, problem.size, problem.scale, ws.grad_query + row * ws.size);
+  for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
+    write_row(problem.dtype, at.address(call.grad_query), problem.size, problem.scale, ws.grad_query + row * ws.size);
   });
 }
 

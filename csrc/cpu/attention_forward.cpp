@@ -80,7 +80,7 @@ SPK_INLINE void rebase(Workspace& ws, int64_t row, float largest) {
 
 // A few rows of scores: S becomes P, and the rows' bases and sums go on.
 template <bool masked, bool capped>
-SPK_INLINE void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile,
+void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile,
                         const Seen& seen) {
   Vec largest[kTileRows];
   Vec excess = splat(-kInfinity);
@@ -131,7 +131,8 @@ void attend_segment(const AttentionProblem& problem, Workspace& ws, int64_t firs
     pack_tile(segment, &Source::value, problem.dtype, tile, width, problem.value_size, ws.values);
     for (int64_t b = 0; b < blocks.blocks; ++b) {
       const int64_t row = blocks.start(b);
-      attend(problem, ws, first + row, static_cast<int>(blocks.start(b + 1) - row), segment.ordered, tile, width);
+      const int rows = static_cast<int>(blocks.start(b + 1) - row);
+      attend(problem, ws, first + row, rows, segment.ordered, tile, width);
     }
   });
 }
@@ -139,38 +140,37 @@ void attend_segment(const AttentionProblem& problem, Workspace& ws, int64_t firs
 // out and lse of the rows of a unit, from their base, sum and output.
 void finish(const AttentionForward& call, const Unit& unit, Workspace& ws) {
   const AttentionProblem& problem = call.problem;
-  for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t head) {
+  for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
     float &base = ws.base[row], &sum = ws.sum[row];
     float inverse = sum == 0 ? 0 : 1 / sum;  // 0: it saw no key
     if (problem.sinks != nullptr && sum != 0) {
-      const float sink = problem.sinks[head] * kLog2E, larger = sink > base ? sink : base;
+      const float sink = problem.sinks[at.head()] * kLog2E, larger = sink > base ? sink : base;
       const float shrink = exp2(splat(base - larger))[0];
       sum = sum * shrink + exp2(splat(sink - larger))[0];
       base = larger;
       inverse = shrink / sum;
     }
-    char* target = row_of(call.out, problem.dtype, sequence.batch, head, sequence.first_query + query);
-    write_row(problem.dtype, target, problem.value_size, inverse, ws.output + row * ws.value_size);
+    write_row(problem.dtype, at.address(call.out), problem.value_size, inverse, ws.output + row * ws.value_size);
   });
   for (int64_t i = 0; i < unit.rows; i += kLanes) {  // base and sum are padded to whole vectors
     const Vec sum = load(ws.sum + i);
     store(ws.sum + i, sum == 0.0f ? splat(-kInfinity) : load(ws.base + i) * kLn2 + log(sum));
   }
-  for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t head) {
-    call.lse[(sequence.batch * problem.heads + head) * call.queries + sequence.first_query + query] = ws.sum[row];
+  for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
+    const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
+    call.lse[first + at.query()] = ws.sum[row];
   });
 }
 
 void forward_unit(const AttentionForward& call, Workspace& ws, const Unit& unit) {
   const AttentionProblem& problem = call.problem;
   const float scale = query_scale(problem);
-  for_each_row(problem, unit, [&](int64_t row, const Sequence& sequence, int64_t query, int64_t head) {
-    read_row(problem.dtype, row_of(problem.query, problem.dtype, sequence.batch, head, sequence.first_query + query),
-             problem.size, scale, ws.query + row * ws.size);
+  for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
+    read_row(problem.dtype, at.address(problem.query), problem.size, scale, ws.query + row * ws.size);
     ws.base[row] = -kInfinity;
     store(ws.sum + row * kLanes, Vec{});
     for (int64_t d = 0; d < ws.value_size; d += kLanes) store(ws.output + row * ws.value_size + d, Vec{});
-    ws.visible[row] = visible_run(problem, sequence, query);
+    ws.visible[row] = visible_run(problem, at.sequence(), at.query());
   });
   for_each_segment(problem, unit, [&](int64_t first, int64_t rows, const Segment& segment) {
     attend_segment(problem, ws, first, rows, segment);

@@ -13,19 +13,45 @@ SPK_INLINE float query_scale(const AttentionProblem& problem) {
   return problem.softcap > 0 ? problem.scale / problem.softcap : problem.scale * kLog2E;
 }
 
-// A row of a unit: the piece that it belongs to says the sequence.
+// Walks over the rows of a unit.
+class RowCursor {
+ public:
+  RowCursor(const AttentionProblem& problem, const Unit& unit)
+      : problem_(problem), piece_(problem.pieces + unit.first_piece), end_(piece_ + unit.pieces), kv_head_(unit.kv_head) {
+    begin_piece();
+  }
+  bool valid() const { return piece_ != end_; }
+  const Sequence& sequence() const { return *sequence_; }
+  int64_t query() const { return query_; }
+  int64_t head() const { return kv_head_ * problem_.group + head_; }
+  void advance() {
+    if (++head_ == problem_.group) head_ = 0, ++query_;
+    if (--left_ == 0) ++piece_, begin_piece();
+  }
+  char* address(const Strided& tensor) const {
+    return row_of(tensor, problem_.dtype, sequence_->batch, head(), sequence_->first_query + query_);
+  }
+
+ private:
+  void begin_piece() {
+    if (piece_ == end_) return;
+    sequence_ = problem_.sequences + piece_->sequence;
+    query_ = piece_->row / problem_.group;
+    head_ = piece_->row % problem_.group;
+    left_ = piece_->rows;
+  }
+
+  const AttentionProblem& problem_;
+  const Piece *piece_, *end_;
+  const Sequence* sequence_ = nullptr;
+  int64_t kv_head_, query_ = 0, head_ = 0, left_ = 0;
+};
+
+// visit(row, cursor) for each row of a unit.
 template <class F>
 SPK_INLINE void for_each_row(const AttentionProblem& problem, const Unit& unit, F visit) {
   int64_t row = 0;
-  for (int64_t p = unit.first_piece; p < unit.first_piece + unit.pieces; ++p) {
-    const Piece& piece = problem.pieces[p];
-    const Sequence& sequence = problem.sequences[piece.sequence];
-    int64_t query = piece.row / problem.group, head = piece.row % problem.group;
-    for (int64_t i = 0; i < piece.rows; ++i, ++row) {
-      visit(row, sequence, query, unit.kv_head * problem.group + head);
-      if (++head == problem.group) head = 0, ++query;
-    }
-  }
+  for (RowCursor cursor(problem, unit); cursor.valid(); cursor.advance(), ++row) visit(row, cursor);
 }
 
 // Keys at the positions [begin, end), in one tensor.

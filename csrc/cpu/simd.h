@@ -56,6 +56,17 @@ struct Float16 {
 SPK_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, and folds to a broadcast; 0 + x does not (-0)
 SPK_INLINE Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 SPK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+
+// The same number, of which the compiler knows nothing: it knows the instruction for max(a, b) but, given a constant, turns
+// it into a comparison and a selection.
+SPK_INLINE Vec opaque(Vec x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+  return x;
+}
 SPK_INLINE Vec abs(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
 
 SPK_INLINE IntVec lane_index() {
@@ -195,7 +206,7 @@ SPK_INLINE Exponent round_to_exponent(Vec x) {
 // 2^x, 0 from x = -127 on down (and at -inf), NaN at NaN; x <= 127. Polynomial: 2e-9.
 // At -127 the polynomial is 1 and the sum of the bits 0; between -127 and -126 the result is some subnormal number.
 SPK_INLINE Vec exp2(Vec x) {
-  x = max(splat(-127.0f), x);
+  x = max(opaque(splat(-127.0f)), x);
   const Exponent n = round_to_exponent(x);
   const Vec r = x - n.whole;
   Vec p = r * 0.0001535333728905792f + 0.001339887357359537f;
