@@ -67,10 +67,10 @@ SPK_INLINE Vec finish_scores(const AttentionProblem& problem, const Run& run, in
   return largest;
 }
 
-// Moves a row's base to its largest score so far.
+// Moves a row's base to its largest score so far, if that exceeds it: what its neighbours see changes no bit of a row.
 SPK_INLINE void rebase(Workspace& ws, int64_t row, float largest) {
   const float before = ws.base[row];
-  if (!(largest > before)) return;
+  if (!(largest - before > kSlack)) return;
   ws.base[row] = largest;
   const Vec shrink = exp2(splat(before - largest));  // 0 at first: 2^-inf
   store(ws.sum + row * kLanes, load(ws.sum + row * kLanes) * shrink);

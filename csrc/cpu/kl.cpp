@@ -1,1 +1,28 @@
-// placeholder
+// The KL kernels on all threads, for whichever instruction set is here.
+#include "kl.h"
+
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace softprompt {
+
+void run(const KlRows& call) {
+  const Kernels& chosen = kernels();
+  parallel(call.threads, [&](int thread) { chosen.kl_rows(call, thread); });
+}
+
+void run(const KlLogits& call) {
+  const Kernels& chosen = kernels();
+  KlLogits with_scratch = call;
+  const Memory scratch = allocate(int64_t{sizeof(float)} * 2 * call.threads * call.vocab);
+  with_scratch.scratch = reinterpret_cast<float*>(scratch.get());
+  parallel(call.threads, [&](int thread) { chosen.kl_logits(with_scratch, thread); });
+}
+
+void run(const ExpectationRows& call) {
+  const Kernels& chosen = kernels();
+  parallel(call.threads, [&](int thread) { chosen.expectation_rows(call, thread); });
+}
+
+}  // namespace softprompt

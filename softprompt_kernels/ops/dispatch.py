@@ -26,6 +26,9 @@ from softprompt_kernels.kernels.composed import expectation as composed_expectat
 from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.composed import linear_kl_div as composed_linear_kl_div
 from softprompt_kernels.kernels.cpu import attention as cpu_attention
+from softprompt_kernels.kernels.cpu import expectation as cpu_expectation
+from softprompt_kernels.kernels.cpu import kl_div as cpu_kl_div
+from softprompt_kernels.kernels.cpu import linear_kl_div as cpu_linear_kl_div
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
@@ -174,7 +177,13 @@ register(
     Backend(
         "cpu",
         f"CPU: C++ kernels, fp32 arithmetic; {native.instruction_set()}",
-        {"prompt_attention": cpu_attention},
+        {
+            "prompt_attention": cpu_attention,
+            "kl_div": cpu_kl_div,
+            "linear_kl_div": cpu_linear_kl_div,
+            "teacher_moments": cpu_expectation,
+            "linear_kl_div_from_moments": cpu_expectation,
+        },
         missing=native.missing,
     )
 )

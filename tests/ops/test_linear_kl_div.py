@@ -33,11 +33,13 @@ HEADS = {
 @pytest.mark.parametrize("chunk_tokens", [None, 2])
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("head", HEADS)
-def test_rows_and_all_gradients_equal_the_oracle(head, kind, chunk_tokens, backend, divergence_oracle):
-    student, teacher, weight = made(TOKENS, SIZE), made(TOKENS, SIZE), made(VOCAB, SIZE)
+def test_rows_and_all_gradients_equal_the_oracle(head, kind, chunk_tokens, backend, precision, divergence_oracle):
+    student, teacher, weight = (
+        made(*shape, dtype=precision.dtype) for shape in ((TOKENS, SIZE), (TOKENS, SIZE), (VOCAB, SIZE))
+    )
     options = dict(HEADS[head])
     if options.pop("bias", False):
-        options["bias"] = made(VOCAB)
+        options["bias"] = made(VOCAB, dtype=precision.dtype)
     fixed = {k: v.clone() if torch.is_tensor(v) else v for k, v in options.items()}
     rows_of = {"beta": 0.3, "temperature": 1.7}
     inputs = [t.requires_grad_() for t in (student, weight, options.get("bias")) if t is not None]
@@ -48,15 +50,32 @@ def test_rows_and_all_gradients_equal_the_oracle(head, kind, chunk_tokens, backe
     expected = divergence_oracle(
         written_out(student, weight, **options), written_out(teacher, weight.detach(), **fixed), kind, **rows_of
     )
-    torch.testing.assert_close(rows, expected, rtol=1e-11, atol=1e-12)
+    tolerance = {"rtol": precision.tolerance, "atol": precision.tolerance / 10, "check_dtype": False}
+    torch.testing.assert_close(rows, expected, **tolerance)
     upstream = torch.randn_like(rows)
-    actual, wanted = (torch.autograd.grad(x, inputs, upstream) for x in (rows, expected))
+    actual, wanted = (torch.autograd.grad(x, inputs, upstream.to(x.dtype)) for x in (rows, expected))
     for a, w in zip(actual, wanted, strict=True):
-        torch.testing.assert_close(a, w, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a, w, **tolerance)
 
 
-def test_gradient_with_a_frozen_head_equals_that_with_a_trained_one(backend):
-    student, teacher, weight = made(TOKENS, SIZE).requires_grad_(), made(TOKENS, SIZE), made(VOCAB, SIZE)
+def test_one_head_of_both_sides_equals_two_that_are_the_same(backend, precision):
+    """Both sides of a shared head are one product."""
+    student, teacher, weight = (
+        made(*shape, dtype=precision.dtype) for shape in ((TOKENS, SIZE), (TOKENS, SIZE), (VOCAB, SIZE))
+    )
+    student.requires_grad_()
+    options = {"bias": made(VOCAB, dtype=precision.dtype), "softcap": 2.0, "chunk_tokens": 3, "backend": backend}
+    shared = linear_kl_div(student, teacher, weight, **options)
+    apart = linear_kl_div(student, teacher, weight, teacher_weight=weight.clone(), **options)
+    torch.testing.assert_close(shared, apart)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (shared, apart)))
+
+
+def test_gradient_with_a_frozen_head_equals_that_with_a_trained_one(backend, precision):
+    student, teacher, weight = (
+        made(*shape, dtype=precision.dtype) for shape in ((TOKENS, SIZE), (TOKENS, SIZE), (VOCAB, SIZE))
+    )
+    student.requires_grad_()
     row_weights = torch.tensor([1, 0, 2, 0.5, 0, 1, 1])
 
     def gradient(weight):

@@ -6,22 +6,22 @@ import torch
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
 
-@pytest.fixture(params=["reference", "composed"])
-def losses(request):
+@pytest.fixture
+def losses(backend):
     """Each loss as a function of student, teacher and options, with the teacher's hidden states as logits of kl_div."""
     torch.manual_seed(0)
     weight = torch.randn(12, 6)
 
     def from_moments(student, teacher, **options):
         moments = teacher_moments(teacher.nan_to_num(), weight)
-        return linear_kl_div_from_moments(student, moments, weight, backend=request.param, **options)
+        return linear_kl_div_from_moments(student, moments, weight, backend=backend, **options)
 
     def trained_head(student, teacher, **options):
-        return linear_kl_div(student, teacher, weight.clone().requires_grad_(), backend=request.param, **options)
+        return linear_kl_div(student, teacher, weight.clone().requires_grad_(), backend=backend, **options)
 
     return {
-        "kl_div": lambda s, t, **o: kl_div(s, t, backend=request.param, **o),
-        "linear": lambda s, t, **o: linear_kl_div(s, t, weight, backend=request.param, **o),
+        "kl_div": lambda s, t, **o: kl_div(s, t, backend=backend, **o),
+        "linear": lambda s, t, **o: linear_kl_div(s, t, weight, backend=backend, **o),
         "trained head": trained_head,
         "moments": from_moments,
     }
@@ -57,10 +57,9 @@ def test_skipped_rows_may_hold_anything(losses, name):
     torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected, alone)[0])
 
 
-def test_a_trained_weight_gets_nothing_from_skipped_rows():
+def test_a_trained_weight_gets_nothing_from_skipped_rows(backend):
     student, teacher = torch.randn(3, 6), torch.randn(3, 6)
     student[1] = teacher[1] = torch.nan
-    for backend in ("reference", "composed"):
-        weight = torch.randn(12, 6, requires_grad=True)
-        linear_kl_div(student, teacher, weight, weights=torch.tensor([1.0, 0.0, 1.0]), backend=backend).backward()
-        assert weight.grad.isfinite().all() and (weight.grad != 0).any()
+    weight = torch.randn(12, 6, requires_grad=True)
+    linear_kl_div(student, teacher, weight, weights=torch.tensor([1.0, 0.0, 1.0]), backend=backend).backward()
+    assert weight.grad.isfinite().all() and (weight.grad != 0).any()

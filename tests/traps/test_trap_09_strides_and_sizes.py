@@ -5,18 +5,10 @@ import torch
 
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
 
-BACKENDS = ("reference", "composed")
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    torch.manual_seed(0)
-    return request.param
-
-
-def tensors(batch=2, queries=3, own=3, prompt=2, rows=1):
+def tensors(dtype, batch=2, queries=3, own=3, prompt=2, rows=1):
     shapes = [(batch, 4, queries, 8), *[(batch, 2, own, 8)] * 2, *[(rows, 2, prompt, 8)] * 2]
-    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
 def outputs_and_gradients(inputs, weight=None, **options):
@@ -25,10 +17,10 @@ def outputs_and_gradients(inputs, weight=None, **options):
     return [out, *torch.autograd.grad(loss, inputs)]
 
 
-def test_a_gradient_of_stride_zero(backend):
-    inputs = tensors()
+def test_a_gradient_of_stride_zero(backend, precision):
+    inputs = tensors(precision.dtype)
     expanded = outputs_and_gradients(inputs, backend=backend)
-    dense = outputs_and_gradients(inputs, torch.ones(2, 4, 3, 8, dtype=torch.float64), backend=backend)
+    dense = outputs_and_gradients(inputs, torch.ones(2, 4, 3, 8, dtype=precision.dtype), backend=backend)
     for a, b in zip(expanded, dense, strict=True):
         assert torch.equal(a, b)
     hidden, teacher, weight = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(9, 4)
@@ -41,18 +33,18 @@ def test_a_gradient_of_stride_zero(backend):
         assert torch.equal(by_sum[0], by_ones[0])
 
 
-def test_views_of_packed_qkv_and_transposed_inputs(backend):
-    packed = torch.randn(2, 3, 8 * (4 + 2 + 2), dtype=torch.float64)
+def test_views_of_packed_qkv_and_transposed_inputs(backend, precision):
+    packed = torch.randn(2, 3, 8 * (4 + 2 + 2), dtype=precision.dtype)
     query, key, value = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in packed.split([32, 16, 16], 2))
-    prompt = torch.randn(1, 2, 8, 5, dtype=torch.float64).transpose(2, 3)  # no unit last stride
+    prompt = torch.randn(1, 2, 8, 5, dtype=precision.dtype).transpose(2, 3)  # no unit last stride
     views = [query, key, value, prompt, prompt]
     expected = prompt_attention(*(t.contiguous() for t in views), backend=backend)
     torch.testing.assert_close(prompt_attention(*views, backend=backend), expected, rtol=0, atol=0)
 
 
-def test_hidden_states_and_weights_of_any_stride(backend):
-    hidden, teacher = torch.randn(4, 6).double().mT, torch.randn(6, 8).double()[:, ::2]
-    weight = torch.randn(4, 20).double().mT
+def test_hidden_states_and_weights_of_any_stride(backend, precision):
+    hidden, teacher = torch.randn(4, 6).to(precision.dtype).mT, torch.randn(6, 8).to(precision.dtype)[:, ::2]
+    weight = torch.randn(4, 20).to(precision.dtype).mT
     dense = [t.contiguous() for t in (hidden, teacher, weight)]
     actual, expected = (linear_kl_div(*t, backend=backend) for t in ((hidden, teacher, weight), dense))
     torch.testing.assert_close(actual, expected)
@@ -71,8 +63,8 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_empty_and_single_sizes(name, backend):
-    inputs = tensors(**EMPTY[name])
+def test_empty_and_single_sizes(name, backend, precision):
+    inputs = tensors(precision.dtype, **EMPTY[name])
     options = {"causal": name != "no own key", "backend": backend}
     out, *gradients = outputs_and_gradients(inputs, **options)
     assert out.shape == (*inputs[0].shape[:3], 8)
@@ -80,8 +72,8 @@ def test_empty_and_single_sizes(name, backend):
     assert all(g.isfinite().all() for g in (out, *gradients))
 
 
-def test_no_key_at_all(backend):
-    inputs = tensors(own=0, prompt=0)
+def test_no_key_at_all(backend, precision):
+    inputs = tensors(precision.dtype, own=0, prompt=0)
     out, lse = prompt_attention(*inputs, causal=False, return_lse=True, backend=backend)
     assert (out == 0).all() and (lse == -torch.inf).all()
     (gradient,) = torch.autograd.grad(out.sum() + torch.where(lse.isinf(), 0, lse).sum(), inputs[0])

@@ -15,7 +15,6 @@ def tensors():
     return torch.randn(4, 8, requires_grad=True), torch.randn(4, 8), torch.randn(30, 8)
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_a_weight_that_changed_before_the_backward_raises(tensors, backend):
     student, teacher, weight = tensors
     moments = teacher_moments(teacher, weight)
@@ -32,7 +31,6 @@ def test_a_weight_that_changed_before_the_backward_raises(tensors, backend):
             loss.backward()
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_a_prompt_that_changed_before_the_backward_raises(backend):
     query, key, prompt = (torch.randn(1, 2, 3, 4) for _ in range(3))
     prompt.requires_grad_()
@@ -71,7 +69,6 @@ def test_float64_stays_float64_under_autocast(tensors):
     assert loss.dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_a_weight_that_is_not_contiguous(tensors, backend):
     student, teacher, weight = tensors
     for view in (weight.mT.contiguous().mT, torch.cat([weight, weight], 1)[:, :8], weight.repeat_interleave(2, 0)[::2]):

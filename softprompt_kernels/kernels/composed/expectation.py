@@ -1,20 +1,11 @@
-"""What a head's distribution expects of its own weights, a chunk of tokens at a time.
-
-A chunk costs one product for the logits, four passes over them in place, and one product for the mean; the softmax is
-normalised after it, where that costs [n, d].
-"""
+"""What a head's distribution expects of its own weights, with row work by PyTorch. See `kernels/expectation.py`."""
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.composed.chunks import (
-    block_size,
-    chunk_size,
-    head_logits,
-    kept_tokens,
-    pull_back,
-    token_chunks,
-)
+from softprompt_kernels.kernels import expectation as tiled
+from softprompt_kernels.kernels.chunks import block_size
+from softprompt_kernels.kernels.expectation import State
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
 
 
@@ -26,43 +17,38 @@ def unsupported(problem: ExpectationProblem) -> str | None:
 
 def forward(problem: ExpectationProblem) -> Expectation:
     """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
-    head, dtype, labels = problem.head, problem.compute_dtype, problem.labels
-    (tokens, size), vocab = problem.hidden.shape, head.weight.shape[0]
-    scale = head.logit_scale / problem.temperature
-    bias = None if head.bias is None else head.bias.to(dtype)
-    log_partition = torch.zeros(tokens, dtype=torch.float64)
-    label_logit = None if labels is None else torch.zeros(tokens, dtype=dtype)
-    mean = torch.zeros(tokens, size, dtype=dtype) if problem.need_mean else None
-    bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype)
-
-    chunk = chunk_size(tokens, problem.chunk_tokens, 1, vocab, dtype)
-    buffer = torch.empty(chunk, vocab, dtype=dtype)
-    for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
-        hidden = problem.hidden[rows].to(dtype)
-        logits = buffer[: hidden.shape[0]]
-        head_logits(logits, hidden * scale, head.weight, None if bias is None else bias * scale)
-        if labels is not None and label_logit is not None:
-            label = labels[rows]
-            chosen = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-            label_logit[rows] = torch.where(label >= 0, chosen, 0)
-        largest, total = _exp_(logits)
-        log_partition[rows] = largest.double() + total.double().log()
-        if mean is not None:
-            mean[rows] = pull_back(logits, head.weight).div_(total[:, None])
-        if bias is not None and bias_mean is not None:
-            # A bias of −inf has probability 0 and expects nothing.
-            bias_mean[rows] = torch.mv(logits, bias.masked_fill(bias == -torch.inf, 0)).div_(total)
-    return Expectation(log_partition, label_logit, mean, bias_mean)
+    return tiled.forward(problem, _row_work_)
 
 
-def _exp_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns logits into exp(z − max z), a cache-sized block at a time; returns max z and the sum, [n]."""
+def _row_work_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+    """See `RowWork`; in cache-sized blocks of rows."""
     step = block_size(logits.shape[1])
-    largest, total = logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
-        block = logits[rows]
-        torch.amax(block, 1, out=largest[rows])
-        block.sub_(largest[rows, None]).exp_()
-        torch.sum(block, 1, out=total[rows])
-    return largest, total
+        _exponentials_(logits[rows], bias, scale, first, _part(state, rows))
+
+
+def _part(state: State, rows: slice) -> State:
+    fields = (state.largest, state.total, state.mean, state.bias_total, state.labels, state.label_logit)
+    return State(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
+
+
+def _exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+    if bias is not None:
+        logits.add_(bias, alpha=scale)
+    if state.labels is not None and state.label_logit is not None:
+        column = state.labels - first
+        here = (column >= 0) & (column < logits.shape[1]) & (state.labels >= 0)
+        chosen = logits.gather(1, torch.where(here, column, 0)[:, None]).squeeze(1)
+        torch.where(here, chosen, state.label_logit, out=state.label_logit)
+    largest = torch.maximum(state.largest, logits.amax(1))
+    shift = torch.where(largest == -torch.inf, 0, largest)  # no word yet
+    old = torch.exp(state.largest - shift)
+    state.largest.copy_(largest)
+    logits.sub_(shift[:, None]).exp_()
+    state.total.mul_(old).add_(logits.sum(1))
+    if bias is not None and state.bias_total is not None:
+        # A bias of −inf has probability 0 and expects nothing.
+        state.bias_total.mul_(old).add_(torch.mv(logits, bias.masked_fill(bias == -torch.inf, 0)))
+    if state.mean is not None:
+        state.mean.mul_(old[:, None])

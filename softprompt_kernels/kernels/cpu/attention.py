@@ -26,7 +26,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
     out = empty_output(problem)
     lse = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
-    kept, native_problem = _problem(problem)
+    _kept, native_problem = _problem(problem)
     native_problem.forward(_view(out), _vector(lse))
     return out, lse
 
@@ -35,7 +35,7 @@ def backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
 ) -> Gradients:
     """Gradients of the inputs named in `needs`; what none of them depends on is not computed."""
-    kept, native_problem = _problem(problem)
+    _kept, native_problem = _problem(problem)
     out, grad_out = native.unit_stride(out), native.unit_stride(grad_out)
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

@@ -57,4 +57,6 @@ def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where neighbours in the last dimension are not neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    if tensor.numel() == 0:
+        return tensor.new_empty(tensor.shape)  # which may have been expanded from something with any strides
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,19 @@
+"""What a head's distribution expects of its own weights: products by PyTorch, row work in C++.
+
+See `kernels/expectation.py`.
+"""
+
+from softprompt_kernels.kernels import expectation as tiled
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cpu.rows import exponentials_
+from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+
+
+def unsupported(problem: ExpectationProblem) -> str | None:
+    """It serves every head on a CPU that is not computed in float64."""
+    return native.unsupported_tensor("hidden states", problem.hidden)
+
+
+def forward(problem: ExpectationProblem) -> Expectation:
+    """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
+    return tiled.forward(problem, exponentials_)

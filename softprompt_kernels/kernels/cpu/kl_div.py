@@ -1,0 +1,72 @@
+"""Divergence between given logits, in C++: a row is read, and its gradient written, while it is in the cache.
+
+Forward and backward both compute from the logits, which are read in their own dtype and with their own row stride.
+Scratch is 2 V numbers a thread. The forward needs one exponential of each logit, the backward the same again.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.chunks import BUDGET
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cpu.rows import KINDS, address
+from softprompt_kernels.kernels.loss_problem import LogitsProblem
+
+
+def unsupported(problem: LogitsProblem) -> str | None:
+    """It serves every divergence of fp32, bf16 and fp16 logits on a CPU."""
+    return native.unsupported_tensor("student_logits", problem.student) or native.unsupported_tensor(
+        "teacher_logits", problem.teacher
+    )
+
+
+def forward(problem: LogitsProblem) -> Tensor:
+    """Loss of each row, [N]."""
+    loss = torch.zeros(problem.student.shape[0])
+    _run(problem, loss, None, None)
+    return loss
+
+
+def backward(problem: LogitsProblem, row_scale: Tensor) -> Tensor:
+    """Σ_n row_scale[n] · loss[n], derived by the student's logits."""
+    gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype)
+    _run(problem, None, row_scale.contiguous(), gradient)
+    return gradient
+
+
+def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, gradient: Tensor | None) -> None:
+    divergence = problem.divergence
+    weights = None if problem.weights is None else problem.weights.contiguous()
+    for rows in _parts(problem):
+        student, teacher = native.unit_stride(problem.student[rows]), native.unit_stride(problem.teacher[rows])
+        native.module().kl_logits(
+            student=address(student),
+            teacher=address(teacher),
+            weights=address(None if weights is None else weights[rows]),
+            row_scale=address(None if row_scale is None else row_scale[rows]),
+            gradient=address(None if gradient is None else gradient[rows]),
+            loss=address(None if loss is None else loss[rows]),
+            rows=student.shape[0],
+            vocab=problem.vocab,
+            columns=problem.student.shape[1],
+            student_stride=student.stride(0),
+            teacher_stride=teacher.stride(0),
+            gradient_stride=problem.student.shape[1],
+            student_dtype=native.DTYPES[student.dtype],
+            teacher_dtype=native.DTYPES[teacher.dtype],
+            divergence=KINDS[divergence.kind],
+            beta=divergence.beta,
+            temperature=divergence.temperature,
+            threads=torch.get_num_threads(),
+        )
+
+
+def _parts(problem: LogitsProblem) -> Iterator[slice]:
+    """All rows at once, or, where neighbours in a row are not neighbours in memory, as many as may be copied."""
+    tokens, step = problem.student.shape[0], problem.student.shape[0]
+    if any(t.stride(1) != 1 for t in (problem.student, problem.teacher)):
+        columns = problem.student.shape[1] + problem.teacher.shape[1]
+        step = max(1, BUDGET // (columns * 4))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step)))

@@ -1,0 +1,25 @@
+"""Divergence between the logits of two heads: products by PyTorch, row work in C++. See `kernels/linear_kl_div.py`."""
+
+from torch import Tensor
+
+from softprompt_kernels.kernels import linear_kl_div as chunked
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cpu.rows import divergence_, workspace
+from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+
+BACKEND = chunked.Backend(divergence_, workspace)
+
+
+def unsupported(problem: HeadProblem) -> str | None:
+    """It serves every divergence on a CPU that is not computed in float64."""
+    return native.unsupported_tensor("student_hidden", problem.student)
+
+
+def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
+    return chunked.forward(problem, need_gradient, BACKEND)
+
+
+def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
+    """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
+    return chunked.backward(problem, row_scale, needs, BACKEND)

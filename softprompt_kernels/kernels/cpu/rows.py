@@ -1,0 +1,88 @@
+"""Row work of the losses in C++: kernels in `csrc/cpu/kl_rows.cpp`, on as many threads as torch has."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.chunks import BUDGET
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.expectation import State
+from softprompt_kernels.kernels.linear_kl_div import Activation
+from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence
+
+_kept = threading.local()
+
+KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def divergence_(
+    student: Tensor,
+    teacher: Tensor,
+    student_activation: Activation,
+    teacher_activation: Activation,
+    divergence: Divergence,
+    need_gradient: bool,
+) -> Tensor:
+    """See `RowWork` of `kernels/linear_kl_div.py`."""
+    loss = torch.empty(student.shape[0])
+    native.module().kl_rows(
+        student=address(student),
+        teacher=address(teacher),
+        student_bias=address(student_activation.bias),
+        teacher_bias=address(teacher_activation.bias),
+        loss=address(loss),
+        rows=student.shape[0],
+        vocab=student.shape[1],
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        divergence=KINDS[divergence.kind],
+        beta=divergence.beta,
+        softcap=student_activation.softcap or 0.0,
+        gradient=need_gradient,
+        threads=torch.get_num_threads(),
+    )
+    return loss
+
+
+def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+    """See `RowWork` of `kernels/expectation.py`."""
+    mean = state.mean
+    native.module().expectation_rows(
+        logits=address(logits),
+        bias=address(bias),
+        labels=address(state.labels),
+        label_logit=address(state.label_logit),
+        largest=address(state.largest),
+        total=address(state.total),
+        bias_total=address(state.bias_total),
+        sum=address(mean),
+        rows=logits.shape[0],
+        columns=logits.shape[1],
+        size=0 if mean is None else mean.shape[1],
+        stride=logits.stride(0),
+        sum_stride=0 if mean is None else mean.stride(0),
+        first_column=first,
+        bias_scale=scale,
+        threads=torch.get_num_threads(),
+    )
+
+
+def workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised matrix, which the thread's next one will overwrite.
+
+    It is kept for the thread: new pages for the logits of a chunk cost as much time as the row work on them. What is
+    larger than the budget, which only an explicit chunk_tokens or a huge vocabulary can ask for, is not kept.
+    """
+    size = rows * columns
+    if size * dtype.itemsize > BUDGET:
+        return torch.empty(rows, columns, dtype=dtype)
+    kept: Tensor | None = getattr(_kept, "workspace", None)
+    if kept is None or kept.numel() < size or kept.dtype != dtype:
+        kept = _kept.workspace = torch.empty(size, dtype=dtype)
+    return kept[:size].view(rows, columns)

@@ -1,0 +1,222 @@
+"""The C++ losses where vectors end, where formulas change, and against the float64 definition."""
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.loss_problem import Divergence
+from softprompt_kernels.kernels.reference import divergence as reference
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
+
+pytestmark = pytest.mark.usefixtures("module")
+KINDS = ("forward", "reverse", "jsd")
+INF = torch.inf
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def run(student, teacher, kind, **options):
+    """Loss and gradient of each row."""
+    student = student.detach().requires_grad_()
+    rows = kl_div(student, teacher, divergence=kind, beta=0.3, reduction="none", backend="cpu", **options)
+    return rows.detach(), torch.autograd.grad(rows, student, torch.ones_like(rows))[0]
+
+
+def definition(student, teacher, kind):
+    return reference.rows(student.double(), teacher.double(), Divergence(kind, 0.3, 1.0))
+
+
+def check(student, teacher, kind, tolerance=2e-5):
+    """Loss relative to its size (at least 1e-2), each row of the gradient relative to its norm."""
+    (loss, gradient), (expected, wanted) = run(student, teacher, kind), definition(student, teacher, kind)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance / 100)
+    error = (gradient.double() - wanted).norm(dim=1)
+    # p (log p/q − KL) ends as a difference of numbers of the size of the loss.
+    rounding = 1e-6 * torch.where(expected.isfinite(), expected, 0)
+    assert (error <= tolerance * wanted.norm(dim=1) + rounding).all(), (error, wanted.norm(dim=1))
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [1, 3, 15, 16, 17, 4095, 4097, 49153])
+def test_vocabularies_that_do_not_fill_the_last_vector(vocab, kind):
+    student, teacher = torch.randn(3, vocab) * 2, torch.randn(3, vocab) * 2
+    check(student, teacher, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_of_a_quarter_of_a_million(kind):
+    student, teacher = torch.randn(2, 262144) * 3, torch.randn(2, 262144) * 3
+    check(student, teacher, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sides_of_very_different_width(kind):
+    """The maxima of a flat and of a sharp row centre their difference badly, by log V."""
+    flat, sharp = torch.randn(3, 100000) * 0.01, torch.randn(3, 100000) * 0.01
+    sharp[:, 7] += 30.0
+    check(flat, sharp, kind)
+    check(sharp, flat, kind)
+
+
+# --- where the formulas change ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("difference", [47.5, 48.5, -47.5, -48.5, 80.0])
+def test_rows_on_both_sides_of_the_largest_difference(difference, kind):
+    """A row goes to other formulas when z_q − max z_q exceeds z_p − max z_p by 48 anywhere."""
+    student, teacher = torch.randn(4, 300), torch.randn(4, 300)
+    student[1:3, 5] -= difference
+    student[3, 250] += difference
+    check(student, teacher, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab", [40, 333])
+def test_words_that_no_side_has_are_as_if_they_were_cut(vocab, kind):
+    student, teacher = torch.randn(3, vocab), torch.randn(3, vocab)
+    kept = torch.rand(vocab) > 0.3
+    masked = [torch.where(kept, t, -INF) for t in (student, teacher)]
+    (loss, gradient), (expected, wanted) = run(*masked, kind), definition(student[:, kept], teacher[:, kept], kind)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(gradient[:, kept].double(), wanted, rtol=1e-4, atol=1e-7)
+    assert (gradient[:, ~kept] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_row_with_an_infinity_does_not_change_the_others(kind):
+    student, teacher = torch.randn(5, 100), torch.randn(5, 100)
+    expected, wanted = run(student, teacher, kind)
+    student[1, 3], teacher[3, 99], student[4, 0] = -INF, -INF, torch.nan
+    loss, gradient = run(student, teacher, kind)
+    for row in (0, 2):
+        assert loss[row] == expected[row] and torch.equal(gradient[row], wanted[row])
+    assert loss[4].isnan() and gradient[4].isnan().all()
+    check(student[1:4:2], teacher[1:4:2], kind)
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distance", [1.5e-3, 1.5e-4], ids=["1e-6", "1e-8"])
+def test_a_small_loss_and_its_gradient_keep_their_digits(distance, kind):
+    teacher = torch.randn(8, 50000) * 3
+    student = teacher + distance * torch.randn_like(teacher) + 4.0  # a constant changes no distribution
+    (loss, gradient), (expected, wanted) = run(student, teacher, kind), definition(student, teacher, kind)
+    assert expected.max() < 2e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    assert ((gradient.double() - wanted).norm(dim=1) <= 5e-3 * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_sixteen_bit_logits_are_no_worse_than_pytorch_in_that_dtype(kind, dtype):
+    student, teacher = ((torch.randn(16, 5000) * 2).to(dtype).requires_grad_(grad) for grad in (True, False))
+    log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    sides = (log_q, log_p) if kind == "forward" else (log_p, log_q)
+    theirs = torch.nn.functional.kl_div(*sides, log_target=True, reduction="none").sum(-1)
+    theirs_gradient = torch.autograd.grad(theirs, student, torch.ones_like(theirs))[0]
+    loss, gradient = run(student, teacher, kind)
+    expected, wanted = definition(student.detach(), teacher, kind)
+    assert (loss - expected).abs().max() <= 2 * (theirs - expected).abs().max()
+    error, their_error = ((g.double() - wanted).norm() for g in (gradient, theirs_gradient))
+    assert error <= 2 * their_error and error <= torch.finfo(dtype).eps * wanted.norm()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_sides_of_different_dtypes(dtypes):
+    student, teacher = (torch.randn(3, 77).to(dtype) for dtype in dtypes)
+    loss, gradient = run(student, teacher, "forward")
+    expected, wanted = definition(student, teacher, "forward")
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    assert gradient.dtype == dtypes[0]
+    assert (gradient.double() - wanted).norm() <= torch.finfo(dtypes[0]).eps * wanted.norm() + 1e-6
+
+
+# --- threads and memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_the_number_of_threads(threads, kind):
+    student, teacher = torch.randn(7, 5001) * 20, torch.randn(7, 5001) * 20  # near and far rows
+    results = []
+    for count in (1, 2, 5, 16):
+        threads(count)
+        results.append(run(student, teacher, kind, temperature=4.0))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_logits_of_any_stride_are_read_where_they_lie():
+    student, teacher = torch.randn(5, 64), torch.randn(5, 64)
+    expected = run(student, teacher, "forward")
+    wide = torch.full((10, 100), torch.nan)
+    wide[::2, 20:84] = student
+    transposed = teacher.mT.contiguous().mT
+    shared = teacher[:1].expand(5, 64)
+    for s, t in ((wide[::2, 20:84], teacher), (student, transposed), (wide[::2, 20:84], transposed)):
+        for actual, wanted in zip(run(s, t, "forward"), expected, strict=True):
+            assert torch.equal(actual, wanted)
+    for actual, wanted in zip(run(student, shared, "jsd"), run(student, shared.contiguous(), "jsd"), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_skipped_rows_and_cut_columns_get_gradient_zero_whatever_they_hold():
+    student, teacher = torch.randn(4, 50), torch.randn(4, 60)
+    student[2], student[:, 41:] = torch.nan, torch.nan
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0])
+    loss, gradient = run(student, teacher, "forward", weights=weights, valid_vocab=41)
+    assert loss[2] == 0 and (gradient[2] == 0).all() and (gradient[:, 41:] == 0).all()
+    assert loss.isfinite().all() and (gradient[[0, 1, 3], :41] != 0).all()
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 3.0}], ids=["plain", "bias and softcap"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_a_fused_head_give_what_the_definition_gives(head, kind):
+    student, teacher, weight = torch.randn(70, 24), torch.randn(70, 24), torch.randn(1003, 24)
+    options = {"divergence": kind, "reduction": "none", "temperature": 1.5, "softcap": head.get("softcap")}
+    if head.get("bias"):
+        options["bias"] = torch.randn(2006)[::2]  # not contiguous
+    student.requires_grad_()
+    exact = {k: v.double() if torch.is_tensor(v) else v for k, v in options.items()}
+    rows = linear_kl_div(student, teacher, weight, **options, chunk_tokens=32, backend="cpu")
+    wide = student.detach().double().requires_grad_()
+    expected = linear_kl_div(wide, teacher.double(), weight.double(), **exact, backend="reference")
+    torch.testing.assert_close(rows.double(), expected, rtol=3e-5, atol=1e-6)
+    actual, wanted = torch.autograd.grad(rows.sum(), student)[0], torch.autograd.grad(expected.sum(), wide)[0]
+    assert (actual.double() - wanted).norm() <= 3e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_the_vocabulary_give_the_same_moments_and_losses(dtype):
+    """More words than a tile has; the largest logit comes early, late, or in every tile."""
+    weight = torch.randn(9001, 16).to(dtype)
+    weight[8999], weight[3] = weight[8999] * 4, weight[3] * 5
+    hidden, student = torch.randn(50, 16).to(dtype), torch.randn(50, 16).to(dtype).requires_grad_()
+    bias = torch.randn(18002, dtype=dtype)[::2].clone()
+    bias[4096:8192] = -INF  # a whole tile without a word
+    options = {"bias": bias, "logit_scale": 0.7, "temperature": 1.3}
+    exact = {**options, "bias": bias.double()}
+    found = teacher_moments(hidden, weight, **options, backend="cpu")
+    wide = teacher_moments(hidden.double(), weight.double(), **exact, backend="reference")
+    torch.testing.assert_close(found.mean.double(), wide.mean, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found.entropy.double(), wide.entropy, rtol=0, atol=1e-4)  # of logits up to 100
+    torch.testing.assert_close(found.bias_mean.double(), wide.bias_mean, rtol=2e-5, atol=2e-5)
+    labels = torch.randint(-1, 4096, (50,))
+    loss = linear_kl_div_from_moments(
+        student, found, weight, labels=labels, label_weight=0.4, chunk_tokens=16, backend="cpu", **options
+    )
+    doubled = student.detach().double().requires_grad_()
+    expected = linear_kl_div_from_moments(
+        doubled, wide, weight.double(), labels=labels, label_weight=0.4, backend="reference", **exact
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=1e-5)
+    actual, wanted = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, doubled)[0]
+    tolerance = 3e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()

@@ -1,0 +1,178 @@
+"""The compiled KL kernels themselves: instruction sets, memory, and what they refuse."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from softprompt_kernels.ops import kl_div, linear_kl_div
+
+pytestmark = pytest.mark.usefixtures("module")
+
+PROBE = """
+import torch
+from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
+torch.manual_seed(0)
+torch.set_num_threads(2)
+found = []
+def keep(loss, student):
+    found.extend([loss.detach(), torch.autograd.grad(loss, student, torch.ones_like(loss))[0]])
+for spread in (1.0, 25.0):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for kind in ("forward", "reverse", "jsd"):
+            student = (torch.randn(4, 1003) * spread).to(dtype).requires_grad_()
+            teacher = (torch.randn(4, 1003) * spread).to(dtype)
+            keep(kl_div(student, teacher, divergence=kind, reduction="none", backend="cpu"), student)
+hidden, teacher, weight, bias = (torch.randn(s) for s in ((9, 20), (9, 20), (5003, 20), (5003,)))
+hidden.requires_grad_()
+for softcap in (None, 4.0):
+    keep(linear_kl_div(hidden, teacher, weight, bias=bias, softcap=softcap, reduction="none", backend="cpu"), hidden)
+moments = teacher_moments(teacher, weight, bias=bias, backend="cpu")
+keep(linear_kl_div_from_moments(hidden, moments, weight, bias=bias, reduction="none", backend="cpu"), hidden)
+"""
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_instruction_sets_agree(module, tmp_path):
+    names = module.instruction_sets()
+    results = {}
+    for name in names:
+        code = PROBE + (
+            f"assert native.module().instruction_set() == {name!r}\ntorch.save(found, {str(tmp_path / name)!r})\n"
+        )
+        done = python(code, SOFTPROMPT_ISA=name)
+        assert done.returncode == 0, done.stderr
+        results[name] = torch.load(tmp_path / name)
+    for name in names[:-1]:
+        for a, b in zip(results[name], results["baseline"], strict=True):
+            tolerance = max(2e-5, torch.finfo(b.dtype).eps)
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=2e-5 * float(b.abs().max()) + 1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
+def test_scratch_that_cannot_be_had_is_a_memory_error():
+    code = """
+import resource, torch
+from softprompt_kernels.ops import kl_div
+logits = torch.randn(2, 100000)
+kl_div(logits, logits, backend="cpu")
+torch.set_num_threads(512)  # each wants room of its own
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+try:
+    kl_div(logits, logits, backend="cpu")
+except MemoryError:
+    print("MemoryError")
+"""
+    done = python(code)
+    assert done.stdout.strip() == "MemoryError", done.stderr
+
+
+# --- what the bindings refuse, before a pointer is followed -----------------------------------------------------------
+
+FAR = 16  # an address that must not be looked at
+
+CALLS = {
+    "kl_rows": {
+        "student": FAR,
+        "teacher": FAR,
+        "student_bias": 0,
+        "teacher_bias": 0,
+        "loss": FAR,
+        "rows": 2,
+        "vocab": 5,
+        "student_stride": 5,
+        "teacher_stride": 5,
+        "divergence": 0,
+        "beta": 0.5,
+        "softcap": 0.0,
+        "gradient": True,
+        "threads": 1,
+    },
+    "kl_logits": {
+        "student": FAR,
+        "teacher": FAR,
+        "weights": 0,
+        "row_scale": FAR,
+        "gradient": FAR,
+        "loss": 0,
+        "rows": 2,
+        "vocab": 5,
+        "columns": 5,
+        "student_stride": 5,
+        "teacher_stride": 5,
+        "gradient_stride": 5,
+        "student_dtype": 0,
+        "teacher_dtype": 0,
+        "divergence": 0,
+        "beta": 0.5,
+        "temperature": 1.0,
+        "threads": 1,
+    },
+    "expectation_rows": {
+        "logits": FAR,
+        "bias": 0,
+        "labels": 0,
+        "label_logit": 0,
+        "largest": FAR,
+        "total": FAR,
+        "bias_total": 0,
+        "sum": FAR,
+        "rows": 2,
+        "columns": 5,
+        "size": 3,
+        "stride": 5,
+        "sum_stride": 3,
+        "first_column": 0,
+        "bias_scale": 1.0,
+        "threads": 1,
+    },
+}
+
+REFUSED = [
+    ("kl_rows", {"rows": -1}, "rows must be in [0, "),
+    ("kl_rows", {"vocab": 0}, "vocab must be in [1, 2147483647]; got 0"),
+    ("kl_rows", {"student_stride": 4}, "student_stride must be in [5, "),
+    ("kl_rows", {"divergence": 3}, "divergence must be in [0, 2]; got 3"),
+    ("kl_rows", {"beta": float("nan")}, "beta must be in [0, 1]; got nan"),
+    ("kl_rows", {"softcap": -1.0}, "softcap must be finite and at least 0; got -1"),
+    ("kl_rows", {"threads": 0}, "threads must be in [1, 4096]; got 0"),
+    ("kl_rows", {"loss": 0}, "loss must be an address; got 0"),
+    ("kl_logits", {"columns": 4}, "columns must be in [5, 2147483647]; got 4"),
+    ("kl_logits", {"student_stride": -5}, "student_stride must be in [0, "),
+    ("kl_logits", {"gradient_stride": 0}, "gradient_stride must be in [5, "),
+    ("kl_logits", {"student_dtype": 3}, "student_dtype must be in [0, 2]; got 3"),
+    ("kl_logits", {"temperature": 0.0}, "temperature must be finite and above 0; got 0"),
+    ("kl_logits", {"row_scale": 0}, "row_scale must be an address; got 0"),
+    ("kl_logits", {"gradient": 0}, "loss must be an address; got 0"),
+    ("expectation_rows", {"stride": 4}, "stride must be in [5, "),
+    ("expectation_rows", {"sum_stride": 2}, "sum_stride must be in [3, "),
+    ("expectation_rows", {"labels": FAR}, "labels and label_logit must be given together; got one of them"),
+    ("expectation_rows", {"bias_total": FAR}, "bias must be given with bias_total; got none"),
+    ("expectation_rows", {"first_column": -1}, "first_column must be in [0, "),
+]
+
+
+@pytest.mark.parametrize(("function", "changes", "message"), REFUSED, ids=[f"{f}: {m}" for f, _, m in REFUSED])
+def test_sizes_and_strides_are_checked_before_pointers_are_taken(module, function, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        getattr(module, function)(**{**CALLS[function], **changes})
+
+
+def test_float64_is_refused_with_the_argument():
+    logits, single = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"cpu: student_logits is torch.float64, and it computes in fp32"):
+        kl_div(logits, logits, backend="cpu")
+    with pytest.raises(ValueError, match=r"cpu: teacher_logits is torch.float64, and it computes in fp32"):
+        kl_div(single, logits, backend="cpu")
+    with pytest.raises(ValueError, match=r"cpu: student_hidden is torch.float64, and it computes in fp32"):
+        linear_kl_div(logits, logits, torch.randn(9, 5, dtype=torch.float64), backend="cpu")
