@@ -39,7 +39,7 @@ Strided strided(const char* name, const View& view, const Shape& expected) {
 Strided token_major(const char* name, const View& view, const Shape& expected) {
   const Strided tensor = strided(name, view, expected);
   const auto [batch, heads, tokens, size] = expected;
-  const bool dense = (size == 1 || true) && tensor.head == size && tensor.token == heads * size &&
+  const bool dense = tensor.head == size && tensor.token == heads * size &&
                      (batch <= 1 || tensor.batch == tokens * heads * size);
   if (!dense && batch * heads * tokens * size > 0) {
     throw std::invalid_argument(std::string(name) + " must lie in memory as [batch, token, head, size]; got strides " +

@@ -23,7 +23,7 @@ constexpr int64_t kBlockTiles = kBlockRows / kTileRows + 1;
 
 struct Workspace {
   float *query, *grad_query;     // [kUnitRows, D up to lanes]
-  float* grad_out;               // [kUnitRows, Dv up to lanes]
+  float *grad_out, *out;         // [kUnitRows, Dv up to lanes], and one row of out
   float *lse, *delta;            // [kUnitRows], lse in units of log 2, +inf where the row sees no key
   Run *visible, *runs;           // [kUnitRows], of all keys and of those of a segment
   float *key_rows, *keys;        // [kTileKeys, D], [D, kTileKeys]
@@ -42,6 +42,7 @@ struct Workspace {
     query = take(kUnitRows * size);
     grad_query = take(kUnitRows * size);
     grad_out = take(kUnitRows * value_size);
+    out = take(value_size);
     lse = take(kUnitRows);
     delta = take(kUnitRows);
     visible = reinterpret_cast<Run*>(take(kUnitRows * 4));
@@ -205,7 +206,6 @@ void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t firs
 void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, double* grad_sinks) {
   const AttentionProblem& problem = call.problem;
   const float scale = query_scale(problem);
-  float* out = ws.weights;  // free until the first tile
   for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
     float *packed = ws.query + row * ws.size, *grad = ws.grad_out + row * ws.value_size;
     for (int64_t d = 0; d < ws.size; d += kLanes) store(ws.grad_query + row * ws.size + d, Vec{});
@@ -221,9 +221,9 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
     }
     read_row(problem.dtype, at.address(problem.query), problem.size, scale, packed);
     read_row(problem.dtype, at.address(call.grad_out), problem.value_size, 1, grad);
-    read_row(problem.dtype, at.address(call.out), problem.value_size, 1, out);
+    read_row(problem.dtype, at.address(call.out), problem.value_size, 1, ws.out);
     Vec product = {};
-    for (int64_t d = 0; d < ws.value_size; d += kLanes) product += load(grad + d) * load(out + d);
+    for (int64_t d = 0; d < ws.value_size; d += kLanes) product += load(grad + d) * load(ws.out + d);
     ws.lse[row] = lse * kLog2E;
     ws.delta[row] = sum_lanes(product) - (call.grad_lse == nullptr ? 0 : call.grad_lse[first + at.query()]);
     if (grad_sinks != nullptr) {

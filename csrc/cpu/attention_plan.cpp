@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kUnitsPerThread = 8;    // so that no thread waits long for another
 constexpr int64_t kFewestRows = 48;       // of a unit, where there are more: packing a tile must be worth it
 constexpr int64_t kFewestSplitKeys = 256;  // of a part of a prompt
+constexpr int64_t kLongPrompt = 1024;      // of a prompt that is rather split than packed by several threads
 // Costs in keys seen by a row: packing a key of a tile, and loading and storing a row.
 constexpr int64_t kCostOfKey = 12, kCostOfRow = 24;
 
@@ -188,8 +189,10 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionSiz
                    [&](int64_t a, int64_t b) { return plan.sequences[a].prompt < plan.sequences[b].prompt; });
   int64_t rows = 0;
   for (const Sequence& sequence : plan.sequences) rows += sequence.queries * problem.group * problem.kv_heads;
+  // A long prompt behind which there are few rows, as in decoding, is shared out by keys: see split_units.
+  const bool by_keys = split_keys && sizes.prompt_keys >= kLongPrompt && rows <= kUnitRows * problem.kv_heads;
   const int64_t even = rows / (problem.threads * kUnitsPerThread) + 1;
-  const int64_t rows_of_unit = std::min(kUnitRows, std::max(kFewestRows, even));
+  const int64_t rows_of_unit = by_keys ? kUnitRows : std::min(kUnitRows, std::max(kFewestRows, even));
   for (int64_t head = 0; head < problem.kv_heads; ++head) add_units(plan, problem, order, head, rows_of_unit);
   if (split_keys) split_units(plan, problem);
   assign(plan, problem);

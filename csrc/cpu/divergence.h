@@ -74,11 +74,11 @@ struct Centre {
 
 template <Divergence kind>
 static Centre find_centre(const Row& row) {
-  const auto [p, q] = Sides<kind>::of(row);
+  const Sides<kind> sides = Sides<kind>::of(row);
   const Vec none = splat(-kInfinity);
   Vec p_max = none, q_max = none, difference = none;
   IntVec bad = {};
-  sweep(p, q, 0, row.vocab, [&](int64_t, Vec zp, Vec zq, int) __attribute__((always_inline)) {
+  sweep(sides.p, sides.q, 0, row.vocab, [&](int64_t, Vec zp, Vec zq, int) __attribute__((always_inline)) {
     const Vec d = zq - zp;
     p_max = max(zp, p_max);
     q_max = max(zq, q_max);
@@ -113,12 +113,12 @@ struct Sums {
 // The sums; where a gradient of KL is wanted, its weight and value too.
 template <Divergence kind, Want want>
 SPK_INLINE Sums sum_differences(const Row& row, const Centre& centre) {
-  const auto [p, q] = Sides<kind>::of(row);
+  const Sides<kind> sides = Sides<kind>::of(row);
   const Weigh w = Weigh::at(row, centre);
   double total = 0, other = 0, change = 0, excess = 0, difference = 0;
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec totals = {}, others = {}, changes = {}, excesses = {}, differences = {};
-    sweep(p, q, begin, end, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
+    sweep(sides.p, sides.q, begin, end, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
       fetch(row.ahead[0], i);
       fetch(row.ahead[1], i);
       const Vec e = weight_of(w, zp), d = difference_of(w, zp, zq);

@@ -205,3 +205,10 @@ def test_only_gradients_that_are_needed_are_made():
         found = torch.autograd.grad(out, [inputs[i] for i in chosen], grad_out)
         for i, gradient in zip(chosen, found, strict=True):
             torch.testing.assert_close(gradient, wanted[i], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_larger_than_any_block_of_scores():
+    torch.manual_seed(0)
+    inputs = made(shapes(1, 2, 1, 3, 3, 1, 4, 300, 6400))
+    grad_out = torch.randn(1, 2, 3, 6400)
+    agree(run(inputs, "cpu", grad_out), run(exact(inputs), "reference", grad_out), 1e-4)
