@@ -38,7 +38,6 @@ bench: $(VENV)/bench $(MODEL)/config.json
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: $(VENV)/test
-	$(PIP) setuptools pybind11 ninja
 	SOFTPROMPT_CPU=1 CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
