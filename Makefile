@@ -40,7 +40,7 @@ RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name
 sanitize: $(VENV)/test
 	SOFTPROMPT_CPU=1 CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
 		PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest tests/kernels tests/ops tests/traps -k "cpu and not memory_error and not shares_code"
 
