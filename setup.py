@@ -3,7 +3,7 @@
 The module takes raw pointers, so building needs no torch and one build serves every torch. Each kernel is compiled once
 for each instruction set of the platform and the right one is chosen when it runs, so a wheel serves every such machine.
 
-    SOFTPROMPT_CPU   auto (default): build where there is a C++ compiler; 1: insist on it; 0: do not build
+    SOFTPROMPT_CPU   auto (default): build where there is a C++ compiler that can; 1: insist on it; 0: do not build
     CXX              the compiler; default: g++, clang++ or c++, the first that is there
     CXXFLAGS, LDFLAGS  are added to its arguments
 
@@ -12,6 +12,7 @@ Without the module the package works, slower, on PyTorch's own kernels; `softpro
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,13 +47,19 @@ INSTRUCTION_SETS = {
         "baseline": "",
     },
 }
-FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-psabi"
+FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=fast -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 
 def compiler() -> str | None:
     """The C++ compiler, None if there is none."""
     named = os.environ.get("CXX")
     return named or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+
+
+def openmp() -> str:
+    """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see csrc/cpu/parallel.cpp)."""
+    version = subprocess.run([*shlex.split(compiler() or ""), "--version"], capture_output=True, text=True)
+    return "" if "clang" in version.stdout.lower() else "-fopenmp"
 
 
 def instruction_sets() -> dict[str, str]:
@@ -85,27 +92,30 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self._rules(target))
-        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
-        if subprocess.run(command).returncode:
-            sys.exit(
-                "The CPU kernels did not compile (see above). SOFTPROMPT_CPU=0 installs without them; "
-                "CXX names another compiler."
-            )
+        try:
+            (folder / "build.ninja").write_text(self._rules(target))
+            subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            failed = f"softprompt-kernels: the CPU kernels did not compile ({error}); CXX names another compiler"
+            if os.environ.get("SOFTPROMPT_CPU") == "1":
+                sys.exit(f"{failed}, SOFTPROMPT_CPU=0 installs without them")
+            print(f"{failed}. They are left out; SOFTPROMPT_CPU=1 makes this an error.", file=sys.stderr)
+            ext.optional = True  # or setuptools misses the file where it copies it
 
     def _rules(self, target: Path) -> str:
         import pybind11
 
         includes = [sysconfig.get_path("include"), pybind11.get_include(), str(ROOT / "csrc")]
-        flags = " ".join([FLAGS, *(f"-isystem {path}" for path in includes[:2]), f"-I{includes[2]}"])
+        quoted = [shlex.quote(path) for path in includes]
+        flags = " ".join([FLAGS, openmp(), *(f"-isystem {path}" for path in quoted[:2]), f"-I{quoted[2]}"])
         flags += f" {os.environ.get('CXXFLAGS', '')}"
         sets = instruction_sets()
         flags += "".join(f" -DSPK_HAS_{name.upper()}" for name in sets)
         link = "-shared" if sys.platform != "darwin" else "-bundle -undefined dynamic_lookup"
         rules = [
             f"cxx = {compiler()}",
-            f"flags = {flags}",
-            f"ldflags = {link} {os.environ.get('LDFLAGS', '')}",
+            f"flags = {flags.replace('$', '$$')}",
+            f"ldflags = {link} {os.environ.get('LDFLAGS', '')}".replace("$", "$$"),
             "rule compile",
             "  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

@@ -47,7 +47,7 @@ T* optional_pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Divergence divergence_of(int kind, float beta) {
+Divergence divergence_of(int kind, double beta) {
   check_range("divergence", kind, 0, 2);
   require(beta >= 0 && beta <= 1, "beta", "in [0, 1]", std::to_string(beta));
   return static_cast<Divergence>(kind);
@@ -65,7 +65,7 @@ void run_released(const Call& call) {
 }
 
 void kl_rows(Address student, Address teacher, Address student_bias, Address teacher_bias, Address loss, int64_t rows,
-             int64_t vocab, int64_t student_stride, int64_t teacher_stride, int divergence, float beta, float softcap,
+             int64_t vocab, int64_t student_stride, int64_t teacher_stride, int divergence, double beta, float softcap,
              bool gradient, int threads) {
   KlRows call = {};
   check_count("rows", rows);
@@ -90,7 +90,7 @@ void kl_rows(Address student, Address teacher, Address student_bias, Address tea
 
 void kl_logits(Address student, Address teacher, Address weights, Address row_scale, Address gradient, Address loss,
                int64_t rows, int64_t vocab, int64_t columns, int64_t student_stride, int64_t teacher_stride,
-               int64_t gradient_stride, int student_dtype, int teacher_dtype, int divergence, float beta,
+               int64_t gradient_stride, int student_dtype, int teacher_dtype, int divergence, double beta,
                float temperature, int threads) {
   KlLogits call = {};
   check_count("rows", rows);

@@ -29,13 +29,14 @@ def run(command, cwd, **environment):
 def install(tmp_path, **environment):
     """The sources, copied so that nothing built in place is found, as a wheel, installed into a folder."""
     source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
+    source.mkdir(parents=True)
     for name in ("csrc", "softprompt_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    made = run([*pip, "wheel", ".", "--no-deps", "--wheel-dir", str(tmp_path)], source, **environment)
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    made = run([*pip, "wheel", ".", *options], source, **environment)
     assert made.returncode == 0, made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], tmp_path).returncode == 0
@@ -48,9 +49,32 @@ def install(tmp_path, **environment):
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="there is no C++ compiler")
 def test_a_wheel_carries_the_kernels_for_every_machine_of_its_kind(tmp_path):
-    wheel, (isa, total) = install(tmp_path, SOFTPROMPT_CPU="1")
+    """From a folder with a space in its name."""
+    wheel, (isa, total) = install(tmp_path / "a folder", SOFTPROMPT_CPU="1")
     assert "none-any" not in wheel.name
     assert isa in ("avx512", "avx2", "baseline") and float(total) == 8
+    if shutil.which("nm"):
+        check_that_no_instruction_set_shares_code(tmp_path / "a folder" / "source" / "build")
+
+
+def check_that_no_instruction_set_shares_code(build):
+    """A function with one name in the objects of several sets is linked once, and may be that of the wrong set."""
+    kernels = [path for path in build.rglob("*.o") if path.parent.name in ("avx512", "avx2", "baseline")]
+    assert len(kernels) >= 4
+    for path in kernels:
+        listing = run(["nm", "-C", "--defined-only", "--extern-only", path], build).stdout
+        names = [line.split(maxsplit=2)[2] for line in listing.splitlines()]
+        own = f"softprompt::{path.parent.name}::"
+        assert names and all(own in name for name in names), (path, names)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
+def test_a_compiler_that_cannot_build_them_is_as_good_as_none(tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    _, (isa, total, warning) = install(tmp_path, SOFTPROMPT_CPU="auto", CXX=str(broken))
+    assert isa == "none" and float(total) == 8 and "install a C++ compiler" in warning
 
 
 def test_without_a_compiler_the_package_works_and_says_once_what_is_missing(tmp_path):

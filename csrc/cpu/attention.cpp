@@ -17,11 +17,7 @@ constexpr int64_t kMostLanes = 16;  // buffers are as large as the widest instru
 
 int64_t up_to_lanes(int64_t size) { return (size + kMostLanes - 1) / kMostLanes * kMostLanes; }
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
-  return tensor.data + bytes_of(dtype) * (batch * tensor.batch + head * tensor.head + token * tensor.token);
-}
+int64_t bytes_of(Dtype dtype) { return kBytes[static_cast<int>(dtype)]; }
 
 // Tokens past the last sequence of a packed call, in a token-major tensor.
 void clear_uncovered(const Strided& tensor, Dtype dtype, int64_t covered, int64_t tokens, int64_t row) {

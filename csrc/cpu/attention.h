@@ -15,7 +15,7 @@
 
 namespace softprompt {
 
-constexpr int64_t kUnitRows = 512;  // at most; see `plan_units`
+constexpr int64_t kUnitRows = 512;  // of a unit, at most; see `plan_attention`
 constexpr int64_t kTileKeys = 64;   // keys that are packed at a time
 
 // A tensor [batch, head, token, size] whose last dimension lies densely in memory; strides in elements.
@@ -23,6 +23,12 @@ struct Strided {
   char* data;
   int64_t batch, head, token;
 };
+
+// Where the row of (batch, head, token) begins.
+static inline char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
+  const int64_t offset = batch * tensor.batch + head * tensor.head + token * tensor.token;
+  return tensor.data + kBytes[static_cast<int>(dtype)] * offset;
+}
 
 struct Sequence {
   int64_t batch;
@@ -75,7 +81,7 @@ struct AttentionForward {
   int64_t queries;         // M
   char* workspace;         // attention_forward_workspace bytes for each thread
   int64_t workspace_bytes;
-  float* partial;          // [partial rows, Dv up to lanes + 2]: output before its division, maximum and sum
+  float* partial;          // [partial rows, 2 + Dv up to lanes]: base, sum, and output before its division
   const Merge* merges;
   int64_t merge_count;
 };
@@ -101,7 +107,7 @@ struct SharedRange {
 struct KeySums {
   bool needed;
   Strided grad_key, grad_value;  // data nullptr: that one is not needed
-  float* buffers;                // [threads, 2, buffer_floats]
+  float* buffers;                // [threads, 2, buffer_floats], buffer_floats = keys * (D + Dv, each up to lanes)
   int64_t buffer_floats;
   const SharedRange* shared;
   int64_t shared_count;

@@ -19,7 +19,7 @@ namespace softprompt::SPK_ISA {
 namespace {
 
 constexpr int64_t kBlockRows = 96;  // rows whose P and dS exist at a time: each 24 KiB
-constexpr int64_t kBlockTiles = kBlockRows / kTileRows + 1;
+constexpr int64_t kBlockTiles = kBlockRows / kTileRows;
 
 struct Workspace {
   float *query, *grad_query;     // [kUnitRows, D up to lanes]
@@ -30,30 +30,23 @@ struct Workspace {
   float *value_rows, *values;    // [kTileKeys, Dv], [Dv, kTileKeys]
   float *weights, *grad_scores;  // [kBlockRows, kTileKeys]
   int64_t size, value_size;      // D and Dv up to lanes
-  uintptr_t end;
 
-  Workspace(const AttentionProblem& problem, uintptr_t memory)
+  Workspace(const AttentionProblem& problem, Arena& arena)
       : size(round_up(problem.size, kLanes)), value_size(round_up(problem.value_size, kLanes)) {
-    const auto take = [&](int64_t floats) {
-      float* taken = reinterpret_cast<float*>(memory);
-      memory += round_up(floats * 4, 64);
-      return taken;
-    };
-    query = take(kUnitRows * size);
-    grad_query = take(kUnitRows * size);
-    grad_out = take(kUnitRows * value_size);
-    out = take(value_size);
-    lse = take(kUnitRows);
-    delta = take(kUnitRows);
-    visible = reinterpret_cast<Run*>(take(kUnitRows * 4));
-    runs = reinterpret_cast<Run*>(take(kUnitRows * 4));
-    key_rows = take(kTileKeys * size);
-    keys = take(size * kTileKeys);
-    value_rows = take(kTileKeys * value_size);
-    values = take(value_size * kTileKeys);
-    weights = take(kBlockRows * kTileKeys);
-    grad_scores = take(kBlockRows * kTileKeys);
-    end = memory;
+    query = arena.take<float>(kUnitRows * size);
+    grad_query = arena.take<float>(kUnitRows * size);
+    grad_out = arena.take<float>(kUnitRows * value_size);
+    out = arena.take<float>(value_size);
+    lse = arena.take<float>(kUnitRows);
+    delta = arena.take<float>(kUnitRows);
+    visible = arena.take<Run>(kUnitRows);
+    runs = arena.take<Run>(kUnitRows);
+    key_rows = arena.take<float>(kTileKeys * size);
+    keys = arena.take<float>(size * kTileKeys);
+    value_rows = arena.take<float>(kTileKeys * value_size);
+    values = arena.take<float>(value_size * kTileKeys);
+    weights = arena.take<float>(kBlockRows * kTileKeys);
+    grad_scores = arena.take<float>(kBlockRows * kTileKeys);
   }
 };
 
@@ -91,7 +84,7 @@ struct Block {
 
   Block(const Workspace& ws, const Blocks& tiles, int64_t first_row, int64_t first_tile, bool ordered, int64_t tile,
         int width) {
-    for (; count < kBlockTiles - 1 && first_tile + count < tiles.blocks; ++count) {
+    for (; count < kBlockTiles && first_tile + count < tiles.blocks; ++count) {
       row[count] = first_row + tiles.start(first_tile + count);
       row[count + 1] = first_row + tiles.start(first_tile + count + 1);
       const Seen& found = seen[count] =
@@ -185,7 +178,7 @@ void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t firs
     transpose_rows(ws.key_rows, ws.size, width, problem.size, ws.keys);
     pack_tile_columns(segment, &Source::value, problem.dtype, tile, width, problem.value_size, ws.value_rows,
                       ws.values);
-    for (int64_t t = 0; t < tiles.blocks; t += kBlockTiles - 1) {
+    for (int64_t t = 0; t < tiles.blocks; t += kBlockTiles) {
       const Block block(ws, tiles, first, t, segment.ordered, tile, width);
       if (block.begin >= block.end) continue;
       score_block(problem, ws, block, tile);
@@ -275,12 +268,13 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& uni
 }  // namespace
 
 int64_t attention_backward_workspace(const AttentionProblem& problem) {
-  return static_cast<int64_t>(Workspace(problem, 0).end);
+  return arena_bytes<Workspace>(problem);
 }
 
 void attention_backward(const AttentionBackward& call, int thread) {
   const AttentionProblem& problem = call.problem;
-  Workspace ws(problem, reinterpret_cast<uintptr_t>(call.workspace) + thread * call.workspace_bytes);
+  Arena arena(call.workspace + thread * call.workspace_bytes);
+  Workspace ws(problem, arena);
   ThreadSums prompt_sums(problem, call.prompt, thread, key_scale(problem));
   ThreadSums own_sums(problem, call.own, thread, key_scale(problem));
   double* grad_sinks = call.grad_sinks == nullptr ? nullptr : call.grad_sinks + thread * problem.heads;

@@ -29,26 +29,19 @@ struct Workspace {
   Run *visible, *runs;          // [kUnitRows], of all keys and of those of a segment
   int64_t size, value_size;     // D and Dv up to lanes
 
-  Workspace(const AttentionProblem& problem, uintptr_t memory)
+  Workspace(const AttentionProblem& problem, Arena& arena)
       : size(round_up(problem.size, kLanes)), value_size(round_up(problem.value_size, kLanes)) {
-    const auto take = [&](int64_t floats) {
-      float* taken = reinterpret_cast<float*>(memory);
-      memory += round_up(floats * 4, 64);
-      return taken;
-    };
-    query = take(kUnitRows * size);
-    output = take(kUnitRows * value_size);
-    base = take(kUnitRows);
-    sum = take(kUnitRows * kLanes);
-    rows = take(kTileKeys * size);
-    keys = take(size * kTileKeys);
-    values = take(kTileKeys * value_size);
-    scores = take(kTileRows * kTileKeys);
-    visible = reinterpret_cast<Run*>(take(kUnitRows * 4));
-    runs = reinterpret_cast<Run*>(take(kUnitRows * 4));
-    end = memory;
+    query = arena.take<float>(kUnitRows * size);
+    output = arena.take<float>(kUnitRows * value_size);
+    base = arena.take<float>(kUnitRows);
+    sum = arena.take<float>(kUnitRows * kLanes);
+    rows = arena.take<float>(kTileKeys * size);
+    keys = arena.take<float>(size * kTileKeys);
+    values = arena.take<float>(kTileKeys * value_size);
+    scores = arena.take<float>(kTileRows * kTileKeys);
+    visible = arena.take<Run>(kUnitRows);
+    runs = arena.take<Run>(kUnitRows);
   }
-  uintptr_t end;
 };
 
 // The scores of a row as the softmax wants them, and its largest ones, lane by lane.
@@ -146,7 +139,7 @@ void finish(const AttentionForward& call, const Unit& unit, Workspace& ws) {
     if (problem.sinks != nullptr && sum != 0) {
       const float sink = problem.sinks[at.head()] * kLog2E, larger = sink > base ? sink : base;
       const float shrink = exp2(splat(base - larger))[0];
-      sum = sum * shrink + exp2(splat(sink - larger))[0];
+      sum = sum * shrink + (sink == larger ? 1 : exp2(splat(sink - larger))[0]);  // +inf carries all
       base = larger;
       inverse = shrink / sum;
     }
@@ -154,7 +147,8 @@ void finish(const AttentionForward& call, const Unit& unit, Workspace& ws) {
   });
   for (int64_t i = 0; i < unit.rows; i += kLanes) {  // base and sum are padded to whole vectors
     const Vec sum = load(ws.sum + i);
-    store(ws.sum + i, sum == 0.0f ? splat(-kInfinity) : load(ws.base + i) * kLn2 + log(sum));
+    const Vec lse = sum > 0.0f ? load(ws.base + i) * kLn2 + log(sum) : sum;  // NaN is not "sees no key"
+    store(ws.sum + i, sum == 0.0f ? splat(-kInfinity) : lse);
   }
   for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
     const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
@@ -222,19 +216,21 @@ void merge_units(const AttentionForward& call, Workspace& ws, const Merge& merge
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionProblem& problem) {
-  return static_cast<int64_t>(Workspace(problem, 0).end);
+  return arena_bytes<Workspace>(problem);
 }
 
 void attention_forward(const AttentionForward& call, int thread) {
   const AttentionProblem& problem = call.problem;
-  Workspace ws(problem, reinterpret_cast<uintptr_t>(call.workspace) + thread * call.workspace_bytes);
+  Arena arena(call.workspace + thread * call.workspace_bytes);
+  Workspace ws(problem, arena);
   for (int64_t u = problem.thread_units[thread]; u < problem.thread_units[thread + 1]; ++u) {
     forward_unit(call, ws, problem.units[u]);
   }
 }
 
 void attention_merge(const AttentionForward& call, int thread) {
-  Workspace ws(call.problem, reinterpret_cast<uintptr_t>(call.workspace) + thread * call.workspace_bytes);
+  Arena arena(call.workspace + thread * call.workspace_bytes);
+  Workspace ws(call.problem, arena);
   for (int64_t m = thread; m < call.merge_count; m += call.problem.threads) merge_units(call, ws, call.merges[m]);
 }
 

@@ -83,7 +83,11 @@ void assign(AttentionPlan& plan, const AttentionProblem& problem) {
     }
     before += costs[u];
   }
-  plan.thread_units.resize(problem.threads + 1, static_cast<int64_t>(costs.size()));
+  plan.thread_units.push_back(static_cast<int64_t>(costs.size()));
+  // A thread without a unit needs no memory, and need not be woken.
+  const auto last = std::unique(plan.thread_units.begin(), plan.thread_units.end());
+  plan.thread_units.erase(last, plan.thread_units.end());
+  if (plan.thread_units.size() == 1) plan.thread_units.push_back(0);
 }
 
 // Few rows and a long prompt: each unit becomes several that look at parts of the prompt.
@@ -150,6 +154,7 @@ void AttentionPlan::attach(AttentionProblem& problem) const {
   problem.pieces = pieces.data();
   problem.units = units.data();
   problem.thread_units = thread_units.data();
+  problem.threads = static_cast<int>(thread_units.size()) - 1;
 }
 
 std::vector<Sequence> list_sequences(const AttentionSizes& sizes) {
@@ -235,7 +240,7 @@ KeyRanges find_own_ranges(AttentionPlan& plan, const AttentionProblem& problem, 
   KeyRanges found{ranges.all_shared(), {}};
   for (int64_t head = 0; head < problem.kv_heads; ++head) {
     for (const Sequence& s : plan.sequences) {
-      if (s.queries == 0 && s.keys > 0) found.unseen.push_back({s.batch, head, s.first_key, s.keys});
+      if (s.queries * problem.group == 0 && s.keys > 0) found.unseen.push_back({s.batch, head, s.first_key, s.keys});
     }
     if (plan.covered_tokens < sizes.queries) {  // packed, so queries are keys
       found.unseen.push_back({0, head, plan.covered_tokens, sizes.queries - plan.covered_tokens});

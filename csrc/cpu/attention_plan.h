@@ -25,7 +25,7 @@ struct AttentionPlan {
   int64_t partial_rows = 0;
   int64_t covered_tokens = 0;  // packed: tokens past these belong to no sequence; otherwise the queries of a sequence
 
-  // Points the problem at this plan, which must outlive it.
+  // Points the problem at this plan, which must outlive it, with as many threads as have units.
   void attach(AttentionProblem& problem) const;
 };
 

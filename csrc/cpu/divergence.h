@@ -40,7 +40,7 @@ struct Row {
   int64_t vocab;
   float inverse_temperature;  // the logits are to be multiplied by it
   float inverse_softcap;      // student * inverse_softcap is a tanh, whose derivative goes into the gradient
-  float beta;
+  double beta;
   Ahead ahead[2];  // the rows that come next, or these if they are the last
 };
 
@@ -162,7 +162,7 @@ template <Want want>
 static RowResult near_jsd(const Row& row, const Centre& centre) {
   const Sums s = sum_differences<Divergence::jsd, Want::loss>(row, centre);
   const Weigh w = Weigh::at(row, centre);
-  const float normaliser = static_cast<float>(s.log_ratio), share = 1 - row.beta;
+  const float normaliser = static_cast<float>(s.log_ratio), share = static_cast<float>(1 - row.beta);
   double student_cost = 0, teacher_cost = 0;  // E_s[r], E_t[l]
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec students = {}, teachers = {};
@@ -185,7 +185,7 @@ static RowResult near_jsd(const Row& row, const Centre& centre) {
   });
   student_cost /= s.total;
   teacher_cost /= s.total;
-  const float loss = not_negative(share * student_cost - row.beta * teacher_cost);
+  const float loss = not_negative((1 - row.beta) * student_cost - row.beta * teacher_cost);
   return {loss, static_cast<float>(student_cost), static_cast<float>(share / s.total), false};
 }
 

@@ -25,11 +25,17 @@ SPK_INLINE Vec divergence_term(Vec p, Vec q, Vec delta) {
   return select(delta == -kInfinity, splat(kInfinity), term);
 }
 
-// log((1 - share) + share e^delta), accurate near 0 and safe for large delta.
-SPK_INLINE Vec log_mixture(Vec delta, float share) {
+// The teacher's share beta of the mixture, and the student's.
+struct Shares {
+  float teacher, student;
+  explicit Shares(double beta) : teacher(static_cast<float>(beta)), student(static_cast<float>(1 - beta)) {}
+};
+
+// log(rest + share e^delta), share + rest = 1, accurate near 0 and safe for large delta.
+SPK_INLINE Vec log_mixture(Vec delta, float share, float rest) {
   const IntVec near = delta <= 1.0f;
   const Vec below = log1p(share * expm1(select(near, delta, splat(1.0f))));
-  const Vec above = delta + log(share + (1.0f - share) * exp(-max(delta, Vec{})));
+  const Vec above = delta + log(share + rest * exp(-max(delta, Vec{})));
   return select(near, below, above);
 }
 
@@ -63,23 +69,25 @@ SPK_INLINE double sum_of_exponentials(const float* logits, int64_t vocab, float 
 }
 
 template <Divergence kind>
-SPK_INLINE Vec far_loss(const FarPoint& at, float beta) {
+SPK_INLINE Vec far_loss(const FarPoint& at, const Shares& shares) {
   if (kind == Divergence::forward) return divergence_term(at.p_t, at.p_s, at.delta);
   if (kind == Divergence::reverse) return divergence_term(at.p_s, at.p_t, -at.delta);
-  const Vec m = beta * at.p_t + (1.0f - beta) * at.p_s;
-  return beta * divergence_term(at.p_t, m, log_mixture(at.delta, 1.0f - beta));
+  const Vec m = shares.teacher * at.p_t + shares.student * at.p_s;
+  return shares.teacher * divergence_term(at.p_t, m, log_mixture(at.delta, shares.student, shares.teacher));
 }
 
-SPK_INLINE Vec far_student_cost(const FarPoint& at, float beta) {  // of jsd: the terms of KL(p_s||m)
-  const Vec m = beta * at.p_t + (1.0f - beta) * at.p_s;
-  return divergence_term(at.p_s, m, log_mixture(-at.delta, beta));
+SPK_INLINE Vec far_student_cost(const FarPoint& at, const Shares& shares) {  // of jsd: the terms of KL(p_s||m)
+  const Vec m = shares.teacher * at.p_t + shares.student * at.p_s;
+  return divergence_term(at.p_s, m, log_mixture(-at.delta, shares.teacher, shares.student));
 }
 
 template <Divergence kind>
-SPK_INLINE Vec far_gradient(const FarPoint& at, float beta, float cost) {
+SPK_INLINE Vec far_gradient(const FarPoint& at, const Shares& shares, float cost) {
   Vec gradient = at.p_s - at.p_t;
   if (kind == Divergence::reverse) gradient = at.p_s * (at.delta - cost);
-  if (kind == Divergence::jsd) gradient = (1.0f - beta) * at.p_s * (-log_mixture(-at.delta, beta) - cost);
+  if (kind == Divergence::jsd) {
+    gradient = shares.student * at.p_s * (-log_mixture(-at.delta, shares.teacher, shares.student) - cost);
+  }
   return kind == Divergence::forward ? gradient : select(at.p_s == 0.0f, Vec{}, gradient);
 }
 
@@ -109,14 +117,15 @@ static RowResult far_divergence(const Row& row, Want want) {
   far.teacher_scale = static_cast<float>(1 / teacher_sum);
   far.log_ratio = static_cast<float>(__builtin_log(student_sum / teacher_sum));
 
+  const Shares shares(row.beta);
   double loss = 0, student_cost = 0;
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec losses = {}, costs = {};
     sweep(row.student, row.teacher, begin, end,
           [&](int64_t, Vec student, Vec teacher, int) __attribute__((always_inline)) {
             const FarPoint at = point_of(far, student, teacher);
-            losses += far_loss<kind>(at, row.beta);
-            if (kind == Divergence::jsd) costs += far_student_cost(at, row.beta);
+            losses += far_loss<kind>(at, shares);
+            if (kind == Divergence::jsd) costs += far_student_cost(at, shares);
           });
     loss += sum_lanes(losses);
     student_cost += sum_lanes(costs);
@@ -130,7 +139,7 @@ static RowResult far_divergence(const Row& row, Want want) {
   const float cost = static_cast<float>(kind == Divergence::jsd ? student_cost : loss);
   sweep(row.student, row.teacher, 0, row.vocab,
         [&](int64_t i, Vec student, Vec teacher, int count) __attribute__((always_inline)) {
-          Vec gradient = far_gradient<kind>(point_of(far, student, teacher), row.beta, cost);
+          Vec gradient = far_gradient<kind>(point_of(far, student, teacher), shares, cost);
           if (want == Want::capped_gradient) gradient *= slope_of_tanh(row, student);
           put(row.weight + i, gradient, count);
           put(row.value + i, splat(1.0f), count);

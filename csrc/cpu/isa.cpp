@@ -58,7 +58,9 @@ const Candidates& candidates() {
 
 }  // namespace
 
-const Kernels& kernels() {
+namespace {
+
+const Kernels& choose() {
   const Candidates& found = candidates();
   const char* named = std::getenv("SOFTPROMPT_ISA");
   std::string accepted;
@@ -72,6 +74,13 @@ const Kernels& kernels() {
     accepted += candidate.kernels->name;
   }
   throw std::invalid_argument("SOFTPROMPT_ISA must be one of " + accepted + " on this machine; got '" + named + "'");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
 }
 
 const char* const* usable_instruction_sets(int& count) {

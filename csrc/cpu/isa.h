@@ -20,7 +20,7 @@ struct Kernels {
   void (*expectation_rows)(const ExpectationRows& call, int thread);
 };
 
-// The widest that this machine has, or the one that SOFTPROMPT_ISA names.
+// The widest that this machine has, or the one that SOFTPROMPT_ISA names when they are first asked for.
 // Throws std::invalid_argument for a name that was not compiled or that the machine does not have.
 const Kernels& kernels();
 

@@ -88,7 +88,6 @@ static void fold_shared(const AttentionProblem& problem, const KeySums& sums, in
       for (int64_t i = begin; i < begin + floats; i += kLanes) {
         Vec value = load(total + i);
         for (int64_t t = range.first_thread + 1; t <= range.last_thread; ++t) {
-          if (problem.thread_units[t] == problem.thread_units[t + 1]) continue;  // it has no units at all
           value += load(sums.buffers + 2 * t * sums.buffer_floats + i);
         }
         store(total + i, value);

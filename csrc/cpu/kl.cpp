@@ -1,6 +1,8 @@
 // The KL kernels on all threads, for whichever instruction set is here.
 #include "kl.h"
 
+#include <algorithm>
+
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
@@ -15,9 +17,10 @@ void run(const KlRows& call) {
 void run(const KlLogits& call) {
   const Kernels& chosen = kernels();
   KlLogits with_scratch = call;
-  const Memory scratch = allocate(int64_t{sizeof(float)} * 2 * call.threads * call.vocab);
+  with_scratch.threads = static_cast<int>(std::min<int64_t>(call.threads, std::max<int64_t>(call.rows, 1)));
+  const Memory scratch = allocate(int64_t{sizeof(float)} * 2 * with_scratch.threads * call.vocab);
   with_scratch.scratch = reinterpret_cast<float*>(scratch.get());
-  parallel(call.threads, [&](int thread) { chosen.kl_logits(with_scratch, thread); });
+  parallel(with_scratch.threads, [&](int thread) { chosen.kl_logits(with_scratch, thread); });
 }
 
 void run(const ExpectationRows& call) {

@@ -21,7 +21,7 @@ struct KlRows {
   int64_t rows, vocab;
   int64_t student_stride, teacher_stride;
   Divergence divergence;
-  float beta;
+  double beta;
   float softcap;  // 0: none
   bool gradient;
   int threads;
@@ -39,7 +39,8 @@ struct KlLogits {
   int64_t student_stride, teacher_stride, gradient_stride;
   Dtype student_dtype, teacher_dtype;
   Divergence divergence;
-  float beta, temperature;
+  double beta;
+  float temperature;
   int threads;
   float* scratch;  // [threads, 2, vocab]
 };

@@ -53,7 +53,7 @@ void write_gradient(const Row& row, const RowResult& result, float scale, T* gra
 }
 
 Ahead ahead_of(const void* logits, Dtype dtype, int64_t offset) {
-  const int64_t element = dtype == Dtype::float32 ? 4 : 2;
+  const int64_t element = kBytes[static_cast<int>(dtype)];
   return {static_cast<const char*>(logits) + offset * element, element};
 }
 

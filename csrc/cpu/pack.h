@@ -8,7 +8,29 @@ namespace softprompt::SPK_ISA {
 
 SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-SPK_INLINE int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+// Hands out parts of a block of memory, each on a cache line's boundary.
+class Arena {
+ public:
+  explicit Arena(char* memory) : at_(reinterpret_cast<uintptr_t>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(at_);
+    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return taken;
+  }
+  uintptr_t end() const { return at_; }
+
+ private:
+  uintptr_t at_;
+};
+
+// How much of it a workspace takes.
+template <class Workspace>
+SPK_INLINE int64_t arena_bytes(const AttentionProblem& problem) {
+  Arena arena(nullptr);
+  Workspace(problem, arena);
+  return static_cast<int64_t>(arena.end());
+}
 
 template <class T>
 SPK_INLINE void read_row_of(const T* source, int64_t size, float scale, float* row) {
@@ -40,11 +62,6 @@ static void write_row(Dtype dtype, char* target, int64_t size, float scale, cons
     case Dtype::bfloat16: return write_row_of(reinterpret_cast<BFloat16*>(target), size, scale, row);
     case Dtype::float16: return write_row_of(reinterpret_cast<Float16*>(target), size, scale, row);
   }
-}
-
-// Where the row of (batch, head, token) begins.
-SPK_INLINE char* row_of(const Strided& tensor, Dtype dtype, int64_t batch, int64_t head, int64_t token) {
-  return tensor.data + element_size(dtype) * (batch * tensor.batch + head * tensor.head + token * tensor.token);
 }
 
 // columns[size up to kLanes, kTileKeys] = the transpose of `count` rows with a stride, read in whole vectors.

@@ -195,7 +195,7 @@ constexpr float kRounding = 0x1.8p23f;  // adding it leaves round(x) in the low 
 
 struct Exponent {
   Vec whole;    // round(x)
-  IntVec bits;  // its bits where a float keeps the exponent, to be added to a number's bits
+  IntVec bits;  // its bits where a float keeps the exponent, to be added to those of 1
 };
 
 SPK_INLINE Exponent round_to_exponent(Vec x) {
@@ -204,7 +204,7 @@ SPK_INLINE Exponent round_to_exponent(Vec x) {
 }
 
 // 2^x, 0 from x = -127 on down (and at -inf), NaN at NaN; x <= 127. Polynomial: 2e-9.
-// At -127 the polynomial is 1 and the sum of the bits 0; between -127 and -126 the result is some subnormal number.
+// A product with the power, not a sum of bits: NaN stays NaN, and the power of -127 is 0.
 SPK_INLINE Vec exp2(Vec x) {
   x = max(opaque(splat(-127.0f)), x);
   const Exponent n = round_to_exponent(x);
@@ -215,7 +215,7 @@ SPK_INLINE Vec exp2(Vec x) {
   p = p * r + 0.2402264791308266f;
   p = p * r + 0.6931472028531684f;
   p = p * r + 1.0f;
-  return (Vec)((IntVec)p + n.bits);
+  return p * (Vec)((IntVec)splat(1.0f) + n.bits);
 }
 
 struct ReducedExp {

@@ -78,7 +78,9 @@ class CompressConfig(BaseModel):
 
     objective: Objective = Field("kl", description="What training minimises against the teacher.")
     nll_weight: Number = Field(0.0, ge=0, le=1, description="Share of the log-likelihood mixed into objective kl.")
-    beta: Number = Field(0.5, gt=0, lt=1, description="Weight of the teacher in the mixture of objective jsd.")
+    beta: Number = Field(
+        0.5, ge=1e-4, le=1 - 1e-4, description="Weight of the teacher in the mixture of objective jsd."
+    )
     loss_temperature: Number = Field(1.0, gt=0, description="Divides both sides' logits in the loss.")
 
     steps: Whole = Field(200, ge=1, description="Steps of the optimiser.")

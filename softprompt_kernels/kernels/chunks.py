@@ -2,7 +2,8 @@
 
 All buffers of a loss together stay within 64 MiB (and never below one token's logits): the logits and copied hidden
 states of a chunk of tokens, scratch for a block of rows that fits the cache, and for a 16-bit head the fp32 copy of a
-part of it, since a product in 16 bits would round the logits.
+part of it, since a product in 16 bits would round the logits. (Row work in C++ from given logits takes 2 V numbers a
+thread.)
 """
 
 from collections.abc import Iterator

@@ -49,6 +49,9 @@ def forward(problem: ExpectationProblem, row_work: RowWork) -> Expectation:
     tokens, size = problem.hidden.shape
     scale = head.logit_scale / problem.temperature
     bias = None if head.bias is None else head.bias.to(dtype).contiguous()
+    if problem.labels is not None and bool((problem.labels >= head.weight.shape[0]).any()):
+        largest = int(problem.labels.max())
+        raise ValueError(f"labels must be below the vocabulary's size {head.weight.shape[0]}; got {largest}")
     log_partition = torch.zeros(tokens, dtype=torch.float64)
     label_logit = None if problem.labels is None else torch.zeros(tokens, dtype=dtype)
     mean = torch.zeros(tokens, size, dtype=dtype) if problem.need_mean else None

@@ -66,9 +66,9 @@ def forward(problem: HeadProblem, need_gradient: bool, backend: Backend) -> tupl
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds, backend: Backend) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
     head, dtype = problem.head, problem.compute_dtype
-    hidden = torch.zeros(problem.student.shape, dtype=dtype)
+    hidden = torch.zeros(problem.student.shape if needs.hidden else 0, dtype=dtype)
     weight = torch.zeros(head.weight.shape if needs.weight else 0, dtype=dtype)
-    bias = torch.zeros(head.weight.shape[:1], dtype=dtype)
+    bias = torch.zeros(head.weight.shape[:1] if needs.bias else 0, dtype=dtype)
     for chunk in _chunks(problem, True, backend):
         scale = row_scale[chunk.tokens, None].to(dtype) * _factor(problem)
         if needs.hidden:

@@ -38,7 +38,8 @@ def define_op(
         kernel, fake: what it computes, and the same for tensors without memory.
         setup_context, backward: as for `torch.library.register_autograd`.
     """
-    _library.define(name + torch.library.infer_schema(kernel, mutates_args=()))
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softprompt_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.softprompt_kernels, name).default
@@ -54,6 +55,8 @@ def define_op(
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             return backward(ctx, *gradients)
+
+    Function.__name__ = name  # what shows as grad_fn
 
     def differentiable(*inputs: Any) -> Any:
         return Function.apply(*inputs)

@@ -19,6 +19,7 @@ from softprompt_kernels.ops.reduction import check_reduction, check_weights, red
 
 OP = "kl_div"
 KINDS = (FORWARD, REVERSE, JSD)
+BETA_MARGIN = 1e-4  # nearer to its ends, the smaller share of a mixture in fp32 is mostly rounding
 
 
 def kl_div(
@@ -39,7 +40,7 @@ def kl_div(
         student_logits: [N, V]; more leading dimensions are flattened. Differentiable.
         teacher_logits: [N, V]; a constant. Any floating dtype, all arithmetic is fp32 (float64 for float64 students).
         divergence: "forward" KL(t‖s), "reverse" KL(s‖t), or "jsd".
-        beta: the teacher's share of the mixture of "jsd", in (0, 1).
+        beta: the teacher's share of the mixture of "jsd", in [1e-4, 1 - 1e-4].
         temperature: divides both logits and multiplies the loss by its square.
         weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
         reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
@@ -81,9 +82,9 @@ def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     """Raises ValueError for a divergence that does not exist."""
     if divergence not in KINDS:
         raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
-    if not 0 < beta < 1:
+    if not BETA_MARGIN <= beta <= 1 - BETA_MARGIN:
         raise ValueError(
-            f"beta must be between 0 and 1, both excluded ('forward' and 'reverse' are the ends); got {beta}"
+            f"beta must be in [{BETA_MARGIN}, 1 - {BETA_MARGIN}] ('forward' and 'reverse' are the ends); got {beta}"
         )
     checks.positive("temperature", temperature)
 

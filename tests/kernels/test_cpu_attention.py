@@ -212,3 +212,32 @@ def test_heads_larger_than_any_block_of_scores():
     inputs = made(shapes(1, 2, 1, 3, 3, 1, 4, 300, 6400))
     grad_out = torch.randn(1, 2, 3, 6400)
     agree(run(inputs, "cpu", grad_out), run(exact(inputs), "reference", grad_out), 1e-4)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, -1, -4194303])
+def test_nan_in_a_query_shows_in_lse_and_gradients(bits):
+    """A row of NaN is not one that sees no key; whatever the bits of the NaN are."""
+    torch.manual_seed(0)
+    inputs = made(shapes(1, 2, 1, 8, 8, 1, 4, 16))
+    with torch.no_grad():
+        inputs[0][0, 1, 5, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out, lse, *gradients = run(inputs, "cpu", torch.ones(1, 2, 8, 16))
+    assert out[0, 1, 5].isnan().all() and lse[0, 1, 5].isnan()
+    assert out.isnan().sum() == 16 and lse.isnan().sum() == 1
+    by_query, by_key, _, by_prompt, _ = gradients
+    assert by_query[0, 1, 5].isnan().all() and by_key.isnan().any() and by_prompt.isnan().any()
+
+
+def test_a_sink_that_takes_everything():
+    torch.manual_seed(0)
+    inputs = made(shapes(1, 2, 1, 3, 3, 1, 4, 8), grad=False)
+    sinks = torch.tensor([torch.inf, 0.0])
+    found = prompt_attention(*inputs, sinks=sinks, return_lse=True, backend="cpu")
+    wanted = prompt_attention(*exact(inputs), sinks=sinks, return_lse=True, backend="reference")
+    agree([t.detach() for t in found], [t.detach() for t in wanted])
+
+
+def test_no_query_heads_leave_gradients_of_zero():
+    inputs = made(shapes(1, 0, 2, 3, 3, 1, 4, 8))
+    out = prompt_attention(*inputs, backend="cpu")
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), inputs))

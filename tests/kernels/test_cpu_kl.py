@@ -220,3 +220,58 @@ def test_tiles_of_the_vocabulary_give_the_same_moments_and_losses(dtype):
     actual, wanted = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, doubled)[0]
     tolerance = 3e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+# --- what surrounds a call --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_changes_nothing(dtype):
+    student, teacher, weight = torch.randn(5, 8), torch.randn(5, 8), torch.randn(40, 8)
+
+    def losses():
+        moments = teacher_moments(teacher, weight, backend="cpu")
+        return [
+            kl_div(student, teacher, reduction="none", backend="cpu"),
+            linear_kl_div(student, teacher, weight, reduction="none", backend="cpu"),
+            linear_kl_div_from_moments(student, moments, weight, reduction="none", backend="cpu"),
+        ]
+
+    expected = losses()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = losses()
+    finally:
+        torch.set_default_dtype(before)
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == torch.float32 and torch.equal(f, e)
+
+
+def test_training_after_an_evaluation_in_inference_mode():
+    """Memory that is kept between calls may have been made in that mode."""
+    teacher, weight = torch.randn(5, 8), torch.randn(51, 8)
+    with torch.inference_mode():
+        linear_kl_div(torch.randn(7, 8), torch.randn(7, 8), weight, backend="cpu")
+    student = torch.randn(5, 8, requires_grad=True)
+    linear_kl_div(student, teacher, weight, backend="cpu").backward()
+    assert (student.grad != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["composed", "cpu"])
+def test_labels_beyond_the_vocabulary_are_refused(backend):
+    student, weight = torch.randn(2, 8), torch.randn(50, 8)
+    with pytest.raises(ValueError, match="labels must be below the vocabulary's size 50; got 60"):
+        linear_kl_div_from_moments(
+            student, None, weight, labels=torch.tensor([3, 60]), label_weight=1.0, backend=backend
+        )
+
+
+@pytest.mark.parametrize("beta", [1e-4, 1 - 1e-4])
+def test_mixtures_of_nearly_one_side(beta):
+    student, teacher = torch.randn(4, 100).requires_grad_(), torch.randn(4, 100)
+    found = kl_div(student, teacher, divergence="jsd", beta=beta, reduction="none", backend="cpu")
+    exact = kl_div(
+        student.double(), teacher.double(), divergence="jsd", beta=beta, reduction="none", backend="reference"
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)

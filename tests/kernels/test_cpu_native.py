@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -76,15 +75,6 @@ def test_one_openmp_runtime_is_loaded_and_it_is_torch_s():
     assert Path(torch.__file__).parent in Path(runtime).parents
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils lists the symbols")
-def test_no_instruction_set_shares_code_with_another(module):
-    """Functions that the linker could merge between copies would run AVX-512 on machines without it."""
-    listing = subprocess.run(["nm", "-C", module.__file__], capture_output=True, text=True, check=True).stdout
-    kernels = [line for line in listing.splitlines() if re.search(r"softprompt::(avx512|avx2|baseline)::", line)]
-    kinds = {line.split()[1] for line in kernels if re.match(r"[0-9a-f]+ ", line)}
-    assert kernels and kinds <= set("tTrRdDbB"), kinds  # no weak (W, V) or unique (u) ones
-
-
 def test_calls_from_several_python_threads_at_once():
     torch.manual_seed(0)
     problems = [[torch.randn(2, 2, 50 + i, 16, requires_grad=True) for _ in range(5)] for i in range(6)]
@@ -123,11 +113,14 @@ def test_a_failed_allocation_is_a_memory_error_and_nothing_comes_out():
 import resource, torch
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.ops import prompt_attention
-inputs = [torch.randn(1, 1, 4, 256, requires_grad=True) for _ in range(5)]
+torch.set_num_threads(4)  # each wants 40 MiB for rows of this size
+inputs = [torch.randn(1, 1, tokens, 8192, requires_grad=True) for tokens in (1024, 1, 1, 1, 1)]
+prompt_attention(*inputs, backend="cpu").sum().backward()
+for tensor in inputs:
+    tensor.grad = None
 out = prompt_attention(*inputs, backend="cpu")
-torch.set_num_threads(512)  # each wants room of its own
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))
 for call in (lambda: prompt_attention(*inputs, backend="cpu"), lambda: out.sum().backward()):
     try:
         call()

@@ -5,13 +5,16 @@ import warnings
 import pytest
 import torch
 
+from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
+
+BUILT = list(dispatch._backends)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_registry(monkeypatch):
-    """The backends that are always there; what was built is tested in tests/kernels."""
+    """The backends that are always there."""
     monkeypatch.setattr(dispatch, "_announced", set())
     monkeypatch.setattr(dispatch, "_backends", [b for b in dispatch._backends if b.name != "cpu"])
     monkeypatch.delenv("SOFTPROMPT_BACKEND", raising=False)
@@ -29,7 +32,19 @@ def chosen(capfd, monkeypatch, **options):
     return capfd.readouterr().err
 
 
-def test_the_composed_backend_is_preferred_on_a_cpu(capfd, monkeypatch):
+def test_the_cpu_backend_is_first_where_it_was_built_and_serves_every_op(capfd, monkeypatch):
+    if native.missing():
+        pytest.skip(f"the cpu backend: {native.missing()}")
+    monkeypatch.setattr(dispatch, "_backends", BUILT)
+    assert "prompt_attention on cpu -> cpu (preferred)" in chosen(capfd, monkeypatch)
+    first = dispatch.available_backends()[0]
+    assert first.name == "cpu" and len(first.ops) == 5
+    double = torch.ones(1, 2, dtype=torch.float64)
+    kl_div(double, double)
+    assert "kl_div on cpu -> composed (cpu: student_logits is torch.float64" in capfd.readouterr().err
+
+
+def test_the_composed_backend_is_preferred_on_a_cpu_without_it(capfd, monkeypatch):
     assert "prompt_attention on cpu -> composed (preferred)" in chosen(capfd, monkeypatch)
 
 

@@ -109,7 +109,7 @@ def test_sixteen_bit_logits_lose_only_the_rounding_of_the_gradient(dtype, backen
 
 ERRORS = [
     ({"divergence": "kl"}, ValueError, "divergence must be one of forward, reverse, jsd; got 'kl'"),
-    ({"beta": 1.0}, ValueError, "beta must be between 0 and 1, both excluded"),
+    ({"beta": 1.0}, ValueError, "beta must be in [0.0001, 1 - 0.0001]"),
     ({"temperature": 0.0}, ValueError, "temperature must be None or a finite number above 0; got 0.0"),
     ({"reduction": "batchmean"}, ValueError, "reduction must be one of mean, sum, none; got 'batchmean'"),
     ({"weights": torch.ones(3)}, ValueError, "weights must have N = 6 elements; got shape [3]"),

@@ -24,7 +24,7 @@ def unsupported(problem: LogitsProblem) -> str | None:
 
 def forward(problem: LogitsProblem) -> Tensor:
     """Loss of each row, [N]."""
-    loss = torch.zeros(problem.student.shape[0])
+    loss = problem.student.new_zeros(problem.student.shape[0], dtype=torch.float32)
     _run(problem, loss, None, None)
     return loss
 

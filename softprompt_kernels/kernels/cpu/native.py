@@ -10,11 +10,10 @@ _why_missing: str | None = None
 _module: ModuleType | None = None
 try:
     _module = importlib.import_module("softprompt_kernels.kernels.cpu._native")
+except ModuleNotFoundError:
+    _why_missing = "its module was not built: install a C++ compiler, g++ or clang++, and install the package again"
 except ImportError as error:
-    _why_missing = (
-        f"its module was not built or cannot be loaded ({error}): install a C++ compiler, g++ or clang++, "
-        f"and install the package again"
-    )
+    _why_missing = f"its module cannot be loaded: {error}"
 
 
 def missing() -> str | None:

@@ -30,7 +30,7 @@ def divergence_(
     need_gradient: bool,
 ) -> Tensor:
     """See `RowWork` of `kernels/linear_kl_div.py`."""
-    loss = torch.empty(student.shape[0])
+    loss = student.new_empty(student.shape[0])
     native.module().kl_rows(
         student=address(student),
         teacher=address(teacher),
@@ -84,5 +84,6 @@ def workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, columns, dtype=dtype)
     kept: Tensor | None = getattr(_kept, "workspace", None)
     if kept is None or kept.numel() < size or kept.dtype != dtype:
-        kept = _kept.workspace = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+            kept = _kept.workspace = torch.empty(size, dtype=dtype)
     return kept[:size].view(rows, columns)
