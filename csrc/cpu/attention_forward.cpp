@@ -73,13 +73,11 @@ SPK_INLINE void rebase(Workspace& ws, int64_t row, float largest) {
 
 // A few rows of scores: S becomes P, and the rows' bases and sums go on.
 template <bool masked, bool capped>
-void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile,
-                        const Seen& seen) {
+void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile, const Seen& seen) {
   Vec largest[kTileRows];
   Vec excess = splat(-kInfinity);
   for (int i = 0; i < rows; ++i) {
-    largest[i] =
-        finish_scores<masked, capped>(problem, ws.runs[row + i], tile, seen, ws.scores + i * kTileKeys);
+    largest[i] = finish_scores<masked, capped>(problem, ws.runs[row + i], tile, seen, ws.scores + i * kTileKeys);
     excess = max(largest[i] - ws.base[row + i], excess);  // NaN where neither has seen a key, and then it is not taken
   }
   if (max_lanes(excess) > kSlack) {

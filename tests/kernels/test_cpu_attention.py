@@ -105,9 +105,10 @@ def test_packed_sequences_at_sizes_with_tails():
 
 
 @pytest.mark.parametrize("window", [None, 3000])
-def test_a_long_prompt_that_few_rows_look_at_is_split_between_threads(threads, window):
-    """One sequence, one key head, two rows: the parts of the prompt are joined, sinks counted once."""
-    threads(5)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_rows_behind_a_long_prompt(threads, window, count):
+    """One sequence, one key head, two rows: several threads take parts of the prompt, and a sink counts once."""
+    threads(count)
     torch.manual_seed(0)
     inputs = made(shapes(1, 2, 1, 1, 3, 1, 4000, 64))
     grad_out, sinks = torch.randn(1, 2, 1, 64), torch.randn(2)
@@ -193,7 +194,8 @@ def test_strides_of_projections_and_of_expanded_tensors():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_only_gradients_that_are_needed_are_made():
+def test_gradients_of_some_inputs_are_those_of_all():
+    """What is not needed is left out in other ways for each choice of inputs."""
     torch.manual_seed(0)
     sizes = shapes(3, 4, 2, 70, 70, 1, 40, 16)
     full = made(sizes)
