@@ -114,6 +114,16 @@ def test_a_small_loss_and_its_gradient_keep_their_digits(distance, kind):
     assert ((gradient.double() - wanted).norm(dim=1) <= 5e-3 * wanted.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+def test_a_kl_keeps_its_relative_accuracy_however_small(distance, kind):
+    """Down to 5e-13, where a difference of two sums of the size of the logits' differences has lost it."""
+    teacher = torch.randn(4, 5000) * 2
+    student = teacher + distance * torch.randn_like(teacher)
+    (loss, _), (expected, _) = run(student, teacher, kind), definition(student, teacher, kind)
+    torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["forward", "reverse"])
 def test_sixteen_bit_logits_are_no_worse_than_pytorch_in_that_dtype(kind, dtype):
