@@ -1,0 +1,47 @@
+"""One launch of one kernel, as data: what a driver runs, and what the ahead-of-time check compiles.
+
+A driver builds its launches from a problem and a target, and a launch built from tensors on the meta device can be
+compiled for any target on any machine. So what is checked is what runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a kernel is compiled, beside its constants."""
+
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel[grid](**arguments, **constants)`."""
+
+    kernel: Any  # a triton.jit function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # tensors (None where there is none), sizes, strides, scalars
+    constants: dict[str, Any]  # the constexpr ones
+    options: Options
+
+    def run(self) -> None:
+        """Launches the kernel on the current stream; nothing for an empty grid."""
+        if all(self.grid):
+            self.kernel[self.grid](
+                **self.arguments,
+                **self.constants,
+                num_warps=self.options.num_warps,
+                num_stages=self.options.num_stages,
+            )
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Tiles of `size` that cover `count` things."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of 2 that is at least `count`, and at least 1."""
+    return 1 << max(0, count - 1).bit_length()
