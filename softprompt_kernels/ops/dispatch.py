@@ -34,6 +34,8 @@ from softprompt_kernels.kernels.reference import attention as reference_attentio
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
 from softprompt_kernels.kernels.reference import linear_kl_div as reference_linear_kl_div
+from softprompt_kernels.kernels.triton import attention as triton_attention
+from softprompt_kernels.kernels.triton import runtime as triton_runtime
 
 REFERENCE = "reference"
 
@@ -158,6 +160,14 @@ register(
             "teacher_moments": reference_expectation,
             "linear_kl_div_from_moments": reference_expectation,
         },
+    )
+)
+register(
+    Backend(
+        "triton",
+        "CUDA and ROCm: kernels in Triton",
+        {"prompt_attention": triton_attention},
+        missing=triton_runtime.missing,
     )
 )
 register(
