@@ -145,13 +145,13 @@ def merge_kernel(
     batch = row // queries // heads
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for split in range(SPLITS):
-        part = tl.load(lse_parts + split * count.to(tl.int64) + row, mask=valid, other=float("-inf"))
+        part = tl.load(lse_parts + split * tl.cast(count, tl.int64) + row, mask=valid, other=float("-inf"))
         m = tl.maximum(m, part)
     base = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros([BLOCK_M], tl.float32)
     output = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(SPLITS):
-        at = split * count.to(tl.int64) + row
+        at = split * tl.cast(count, tl.int64) + row
         weight = tl.exp2(tl.load(lse_parts + at, mask=valid, other=float("-inf")) - base)
         total += weight
         output += weight[:, None] * load_tile(out_parts + at * SIZE, valid, SIZE, BLOCK_D, True)
