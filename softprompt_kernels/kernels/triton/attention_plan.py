@@ -117,8 +117,13 @@ def _variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Va
 
 
 def _descriptors(problem: AttentionProblem, target: Target) -> bool:
-    """Whether keys are loaded by tensor descriptors, which want 16-byte boundaries: from sm_90 on they become TMA."""
+    """Whether keys are loaded by tensor descriptors, which want 16-byte boundaries: from sm_90 on they become TMA.
+
+    Not for fp32 products without tensor cores: those want operands in registers, and would spill.
+    """
     if target.backend != "cuda" or int(target.arch) < 90:
+        return False
+    if problem.query.dtype == torch.float32 and float32_precision() == "ieee":
         return False
     tensors = (problem.key, problem.value, problem.prompt_key, problem.prompt_value)
     return all(

@@ -18,6 +18,7 @@ class Options:
 
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread, None: the assembler's choice
 
 
 @dataclass(frozen=True)
