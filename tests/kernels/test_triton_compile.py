@@ -1,0 +1,157 @@
+"""Kernels compiled for GPUs that are not here: what the check finds, and what it says of those that are shipped."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.triton import ahead_of_time
+from softprompt_kernels.kernels.triton.ahead_of_time import Report, Request
+from softprompt_kernels.kernels.triton.launch import Launch, Options
+from softprompt_kernels.kernels.triton.targets import TARGETS
+
+if ahead_of_time.unavailable():
+    pytest.skip(str(ahead_of_time.unavailable()), allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+CHECKED = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@triton.jit
+def product(
+    left, right, bias, out, rows, columns, depth, stride_left, stride_right, stride_out, scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = scale · left right + bias, where there is a bias."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(left + m * stride_left + k[None, :], mask=(m < rows) & (k[None, :] < depth), other=0)
+        b = tl.load(right + k[:, None] * stride_right + n, mask=(k[:, None] < depth) & (n < columns), other=0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < columns, other=0)
+    tl.store(out + m * stride_out + n, (total * scale).to(out.dtype.element_ty), mask=(m < rows) & (n < columns))
+
+
+@triton.jit
+def total_of_rows(values, out, columns, stride, BLOCK_N: tl.constexpr):
+    """out[n] = Σ values[n, :]."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        total += tl.load(values + row * stride + n, mask=n < columns, other=0).to(tl.float32)
+    tl.atomic_add(out, tl.sum(total))
+
+
+class Matrix(NamedTuple):
+    base: torch.Tensor
+    stride: int
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+
+
+@triton.jit
+def copy(source, out, TILE: tl.constexpr):
+    """A kernel whose arguments are tuples."""
+    at = tl.arange(0, TILE.block_m)[:, None] * source.stride + tl.arange(0, TILE.block_n)[None, :]
+    tl.store(out.base + at, tl.load(source.base + at))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def product_launch(tile: int = 64, depth_tile: int = 32, stages: int = 2) -> Launch:
+    dtype, depth = torch.bfloat16, 4096
+    return Launch(
+        product,
+        (1, 1),
+        {
+            "left": empty(8192, depth, dtype=dtype), "right": empty(depth, 512, dtype=dtype), "bias": None,
+            "out": empty(8192, 512, dtype=dtype), "rows": 8192, "columns": 512, "depth": depth,
+            "stride_left": depth, "stride_right": 512, "stride_out": 1, "scale": 2.0,
+        },
+        {"BLOCK_M": tile, "BLOCK_N": tile, "BLOCK_K": depth_tile},
+        Options(4, stages),
+    )  # fmt: skip
+
+
+def rows_launch(dtype: torch.dtype = torch.float16, columns: int = 50257) -> Launch:
+    arguments = {"values": empty(8, columns, dtype=dtype), "out": empty(1, dtype=torch.float32)}
+    return Launch(
+        total_of_rows, (8,), {**arguments, "columns": columns, "stride": columns}, {"BLOCK_N": 1024}, Options(4, 2)
+    )
+
+
+def compile_for(*targets: str, launches: list[Launch]) -> list[Report]:
+    requests = [Request("test", launch, TARGETS[target]) for target in targets for launch in launches]
+    return ahead_of_time.compile_all(ahead_of_time.distinct(requests))
+
+
+def test_each_chip_gets_its_matrix_instruction_for_the_same_tile() -> None:
+    reports = compile_for(*CHECKED, launches=[product_launch()])
+    assert [report.code.matrix for report in reports] == [("mma.sync",), ("wgmma",), ("tcgen05",), ("mfma",)]
+    assert not any(report.violations for report in reports)
+    for report in reports:
+        assert report.code.registers > 0 and report.shared_memory > 0 and report.occupancy > 0
+    assert all("cp.async" in report.code.copies for report in reports[:3])
+
+
+def test_a_kernel_without_products_has_none_and_is_seen_to_use_atomics() -> None:
+    for report in compile_for("sm_90", "gfx942", launches=[rows_launch()]):
+        assert report.code.matrix == () and report.expected is None
+        assert report.code.atomics >= 1
+        assert not report.violations
+
+
+def test_arguments_are_specialised_as_the_launcher_does_it() -> None:
+    (report,) = compile_for("sm_80", launches=[product_launch()])
+    assert report.signature["left"] == "*bf16" and report.signature["depth"] == "i32"
+    assert report.signature["scale"] == "fp32"
+    assert report.constants == {"bias": None, "stride_out": 1, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+
+
+def test_parts_of_tuples_have_names() -> None:
+    matrices = {name: Matrix(empty(64, stride), stride) for name, stride in (("source", 64), ("out", 1))}
+    (report,) = compile_for("sm_80", launches=[Launch(copy, (1,), matrices, {"TILE": Tile(16, 64)}, Options(4, 2))])
+    assert not report.violations
+    assert report.signature == {"source.base": "*bf16", "source.stride": "i32", "out.base": "*bf16"}
+    assert report.constants == {"out.stride": 1, "TILE.block_m": 16, "TILE.block_n": 64}
+
+
+def test_large_sizes_are_64_bits_wide() -> None:
+    launch = rows_launch(columns=2**31 + 1)
+    (source,) = ahead_of_time.distinct([Request("test", launch, TARGETS["sm_90"])])
+    assert source.signature["columns"] == "i64"
+
+
+def test_what_the_compiler_cannot_tell_apart_is_compiled_once() -> None:
+    target = TARGETS["sm_80"]
+    wide = [rows_launch(columns=128 * 1024), rows_launch(columns=256 * 1024)]  # multiples of 16 both
+    launches = {"one": wide[0], "two": wide[1], "odd": rows_launch(columns=50257)}
+    sources = ahead_of_time.distinct([Request(name, launch, target) for name, launch in launches.items()])
+    assert [source.examples for source in sources] == [["one", "two"], ["odd"]]
+
+
+def test_a_tile_that_fits_neither_registers_nor_shared_memory_is_a_violation() -> None:
+    (report,) = compile_for("sm_86", launches=[product_launch(tile=256, depth_tile=64, stages=3)])
+    assert report.code.stack > 0 and report.occupancy == 0
+    assert any("spills" in violation for violation in report.violations)
+    assert any("shared memory" in violation for violation in report.violations)
+
+
+def test_a_kernel_that_does_not_compile_is_a_violation_and_spares_the_others() -> None:
+    broken = product_launch()
+    broken.constants["BLOCK_M"] = 48  # not a power of 2
+    reports = compile_for("sm_80", launches=[broken, rows_launch()])
+    assert reports[0].code is None and "does not compile" in reports[0].violations[0]
+    assert not reports[1].violations
