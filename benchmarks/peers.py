@@ -1,0 +1,76 @@
+"""Other packages' kernels for the same losses, from PyPI, called the way that their own modules call them.
+
+    pip install --no-deps liger-kernel flash-linear-attention fla-core einops
+
+None of them is needed; what is missing, or cannot run in Triton's interpreter, is left out with a reason. What these
+packages ask of a GPU is answered here, and nothing of theirs is copied:
+
+- Liger multiplies 16-bit hidden states to fp32 logits on a GPU, and in two steps, over 16-bit logits, elsewhere. Here
+  it takes the GPU's way, in which it needs less memory and moves fewer bytes.
+- A frozen head and a student that needs a gradient are asked for in all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LIGER_LOGITS = "Liger JSD (β 0) of log-softmaxes"
+LIGER_HIDDEN = "Liger fused_linear_jsd (β 0)"
+FLA_HIDDEN = "fla fused_kl_div (16-bit logits)"
+PACKAGES = {LIGER_LOGITS: "liger_kernel", LIGER_HIDDEN: "liger_kernel", FLA_HIDDEN: "fla"}
+PYPI = {"liger_kernel": "liger-kernel", "fla": "flash-linear-attention fla-core einops"}
+
+
+def missing(way: str) -> str | None:
+    """Why a way cannot be run; None if it can, or is no peer's."""
+    package = PACKAGES.get(way)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"{package} is not installed: pip install --no-deps {PYPI[package]}"
+
+
+def liger_logits(student: Tensor, teacher: Tensor) -> Tensor:
+    """Liger's kernel takes log-probabilities."""
+    from liger_kernel.transformers.functional import liger_jsd
+
+    return liger_jsd(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), beta=0.0)
+
+
+def liger_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
+    """Loss and gradient are both of its forward."""
+    from liger_kernel.ops import fused_linear_jsd
+
+    fused_linear_jsd._project_to_float32 = _project_to_float32
+    return fused_linear_jsd.fused_linear_jsd_forward(
+        student, weight, teacher, weight, None, 0.0, -100, has_label=False, temperature=1.0
+    )
+
+
+def fla_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
+    """Loss and gradient are both of its forward."""
+    from fla.modules.fused_kl_div.ops import fused_kl_div_fwd
+
+    return fused_kl_div_fwd(
+        x=student,
+        target_x=teacher,
+        weight=weight,
+        target_weight=weight,
+        reduction="batchmean",
+        use_dx=True,
+        use_dw=False,
+    )
+
+
+FROM_LOGITS = {LIGER_LOGITS: liger_logits}
+FROM_HIDDEN = {LIGER_HIDDEN: liger_hidden, FLA_HIDDEN: fla_hidden}
+
+
+def _project_to_float32(hidden: Tensor, weight: Tensor) -> Tensor:
+    if hidden.device.type == "meta":
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.t().float()
