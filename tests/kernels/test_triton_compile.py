@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from softprompt_kernels.kernels.triton import ahead_of_time
+from softprompt_kernels.kernels.triton import ahead_of_time, shipped
 from softprompt_kernels.kernels.triton.ahead_of_time import Report, Request
 from softprompt_kernels.kernels.triton.launch import Launch, Options
 from softprompt_kernels.kernels.triton.targets import TARGETS
@@ -155,3 +156,81 @@ def test_a_kernel_that_does_not_compile_is_a_violation_and_spares_the_others() -
     reports = compile_for("sm_80", launches=[broken, rows_launch()])
     assert reports[0].code is None and "does not compile" in reports[0].violations[0]
     assert not reports[1].violations
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+REPRESENTATIVE = (
+    "attention training D64 bf16",
+    "attention training D128 bf16",
+    "attention training D128 fp16",
+    "attention decoding D128 bf16",
+    "kl_div forward N1024 V128256 bf16",
+    "linear_kl_div forward N1024 V128256 bf16",
+    "teacher_moments N1024 V128256 bf16",
+)
+"""Examples that are compiled at every run of the tests; `make compile` compiles all of them for all targets."""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Report]:
+    """The representative kernels for the targets that are checked."""
+    examples = {example.name: example for example in shipped.examples()}
+    requests = [
+        Request(name, launch, TARGETS[target])
+        for target in CHECKED
+        for name in REPRESENTATIVE
+        for launch in examples[name].launches(TARGETS[target])
+    ]
+    return ahead_of_time.compile_all(ahead_of_time.distinct(requests))
+
+
+def test_shipped_kernels_spill_nothing_and_fit_the_chip(compiled: list[Report]) -> None:
+    wrong = [f"{r.kernel} on {r.target} ({r.examples[0]}): {r.violations}" for r in compiled if r.violations]
+    assert not wrong, "\n".join(wrong)
+    assert {report.target for report in compiled} == set(CHECKED)
+
+
+def test_16_bit_attention_is_wgmma_on_sm_90_and_row_work_has_no_products(compiled: list[Report]) -> None:
+    hopper = [report for report in compiled if report.target == "sm_90"]
+    attention = [r for r in hopper if r.expected is not None and "training" in r.examples[0]]
+    assert len(attention) >= 6
+    for report in attention:
+        assert "wgmma" in report.code.matrix, f"{report.kernel} of {report.examples[0]}"
+    rows = [report for report in compiled if not report.examples[0].startswith("attention")]
+    assert len(rows) >= 3 * len(CHECKED)
+    for report in rows:
+        assert report.code.matrix == () and report.expected is None
+        assert max(report.code.load_bytes, default=16) == 16 or "cp.async" in report.code.copies
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_attention_configuration_is_reached_by_an_example(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softprompt_kernels.kernels.triton import attention_configs
+
+    reached: set[int] = set()
+    choose = attention_configs.choose
+
+    def noted(*arguments: object) -> object:
+        tiles = choose(*arguments)
+        reached.add(id(tiles))
+        return tiles
+
+    monkeypatch.setattr(attention_configs, "choose", noted)
+    for example in shipped.examples():
+        example.launches(TARGETS[target])
+    chip = TARGETS[target]
+    for kernel, families in attention_configs.CONFIGS.items():
+        family = next(name for name in (chip.name, chip.backend, "") if name in families)
+        for element, by_head in families[family].items():
+            for head, tiles in by_head.items():
+                assert id(tiles) in reached, f"{kernel} on {target}: {element} bytes, heads of {head}"
+
+
+def test_examples_have_names_of_their_own_and_no_memory() -> None:
+    names = [example.name for example in shipped.examples()]
+    assert len(set(names)) == len(names)
+    for example in shipped.examples():
+        for launch in example.launches(TARGETS["sm_90"]):
+            tensors = [value for value in tree_leaves(launch.arguments) if isinstance(value, torch.Tensor)]
+            assert tensors and all(tensor.device.type == "meta" for tensor in tensors)
