@@ -5,8 +5,8 @@
 None of them is needed; what is missing, or cannot run in Triton's interpreter, is left out with a reason. What these
 packages ask of a GPU is answered here, and nothing of theirs is copied:
 
-- Liger multiplies 16-bit hidden states to fp32 logits on a GPU, and in two steps, over 16-bit logits, elsewhere. Here
-  it takes the GPU's way, in which it needs less memory and moves fewer bytes.
+- Liger multiplies 16-bit hidden states to fp32 logits on a GPU, and in two steps, over 16-bit logits, elsewhere. On
+  tensors without data it takes the GPU's way, in which it needs less memory and moves fewer bytes.
 - A frozen head and a student that needs a gradient are asked for in all of them.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,11 @@ def liger_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
     """Loss and gradient are both of its forward."""
     from liger_kernel.ops import fused_linear_jsd
 
-    fused_linear_jsd._project_to_float32 = _project_to_float32
-    return fused_linear_jsd.fused_linear_jsd_forward(
-        student, weight, teacher, weight, None, 0.0, -100, has_label=False, temperature=1.0
-    )
+    project = _project_on_a_gpu if student.device.type == "meta" else fused_linear_jsd._project_to_float32
+    with patch.object(fused_linear_jsd, "_project_to_float32", project):
+        return fused_linear_jsd.fused_linear_jsd_forward(
+            student, weight, teacher, weight, None, 0.0, -100, has_label=False, temperature=1.0
+        )
 
 
 def fla_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
@@ -70,7 +72,5 @@ FROM_LOGITS = {LIGER_LOGITS: liger_logits}
 FROM_HIDDEN = {LIGER_HIDDEN: liger_hidden, FLA_HIDDEN: fla_hidden}
 
 
-def _project_to_float32(hidden: Tensor, weight: Tensor) -> Tensor:
-    if hidden.device.type == "meta":
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return hidden.float() @ weight.t().float()
+def _project_on_a_gpu(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
