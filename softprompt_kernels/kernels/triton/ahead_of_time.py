@@ -67,12 +67,13 @@ class Source:
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
     examples: list[str]  # that asked for it
+    refusal: str | None = None  # why the launcher would not take it
 
     @property
     def key(self) -> str:
         """The same for what need not be compiled twice."""
         kernel = self.launch.kernel
-        seen = (self.signature, self.constants, self.attributes, self.options, self.target.name)
+        seen = (self.signature, self.constants, self.attributes, self.options, self.target.name, self.refusal)
         return f"{kernel.__module__}.{kernel.__name__} {seen}"
 
 
@@ -128,8 +129,11 @@ def _specialise(launch: Launch, target: Target) -> Source:
     # The launcher's default, said aloud: it is about to change, and warns.
     options = {**asdict(launch.options), "enable_fp_fusion": True}
     options = {name: value for name, value in options.items() if value is not None}
-    bound, specialisation, _ = bind(**launch.arguments, **launch.constants)
-    _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialisation, options)
+    try:
+        bound, specialisation, _ = bind(**launch.arguments, **launch.constants)
+        _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialisation, options)
+    except (TypeError, KeyError, ValueError) as error:  # an argument, or an option that this kind of GPU does not have
+        return Source(launch, target, {}, {}, {}, options, [], refusal=" ".join(map(str, error.args)))
     return Source(launch, target, signature, constants, attributes, options, [])
 
 
@@ -146,6 +150,8 @@ def _compile(source: Source) -> Report:
         "signature": {name: kind for name, kind in _flat(source.signature.items()).items() if kind != "constexpr"},
         "options": asdict(source.launch.options),
     }
+    if source.refusal is not None:
+        return Report(**common, violations=(f"cannot be launched: {source.refusal}",))
     try:
         ast = ASTSource(kernel, source.signature, source.constants, source.attributes)
         made = triton_compile(ast, target=_gpu(target), options=source.options)

@@ -196,6 +196,7 @@ def _floats(count: int) -> Tensor:
 def _attention() -> Iterator[Example]:
     """Every head size where most is trained; other shapes, dtypes and features where they change what is compiled."""
     powers = ((64, 64), (128, 128), (256, 256))
+    cases: list[tuple[str, tuple[int, int], str, str | None]]
     cases = [("training", head, "bf16", None) for head in HEAD_SIZES]
     cases += [("training", head, dtype, None) for head in powers for dtype in ("fp16", "fp32", "tf32")]
     cases += [(shape, (128, 128), "bf16", None) for shape in SHAPES if shape != "training"]
@@ -258,6 +259,7 @@ def _head_launches(problem: HeadProblem, target: Target) -> list[Launch]:
 
 
 def _expectations() -> Iterator[Example]:
+    cases: list[tuple[int, str, int, str | None]]
     cases = [(VOCABULARIES[1], dtype, TOKENS, None) for dtype in ("bf16", "fp16", "fp32")]
     cases += [(VOCABULARIES[0], "bf16", TOKENS, None), (VOCABULARIES[1], "bf16", FEW_TOKENS, None)]
     cases += [(VOCABULARIES[1], "bf16", TOKENS, feature) for feature in ("bias", "labels", "weights")]
