@@ -69,7 +69,7 @@ def row(report: Report) -> tuple[str, ...]:
     return (
         *cells,
         str(code.registers),
-        str(code.stack or code.spilled),
+        str(code.stack or code.spilled) + (f" ({code.scalars} scalars)" if code.scalars else ""),
         f"{report.shared_memory / 1024:.0f} KiB",
         str(report.occupancy),
         "+".join(code.matrix),

@@ -49,7 +49,7 @@ def test_tma_is_told_from_other_asynchronous_copies() -> None:
 
 def test_amd_code_is_its_metadata_and_its_instructions() -> None:
     code = amd(GFX)
-    assert (code.registers, code.stack, code.spilled) == (92, 12, 5)
+    assert (code.registers, code.stack, code.spilled, code.scalars) == (92, 12, 3, 2)
     assert code.matrix == ("mfma",)
     assert code.load_bytes == (16,) and code.store_bytes == (2,)
 

@@ -207,7 +207,7 @@ def _violations(code: Code, target: Target, shared: int, expected: str | None) -
     if code.stack:
         yield f"spills {code.stack} bytes a thread"
     if code.spilled:
-        yield f"moves {code.spilled} registers"
+        yield f"moves {code.spilled} vector registers"
     if shared > target.shared_memory:
         yield f"takes {shared} bytes of shared memory of {target.shared_memory}"
     # A newer instruction does for an older one: a chip may make more of a tile than is asked of it.

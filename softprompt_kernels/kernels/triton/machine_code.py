@@ -26,7 +26,8 @@ class Code:
 
     registers: int  # a thread
     stack: int  # bytes of local memory a thread: where spilled registers go
-    spilled: int  # registers that AMD's compiler moved elsewhere; NVIDIA's are in the stack
+    spilled: int  # vector registers that AMD's compiler moved, to the stack or to registers of matrix products
+    scalars: int  # scalar registers that it keeps in lanes of vector registers: no memory, but instructions
     matrix: tuple[str, ...]  # kinds of matrix products
     copies: tuple[str, ...]  # kinds of asynchronous copies from global to shared memory
     load_bytes: tuple[int, ...]  # that one thread reads from global memory at once, widths that occur
@@ -51,6 +52,7 @@ def nvidia(usage: str, ptx: str) -> Code:
         registers=_number(r"REG:(\d+)", usage),
         stack=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
         spilled=0,
+        scalars=0,
         matrix=_present(ptx, {MMA: r"\bmma\.sync", WGMMA: r"\bwgmma\.mma_async", TCGEN05: r"\btcgen05\.mma"}),
         copies=_present(ptx, {CP_ASYNC: r"\bcp\.async\.c[ag]\.", TMA: r"\bcp\.async\.bulk\.tensor"}),
         load_bytes=_widths(r"\bld\.global[\w.:]*", ptx),
@@ -66,7 +68,8 @@ def amd(amdgcn: str) -> Code:
     return Code(
         registers=_number(r"\.vgpr_count:\s*(\d+)", amdgcn),
         stack=_number(r"\.private_segment_fixed_size:\s*(\d+)", amdgcn),
-        spilled=sum(_number(rf"\.{kind}_spill_count:\s*(\d+)", amdgcn) for kind in ("vgpr", "sgpr")),
+        spilled=_number(r"\.vgpr_spill_count:\s*(\d+)", amdgcn),
+        scalars=_number(r"\.sgpr_spill_count:\s*(\d+)", amdgcn),
         matrix=_present(amdgcn, {MFMA: r"\bv_mfma_"}),
         copies=(),
         load_bytes=tuple(sorted({_amd_width(kind) for kind in loads})),
