@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ALLOCATES_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 WRITES_ONLY = {"fill_", "zero_", "copy_", "normal_", "uniform_"}  # of the argument that they change
 
 
@@ -64,7 +65,7 @@ class AtenTraffic(TorchDispatchMode):
         self.peak = max(self.peak, self.kept)
         name = function._overloadpacket.__name__
         if not function.is_view and name not in ALLOCATES_ONLY:
-            self._count(function, name, args, kwargs, inputs, outputs, result)
+            self._count(function, name, args, kwargs, outputs, result)
         return result
 
     def _watch(self, tensor: Tensor) -> None:
@@ -72,33 +73,18 @@ class AtenTraffic(TorchDispatchMode):
         if storage._cdata not in self._known and storage._cdata not in self._alive:
             self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
-    def _count(
-        self, function: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor], result: Any
-    ) -> None:
+    def _count(self, function: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor], result: Any) -> None:
         if not outputs:
             return
-        changed = [
-            value
-            for argument, value in _arguments(function, args, kwargs)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-        overwritten = changed if name in WRITES_ONLY or any(value is kwargs.get("out") for value in changed) else []
+        given = args[1:] if name in WRITES_ONLY else args
+        read = tree_leaves((given, {key: value for key, value in kwargs.items() if key != "out"}))
         self.operations += 1
-        self.read += sum(_bytes(tensor) for tensor in inputs if all(tensor is not other for other in overwritten))
+        self.read += sum(_bytes(tensor) for tensor in read if isinstance(tensor, Tensor))
         self.written += sum(_bytes(tensor) for tensor in outputs)
         flop = flop_registry.get(function._overloadpacket)
-        if flop is not None:
-            options = {key: value for key, value in kwargs.items() if key not in ("out", "out_dtype")}
-            self.flop += int(flop(*args, **options, out_val=result))
-
-
-def _arguments(function: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    for index, argument in enumerate(function._schema.arguments):
-        if argument.kwarg_only or index >= len(args):
-            if argument.name in kwargs:
-                yield argument, kwargs[argument.name]
-        else:
-            yield argument, args[index]
+        if flop is not None and name in PRODUCTS:
+            operands = [value for value in args if isinstance(value, Tensor)]  # dtypes and factors change no count
+            self.flop += int(flop(*operands, out_val=result))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -5,18 +5,19 @@
 | attention | B sequences behind a shared prompt, forward, and backward to all five inputs |
 | kl | two matrices of logits, forward KL and its gradient |
 | linear | hidden states of both sides and a shared frozen head, N 8192, d 4096, V 128256, bf16; KL and gradient |
+| moments | the same, the teacher having been reduced before |
 
 Floors, in bytes. Attention forward: inputs and results once; backward: a pass over rows reads inputs, dO, out and lse
 and writes dQ, a pass over keys reads inputs, dO, lse and rowsum(dO∘out) again and writes the other gradients. kl: both
-logits forward, both again and the gradient backward. linear: the head twice, for the logits and for the way back,
+logits forward, both again and the gradient backward. The others: the head twice, for the logits and for the way back,
 hidden states and the gradient once; the logits would never leave the chip, which no way here achieves.
 
 Interpreted problems are small, and so is the GPU they are planned for: `small_gpu(16)` has 16 multiprocessors, which is
 the group of programs that share an L2 cache in traffic.py too.
 
-`linear` is too large for the interpreter and is put together: PyTorch's operations and the memory from a run on tensors
-without data, where kernels are skipped, and the kernels' traffic from a run of few rows at the full V, fp16 in place of
-bf16, times the rows. All of these kernels work row by row.
+`linear` and `moments` are too large for the interpreter and are put together: PyTorch's operations and the memory from
+a run on tensors without data, where kernels are skipped, and the kernels' traffic from a run of few rows at the full V,
+fp16 in place of bf16, times the rows. All of these kernels work row by row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import peers
@@ -39,6 +41,7 @@ from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadProble
 from softprompt_kernels.kernels.triton import targets
 
 MULTIPROCESSORS = 16
+Prepare = Callable[[Tensor, Tensor, Tensor], Callable[[], Any]]  # of student, teacher and head: does the work once
 OURS, PEER, COMPOSED = "ours", "peer", "plain PyTorch"
 TRITON = "triton"
 
@@ -264,53 +267,87 @@ class HeadCase:
 
 
 def count_head(case: HeadCase) -> list[Count]:
-    """Loss and gradient by the student, of every way; memory and PyTorch's part at the full size."""
-    ways: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Any]]] = {
+    """Loss and gradient by the student with a live teacher, of every way."""
+    ways: dict[str, tuple[str, Prepare]] = {
         "linear_kl_div": (OURS, live),
         "F.kl_div of all logits": (COMPOSED, _plain_head),
         **{name: (PEER, way) for name, way in peers.FROM_HIDDEN.items()},
     }
-    floor = 2 * (2 * case.vocab * case.size + 3 * case.tokens * case.size)
-    return [_composition(case, name, role, way, floor) for name, (role, way) in ways.items()]
+    return [_composition("linear", case, name, role, way, 16) for name, (role, way) in ways.items()]
 
 
-def live(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
+def count_moments(case: HeadCase) -> list[Count]:
+    """The same with what an earlier pass of the teacher has left: moments, or all its probabilities."""
+    ways: dict[str, tuple[str, Prepare]] = {
+        "linear_kl_div_from_moments": (OURS, from_moments),
+        **{name: (PEER, way) for name, way in peers.FROM_PROBABILITIES.items()},
+    }
+    return [_composition("moments", case, name, role, way, case.size) for name, (role, way) in ways.items()]
+
+
+def live(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
     """The driver itself: on tensors without data the op would be simulated."""
     from softprompt_kernels.kernels.triton import linear_kl_div
 
     head = Head(weight, None, None, 1.0)
     problem = HeadProblem(student, teacher, head, head, None, Divergence("forward", 0.5, 1.0), None)
-    return linear_kl_div.forward(problem, need_gradient=True)
+    return partial(linear_kl_div.forward, problem, need_gradient=True)
 
 
-def _plain_head(student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
+def from_moments(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
+    """The driver; moments are made before."""
+    from softprompt_kernels.kernels import moments
+    from softprompt_kernels.kernels.triton import expectation
+
+    mean, entropy = torch.empty_like(teacher, dtype=torch.float32), student.new_empty(len(student), dtype=torch.float32)
+    head = Head(weight, None, None, 1.0)
+    problem = moments.MomentsProblem(student, mean, entropy, None, head, None, 0.0, None, 1.0, None)
+    return partial(moments.forward, problem, True, expectation.forward)
+
+
+def _plain_head(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
     """What autograd keeps and makes: log-probabilities in fp32, and their gradient."""
-    ours = F.log_softmax((student @ weight.T).float(), dim=-1)
-    theirs = F.log_softmax((teacher @ weight.T).float(), dim=-1)
-    loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    by_logits = (ours.exp() - theirs.exp()).to(weight.dtype)
-    return loss, by_logits @ weight
+
+    def run() -> Any:
+        ours = F.log_softmax((student @ weight.T).float(), dim=-1)
+        theirs = F.log_softmax((teacher @ weight.T).float(), dim=-1)
+        loss = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        by_logits = (ours.exp() - theirs.exp()).to(weight.dtype)
+        return loss, by_logits @ weight
+
+    return run
 
 
-def _composition(case: HeadCase, name: str, role: str, way: Callable[..., Any], floor: int) -> Count:
+def _composition(suite: str, case: HeadCase, name: str, role: str, way: Prepare, sampled_size: int) -> Count:
+    floor = 2 * (2 * case.vocab * case.size + 3 * case.tokens * case.size)
     if reason := peers.missing(name):
-        return _left_out("linear", case.name, name, role, floor, reason)
+        return _left_out(suite, case.name, name, role, floor, reason)
     shapes = [(case.tokens, case.size), (case.tokens, case.size), (case.vocab, case.size)]
-    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    run = way(*(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes))
     gc.collect()
     with torch.no_grad(), unlaunched() as kernels, AtenTraffic() as aten:
-        result = way(*tensors)
+        result = run()
     del result
-    few = [torch.zeros(size, 16, dtype=torch.float16) for size in (case.sampled, case.sampled, case.vocab)]
+    run = way(*_few(case, sampled_size))
     with torch.no_grad(), Traffic(MULTIPROCESSORS) as traffic:
-        way(*few)
+        run()
     times = case.tokens / case.sampled
     issued = int(traffic.total("issued") * times)
     return Count(
-        "linear", case.name, name, role, floor, issued, issued, aten.read + aten.written,
+        suite, case.name, name, role, floor, issued, issued, aten.read + aten.written,
         aten.flop, int(traffic.total("exponentials") * times), int(traffic.total("atomics") * times), len(kernels),
         aten.operations, aten.peak, "bf16", {"kernels": _kernels(traffic), "rows": case.sampled},
     )  # fmt: skip
+
+
+def _few(case: HeadCase, size: int) -> list[Tensor]:
+    """Hidden states of few rows and a head, whose logits are random although most of both is 0."""
+    student, teacher, weight = (
+        torch.zeros(rows, size, dtype=torch.float16) for rows in (case.sampled, case.sampled, case.vocab)
+    )
+    student[:, 0] = teacher[:, 0] = 1
+    weight[:, 0] = torch.randn(case.vocab, generator=torch.Generator().manual_seed(0)).half()
+    return [student, teacher, weight]
 
 
 def _left_out(suite: str, case: str, way: str, role: str, floor: int, reason: str) -> Count:

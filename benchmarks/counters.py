@@ -1,6 +1,6 @@
 """Bytes, FLOP, exponentials, launches and memory of our GPU kernels, of peers' kernels and of their floors, counted.
 
-    python -m benchmarks.counters [attention kl linear] [--json runs/bench/counters.json]
+    python -m benchmarks.counters [attention kl linear moments] [--json runs/bench/counters.json]
 
 No GPU is needed, and no time is measured: see traffic.py for what is counted and by which model, counted.py for the
 problems and their floors, roofline.py for what the last column is a bound of. Two minutes.
@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from roofline import GPUS, bound
 
-WIDTH = 170
+WIDTH = 200
 COLUMNS = (
     "moved MB", "× floor", "issued MB", "torch MB", "GFLOP", "M exp", "atomics", "launches", "torch ops", "peak MB",
 )  # fmt: skip
@@ -34,6 +34,7 @@ SUITES = {
     "attention": lambda: [count for case in counted.ATTENTION for count in counted.count_attention(case)],
     "kl": lambda: counted.count_logits(counted.LogitsCase()),
     "linear": lambda: counted.count_head(counted.HeadCase()),
+    "moments": lambda: counted.count_moments(counted.HeadCase()),
 }
 
 
@@ -85,6 +86,7 @@ def table(records: list[Record]) -> Table:
     made.columns[0].no_wrap = True
     for column in (*COLUMNS, f"bound µs: {', '.join(GPUS)}"):
         made.add_column(column, justify="right")
+    made.columns[-1].no_wrap = True
     shown = None
     for record in sorted(records, key=lambda record: order.index((record["suite"], record["case"]))):
         problem = f"{record['suite']} {record['case']}"

@@ -202,17 +202,12 @@ class Loss:
         }
 
 
-def _peer(way: Callable[..., Any]) -> Way:
-    """Its loss is a sum over the tokens, or divided by their number already; only gradients of one scale compare."""
+def _peer(way: Callable[..., Callable[[], Any]]) -> Way:
+    """Of what a peer returns, loss and gradient."""
 
     def prepare(inputs: kl_ways.Inputs) -> Callable[[], Results]:
-        tensors = tuple(tensor.detach() for tensor in inputs)
-
-        def run() -> Results:
-            loss, gradient, *_ = way(*tensors)
-            return loss, gradient
-
-        return run
+        run = way(*(tensor.detach() for tensor in inputs))
+        return lambda: tuple(run()[:2])
 
     return prepare
 

@@ -136,6 +136,10 @@ def test_operations_of_pytorch_count_what_they_read_write_and_multiply(device: s
     assert (traffic.operations, traffic.flop) == (1, 2 * 8 * 4 * 16)
     assert (traffic.read, traffic.written) == (4 * (8 * 4 + 4 * 16), 4 * 8 * 16)
     with AtenTraffic() as traffic:
+        torch.addmm(out, left, right, out=out)  # adds to what it writes
+    assert traffic.read == 4 * (8 * 16 + 8 * 4 + 4 * 16)
+    assert traffic.flop == 2 * 8 * 4 * 16
+    with AtenTraffic() as traffic:
         out.add_(1)
         out.zero_()
         out[:2].copy_(out[2:4])
@@ -194,9 +198,7 @@ def test_our_counts_are_within_what_is_required(small: None) -> None:
     assert not [one for one in required if not one.holds]
 
 
-def test_the_table_names_ways_floors_and_what_is_required(tmp_path: Path) -> None:
-    if runtime.missing():
-        pytest.skip(str(runtime.missing()))
+def test_the_table_names_ways_floors_and_what_is_required(small: None, tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
     command = [sys.executable, "-m", "benchmarks.counters", "kl", "--json", str(written)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
