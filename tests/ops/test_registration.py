@@ -54,7 +54,8 @@ def test_kl_div_passes_opcheck(backend):
     options = ("jsd", 0.3, 2.0, 28, backend)
     inputs = (made(TOKENS, VOCAB, grad=True), made(TOKENS, VOCAB), torch.tensor([1, 0, 2, 0.5, 1, 1]), *options)
     torch.library.opcheck(kl_div_forward, inputs, test_utils=ALL)
-    arguments = (torch.ones(TOKENS), inputs[0].detach(), *inputs[1:])
+    _, statistics = kl_div_forward(inputs[0].detach(), *inputs[1:])
+    arguments = (torch.ones(TOKENS), statistics, inputs[0].detach(), *inputs[1:])
     torch.library.opcheck(kl_div_backward, arguments, test_utils=FORWARD_ONLY)
 
 
