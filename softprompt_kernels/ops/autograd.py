@@ -13,9 +13,11 @@ NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be diff
 
 
 def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a kernel with autocast off: the op has already chosen its dtypes."""
+    """Calls a kernel on its device with autocast off: the op has already chosen its dtypes."""
     enabled = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if enabled else nullcontext():
+    autocast = torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, autocast:
         return kernel(*arguments)
 
 
