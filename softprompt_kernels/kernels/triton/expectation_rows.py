@@ -28,7 +28,7 @@ def exponentials_kernel(
     bias_total,  # [rows] fp64 or None
     label_logit,  # [rows] fp32 or None, z of the label
     mean,  # [rows, size] fp32 or None
-    high,  # [rows, columns] out, part_scale · e; may be `products`
+    high,  # [rows, columns] out or None, part_scale · e; may be `products`
     low,  # [rows, columns] out or None, part_scale · e − high
     rows,
     columns,
@@ -109,7 +109,10 @@ def _logits(source, bias, start, columns, kept, scale, TAIL: tl.constexpr, BLOCK
     z = tl.load(source + column[None, :], mask=inside, other=0.0)
     b = 0.0
     if bias is not None:
-        b = tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
+        if TAIL:
+            b = tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
+        else:
+            b = tl.load(bias + column)[None, :]
         # Apart from the sum, so that a scale of any sign leaves it removed.
         z = tl.where(b == -INFINITY, -INFINITY, (z + b) * scale)
         b = tl.where(b == -INFINITY, 0.0, b)
@@ -132,11 +135,12 @@ def _store(
     inside = exists[:, None]
     if TAIL:
         inside = inside & (column < columns)[None, :]
-    rounded = e.to(high.dtype.element_ty)
-    tl.store(high + (row * high_stride)[:, None] + column[None, :], rounded, mask=inside)
-    if low is not None:
-        lost = (e - rounded.to(tl.float32)).to(low.dtype.element_ty)
-        tl.store(low + (row * low_stride)[:, None] + column[None, :], lost, mask=inside)
+    if high is not None:
+        rounded = e.to(high.dtype.element_ty)
+        tl.store(high + (row * high_stride)[:, None] + column[None, :], rounded, mask=inside)
+        if low is not None:
+            lost = (e - rounded.to(tl.float32)).to(low.dtype.element_ty)
+            tl.store(low + (row * low_stride)[:, None] + column[None, :], lost, mask=inside)
 
 
 @triton.jit

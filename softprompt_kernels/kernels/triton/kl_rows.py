@@ -227,7 +227,10 @@ def _z(
         inside = inside & (column < vocab)[None, :]
     z = tl.load(side + (column.to(tl.int64) * column_stride)[None, :], mask=inside, other=-INFINITY).to(tl.float32)
     if bias is not None:
-        z += tl.load(bias + column, mask=column < vocab, other=0.0)[None, :]
+        if TAIL:
+            z += tl.load(bias + column, mask=column < vocab, other=0.0)[None, :]
+        else:
+            z += tl.load(bias + column)[None, :]
     if CAPPED:
         z = tl.where(inside, tanh(z * inner), -INFINITY)
     elif NEGATED:

@@ -88,6 +88,8 @@ class Workspace:
 
     logits: Tensor  # [2 n, V] fp32, rows aligned: students, then teachers
     gradient: Tensor | None  # [n, V] in 16 bits; None: the students' place
+    bias: Tensor | None  # [V] fp32
+    teacher_bias: Tensor | None
 
     @classmethod
     def of(cls, problem: HeadProblem, tokens: int, need_gradient: bool) -> "Workspace":
@@ -97,7 +99,8 @@ class Workspace:
         gradient = None
         if need_gradient and student.dtype in products.SIXTEEN_BITS:
             gradient = student.new_empty(tokens, aligned(vocab))[:, :vocab]
-        return cls(logits, gradient)
+        bias, teacher_bias = device_rows(problem.head.bias), device_rows(problem.teacher_head.bias)
+        return cls(logits, gradient, bias, teacher_bias)
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def plan_rows(
     logits = Logits(
         student,
         teacher,
-        device_rows(head.bias),
-        device_rows(problem.teacher_head.bias),
+        workspace.bias,
+        workspace.teacher_bias,
         scale=(head.softcap or head.logit_scale) / temperature,
         inner=None if head.softcap is None else head.logit_scale / head.softcap,
     )
@@ -135,12 +138,24 @@ def plan_rows(
     return launch, out
 
 
+def plan(problem: HeadProblem, need_gradient: bool, target: Target) -> list[Launch]:
+    """The launches for a problem's first chunk: those of the others differ in their pointers, and the last in its rows.
+
+    For a look at them, on the meta device too; `forward` and `backward` make products between them.
+    """
+    size = _chunk_size(problem, need_gradient)
+    tokens = slice(0, min(size, problem.student.shape[0]))
+    loss = problem.student.new_empty(problem.student.shape[0], dtype=torch.float32)
+    workspace = Workspace.of(problem, size, need_gradient)
+    return [plan_rows(problem, workspace, tokens, loss, need_gradient, target)[0]]
+
+
 def _chunks(problem: HeadProblem, loss: Tensor, need_gradient: bool) -> Iterator[_Chunk]:
     """Fills `loss` chunk by chunk, and leaves the gradients by the logits."""
     student, teacher = problem.student, problem.teacher
-    tokens, vocab = student.shape[0], problem.head.weight.shape[0]
+    tokens = student.shape[0]
     target = target_of(student.device)
-    size = chunk_size(tokens, problem.chunk_tokens, _bytes_of_a_token(problem, need_gradient))
+    size = _chunk_size(problem, need_gradient)
     workspace = Workspace.of(problem, size, need_gradient)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
@@ -153,14 +168,15 @@ def _chunks(problem: HeadProblem, loss: Tensor, need_gradient: bool) -> Iterator
             products.head_logits(workspace.logits[count : 2 * count], teacher[rows], problem.teacher_head.weight)
         launch, by_logits = plan_rows(problem, workspace, rows, loss, need_gradient, target)
         launch.run()
-        yield _Chunk(rows, by_logits[:, :vocab])
+        yield _Chunk(rows, by_logits)
 
 
-def _bytes_of_a_token(problem: HeadProblem, need_gradient: bool) -> int:
+def _chunk_size(problem: HeadProblem, need_gradient: bool) -> int:
     narrow = problem.student.dtype in products.SIXTEEN_BITS
     size = problem.student.shape[1]
     logits = (10 if narrow and need_gradient else 8) * aligned(problem.head.weight.shape[0])
-    return logits + 2 * size * problem.student.itemsize + (4 * size if need_gradient else 0)
+    hidden = 2 * size * problem.student.itemsize + (4 * size if need_gradient else 0)
+    return chunk_size(problem.student.shape[0], problem.chunk_tokens, logits + hidden)
 
 
 def _gradient_scale(problem: HeadProblem) -> float:

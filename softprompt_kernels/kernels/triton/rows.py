@@ -104,10 +104,10 @@ def plan_divergence(
 
 @dataclass(frozen=True)
 class Parts:
-    """Where e goes: rounded to its dtype, and what the rounding lost if a second matrix is given."""
+    """Where e goes, if anywhere: rounded to the matrix's dtype, and what that lost if there is a second matrix."""
 
-    high: Tensor  # [n, columns]
-    low: Tensor | None
+    high: Tensor | None = None  # [n, columns]
+    low: Tensor | None = None
     scale: float = 1.0  # a power of 2 that both are multiplied by
 
 
@@ -144,7 +144,7 @@ def plan_exponentials(
         "size": 0 if mean is None else mean.shape[1],
         "products_stride": products.stride(0),
         "mean_stride": 0 if mean is None else mean.stride(0),
-        "high_stride": parts.high.stride(0),
+        "high_stride": 0 if parts.high is None else parts.high.stride(0),
         "low_stride": 0 if parts.low is None else parts.low.stride(0),
         "scale": scale,
         "first": first,

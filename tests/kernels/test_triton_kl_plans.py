@@ -1,0 +1,215 @@
+"""The Triton losses without a GPU: memory and products at full size, and bf16 under `ttsem` where it is installed."""
+
+import importlib.util
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from softprompt_kernels.kernels.loss_problem import (
+    Divergence,
+    ExpectationProblem,
+    Head,
+    HeadNeeds,
+    HeadProblem,
+    LogitsProblem,
+)
+from softprompt_kernels.kernels.reference import divergence as reference
+from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, memory, rows, runtime
+from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.targets import TARGETS
+
+pytestmark = [
+    pytest.mark.skipif(runtime.interpreting(), reason="tested without TRITON_INTERPRET"),
+    pytest.mark.skipif(runtime.missing() is not None, reason=str(runtime.missing())),
+]
+TOKENS, SIZE, VOCAB = 8192, 4096, 128256
+KINDS = ("forward", "reverse", "jsd")
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def live(dtype=torch.bfloat16, **options):
+    head = Head(empty(VOCAB, SIZE, dtype=dtype), options.pop("bias", None), options.pop("softcap", None), 1.0)
+    hidden = [empty(TOKENS, SIZE, dtype=dtype) for _ in range(2)]
+    return HeadProblem(*hidden, head, head, None, Divergence("forward", 0.5, 1.0), options.pop("chunk_tokens", None))
+
+
+def from_moments(dtype=torch.bfloat16, need_mean=True):
+    head = Head(empty(VOCAB, SIZE, dtype=dtype), None, None, 1.0)
+    return ExpectationProblem(empty(TOKENS, SIZE, dtype=dtype), head, None, None, 1.0, None, need_mean)
+
+
+class Watch(TorchDispatchMode):
+    """Bytes that are alive at most, of storages made while it watches, and products in units of the head's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.bytes = Counter(), {}
+        self.peak = 0
+        self.products = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
+            self.products += left.shape[0] * left.shape[1] * right.shape[1] / (TOKENS * SIZE * VOCAB)
+        known = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in known and storage._cdata not in self.bytes:
+                    continue  # a view of an input
+                self.bytes[storage._cdata] = storage.nbytes()
+                self.holders[storage._cdata] += 1
+                weakref.finalize(tensor, self._drop, storage._cdata)
+        self.peak = max(self.peak, sum(self.bytes.values()))
+        return out
+
+    def _drop(self, storage):
+        self.holders[storage] -= 1
+        if self.holders[storage] == 0:
+            self.bytes.pop(storage, None)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch.kernel))
+
+    def watched(kernel, problem, *arguments):
+        launched.clear()
+        with Watch() as watch:
+            kernel(problem, *arguments)
+        return watch, len(launched)
+
+    return watched
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_live_teacher_takes_three_products_and_a_gigabyte_and_a_half(watched):
+    """At 8192 tokens, d = 4096, V = 128256, with all that is returned and 8 launches."""
+    watch, launches = watched(linear_kl_div.forward, live(), True)
+    assert watch.products == pytest.approx(3)
+    assert watch.peak < 1.5e9 and launches == 8
+    watch, _ = watched(linear_kl_div.forward, live(), False)
+    assert watch.products == pytest.approx(2) and watch.peak < 1.1e9
+
+
+def test_a_trained_head_pays_for_its_gradient_alone(watched):
+    watch, _ = watched(linear_kl_div.backward, live(), empty(TOKENS), HeadNeeds(True, True, False))
+    assert watch.products == pytest.approx(4)
+    gradients = VOCAB * SIZE * (4 + 2) + TOKENS * SIZE * 2
+    assert watch.peak < 1.5e9 + gradients
+
+
+@pytest.mark.parametrize(
+    ("dtype", "need_mean", "products"),
+    [(torch.bfloat16, True, 3), (torch.float32, True, 2), (torch.bfloat16, False, 1)],
+    ids=["16 bits", "fp32", "no gradient"],
+)
+def test_an_expectation_takes_its_products_and_a_tile(dtype, need_mean, products, watched):
+    watch, _ = watched(expectation.forward, from_moments(dtype, need_mean))
+    assert watch.products == pytest.approx(products)
+    returned = TOKENS * (SIZE * 4 * need_mean + 40)
+    assert watch.peak - returned < 260 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("each", "tokens", "size"),
+    [
+        (10 * 128256, 8192, 1024),  # not fewer than 1024
+        (10 * 128256, 1500, 768),  # evenly
+        (10 * 128256, 100, 100),
+        (10 * 262144, 8192, 512),  # 1024 would take too much
+        (10 * 8192, 8192, 2816),  # what fits the budget, evenly
+        (10 * 2**40, 8192, 1),
+    ],
+)
+def test_chunks_are_as_large_as_memory_allows(each, tokens, size):
+    assert memory.chunk_size(tokens, None, each) == size
+    assert memory.chunk_size(tokens, 7, each) == 7
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_every_operation_plans_its_launches_for_a_target_that_is_not_here(target):
+    logits = empty(TOKENS, VOCAB)
+    problem = LogitsProblem(logits, logits, None, Divergence("jsd", 0.5, 1.0), VOCAB)
+    (loss, statistics), forward = kl_div.plan_forward(problem, target)
+    gradient, backward = kl_div.plan_backward(problem, loss, statistics, target)
+    assert statistics.shape == (TOKENS, 5) and gradient.shape == logits.shape
+    launches = [*forward, *backward, *linear_kl_div.plan(live(), True, target)]
+    launches += expectation.plan(from_moments(), target)
+    for launch in launches:
+        assert set(launch.kernel.arg_names) == {*launch.arguments, *launch.constants}
+        assert launch.options.num_warps * target.warp_size <= 1024
+
+
+def test_few_rows_have_more_threads_and_short_rows_share_a_program():
+    target = TARGETS["sm_90"]
+
+    def tile(count, vocab):
+        return rows._divergence_tile(count, vocab, target)
+
+    assert tile(64, 128256).options.num_warps == 2 * tile(8192, 128256).options.num_warps
+    assert tile(8192, 128256).block_m == 1 and tile(8192, 500).block_m == 4
+    assert tile(140, 16).block_m == 1  # so that all multiprocessors have some
+
+
+# --- Triton's own intermediate language, executed ---------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_logits_and_the_bounds_of_every_access(kind):
+    """The interpreter computes bf16 wrongly and does not see what lies beyond a tensor; this does both."""
+    from ttsem import sanitize
+
+    torch.manual_seed(0)
+    student, teacher = ((torch.randn(5, 300) * 2).bfloat16() for _ in range(2))
+    student[3] = torch.nan
+    weights = torch.tensor([1.0, 1, 2, 0, 1])
+    problem = LogitsProblem(student, teacher, weights, Divergence(kind, 0.3, 1.5), 290)
+    with sanitize.session(cuda_is_cpu=False):
+        loss, statistics = kl_div.forward(problem)
+        gradient = kl_div.backward(problem, torch.ones(5), statistics)
+    kept = [0, 1, 2, 4]
+    sides = (t[kept, :290].double() / 1.5 for t in (student, teacher))
+    expected, wanted = reference.rows(*sides, problem.divergence)
+    torch.testing.assert_close(loss[kept].double(), expected * 1.5**2, rtol=1e-6, atol=0)
+    assert loss[3] == 0 and (gradient[3] == 0).all() and (gradient[:, 290:] == 0).all()
+    wanted = wanted * 1.5
+    assert (gradient[kept, :290].double() - wanted).norm() <= torch.finfo(torch.bfloat16).eps * wanted.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bf16_heads_near_convergence(monkeypatch):
+    """Live and from an expectation; half a percent of the gradient is what bf16 itself costs it."""
+    from ttsem import sanitize
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(expectation, "_TILE", 256)
+    weight, teacher = (torch.randn(600, 64) / 4).bfloat16(), torch.randn(6, 64).bfloat16()
+    student = (teacher.double() + 0.024 * torch.randn(6, 64).double()).bfloat16()
+    p, q = (torch.softmax(h.double() @ weight.double().mT, -1) for h in (teacher, student))
+    loss, wanted = (p * (p / q).log()).sum(-1), (q - p) @ weight.double()
+    assert 5e-4 < loss.mean() < 2e-3
+    head = Head(weight, None, None, 1.0)
+    problem = HeadProblem(student, teacher, head, head, None, Divergence("forward", 0.5, 1.0), 4)
+    with sanitize.session(cuda_is_cpu=False):
+        found, gradient = linear_kl_div.forward(problem, True)
+        mean = expectation.forward(ExpectationProblem(student, head, None, None, 1.0, 4, True)).mean
+    torch.testing.assert_close(found.double(), loss, rtol=1e-4, atol=0)
+    assert (gradient.double() - wanted).norm() < 5e-3 * wanted.norm()
+    assert (mean.double() - p @ weight.double() - wanted).norm() < 5e-4 * wanted.norm()
