@@ -93,6 +93,11 @@ def divergence_kernel(
     full = vocab // BLOCK_N * BLOCK_N  # words in tiles that need no mask
     any_kept = tl.max(kept.to(tl.int32), 0)
     seen, seen_full = vocab * any_kept, full * any_kept
+    given = (
+        (student, student_bias, student_column_stride),
+        (teacher, teacher_bias, teacher_column_stride),
+        (vocab, kept, inner),
+    )
 
     if MEASURE:
         p_max = tl.full((BLOCK_M,), -INFINITY, tl.float32)
@@ -103,18 +108,12 @@ def divergence_kernel(
         excess = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ e_q − e_p − e_p D
         difference = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # Σ e_p D
         for start in tl.range(0, seen_full, BLOCK_N, num_stages=STAGES):
-            p, q, _ = _sides(
-                student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                start, vocab, kept, inner, KIND, CAPPED, NEGATED, False, BLOCK_N,
-            )  # fmt: skip
+            p, q, _ = _sides(given, start, KIND, CAPPED, NEGATED, False, BLOCK_N)
             p_max, q_max, total, other, change, excess, difference = _add_tile(
                 p, q, p_max, q_max, total, other, change, excess, difference, scale, KIND
             )
         for start in range(seen_full, seen, BLOCK_N):
-            p, q, _ = _sides(
-                student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                start, vocab, kept, inner, KIND, CAPPED, NEGATED, True, BLOCK_N,
-            )  # fmt: skip
+            p, q, _ = _sides(given, start, KIND, CAPPED, NEGATED, True, BLOCK_N)
             p_max, q_max, total, other, change, excess, difference = _add_tile(
                 p, q, p_max, q_max, total, other, change, excess, difference, scale, KIND
             )
@@ -128,20 +127,15 @@ def divergence_kernel(
         log_ratio = tl.where(centred, log1p(mean_change), tl.log(row_other * normaliser))  # L
         student_cost = tl.zeros((BLOCK_M,), tl.float32)
         if KIND == JSD:
+            known = (p_base, q_base, log_ratio, normaliser)
             losses = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             costs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(seen_full, seen, BLOCK_N):
-                p, q, _ = _sides(
-                    student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                    start, vocab, kept, inner, KIND, CAPPED, NEGATED, True, BLOCK_N,
-                )  # fmt: skip
-                losses, costs = _add_costs(p, q, p_base, q_base, log_ratio, normaliser, losses, costs, scale, beta)
+                p, q, _ = _sides(given, start, KIND, CAPPED, NEGATED, True, BLOCK_N)
+                losses, costs = _add_costs(p, q, known, losses, costs, scale, beta)
             for done in tl.range(0, seen_full, BLOCK_N, num_stages=STAGES):
-                p, q, _ = _sides(
-                    student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                    seen_full - BLOCK_N - done, vocab, kept, inner, KIND, CAPPED, NEGATED, False, BLOCK_N,
-                )  # fmt: skip
-                losses, costs = _add_costs(p, q, p_base, q_base, log_ratio, normaliser, losses, costs, scale, beta)
+                p, q, _ = _sides(given, seen_full - BLOCK_N - done, KIND, CAPPED, NEGATED, False, BLOCK_N)
+                losses, costs = _add_costs(p, q, known, losses, costs, scale, beta)
             value, student_cost = tl.sum(losses, 1), tl.sum(costs, 1)
             centre = log_ratio
         else:
@@ -175,23 +169,18 @@ def divergence_kernel(
         student_cost = tl.load(at + 4, mask=kept, other=0.0)
 
     if WRITE:
+        known = (p_base, q_base, centre, normaliser, student_cost)
         factor = tl.where(kept, gradient_scale, 0.0)
         if row_scale is not None:
             factor *= tl.load(row_scale + row, mask=kept, other=0.0)
         gradient += (row * gradient_stride)[:, None]
         for start in range(full, columns, BLOCK_N):
-            p, q, slope = _sides(
-                student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                start, vocab, kept, inner, KIND, CAPPED, NEGATED, True, BLOCK_N,
-            )  # fmt: skip
-            tile = _gradient(p, q, slope, p_base, q_base, centre, normaliser, student_cost, factor, scale, beta, KIND)
+            p, q, slope = _sides(given, start, KIND, CAPPED, NEGATED, True, BLOCK_N)
+            tile = _gradient(p, q, slope, known, factor, scale, beta, KIND)
             _store(gradient, tile, start, vocab, columns, exists, True, BLOCK_N)
         for done in tl.range(0, full, BLOCK_N, num_stages=STAGES):
-            p, q, slope = _sides(
-                student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-                full - BLOCK_N - done, vocab, kept, inner, KIND, CAPPED, NEGATED, False, BLOCK_N,
-            )  # fmt: skip
-            tile = _gradient(p, q, slope, p_base, q_base, centre, normaliser, student_cost, factor, scale, beta, KIND)
+            p, q, slope = _sides(given, full - BLOCK_N - done, KIND, CAPPED, NEGATED, False, BLOCK_N)
+            tile = _gradient(p, q, slope, known, factor, scale, beta, KIND)
             _store(gradient, tile, full - BLOCK_N - done, vocab, columns, exists, False, BLOCK_N)
 
 
@@ -200,13 +189,13 @@ def divergence_kernel(
 
 @triton.jit
 def _sides(
-    student, teacher, student_bias, teacher_bias, student_column_stride, teacher_column_stride,
-    start, vocab, kept, inner,
-    KIND: tl.constexpr, CAPPED: tl.constexpr, NEGATED: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    given, start, KIND: tl.constexpr, CAPPED: tl.constexpr, NEGATED: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """z_p, z_q and, with CAPPED, the derivative of z_s by what is under its tanh; [BLOCK_M, BLOCK_N]."""
-    z_s = _z(student, student_bias, student_column_stride, start, vocab, kept, inner, CAPPED, NEGATED, TAIL, BLOCK_N)
-    z_t = _z(teacher, teacher_bias, teacher_column_stride, start, vocab, kept, inner, CAPPED, NEGATED, TAIL, BLOCK_N)
+    student, teacher, shared = given
+    z_s = _z(student, shared, start, CAPPED, NEGATED, TAIL, BLOCK_N)
+    z_t = _z(teacher, shared, start, CAPPED, NEGATED, TAIL, BLOCK_N)
     slope = 1.0
     if CAPPED:
         slope = tl.where(z_s == -INFINITY, 0.0, 1.0 - z_s * z_s)
@@ -217,15 +206,16 @@ def _sides(
 
 @triton.jit
 def _z(
-    side, bias, column_stride, start, vocab, kept, inner,
-    CAPPED: tl.constexpr, NEGATED: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    side, shared, start, CAPPED: tl.constexpr, NEGATED: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """A tile of one side; −inf where there is none, and in rows that are skipped."""
+    pointer, bias, column_stride = side
+    vocab, kept, inner = shared
     column = start + tl.arange(0, BLOCK_N)
     inside = kept[:, None]
     if TAIL:
         inside = inside & (column < vocab)[None, :]
-    z = tl.load(side + (column.to(tl.int64) * column_stride)[None, :], mask=inside, other=-INFINITY).to(tl.float32)
+    z = tl.load(pointer + (column.to(tl.int64) * column_stride)[None, :], mask=inside, other=-INFINITY).to(tl.float32)
     if bias is not None:
         if TAIL:
             z += tl.load(bias + column, mask=column < vocab, other=0.0)[None, :]
@@ -335,8 +325,9 @@ def _weighted(p, x):
 
 
 @triton.jit
-def _add_costs(p, q, p_base, q_base, log_ratio, normaliser, losses, costs, scale, beta):
+def _add_costs(p, q, known, losses, costs, scale, beta):
     """Adds the terms of the JSD, and those of E_s[r]. The terms are β p_t φ(l) + (1−β) p_s φ(−r), each at least 0."""
+    p_base, q_base, log_ratio, normaliser = known
     teacher = _exponential(p, p_base, scale) * normaliser[:, None]
     student = _exponential(q, q_base, scale) * (normaliser * tl.exp2(-log_ratio * LOG2E))[:, None]
     delta = _difference(p, q, p_base, q_base, scale) - log_ratio[:, None]
@@ -348,9 +339,8 @@ def _add_costs(p, q, p_base, q_base, log_ratio, normaliser, losses, costs, scale
 
 
 @triton.jit
-def _gradient(
-    p, q, slope, p_base, q_base, centre, normaliser, student_cost, factor, scale, beta, KIND: tl.constexpr
-):  # fmt: skip
+def _gradient(p, q, slope, known, factor, scale, beta, KIND: tl.constexpr):
+    p_base, q_base, centre, normaliser, student_cost = known
     ep = _exponential(p, p_base, scale) * normaliser[:, None]
     d = _difference(p, q, p_base, q_base, scale)
     if KIND == REVERSE:
