@@ -14,40 +14,36 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def excess_near(x):
-    """e^x − 1 − x for |x| ≤ 1: its Taylor series, 5e-8 of the result."""
-    p = x * 2.755731922e-07 + 2.755731922e-06
-    p = p * x + 2.480158730e-05
-    p = p * x + 1.984126984e-04
-    p = p * x + 1.388888889e-03
-    p = p * x + 8.333333333e-03
-    p = p * x + 4.166666667e-02
-    p = p * x + 1.666666667e-01
+    """e^x − 1 − x for |x| ≤ 1: x² times a fit at Chebyshev's points, 1e-7 of the result and exact at 0."""
+    p = x * 2.52884349027e-05 + 0.000203290419095
+    p = p * x + 0.00138864477408
+    p = p * x + 0.00833088616886
+    p = p * x + 0.0416666972098
+    p = p * x + 0.166666972909
     p = p * x + 0.5
     return p * x * x
 
 
 @triton.jit
 def _atanh_tail(square):
-    """(atanh(s) / s − 1) / s² of s² ≤ 1/9: 1e-8."""
-    p = square * 0.06666666667 + 0.07692307692
-    p = p * square + 0.09090909091
-    p = p * square + 0.1111111111
-    p = p * square + 0.1428571429
-    p = p * square + 0.2
-    return p * square + 0.3333333333
+    """(atanh(s) / s − 1) / s² of |s| ≤ 0.4622 = tanh(½): a fit at Chebyshev's points, 1e-7 (of atanh(s) 2e-9)."""
+    p = square * 0.140620033171 + 0.0737093885319
+    p = p * square + 0.113123037586
+    p = p * square + 0.142753464466
+    p = p * square + 0.200001925467
+    return p * square + 0.333333327602
 
 
 @triton.jit
-def log1p(u):
-    """log(1 + u), u > −1. Near 0 it is 2 atanh(s) with s = u / (2 + u)."""
+def log1p_near(u):
+    """log(1 + u) for 1/e ≤ 1 + u ≤ e, as 2 atanh(s) with s = u / (2 + u)."""
     s = u / (2.0 + u)
-    near = 2.0 * s + 2.0 * s * s * s * _atanh_tail(s * s)
-    return tl.where((u >= -0.5) & (u <= 1.0), near, tl.log(1.0 + u))
+    return 2.0 * s + 2.0 * s * s * s * _atanh_tail(s * s)
 
 
 @triton.jit
 def log1p_minus(u):
-    """log(1 + u) − u for |u| ≤ ½. With s as above, u = 2 s / (1 − s), so that 2 s − u is −s u."""
+    """log(1 + u) − u for 1/e ≤ 1 + u ≤ e. With s as above, u = 2 s / (1 − s), so that 2 s − u is −s u."""
     s = u / (2.0 + u)
     return 2.0 * s * s * s * _atanh_tail(s * s) - s * u
 

@@ -33,14 +33,15 @@ Cost for each pair of logits: exponentials 2 a sweep (3 in the sweeps of jsd tha
     loss and gradient           2 reads of both, 1 write             jsd 3 reads
     gradient from statistics    1 read of both, 1 write
 
-The later sweeps run backwards, so that they find in the L2 cache what the sweep before saw last.
+with about 60 instructions a word in the first sweep and 35 in the last, of jsd 45, 115 and 90 (sm_90); an H100 issues
+68 while its memory moves 8 bytes. The later sweeps run backwards, to find in the L2 cache what the one before saw last.
 """
 # mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.kl_functions import INFINITY, LOG2E, excess_near, log1p, log1p_minus, tanh
+from softprompt_kernels.kernels.triton.kl_functions import INFINITY, LOG2E, excess_near, log1p_minus, log1p_near, tanh
 
 FORWARD = tl.constexpr("forward")
 REVERSE = tl.constexpr("reverse")
@@ -124,7 +125,7 @@ def divergence_kernel(
         normaliser = 1.0 / tl.where(row_total == 0, 1.0, row_total)
         mean_change = tl.sum(change, 1) * normaliser  # E
         centred = tl.abs(mean_change) < 0.5
-        log_ratio = tl.where(centred, log1p(mean_change), tl.log(row_other * normaliser))  # L
+        log_ratio = tl.where(centred, log1p_near(mean_change), tl.log(row_other * normaliser))  # L
         student_cost = tl.zeros((BLOCK_M,), tl.float32)
         if KIND == JSD:
             known = (p_base, q_base, log_ratio, normaliser)
@@ -265,26 +266,14 @@ def _difference(p, q, p_base, q_base, scale):
 
 @triton.jit
 def _add_tile(p, q, p_max, q_max, total, other, change, excess, difference, scale, KIND: tl.constexpr):
+    """The maxima and sums with another tile."""
     p_largest, q_largest = tl.maximum(p_max, tl.max(p, 1)), tl.maximum(q_max, tl.max(q, 1))
     p_base, q_base = _base(p_largest), _base(q_largest)
-
-    # What was summed with the old maxima.
-    fp = tl.where(p_max == -INFINITY, 0.0, tl.exp2((p_max - p_base) * (scale * LOG2E)))
-    fq = tl.where(q_max == -INFINITY, 0.0, tl.exp2((q_max - q_base) * (scale * LOG2E)))
-    a = ((q_base - p_base) - (_base(q_max) - _base(p_max))) * scale
-    near = (tl.abs(a) <= 1) & (p_max > -INFINITY) & (q_max > -INFINITY)
-    a_excess = excess_near(-a)
-    first = tl.where(near, fp * (a_excess - a), fq - fp)  # f_p expm1(−a)
-    if KIND != JSD:
-        second = tl.where(near, fp * a_excess, first + fp * a)  # f_p φ(−a)
-        moved = fp[:, None] * excess + first[:, None] * change + second[:, None] * total
-        excess = tl.where(excess == INFINITY, INFINITY, moved)
-        difference = fp[:, None] * (difference - a[:, None] * total)
-    change = fq[:, None] * change + first[:, None] * total
-    total *= fp[:, None]
-    other *= fq[:, None]
-
-    # The tile.
+    moved = (p_largest > p_max) | (q_largest > q_max)
+    if tl.max(moved.to(tl.int32), 0) > 0:  # seldom after the first tiles
+        total, other, change, excess, difference = _carry_over(
+            p_max, q_max, p_base, q_base, total, other, change, excess, difference, scale, KIND
+        )
     ep, eq = _exponential(p, p_base, scale), _exponential(q, q_base, scale)
     d = _difference(p, q, p_base, q_base, scale)
     close = tl.abs(d) <= 1
@@ -301,13 +290,33 @@ def _add_tile(p, q, p_max, q_max, total, other, change, excess, difference, scal
     return p_largest, q_largest, total, other, change, excess, difference
 
 
+@triton.jit
+def _carry_over(
+    p_max, q_max, p_base, q_base, total, other, change, excess, difference, scale, KIND: tl.constexpr
+):  # fmt: skip
+    """What was summed with the maxima before, with new ones."""
+    fp = tl.where(p_max == -INFINITY, 0.0, tl.exp2((p_max - p_base) * (scale * LOG2E)))
+    fq = tl.where(q_max == -INFINITY, 0.0, tl.exp2((q_max - q_base) * (scale * LOG2E)))
+    a = ((q_base - p_base) - (_base(q_max) - _base(p_max))) * scale
+    near = (tl.abs(a) <= 1) & (p_max > -INFINITY) & (q_max > -INFINITY)
+    a_excess = excess_near(-a)
+    first = tl.where(near, fp * (a_excess - a), fq - fp)  # f_p expm1(−a)
+    if KIND != JSD:
+        second = tl.where(near, fp * a_excess, first + fp * a)  # f_p φ(−a)
+        carried = fp[:, None] * excess + first[:, None] * change + second[:, None] * total
+        excess = tl.where(excess == INFINITY, INFINITY, carried)
+        difference = fp[:, None] * (difference - a[:, None] * total)
+    change = fq[:, None] * change + first[:, None] * total
+    return total * fp[:, None], other * fq[:, None], change, excess, difference
+
+
 # --- sweeps that know the normalisers ---------------------------------------------------------------------------------
 
 
 @triton.jit
 def _mixture(delta, beta):
-    """log m/p_t and log p_s/m of δ = log p_s/p_t."""
-    near = log1p((1.0 - beta) * (delta + excess_near(delta)))
+    """l = log m/p_t and r = log p_s/m of δ = log p_s/p_t."""
+    near = log1p_near((1.0 - beta) * (delta + excess_near(delta)))
     # Elsewhere by the smaller of the two, which is e^−|δ| times the larger.
     positive = delta > 0
     ratio = tl.exp2(-tl.abs(delta) * LOG2E)

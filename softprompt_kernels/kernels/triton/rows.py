@@ -166,10 +166,15 @@ class Tile:
     options: Options
 
 
-# Words in flight for each thread. The first sweep of a divergence keeps 5 sums a word in registers beside the tile.
+# Counted in the machine code for sm_80 to sm_120 and gfx942, none of which spills; not yet timed. The first sweep of a
+# divergence keeps 5 sums of each word beside the tile: with 8 words a thread, which is what 16 bytes hold in 16 bits,
+# that is 104 to 128 registers and two programs of 8 warps a multiprocessor; with 16 words it is 190 to 233 and one
+# program, with 4 the maxima of a tile cost half as much as its words. More programs at a time would not help the later
+# sweeps: what is in flight, two rows of 1 MB a multiprocessor at V = 128256, already is more than the L2 cache holds.
 _DIVERGENCE_WORDS = 8
-_EXPONENTIAL_WORDS = 16
+_EXPONENTIAL_WORDS = 16  # 48 to 64 registers, 4 or 5 programs
 _WARPS = 8
+_STAGES = 3  # tiles on their way to each program; 16 to 64 KiB of shared memory
 _INTERPRETED_ROWS = 64
 
 
@@ -194,7 +199,7 @@ def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
         block_m = min(elements // block_n, next_power_of_2(most + 1) // 2)
     if interpreting():  # an operation takes as long there for 64 rows as for one
         block_m = min(_INTERPRETED_ROWS, next_power_of_2(rows))
-    stages = 3 if target.shared_memory > 128 * 1024 else 2
+    stages = _STAGES if target.shared_memory > 128 * 1024 else _STAGES - 1
     return Tile(block_m, block_n, Options(warps, stages))
 
 
