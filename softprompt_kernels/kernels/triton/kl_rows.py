@@ -128,15 +128,15 @@ def divergence_kernel(
         log_ratio = tl.where(centred, log1p_near(mean_change), tl.log(row_other * normaliser))  # L
         student_cost = tl.zeros((BLOCK_M,), tl.float32)
         if KIND == JSD:
-            known = (p_base, q_base, log_ratio, normaliser)
+            measured = (p_base, q_base, log_ratio, normaliser)
             losses = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             costs = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for start in range(seen_full, seen, BLOCK_N):
                 p, q, _ = _sides(given, start, KIND, CAPPED, NEGATED, True, BLOCK_N)
-                losses, costs = _add_costs(p, q, known, losses, costs, scale, beta)
+                losses, costs = _add_costs(p, q, measured, losses, costs, scale, beta)
             for done in tl.range(0, seen_full, BLOCK_N, num_stages=STAGES):
                 p, q, _ = _sides(given, seen_full - BLOCK_N - done, KIND, CAPPED, NEGATED, False, BLOCK_N)
-                losses, costs = _add_costs(p, q, known, losses, costs, scale, beta)
+                losses, costs = _add_costs(p, q, measured, losses, costs, scale, beta)
             value, student_cost = tl.sum(losses, 1), tl.sum(costs, 1)
             centre = log_ratio
         else:
@@ -334,9 +334,9 @@ def _weighted(p, x):
 
 
 @triton.jit
-def _add_costs(p, q, known, losses, costs, scale, beta):
+def _add_costs(p, q, measured, losses, costs, scale, beta):
     """Adds the terms of the JSD, and those of E_s[r]. The terms are β p_t φ(l) + (1−β) p_s φ(−r), each at least 0."""
-    p_base, q_base, log_ratio, normaliser = known
+    p_base, q_base, log_ratio, normaliser = measured
     teacher = _exponential(p, p_base, scale) * normaliser[:, None]
     student = _exponential(q, q_base, scale) * (normaliser * tl.exp2(-log_ratio * LOG2E))[:, None]
     delta = _difference(p, q, p_base, q_base, scale) - log_ratio[:, None]
