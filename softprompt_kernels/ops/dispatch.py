@@ -34,6 +34,7 @@ from softprompt_kernels.kernels.reference import attention as reference_attentio
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
 from softprompt_kernels.kernels.reference import linear_kl_div as reference_linear_kl_div
+from softprompt_kernels.kernels.triton import attention as triton_attention
 from softprompt_kernels.kernels.triton import expectation as triton_expectation
 from softprompt_kernels.kernels.triton import kl_div as triton_kl_div
 from softprompt_kernels.kernels.triton import linear_kl_div as triton_linear_kl_div
@@ -186,6 +187,7 @@ register(
         "triton",
         "CUDA and ROCm: Triton kernels, fp32 arithmetic (TRITON_INTERPRET=1 runs them on CPU tensors, slowly)",
         {
+            "prompt_attention": triton_attention,
             "kl_div": triton_kl_div,
             "linear_kl_div": triton_linear_kl_div,
             "teacher_moments": triton_expectation,
