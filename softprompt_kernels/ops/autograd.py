@@ -13,11 +13,9 @@ NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be diff
 
 
 def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a kernel on its device with autocast off: the op has already chosen its dtypes."""
+    """Calls a kernel with autocast off: the op has already chosen its dtypes."""
     enabled = torch.is_autocast_enabled(device.type)
-    autocast = torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, autocast:
+    with torch.autocast(device.type, enabled=False) if enabled else nullcontext():
         return kernel(*arguments)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.expectation import State
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.triton import products, runtime
-from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.launch import Launch, run_all
 from softprompt_kernels.kernels.triton.memory import aligned, chunk_size
 from softprompt_kernels.kernels.triton.rows import Parts, device_rows, plan_exponentials
 from softprompt_kernels.kernels.triton.targets import Target, target_of
@@ -49,7 +49,7 @@ def forward(problem: ExpectationProblem) -> Expectation:
         for words in _slices(vocab, workspace.words):
             launch, logits, parts = plan_tile(problem, workspace, state, tokens, words, target)
             products.head_logits(logits, hidden[tokens], weight[words])
-            launch.run()
+            run_all([launch], hidden.device)
             if state.mean is not None:
                 for e in (parts.high, parts.low):
                     if e is not None:

@@ -9,7 +9,6 @@ e rounded and what the rounding lost, whose products with W together are as good
 A program has a row (or a few short ones). It reads the row's part of the tile twice, the second time while it is in the
 L1 or L2 cache, and rescales the row's mean only where m has moved. One exponential a word.
 """
-# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

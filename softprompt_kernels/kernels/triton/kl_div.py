@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.loss_problem import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
-from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.launch import Launch, run_all
 from softprompt_kernels.kernels.triton.rows import STATISTICS, Gradient, Logits, device_rows, plan_divergence
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
@@ -27,14 +27,14 @@ def unsupported(problem: LogitsProblem) -> str | None:
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     """Loss of each row [N], and what the backward needs to know of it [N, STATISTICS]."""
     (loss, statistics), launches = plan_forward(problem, target_of(problem.student.device))
-    _run(launches)
+    run_all(launches, problem.student.device)
     return loss, statistics
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
     gradient, launches = plan_backward(problem, row_scale, statistics, target_of(problem.student.device))
-    _run(launches)
+    run_all(launches, problem.student.device)
     return gradient
 
 
@@ -75,8 +75,3 @@ def plan_backward(
 
 def _logits(problem: LogitsProblem) -> Logits:
     return Logits(problem.student, problem.teacher, scale=1 / problem.divergence.temperature)
-
-
-def _run(launches: list[Launch]) -> None:
-    for launch in launches:
-        launch.run()

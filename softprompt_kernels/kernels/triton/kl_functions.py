@@ -3,7 +3,6 @@
 CUDA's own expm1, log1p and tanh come with libdevice, which neither ROCm nor the interpreter has. Errors named are of
 the formula; fp32 rounds at 6e-8, and the hardware's exp2 is good to 2e-7.
 """
-# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

@@ -36,7 +36,6 @@ Cost for each pair of logits: exponentials 2 a sweep (3 in the sweeps of jsd tha
 with about 60 instructions a word in the first sweep and 35 in the last, of jsd 45, 115 and 90 (sm_90); an H100 issues
 68 while its memory moves 8 bytes. The later sweeps run backwards, to find in the L2 cache what the one before saw last.
 """
-# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl

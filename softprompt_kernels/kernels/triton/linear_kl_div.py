@@ -23,7 +23,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.triton import products, runtime
-from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.launch import Launch, run_all
 from softprompt_kernels.kernels.triton.memory import aligned, chunk_size
 from softprompt_kernels.kernels.triton.rows import Gradient, Logits, device_rows, plan_divergence
 from softprompt_kernels.kernels.triton.targets import Target, target_of
@@ -167,7 +167,7 @@ def _chunks(problem: HeadProblem, loss: Tensor, need_gradient: bool) -> Iterator
             products.head_logits(workspace.logits[:count], student[rows], problem.head.weight)
             products.head_logits(workspace.logits[count : 2 * count], teacher[rows], problem.teacher_head.weight)
         launch, by_logits = plan_rows(problem, workspace, rows, loss, need_gradient, target)
-        launch.run()
+        run_all([launch], student.device)
         yield _Chunk(rows, by_logits)
 
 
