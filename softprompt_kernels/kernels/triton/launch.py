@@ -4,8 +4,12 @@ A driver builds its launches from a problem and a target, and a launch built fro
 compiled for any target on any machine. So what is checked is what runs.
 """
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,19 @@ class Launch:
                 num_warps=self.options.num_warps,
                 num_stages=self.options.num_stages,
             )
+
+
+def run_all(launches: Iterable[Launch], device: torch.device) -> None:
+    """Runs launches one after the other on a device's current stream, whichever device is the current one."""
+    import triton
+
+    def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        triton.set_allocator(scratch)  # tensor descriptors that a kernel makes lie there
+        for launch in launches:
+            launch.run()
 
 
 def ceil_div(count: int, size: int) -> int:

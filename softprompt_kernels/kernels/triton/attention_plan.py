@@ -1,0 +1,354 @@
+"""From an attention problem to launches: how rows and keys are cut for a target.
+
+Nothing here reads a tensor, so a plan costs no synchronisation, and tensors on the meta device will do.
+"""
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.triton import attention_configs as configs
+from softprompt_kernels.kernels.triton.attention_forward import forward_kernel, merge_kernel
+from softprompt_kernels.kernels.triton.attention_key_gradients import RowTensors, fold_kernel, key_gradients_kernel
+from softprompt_kernels.kernels.triton.attention_query_gradient import query_gradient_kernel
+from softprompt_kernels.kernels.triton.attention_records import Inputs, Layout, Scoring, Strided, Variant
+from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2
+from softprompt_kernels.kernels.triton.runtime import float32_precision
+from softprompt_kernels.kernels.triton.targets import Target
+
+_MOST_SPLITS = 64
+_LEAST_ROWS = 16  # of a product
+_FOLD_KEYS = 16  # of a program that adds up parts
+
+
+def plan_forward(problem: AttentionProblem, target: Target) -> tuple[Tensor, Tensor, list[Launch]]:
+    """out [B, Hq, M, Dv] and lse [B, Hq, M], not yet written, and the launches that write them."""
+    query = unit_stride(problem.query)
+    out = empty_output(problem)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    variant, options = _row_variant(problem, target, configs.FORWARD)
+    tiles, kv_heads = _row_tiles(problem, variant), problem.key.shape[1]
+    variant = variant._replace(splits=_key_splits(problem, target, variant, tiles * kv_heads))
+    outputs, merge = (out, lse), []
+    if variant.splits > 1:
+        batch, heads, queries, size = out.shape
+        parts = out.new_empty(variant.splits * batch, heads, queries, size, dtype=torch.float32)
+        outputs = parts, lse.new_empty(variant.splits, *lse.shape)
+        merge = [_merge(problem, outputs[0], outputs[1], out, lse, variant)]
+    launch = Launch(
+        forward_kernel,
+        (tiles, kv_heads, variant.splits),
+        {
+            "query": strided(query),
+            "inputs": _inputs(problem),
+            "sinks": problem.sinks,
+            "out": strided(outputs[0]),
+            "lse": outputs[1],
+            "layout": _layout(problem),
+            "scoring": _scoring(problem),
+        },
+        {"VARIANT": variant},
+        options,
+    )
+    return out, lse, [launch, *merge]
+
+
+def plan_backward(
+    problem: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+    target: Target,
+) -> tuple[Gradients, list[Launch]]:
+    """The gradients named in `needs`, not yet written, and the launches that write them."""
+    gradients = _empty_gradients(problem, needs)
+    out, grad_out = unit_stride(out), unit_stride(grad_out)
+    delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+    launches = [_query_gradient(problem, out, lse, grad_out, grad_lse, delta, gradients.query, target)]
+    if any(needs[1:5]):
+        launches += _key_gradients(problem, lse, grad_out, delta, gradients, target)
+    elif gradients.sinks is not None:
+        launches.append(_fold(problem, Gradients(*[None] * 6), gradients, lse, delta, 1))
+    return gradients, launches
+
+
+# --- cutting ----------------------------------------------------------------------------------------------------------
+
+
+def _row_variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Variant, Options]:
+    """The constants of a kernel that has tiles of rows: fewer rows where there are fewer."""
+    variant, options = _variant(problem, target, kernel)
+    batch, _, queries, _ = problem.query.shape
+    rows = queries * problem.group
+    shared = problem.prompt_key.shape[0] == 1 and problem.prompt_index is None and problem.cu_seqlens is None
+    # A tile of several sequences reads the prompt once for all, and looks at each one's own keys for all its rows.
+    stacked = shared and batch > 1 and 2 * rows <= variant.block_m and problem.key.shape[2] <= variant.block_n
+    most = rows * batch if stacked else rows
+    return variant._replace(
+        stacked=stacked, block_m=min(variant.block_m, max(_LEAST_ROWS, next_power_of_2(most)))
+    ), options
+
+
+def _variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Variant, Options]:
+    size, value_size = problem.query.shape[3], problem.value.shape[3]
+    block_d, block_dv = (max(16, next_power_of_2(s)) for s in (size, value_size))
+    tiles = configs.choose(kernel, target, problem.query.element_size(), max(block_d, block_dv))
+    variant = Variant(
+        group=problem.group,
+        size=size,
+        value_size=value_size,
+        causal=problem.causal or problem.window is not None,
+        windowed=problem.window is not None,
+        capped=problem.softcap is not None,
+        packed=problem.cu_seqlens is not None,
+        stacked=False,
+        splits=1,
+        precision=float32_precision(),
+        descriptors=kernel != configs.KEY_GRADIENTS and _descriptors(problem, target),
+        block_m=tiles.rows,
+        block_n=tiles.keys,
+        block_d=block_d,
+        block_dv=block_dv,
+        block_s=1 if problem.cu_seqlens is None else next_power_of_2(problem.cu_seqlens.shape[0]),
+    )
+    return variant, tiles.options
+
+
+def _descriptors(problem: AttentionProblem, target: Target) -> bool:
+    """Whether keys are loaded by tensor descriptors, which want 16-byte boundaries: from sm_90 on they become TMA."""
+    if target.backend != "cuda" or int(target.arch) < 90:
+        return False
+    tensors = (problem.key, problem.value, problem.prompt_key, problem.prompt_value)
+    return all(
+        t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
+        for t in tensors
+    )
+
+
+def _sequences(problem: AttentionProblem) -> int:
+    return problem.query.shape[0] if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
+
+
+def _tiles(problem: AttentionProblem, tokens: int, per_token: int, block: int) -> int:
+    """Tiles of all sequences; in the packed form, whose lengths only the device knows, as many as there may be."""
+    if problem.cu_seqlens is None:
+        return problem.query.shape[0] * ceil_div(tokens * per_token, block)
+    return ceil_div(tokens * per_token, block) + _sequences(problem) + 1 if tokens else 0
+
+
+def _row_tiles(problem: AttentionProblem, variant: Variant) -> int:
+    queries = problem.query.shape[2]
+    if variant.stacked:
+        return ceil_div(problem.query.shape[0] * queries * variant.group, variant.block_m)
+    return _tiles(problem, queries, variant.group, variant.block_m)
+
+
+def _key_splits(problem: AttentionProblem, target: Target, variant: Variant, programs: int) -> int:
+    """Programs that share the keys of one tile of rows: more than one only where tiles leave multiprocessors idle."""
+    keys = ceil_div(problem.prompt_key.shape[2] + problem.key.shape[2], variant.block_n)
+    if programs == 0 or 2 * programs > target.multiprocessors:
+        return 1
+    # A part has 4 tiles of keys at least, or its merge would cost more than it spares.
+    return max(1, min(target.multiprocessors // programs, keys // 4, _MOST_SPLITS))
+
+
+def _row_splits(problem: AttentionProblem, target: Target, variant: Variant, own_programs: int) -> int:
+    """Programs that share the rows of one tile of prompt keys.
+
+    So many that none of them has more work than its part of all, and than a program of own keys.
+    """
+    prompts, kv_heads, length, _ = problem.prompt_key.shape
+    sequences, queries = _sequences(problem), problem.query.shape[2]
+    if problem.cu_seqlens is not None:
+        queries = ceil_div(queries, max(1, sequences))
+    one = ceil_div(queries * variant.group, variant.block_m)  # tiles of rows
+    each = ceil_div(sequences * one, max(1, prompts))
+    programs = prompts * kv_heads * ceil_div(length, variant.block_n)
+    fair = ceil_div(own_programs * one + programs * each, target.multiprocessors)
+    return max(1, min(ceil_div(each, max(1, one, fair)), _MOST_SPLITS))
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def _merge(
+    problem: AttentionProblem, out_parts: Tensor, lse_parts: Tensor, out: Tensor, lse: Tensor, variant: Variant
+) -> Launch:
+    block = 16
+    return Launch(
+        merge_kernel,
+        (ceil_div(lse.numel(), block),),
+        {
+            "out_parts": out_parts,
+            "lse_parts": lse_parts,
+            "sinks": problem.sinks,
+            "out": strided(out),
+            "lse": lse,
+            "count": lse.numel(),
+            "queries": lse.shape[2],
+            "heads": lse.shape[1],
+        },
+        {"SPLITS": variant.splits, "SIZE": variant.value_size, "BLOCK_M": block, "BLOCK_D": variant.block_dv},
+        Options(4, 1),
+    )
+
+
+def _query_gradient(
+    problem: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    delta: Tensor,
+    grad_query: Tensor | None,
+    target: Target,
+) -> Launch:
+    variant, options = _row_variant(problem, target, configs.QUERY_GRADIENT)
+    query = unit_stride(problem.query)
+    return Launch(
+        query_gradient_kernel,
+        (_row_tiles(problem, variant), problem.key.shape[1]),
+        {
+            "query": strided(query),
+            "inputs": _inputs(problem),
+            "out": strided(out),
+            "grad_out": strided(grad_out),
+            "lse": lse.contiguous(),
+            "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+            "grad_query": strided(delta.new_empty(0, 0, 0, 1) if grad_query is None else grad_query),
+            "delta": delta,
+            "layout": _layout(problem),
+            "scoring": _scoring(problem),
+        },
+        {"NEED_QUERY": grad_query is not None, "VARIANT": variant},
+        options,
+    )
+
+
+def _key_gradients(
+    problem: AttentionProblem, lse: Tensor, grad_out: Tensor, delta: Tensor, gradients: Gradients, target: Target
+) -> list[Launch]:
+    variant, options = _variant(problem, target, configs.KEY_GRADIENTS)
+    prompts, kv_heads, length, _ = problem.prompt_key.shape
+    queries, own = problem.query.shape[2], problem.key.shape[2]
+    of_own = gradients.key is not None or gradients.value is not None
+    of_prompts = gradients.prompt_key is not None or gradients.prompt_value is not None
+    own_tiles = _tiles(problem, own, 1, variant.block_n) if of_own else 0
+    # Rows of the whole batch are one run where they all see the whole of the one prompt.
+    one_run = prompts == 1 and problem.prompt_index is None and problem.cu_seqlens is None and problem.window is None
+    one_run = one_run and (own >= queries or not variant.causal)
+    splits = _row_splits(problem, target, variant, own_tiles * kv_heads) if of_prompts else 1
+    variant = variant._replace(splits=splits, stacked=one_run)
+    written, folds = gradients, []
+    if splits > 1:
+        parts = [
+            None if g is None else g.new_empty(splits * prompts, *g.shape[1:], dtype=torch.float32)
+            for g in gradients[3:5]
+        ]
+        written = gradients._replace(prompt_key=parts[0], prompt_value=parts[1])
+    if splits > 1 or gradients.sinks is not None:
+        folds = [_fold(problem, written, gradients, lse, delta, splits)]
+    prompt_tiles = ceil_div(length, variant.block_n) if of_prompts else 0
+    launch = Launch(
+        key_gradients_kernel,
+        (own_tiles + prompts * splits * prompt_tiles, kv_heads),
+        {
+            "tensors": RowTensors(strided(unit_stride(problem.query)), strided(grad_out), lse.contiguous(), delta),
+            "inputs": _inputs(problem),
+            "gradients": Inputs(*(None if g is None else strided(g) for g in written[1:5])),
+            "layout": _layout(problem),
+            "own_tiles": own_tiles,
+            "scoring": _scoring(problem),
+        },
+        {
+            "NEED_KEY": gradients.key is not None or gradients.prompt_key is not None,
+            "NEED_VALUE": gradients.value is not None or gradients.prompt_value is not None,
+            "VARIANT": variant,
+        },
+        options,
+    )
+    return [launch, *folds]
+
+
+def _fold(
+    problem: AttentionProblem, parts: Gradients, gradients: Gradients, lse: Tensor, delta: Tensor, splits: int
+) -> Launch:
+    prompts, kv_heads, length, size = problem.prompt_key.shape
+    value_size = problem.value.shape[3]
+    prompt_tiles = ceil_div(length, _FOLD_KEYS) if splits > 1 else 0
+    sinks = None if gradients.sinks is None else problem.sinks
+
+    def views(of: Gradients) -> Inputs:
+        return Inputs(None, None, *(None if g is None or splits == 1 else strided(g) for g in of[3:5]))
+
+    return Launch(
+        fold_kernel,
+        (prompts * kv_heads * prompt_tiles + (0 if sinks is None else sinks.shape[0]),),
+        {
+            "parts": views(parts),
+            "gradients": views(gradients),
+            "lse": lse.contiguous(),
+            "delta": delta,
+            "sinks": sinks,
+            "grad_sinks": gradients.sinks,
+            "layout": _layout(problem),
+            "prompt_tiles": prompt_tiles,
+            "kv_heads": kv_heads,
+            "batches": problem.query.shape[0],
+        },
+        {
+            "SPLITS": splits,
+            "SIZE": size,
+            "VALUE_SIZE": value_size,
+            "BLOCK_N": _FOLD_KEYS,
+            "BLOCK_D": max(16, next_power_of_2(size)),
+            "BLOCK_DV": max(16, next_power_of_2(value_size)),
+        },
+        Options(4, 1),
+    )
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where neighbours in the last dimension are not neighbours in memory."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strided(tensor: Tensor) -> Strided:
+    """A tensor [batch, heads, tokens, size] as kernels take it."""
+    return Strided(tensor, *tensor.stride()[:3])
+
+
+def _inputs(problem: AttentionProblem) -> Inputs:
+    tensors = (problem.key, problem.value, problem.prompt_key, problem.prompt_value)
+    return Inputs(*(strided(unit_stride(t)) for t in tensors))
+
+
+def _layout(problem: AttentionProblem) -> Layout:
+    _, heads, queries, _ = problem.query.shape
+    prompts, _, prompt_keys, _ = problem.prompt_key.shape
+    vectors = (problem.cu_seqlens, problem.prompt_index, problem.prompt_lengths, problem.key_lengths)
+    starts, index, prompt_lengths, key_lengths = (None if v is None else v.contiguous() for v in vectors)
+    sizes = (_sequences(problem), prompts, queries, problem.key.shape[2], prompt_keys, heads)
+    return Layout(starts, index, prompt_lengths, key_lengths, *sizes)
+
+
+def _scoring(problem: AttentionProblem) -> Scoring:
+    return Scoring(problem.scale, problem.softcap or 0.0, problem.window or 0)
+
+
+def _empty_gradients(problem: AttentionProblem, needs: Needs) -> Gradients:
+    def token_major(tensor: Tensor) -> Tensor:
+        batch, heads, tokens, size = tensor.shape
+        return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
+
+    own = (problem.query, problem.key, problem.value)
+    others = (problem.prompt_key, problem.prompt_value, problem.sinks)
+    return Gradients(
+        *(token_major(t) if need else None for t, need in zip(own, needs[:3], strict=True)),
+        *(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(others, needs[3:], strict=True)),
+    )
