@@ -183,6 +183,7 @@ REPRESENTATIVE = (
     "kl_div forward N1024 V128256 bf16",
     "linear_kl_div forward N1024 V128256 bf16",
     "teacher_moments N1024 V128256 bf16",
+    "log-partition N1024 V128256 bf16 labels",
 )
 """Examples that are compiled at every run of the tests; `make compile` compiles all of them for all targets."""
 

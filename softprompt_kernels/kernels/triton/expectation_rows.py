@@ -54,10 +54,10 @@ def exponentials_kernel(
     if label_logit is not None:  # before any e takes its place: a maximum over the row waits for all threads
         label = tl.load(labels + row, mask=kept, other=-1)
         here = kept & (label >= first) & (label < first + columns)
-        z = tl.load(products + row * products_stride + (label - first), mask=here, other=0.0)
+        of_label = tl.load(products + row * products_stride + (label - first), mask=here, other=0.0)
         if bias is not None:
-            z += tl.load(bias + (label - first), mask=here, other=0.0)
-        tl.store(label_logit + row, z * scale, mask=here)
+            of_label += tl.load(bias + (label - first), mask=here, other=0.0)
+        tl.store(label_logit + row, of_label * scale, mask=here)
 
     found = tl.full((BLOCK_M, BLOCK_N), -INFINITY, tl.float32)
     for start in range(0, full * any_kept, BLOCK_N):
