@@ -1,7 +1,10 @@
 # make demo   install into .venv, fetch the demo model, compress a text, answer questions about it
-# make test   install what tests need, lint, type-check, test
+# make test   install what tests need, lint, type-check, test; then the Triton kernels, in Triton's interpreter
 # make bench  time and memory of the ops and of a training step, against their floors and other ways of writing them;
 #             a quarter of an hour on two cores. BENCH="-k attention" and the like measures a part
+# make compile  compile every GPU kernel for every GPU it is configured for, which needs none, and check the code (half an hour)
+# make counters  count bytes, FLOP and memory of the GPU kernels, in Triton's interpreter, against floors and other packages
+# make gpu    on a machine with a GPU: the tests of the ops on it, and their times against other ways
 # make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)
 #
 # Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with, 3.11 or
@@ -15,7 +18,7 @@ MODEL := .cache/SmolLM2-135M-Instruct
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench sanitize clean
+.PHONY: demo test bench compile counters gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo $(MODEL)/config.json
@@ -29,10 +32,24 @@ test: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "triton or counters" \
+		tests/kernels tests/ops tests/traps tests/benchmarks
 
 bench: $(VENV)/bench $(MODEL)/config.json
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \
 		--benchmark-json runs/bench/bench.json $(BENCH)
+
+compile: $(VENV)/test
+	$(BIN)/softprompt doctor --compile --json runs/compile.json
+
+# The other packages are for comparison alone, and are not to bring their own torch.
+counters: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --no-deps liger-kernel flash-linear-attention fla-core einops
+	$(BIN)/python -m benchmarks.counters
+
+gpu: $(VENV)/test
+	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python -m benchmarks.device
 
 # A copy of the package with a module of its own, found before the installed one. A test that limits the address space is
 # left out: AddressSanitizer takes terabytes of it.

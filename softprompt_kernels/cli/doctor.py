@@ -6,8 +6,12 @@ import importlib
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
 import typer
+
+from softprompt_kernels.errors import SoftPromptError
 
 DISTRIBUTION = "softprompt-kernels"
 TRIED_TORCH = "2.13.0"
@@ -26,9 +30,26 @@ class Finding:
     fatal: bool = False
 
 
-def doctor() -> None:
+def doctor(
+    compile_kernels: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile every GPU kernel instead, which needs no GPU, and check the code."),
+    ] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="With --compile: for this architecture only, as sm_90 (repeatable).")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="With --compile: write all figures there.")] = None,
+) -> None:
     """Show versions, backends and devices, and what is missing; the exit code is 0 if it can work, else 1."""
     from softprompt_kernels.cli.display import show_pairs
+
+    if compile_kernels:
+        from softprompt_kernels.cli import compiled
+
+        compiled.check(target or (), json)
+        return
+    if target or json:
+        raise SoftPromptError(f"{'--target' if target else '--json'} is for doctor --compile")
 
     sections = {
         "Versions": [Finding("python", platform.python_version()), *packages()],

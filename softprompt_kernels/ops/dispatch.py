@@ -35,6 +35,9 @@ from softprompt_kernels.kernels.reference import expectation as reference_expect
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
 from softprompt_kernels.kernels.reference import linear_kl_div as reference_linear_kl_div
 from softprompt_kernels.kernels.triton import attention as triton_attention
+from softprompt_kernels.kernels.triton import expectation as triton_expectation
+from softprompt_kernels.kernels.triton import kl_div as triton_kl_div
+from softprompt_kernels.kernels.triton import linear_kl_div as triton_linear_kl_div
 from softprompt_kernels.kernels.triton import runtime as triton_runtime
 
 REFERENCE = "reference"
@@ -115,7 +118,24 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
         if reason is None and requested is None:
             _announce_missing(backend.name, device, str(missing))
         refused.append(f"{backend.name}: {missing or reason}")
-    raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}")
+    others = _others(op, problem, requested)
+    raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}. {others}")
+
+
+def _others(op: str, problem: Any, refused: str | None) -> str:
+    """Which backends can serve a call that one refused, and why the rest cannot."""
+    able, unable = [], []
+    for backend in _backends:
+        if backend.name == refused:
+            continue
+        reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
+        reason = reason or backend.missing()
+        if reason is None:
+            able.append(backend.name)
+        else:
+            unable.append(f"{backend.name}: {reason}")
+    why = f" ({'; '.join(unable)})" if unable else ""
+    return f"Backends that can: {', '.join(able) or 'none'}{why}"
 
 
 def _log(op: str, name: str, device: torch.device, why: str) -> None:
@@ -165,8 +185,14 @@ register(
 register(
     Backend(
         "triton",
-        "CUDA and ROCm: kernels in Triton",
-        {"prompt_attention": triton_attention},
+        "CUDA and ROCm: Triton kernels, fp32 arithmetic (TRITON_INTERPRET=1 runs them on CPU tensors, slowly)",
+        {
+            "prompt_attention": triton_attention,
+            "kl_div": triton_kl_div,
+            "linear_kl_div": triton_linear_kl_div,
+            "teacher_moments": triton_expectation,
+            "linear_kl_div_from_moments": triton_expectation,
+        },
         missing=triton_runtime.missing,
     )
 )

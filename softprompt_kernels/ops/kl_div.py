@@ -3,7 +3,9 @@
     forward  KL(p_t‖p_s)      reverse  KL(p_s‖p_t)      jsd  β KL(p_t‖m) + (1−β) KL(p_s‖m),  m = β p_t + (1−β) p_s
 
 with p = softmax(logits / T), each times T². The teacher is a constant: it gets no gradient. The gradient is computed
-from the logits in the backward, so that the only tensor of size [N, V] made here is the gradient itself.
+from the logits in the backward, so that the only tensor of size [N, V] made here is the gradient itself. From forward
+to backward a kernel keeps as many numbers a row as its `STATISTICS` says, so as not to measure the row again; a kernel
+that keeps none does.
 """
 
 from typing import Any
@@ -75,7 +77,8 @@ def kl_div(
     weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
     dispatch.check_backend(backend)
     options = (divergence, float(beta), float(temperature), vocab, backend)
-    return reduce_rows(_forward_op(student, teacher.detach(), weights, *options), weights, reduction)
+    rows, _ = _forward_op(student, teacher.detach(), weights, *options)
+    return reduce_rows(rows, weights, reduction)
 
 
 def check_divergence(divergence: str, beta: float, temperature: float) -> None:
@@ -99,21 +102,34 @@ def _forward_op(
     temperature: float,
     vocab: int,
     backend: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
     kernel = dispatch.select(OP, problem, backend, student.device)
-    rows: Tensor = run_kernel(student.device, kernel.forward, problem)
-    return rows
+    rows, statistics = run_kernel(student.device, kernel.forward, problem)
+    return rows, statistics
 
 
 @_forward_op.register_fake
-def _(student: Tensor, *others: Any) -> Tensor:
-    return student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    vocab: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
+    kernel = dispatch.select(OP, problem, backend, student.device)  # who is asked is who will run
+    rows = student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
+    return rows, rows.new_empty(student.shape[0], kernel.STATISTICS)
 
 
 @torch.library.custom_op("softprompt_kernels::kl_div_backward", mutates_args=())
 def _backward_op(
     row_scale: Tensor,
+    statistics: Tensor,
     student: Tensor,
     teacher: Tensor,
     weights: Tensor | None,
@@ -125,21 +141,22 @@ def _backward_op(
 ) -> Tensor:
     problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
     kernel = dispatch.select(OP, problem, backend, student.device)
-    gradient: Tensor = run_kernel(student.device, kernel.backward, problem, row_scale)
+    gradient: Tensor = run_kernel(student.device, kernel.backward, problem, row_scale, statistics)
     return gradient.contiguous()
 
 
 @_backward_op.register_fake
-def _(row_scale: Tensor, student: Tensor, *others: Any) -> Tensor:
+def _(row_scale: Tensor, statistics: Tensor, student: Tensor, *others: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs[:3])
     ctx.options = inputs[3:]
 
 
-def _backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     gradient = _backward_op(grad_rows, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
     return gradient, *[None] * 7
 

@@ -1,12 +1,16 @@
 """Which backend serves a call, how it is overridden, and what is said about it."""
 
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.loss_problem import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import attention as reference_attention
+from softprompt_kernels.kernels.triton import kl_div as triton_kl_div
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
 
 BUILT = list(dispatch._backends)
@@ -79,14 +83,14 @@ def test_falling_back_to_the_reference_is_announced_once_with_what_to_do():
 
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_BACKEND", "fast")
-    with pytest.raises(ValueError, match="backend must be None or one of composed, reference; got 'fast'"):
+    with pytest.raises(ValueError, match="backend must be None or one of composed, reference, triton; got 'fast'"):
         attend()
 
 
 def test_a_new_backend_registers_in_a_line_and_goes_first(capfd, monkeypatch):
     dispatch.register(dispatch.Backend("native", "made for this test", {"prompt_attention": reference_attention}))
     assert "-> native (preferred)" in chosen(capfd, monkeypatch)
-    assert [r.name for r in dispatch.available_backends()] == ["native", "composed", "reference"]
+    assert [r.name for r in dispatch.available_backends()] == ["native", "composed", "triton", "reference"]
     kl_div(torch.ones(1, 2), torch.ones(1, 2))  # an op that it does not have goes to the next
     with pytest.raises(ValueError, match="native: it has no kl_div"):
         kl_div(torch.ones(1, 2), torch.ones(1, 2), backend="native")
@@ -113,3 +117,29 @@ def test_available_backends_lists_what_each_serves():
     ops = {"prompt_attention", "kl_div", "linear_kl_div", "teacher_moments", "linear_kl_div_from_moments"}
     assert set(records["reference"].ops) == set(records["composed"].ops) == ops
     assert all(r.available and r.detail for r in records.values())
+
+
+def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
+    double = torch.ones(1, 2, dtype=torch.float64)
+    with pytest.raises(ValueError) as raised:
+        kl_div(double, double, backend="triton")
+    assert str(raised.value) == (
+        "backend='triton' cannot serve this kl_div call: triton: student_logits is torch.float64, and it computes in "
+        "fp32. Backends that can: composed, reference"
+    )
+    with pytest.raises(ValueError, match=r"Backends that can: reference \(triton: .*\)"):
+        attend(softcap=2.0, backend="composed")
+
+
+def test_tensors_on_a_gpu_go_to_triton_and_those_of_a_cpu_do_not():
+    class On(NamedTuple):
+        device: torch.device
+        dtype: torch.dtype = torch.float32
+
+    def chosen_for(device):
+        logits = On(torch.device(device))
+        problem = LogitsProblem(logits, logits, None, Divergence("forward", 0.5, 1.0), 2)
+        return dispatch.select("kl_div", problem, None, logits.device)
+
+    assert chosen_for("cuda") is triton_kl_div
+    assert chosen_for("cpu") is composed_kl_div

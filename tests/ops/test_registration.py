@@ -54,7 +54,8 @@ def test_kl_div_passes_opcheck(backend):
     options = ("jsd", 0.3, 2.0, 28, backend)
     inputs = (made(TOKENS, VOCAB, grad=True), made(TOKENS, VOCAB), torch.tensor([1, 0, 2, 0.5, 1, 1]), *options)
     torch.library.opcheck(kl_div_forward, inputs, test_utils=ALL)
-    arguments = (torch.ones(TOKENS), inputs[0].detach(), *inputs[1:])
+    _, statistics = kl_div_forward(inputs[0].detach(), *inputs[1:])
+    arguments = (torch.ones(TOKENS), statistics, inputs[0].detach(), *inputs[1:])
     torch.library.opcheck(kl_div_backward, arguments, test_utils=FORWARD_ONLY)
 
 
@@ -81,20 +82,20 @@ def test_scale_rows_passes_opcheck():
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-def losses(student, teacher, weight):
-    moments = teacher_moments(teacher, weight)
-    weights = torch.tensor([1.0, 0, 2, 1, 1, 1])
+def losses(student, teacher, weight, backend):
+    moments = teacher_moments(teacher, weight, backend=backend)
+    weights, labels, options = torch.tensor([1.0, 0, 2, 1, 1, 1]), torch.arange(TOKENS), {"backend": backend}
     return (
-        linear_kl_div(student, teacher, weight, weights=weights, temperature=2.0)
-        + linear_kl_div_from_moments(student, moments, weight, labels=torch.arange(TOKENS), label_weight=0.5)
-        + kl_div(student @ weight.mT, teacher @ weight.mT, divergence="jsd")
+        linear_kl_div(student, teacher, weight, weights=weights, temperature=2.0, **options)
+        + linear_kl_div_from_moments(student, moments, weight, labels=labels, label_weight=0.5, **options)
+        + kl_div(student @ weight.mT, teacher @ weight.mT, divergence="jsd", **options)
     )
 
 
-def test_losses_compile_in_one_graph_and_give_the_same_bits():
+def test_losses_compile_in_one_graph_and_give_the_same_bits(backend):
     student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
-    eager = losses(student, teacher, weight)
-    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(student, teacher, weight)
+    eager = losses(student, teacher, weight, backend)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(student, teacher, weight, backend)
     assert torch.equal(eager, compiled)
     assert torch.equal(*(torch.autograd.grad(x, student)[0] for x in (eager, compiled)))
 

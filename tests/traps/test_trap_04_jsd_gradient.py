@@ -18,7 +18,7 @@ def test_jsd_gradient_equals_finite_differences(beta, backend):
     assert torch.autograd.gradcheck(lambda h: linear_kl_div(h, target, weight, **options), (hidden,))
 
 
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_gradient_in_fp32_equals_finite_differences_in_float64(beta, backend):
     options = {"divergence": "jsd", "beta": beta, "reduction": "sum"}

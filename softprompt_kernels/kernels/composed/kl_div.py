@@ -8,7 +8,9 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.chunks import block_size, kept_tokens, token_chunks
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
+
+STATISTICS = 0
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
@@ -17,12 +19,13 @@ def unsupported(problem: LogitsProblem) -> str | None:
     return None if device.type == "cpu" else f"student_logits are on {device}, and it serves the CPU"
 
 
-def forward(problem: LogitsProblem) -> Tensor:
-    """Loss of each row, [N]."""
-    return _run(problem, None, None)
+def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
+    """Loss of each row, [N]; no statistics."""
+    loss = _run(problem, None, None)
+    return loss, no_statistics(loss)
 
 
-def backward(problem: LogitsProblem, row_scale: Tensor) -> Tensor:
+def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Σ_n row_scale[n] · loss[n], derived by the student's logits."""
     gradient = torch.zeros(problem.student.shape, dtype=problem.student.dtype)
     _run(problem, row_scale, gradient)

@@ -12,7 +12,9 @@ from torch import Tensor
 from softprompt_kernels.kernels.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.rows import KINDS, address
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
+
+STATISTICS = 0
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
@@ -22,14 +24,14 @@ def unsupported(problem: LogitsProblem) -> str | None:
     )
 
 
-def forward(problem: LogitsProblem) -> Tensor:
-    """Loss of each row, [N]."""
+def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
+    """Loss of each row, [N]; no statistics."""
     loss = problem.student.new_zeros(problem.student.shape[0], dtype=torch.float32)
     _run(problem, loss, None, None)
-    return loss
+    return loss, no_statistics(loss)
 
 
-def backward(problem: LogitsProblem, row_scale: Tensor) -> Tensor:
+def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Σ_n row_scale[n] · loss[n], derived by the student's logits."""
     gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype)
     _run(problem, None, row_scale.contiguous(), gradient)

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
 from softprompt_kernels.kernels.reference import divergence
+
+STATISTICS = 0
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
@@ -12,12 +14,13 @@ def unsupported(problem: LogitsProblem) -> str | None:
     return None
 
 
-def forward(problem: LogitsProblem) -> Tensor:
-    """Loss of each row, [N], in the dtype of the computation."""
-    return _rows(problem)[0]
+def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
+    """Loss of each row, [N], in the dtype of the computation; no statistics."""
+    loss = _rows(problem)[0]
+    return loss, no_statistics(loss)
 
 
-def backward(problem: LogitsProblem, row_scale: Tensor) -> Tensor:
+def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
     full = torch.zeros_like(problem.student)
     full[:, : problem.vocab] = (_rows(problem)[1] * row_scale[:, None]).to(full.dtype)

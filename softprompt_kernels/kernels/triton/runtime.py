@@ -5,6 +5,7 @@ TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors in
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def missing() -> str | None:
     """Why the kernels cannot run here, None if they can."""
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,276 @@
+"""What is shipped: example problems that between them reach every kernel and every configuration.
+
+The problems are made of meta tensors, which have shapes and no memory, and the drivers are asked what they would launch
+for each on a target. A configuration that a driver gets is compiled and checked from then on, if an example reaches it;
+tests/kernels/test_triton_compile.py fails for one that none does.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
+from softprompt_kernels.kernels.loss_problem import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    Divergence,
+    ExpectationProblem,
+    Head,
+    HeadProblem,
+    LogitsProblem,
+)
+from softprompt_kernels.kernels.triton.ahead_of_time import Request
+from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.targets import Target
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem with a name, and what would be launched for it."""
+
+    name: str
+    launches: Callable[[Target], list[Launch]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an attention: letters as in attention_problem.py."""
+
+    batch: int = 8
+    heads: int = 32
+    kv_heads: int = 8
+    queries: int = 512
+    prompt: int = 256
+
+
+TRAINING = Sizes()
+SHAPES = {
+    "training": TRAINING,
+    "long prompt": Sizes(batch=4, queries=256, prompt=8192),
+    "short": Sizes(batch=16, queries=64, prompt=32),
+    "decoding": Sizes(queries=1, prompt=4096),
+    "odd group": Sizes(heads=9, kv_heads=3, queries=300, prompt=77),
+}
+HEAD_SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))  # D, Dv
+DTYPES = {
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "fp32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+FEATURES = ("window", "softcap", "sinks", "full", "bank", "padded", "packed")
+ALL = Needs(True, True, True, True, True, True)
+PROMPT = Needs(False, False, False, True, True, False)
+VOCABULARIES = (50257, 128256, 262144)  # the first is no multiple of anything
+TOKENS, FEW_TOKENS = 1024, 32
+HIDDEN = 4096  # d
+KINDS = (FORWARD, REVERSE, JSD)
+HEAD_FEATURES = ("bias", "softcap", "negative scale", "weights")
+
+
+def requests(targets: Iterable[Target]) -> list[Request]:
+    """Every launch of every example, for each target."""
+    found = examples()
+    return [
+        Request(example.name, launch, target)
+        for target, example in itertools.product(targets, found)
+        for launch in example.launches(target)
+    ]
+
+
+def examples() -> list[Example]:
+    """All, attention first."""
+    return [*_attention(), *_kl_div(), *_heads(), *_expectations()]
+
+
+def attention_problem(
+    sizes: Sizes, head: tuple[int, int], dtype: torch.dtype, feature: str | None = None
+) -> AttentionProblem:
+    """Without memory."""
+
+    def tensor(batch: int, heads: int, tokens: int, size: int) -> Tensor:
+        # As projections leave them: tokens before heads.
+        return torch.empty(batch, tokens, heads, size, dtype=dtype, device="meta").transpose(1, 2)
+
+    batch, kv_heads = sizes.batch, sizes.kv_heads
+    size, value_size = head
+    problem = AttentionProblem(
+        query=tensor(batch, sizes.heads, sizes.queries, size),
+        key=tensor(batch, kv_heads, sizes.queries, size),
+        value=tensor(batch, kv_heads, sizes.queries, value_size),
+        prompt_key=torch.empty(1, kv_heads, sizes.prompt, size, dtype=dtype, device="meta"),
+        prompt_value=torch.empty(1, kv_heads, sizes.prompt, value_size, dtype=dtype, device="meta"),
+        prompt_index=None,
+        prompt_lengths=None,
+        key_lengths=None,
+        cu_seqlens=None,
+        sinks=None,
+        causal=feature != "full",
+        window=128 if feature == "window" else None,
+        softcap=30.0 if feature == "softcap" else None,
+        scale=size**-0.5,
+    )
+    if feature == "sinks":
+        return replace(problem, sinks=torch.empty(sizes.heads, dtype=dtype, device="meta"))
+    if feature == "padded":
+        return replace(problem, key_lengths=_integers(batch))
+    if feature == "bank":
+        rows = 4
+        return replace(
+            problem,
+            prompt_key=problem.prompt_key.expand(rows, -1, -1, -1).contiguous(),
+            prompt_value=problem.prompt_value.expand(rows, -1, -1, -1).contiguous(),
+            prompt_index=_integers(batch),
+            prompt_lengths=_integers(rows),
+        )
+    if feature == "packed":
+        tokens = batch * sizes.queries
+        return replace(
+            problem,
+            query=tensor(1, sizes.heads, tokens, size),
+            key=tensor(1, kv_heads, tokens, size),
+            value=tensor(1, kv_heads, tokens, value_size),
+            cu_seqlens=_integers(batch + 1),
+        )
+    return problem
+
+
+def logits_problem(tokens: int, vocab: int, dtype: torch.dtype, kind: str, weighted: bool = False) -> LogitsProblem:
+    """Without memory."""
+    student, teacher = (torch.empty(tokens, vocab, dtype=dtype, device="meta") for _ in range(2))
+    return LogitsProblem(student, teacher, _floats(tokens) if weighted else None, Divergence(kind, 0.5, 2.0), vocab)
+
+
+def head_problem(
+    vocab: int, dtype: torch.dtype, kind: str, tokens: int = TOKENS, feature: str | None = None
+) -> HeadProblem:
+    """Without memory; one head for both sides."""
+    student, teacher = (torch.empty(tokens, HIDDEN, dtype=dtype, device="meta") for _ in range(2))
+    head = _head(vocab, dtype, feature)
+    weights = _floats(tokens) if feature == "weights" else None
+    return HeadProblem(student, teacher, head, head, weights, Divergence(kind, 0.5, 2.0), None)
+
+
+def expectation_problem(
+    vocab: int, dtype: torch.dtype, need_mean: bool, tokens: int = TOKENS, feature: str | None = None
+) -> ExpectationProblem:
+    """Without memory; "labels" with a weight for each token."""
+    hidden = torch.empty(tokens, HIDDEN, dtype=dtype, device="meta")
+    labels = _integers(tokens) if feature == "labels" else None
+    weights = _floats(tokens) if feature in ("labels", "weights") else None
+    return ExpectationProblem(hidden, _head(vocab, dtype, feature), labels, weights, 2.0, None, need_mean)
+
+
+def _head(vocab: int, dtype: torch.dtype, feature: str | None) -> Head:
+    weight = torch.empty(vocab, HIDDEN, dtype=dtype, device="meta")
+    bias = torch.empty(vocab, dtype=dtype, device="meta") if feature == "bias" else None
+    scale = -0.5 if feature == "negative scale" else 0.5
+    return Head(weight, bias, 30.0 if feature == "softcap" else None, scale)
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """How torch, and so our kernels, multiply fp32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _integers(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device="meta")
+
+
+def _floats(count: int) -> Tensor:
+    return torch.empty(count, device="meta")
+
+
+def _attention() -> Iterator[Example]:
+    """Every head size where most is trained; other shapes, dtypes and features where they change what is compiled."""
+    powers = ((64, 64), (128, 128), (256, 256))
+    cases: list[tuple[str, tuple[int, int], str, str | None]]
+    cases = [("training", head, "bf16", None) for head in HEAD_SIZES]
+    cases += [("training", head, dtype, None) for head in powers for dtype in ("fp16", "fp32", "tf32")]
+    cases += [(shape, (128, 128), "bf16", None) for shape in SHAPES if shape != "training"]
+    cases += [("decoding", head, "fp32", None) for head in powers]
+    cases += [("training", (128, 128), "bf16", feature) for feature in FEATURES]
+    for shape, head, dtype, feature in cases:
+        size = f"D{head[0]}" + (f"/{head[1]}" if head[0] != head[1] else "")
+        name = f"attention {shape} {size} {dtype}" + (f" {feature}" if feature else "")
+        torch_dtype, tf32 = DTYPES[dtype]
+        problem = attention_problem(SHAPES[shape], head, torch_dtype, feature)
+        frozen = dtype == "bf16" and feature is None and head[0] in (64, 128)  # model frozen, prompt trained
+        yield Example(name, partial(_attention_launches, problem, tf32, frozen))
+
+
+def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, target: Target) -> list[Launch]:
+    from softprompt_kernels.kernels.triton import attention_plan
+
+    with float32_products(tf32):
+        out, lse, launches = attention_plan.plan_forward(problem, target)
+        gradients = torch.empty_like(out), torch.empty_like(lse)
+        every = ALL._replace(sinks=problem.sinks is not None)
+        for needs in (every, PROMPT) if frozen else (every,):
+            launches = launches + attention_plan.plan_backward(problem, out, lse, *gradients, needs, target)[1]
+    return launches
+
+
+def _kl_div() -> Iterator[Example]:
+    cases = [(TOKENS, VOCABULARIES[1], dtype, kind, False) for dtype in ("bf16", "fp16", "fp32") for kind in KINDS]
+    cases += [(TOKENS, vocab, "bf16", kind, False) for vocab in (VOCABULARIES[0], VOCABULARIES[2]) for kind in KINDS]
+    cases += [(FEW_TOKENS, VOCABULARIES[1], "bf16", FORWARD, False)]
+    cases += [(TOKENS, 1000, "fp32", kind, True) for kind in KINDS]
+    for tokens, vocab, dtype, kind, weighted in cases:
+        name = f"kl_div {kind} N{tokens} V{vocab} {dtype}" + (" weights" if weighted else "")
+        problem = logits_problem(tokens, vocab, DTYPES[dtype][0], kind, weighted)
+        yield Example(name, partial(_kl_div_launches, problem))
+
+
+def _kl_div_launches(problem: LogitsProblem, target: Target) -> list[Launch]:
+    from softprompt_kernels.kernels.triton import kl_div
+
+    (loss, statistics), forward = kl_div.plan_forward(problem, target)
+    return forward + kl_div.plan_backward(problem, loss, statistics, target)[1]
+
+
+def _heads() -> Iterator[Example]:
+    cases = [(VOCABULARIES[1], dtype, kind, TOKENS, None) for dtype in ("bf16", "fp16", "fp32") for kind in KINDS]
+    cases += [(vocab, "bf16", FORWARD, TOKENS, None) for vocab in (VOCABULARIES[0], VOCABULARIES[2])]
+    cases += [(VOCABULARIES[1], "bf16", FORWARD, FEW_TOKENS, None)]
+    special = [(VOCABULARIES[1], "bf16", FORWARD, TOKENS, feature) for feature in HEAD_FEATURES]
+    for vocab, dtype, kind, tokens, feature in [*cases, *special]:
+        name = f"linear_kl_div {kind} N{tokens} V{vocab} {dtype}" + (f" {feature}" if feature else "")
+        problem = head_problem(vocab, DTYPES[dtype][0], kind, tokens, feature)
+        yield Example(name, partial(_head_launches, problem))
+
+
+def _head_launches(problem: HeadProblem, target: Target) -> list[Launch]:
+    from softprompt_kernels.kernels.triton import linear_kl_div
+
+    return [launch for need in (True, False) for launch in linear_kl_div.plan(problem, need, target)]
+
+
+def _expectations() -> Iterator[Example]:
+    cases: list[tuple[int, str, int, str | None]]
+    cases = [(VOCABULARIES[1], dtype, TOKENS, None) for dtype in ("bf16", "fp16", "fp32")]
+    cases += [(VOCABULARIES[0], "bf16", TOKENS, None), (VOCABULARIES[1], "bf16", FEW_TOKENS, None)]
+    cases += [(VOCABULARIES[1], "bf16", TOKENS, feature) for feature in ("bias", "labels", "weights")]
+    for vocab, dtype, tokens, feature in cases:
+        for need_mean in (True, False):
+            name = f"{'teacher_moments' if need_mean else 'log-partition'} N{tokens} V{vocab} {dtype}"
+            problem = expectation_problem(vocab, DTYPES[dtype][0], need_mean, tokens, feature)
+            yield Example(name + (f" {feature}" if feature else ""), partial(_expectation_launches, problem))
+
+
+def _expectation_launches(problem: ExpectationProblem, target: Target) -> list[Launch]:
+    from softprompt_kernels.kernels.triton import expectation
+
+    return expectation.plan(problem, target)

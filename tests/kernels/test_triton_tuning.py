@@ -1,0 +1,169 @@
+"""Tuning, with a clock that is told what to say: the fastest is taken, remembered, and forgotten when it should be."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.triton import tuning
+
+CUDA = torch.device("cuda", 0)
+
+
+class Config(NamedTuple):
+    rows: int
+    milliseconds: float
+
+
+FAST, SLOW, BROKEN = Config(64, 1.0), Config(128, 2.0), Config(256, -1.0)
+
+
+class Launch:
+    """Runs for as long as its configuration says."""
+
+    def __init__(self, config: Config, device: "Device") -> None:
+        self.config, self.device = config, device
+
+    def run(self) -> None:
+        if self.config.milliseconds < 0:
+            raise RuntimeError("out of resource: shared memory")
+        self.device.now += self.config.milliseconds
+
+
+class Device:
+    """A GPU whose clock moves when something is launched."""
+
+    now = 0.0
+    timed = 0
+
+    def milliseconds(self, run: Callable[[], None]) -> float:
+        self.timed += 1
+        before = self.now
+        run()
+        return self.now - before
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
+    """Tuning is on, for a device that is not here, and its file is in a new folder."""
+    monkeypatch.setenv("SOFTPROMPT_TRITON_TUNE", "1")
+    monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tuning, "_device_name", lambda device: "Some GPU 100")
+    return Device()
+
+
+@pytest.fixture
+def choose(device: Device) -> Callable[..., Config]:
+    def chosen(*candidates: Config, key: str = "bf16 64x128", forget: bool = True, **options: Any) -> Config:
+        if forget:  # as a new process
+            tuning._chosen.clear()
+        where = options.pop("device", CUDA)
+        return tuning.choose(
+            "forward", key, candidates, lambda config: [Launch(config, device)], where, timer=device.milliseconds
+        )
+
+    return chosen
+
+
+def test_the_fastest_is_taken_and_later_processes_do_not_time_again(choose: Any, device: Device) -> None:
+    assert choose(SLOW, FAST) == FAST
+    assert device.timed == 2
+    assert choose(SLOW, FAST) == FAST and choose(SLOW, FAST, forget=False) == FAST
+    assert device.timed == 2
+    written = json.loads(tuning.cache_file().read_text())
+    assert written["version"] == tuning.version() and "triton" in written["version"]
+    assert list(written["chosen"]) == ["forward | Some GPU 100 | bf16 64x128"]
+    assert [path.name for path in tuning.cache_file().parent.iterdir()] == ["triton-tuning.json"]
+
+
+def test_each_key_is_tuned_for_itself_and_none_is_lost(choose: Any, device: Device) -> None:
+    choose(SLOW, FAST)
+    choose(SLOW, FAST, key="fp16 64x128")
+    assert device.timed == 4
+    assert len(json.loads(tuning.cache_file().read_text())["chosen"]) == 2
+
+
+def test_other_candidates_are_tuned_again(choose: Any, device: Device) -> None:
+    choose(SLOW, FAST)
+    assert choose(SLOW, FAST, Config(32, 0.5)).rows == 32
+    assert device.timed == 5
+
+
+def test_a_candidate_that_does_not_run_is_passed_over(choose: Any) -> None:
+    assert choose(BROKEN, SLOW) == SLOW
+
+
+def test_if_none_runs_that_is_said(choose: Any) -> None:
+    with pytest.raises(RuntimeError, match="none of the 2 configurations of forward"):
+        choose(BROKEN, BROKEN._replace(rows=512))
+
+
+def test_where_it_is_not_asked_for_the_shipped_one_is_taken_untimed(
+    choose: Any, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose(SLOW, FAST, device=torch.device("meta")) == SLOW
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(SLOW, FAST) == SLOW
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("SOFTPROMPT_TRITON_TUNE")
+    assert choose(SLOW, FAST) == SLOW
+    monkeypatch.setenv("SOFTPROMPT_TRITON_TUNE", "1")
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)  # a CUDA graph
+    assert choose(SLOW, FAST) == SLOW
+    assert device.timed == 0 and not tuning.cache_file().exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"version": "',
+        "[1, 2]",
+        '{"version": "softprompt-kernels 0.0.1", "chosen": {}}',
+        '{"chosen": []}',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_file_that_is_not_ours_is_ignored_with_one_warning_and_replaced(
+    choose: Any, device: Device, text: str | bytes
+) -> None:
+    tuning._warned.clear()
+    file = tuning.cache_file()
+    file.parent.mkdir()
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.warns(UserWarning, match="tuned anew") as seen:
+        assert choose(SLOW, FAST) == FAST
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(SLOW, FAST) == FAST
+    assert device.timed == 2
+
+
+def test_an_entry_that_names_no_candidate_is_tuned_again(choose: Any, device: Device) -> None:
+    choose(SLOW, FAST)
+    file = tuning.cache_file()
+    file.write_text(file.read_text().replace('"candidate": 1', '"candidate": 7'))
+    assert choose(SLOW, FAST) == FAST
+    assert device.timed == 4
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    choose: Any, device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tuning._warned.clear()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be"):
+        assert choose(SLOW, FAST) == FAST
+    assert choose(SLOW, FAST, forget=False) == FAST
+    assert device.timed == 2
+
+
+def test_sizes_of_a_class_are_within_a_power_of_2() -> None:
+    assert tuning.shape_class(1, 100, 128, 129) == "1x128x128x256"
