@@ -1,6 +1,6 @@
 """Tiles of the attention kernels: data, by kernel, element size, head size and target.
 
-A row is chosen by the first target family whose name matches. What bounds the numbers:
+What bounds the numbers:
 
 - registers: the sums of a program are fp32, BLOCK_M · D numbers forward and for dQ, BLOCK_N · (D + Dv) for dK and dV;
   with scores and weights they must fit 255 registers of 32 · num_warps threads. No configuration spills on any target,
@@ -24,38 +24,102 @@ class Tiles:
     options: Options
 
 
+Candidates = tuple[Tiles, ...]  # the shipped one, and then what tuning on the device may choose instead
+
 FORWARD, QUERY_GRADIENT, KEY_GRADIENTS = "forward", "query_gradient", "key_gradients"
 
 
-def _tiles(rows: int, keys: int, num_warps: int, num_stages: int) -> Tiles:
-    return Tiles(rows, keys, Options(num_warps, num_stages))
+def _tiles(rows: int, keys: int, num_warps: int, num_stages: int, maxnreg: int | None = None) -> Tiles:
+    return Tiles(rows, keys, Options(num_warps, num_stages, maxnreg))
 
 
-# kernel -> target -> element size -> largest head size, up to a power of 2 -> tiles. "" is every other target.
-CONFIGS: dict[str, dict[str, dict[int, dict[int, Tiles]]]] = {
+# Without tensor cores fp32 operands of a product lie in registers, and the assembler, left to itself, spills rather
+# than give a thread more of them.
+_FLOAT32: dict[str, dict[int, Candidates]] = {
+    FORWARD: {
+        64: (_tiles(64, 32, 8, 1, 255),),
+        128: (_tiles(32, 16, 8, 1, 255),),
+        256: (_tiles(16, 16, 8, 1, 255),),
+    },
+    QUERY_GRADIENT: {
+        64: (_tiles(32, 32, 8, 1),),
+        128: (_tiles(16, 16, 8, 1, 255),),
+        256: (_tiles(16, 16, 16, 1),),
+    },
+    KEY_GRADIENTS: {
+        64: (_tiles(32, 32, 8, 1, 255),),
+        128: (_tiles(32, 32, 8, 1, 255),),
+        256: (_tiles(16, 16, 8, 1, 255),),
+    },
+}
+
+# kernel -> target or its maker, "" being every other -> element size -> largest head size, up to a power of 2 -> tiles
+CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
     FORWARD: {
         "": {
-            2: {64: _tiles(128, 64, 4, 3), 128: _tiles(128, 64, 8, 2), 256: _tiles(64, 32, 4, 2)},
-            4: {64: _tiles(64, 32, 4, 2), 128: _tiles(64, 32, 8, 1), 256: _tiles(32, 16, 8, 1)},
+            2: {
+                64: (_tiles(128, 64, 8, 3), _tiles(64, 64, 4, 3)),
+                128: (_tiles(128, 64, 8, 2), _tiles(128, 32, 8, 3)),
+                256: (_tiles(64, 32, 8, 2),),
+            },
+            4: _FLOAT32[FORWARD],
+        },
+        "sm_90": {
+            2: {
+                64: (_tiles(128, 64, 4, 3), _tiles(128, 64, 8, 2), _tiles(64, 64, 4, 3)),
+                128: (_tiles(128, 64, 8, 2), _tiles(128, 32, 8, 3), _tiles(64, 64, 4, 2)),
+                256: (_tiles(64, 32, 8, 2),),
+            },
+            4: _FLOAT32[FORWARD],
+        },
+        # mma.sync has a warp's whole tile of keys in registers.
+        "sm_8x": {
+            2: {
+                64: (_tiles(128, 64, 8, 2),),
+                128: (_tiles(64, 32, 4, 2), _tiles(64, 32, 8, 2)),
+                256: (_tiles(32, 32, 8, 2),),
+            },
+            4: _FLOAT32[FORWARD],
+        },
+        "hip": {
+            2: {64: (_tiles(128, 64, 4, 1),), 128: (_tiles(64, 64, 4, 1),), 256: (_tiles(64, 32, 4, 1),)},
+            4: {64: (_tiles(64, 32, 4, 1),), 128: (_tiles(32, 32, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
     QUERY_GRADIENT: {
         "": {
-            2: {64: _tiles(64, 64, 4, 2), 128: _tiles(64, 64, 8, 1), 256: _tiles(32, 32, 8, 1)},
-            4: {64: _tiles(64, 32, 8, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 8, 1)},
+            2: {
+                64: (_tiles(64, 64, 4, 2), _tiles(128, 64, 8, 2)),
+                128: (_tiles(64, 64, 8, 2), _tiles(64, 32, 8, 2)),
+                256: (_tiles(32, 32, 8, 1),),
+            },
+            4: _FLOAT32[QUERY_GRADIENT],
+        },
+        "sm_8x": {
+            2: {64: (_tiles(128, 32, 8, 2),), 128: (_tiles(64, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
+            4: _FLOAT32[QUERY_GRADIENT],
+        },
+        "hip": {
+            2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(64, 32, 4, 1),), 256: (_tiles(32, 32, 4, 1),)},
+            4: {64: (_tiles(32, 32, 4, 1),), 128: (_tiles(32, 16, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
     KEY_GRADIENTS: {
         "": {
-            2: {64: _tiles(64, 64, 4, 2), 128: _tiles(32, 64, 8, 1), 256: _tiles(32, 32, 8, 1)},
-            4: {64: _tiles(32, 32, 4, 1), 128: _tiles(32, 32, 8, 1), 256: _tiles(16, 16, 8, 1)},
+            2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(32, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
+            4: _FLOAT32[KEY_GRADIENTS],
+        },
+        "hip": {
+            2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(32, 64, 4, 1),), 256: (_tiles(32, 32, 4, 1),)},
+            4: {64: (_tiles(32, 32, 4, 1),), 128: (_tiles(16, 32, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
 }
 
 
-def choose(kernel: str, target: Target, element_size: int, block_d: int) -> Tiles:
+def candidates(kernel: str, target: Target, element_size: int, block_d: int) -> Candidates:
     """The tiles of a kernel, for a target, numbers of `element_size` bytes and a head size up to a power of 2."""
     by_target = CONFIGS[kernel]
-    family = next((name for name in (target.name, target.backend, "") if name in by_target), "")
+    names = (target.name, f"{target.name[:-1]}x", target.backend, "")
+    family = next(name for name in names if name in by_target)
     return by_target[family][element_size][max(64, block_d)]

@@ -3,11 +3,15 @@
 Nothing here reads a tensor, so a plan costs no synchronisation, and tensors on the meta device will do.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
 from softprompt_kernels.kernels.triton import attention_configs as configs
+from softprompt_kernels.kernels.triton import tuning
+from softprompt_kernels.kernels.triton.attention_configs import Tiles
 from softprompt_kernels.kernels.triton.attention_forward import forward_kernel, merge_kernel
 from softprompt_kernels.kernels.triton.attention_key_gradients import RowTensors, fold_kernel, key_gradients_kernel
 from softprompt_kernels.kernels.triton.attention_query_gradient import query_gradient_kernel
@@ -21,14 +25,24 @@ _LEAST_ROWS = 16  # of a product
 _FOLD_KEYS = 16  # of a program that adds up parts
 
 
-def plan_forward(problem: AttentionProblem, target: Target) -> tuple[Tensor, Tensor, list[Launch]]:
-    """out [B, Hq, M, Dv] and lse [B, Hq, M], not yet written, and the launches that write them."""
+def plan_forward(
+    problem: AttentionProblem, target: Target, candidate: int | None = None
+) -> tuple[Tensor, Tensor, list[Launch]]:
+    """out [B, Hq, M, Dv] and lse [B, Hq, M], not yet written, and the launches that write them.
+
+    `candidate` says which of the configurations is taken; None: the one that tuning has found, or the shipped one.
+    """
+    tiles = _choose(configs.FORWARD, problem, target, candidate, lambda tiles: _forward(problem, target, tiles)[2])
+    return _forward(problem, target, tiles)
+
+
+def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[Tensor, Tensor, list[Launch]]:
     query = unit_stride(problem.query)
     out = empty_output(problem)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    variant, options = _row_variant(problem, target, configs.FORWARD)
-    tiles, kv_heads = _row_tiles(problem, variant), problem.key.shape[1]
-    variant = variant._replace(splits=_key_splits(problem, target, variant, tiles * kv_heads))
+    variant = _row_variant(problem, target, tiles)
+    count, kv_heads = _row_tiles(problem, variant), problem.key.shape[1]
+    variant = variant._replace(splits=_key_splits(problem, target, variant, count * kv_heads))
     outputs, merge = (out, lse), []
     if variant.splits > 1:
         batch, heads, queries, size = out.shape
@@ -37,7 +51,7 @@ def plan_forward(problem: AttentionProblem, target: Target) -> tuple[Tensor, Ten
         merge = [_merge(problem, outputs[0], outputs[1], out, lse, variant)]
     launch = Launch(
         forward_kernel,
-        (tiles, kv_heads, variant.splits),
+        (count, kv_heads, variant.splits),
         {
             "query": strided(query),
             "inputs": _inputs(problem),
@@ -48,7 +62,7 @@ def plan_forward(problem: AttentionProblem, target: Target) -> tuple[Tensor, Ten
             "scoring": _scoring(problem),
         },
         {"VARIANT": variant},
-        options,
+        tiles.options,
     )
     return out, lse, [launch, *merge]
 
@@ -61,41 +75,64 @@ def plan_backward(
     grad_lse: Tensor | None,
     needs: Needs,
     target: Target,
+    candidate: int | None = None,
 ) -> tuple[Gradients, list[Launch]]:
-    """The gradients named in `needs`, not yet written, and the launches that write them."""
+    """The gradients named in `needs`, not yet written, and the launches that write them; `candidate` as above."""
     gradients = _empty_gradients(problem, needs)
     out, grad_out = unit_stride(out), unit_stride(grad_out)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
-    launches = [_query_gradient(problem, out, lse, grad_out, grad_lse, delta, gradients.query, target)]
+
+    def of_queries(tiles: Tiles) -> list[Launch]:
+        return [_query_gradient(problem, out, lse, grad_out, grad_lse, delta, gradients.query, target, tiles)]
+
+    def of_keys(tiles: Tiles) -> list[Launch]:
+        return _key_gradients(problem, lse, grad_out, delta, gradients, target, tiles)
+
+    launches = of_queries(_choose(configs.QUERY_GRADIENT, problem, target, candidate, of_queries))
     if any(needs[1:5]):
-        launches += _key_gradients(problem, lse, grad_out, delta, gradients, target)
+        launches += of_keys(_choose(configs.KEY_GRADIENTS, problem, target, candidate, of_keys))
     elif gradients.sinks is not None:
         launches.append(_fold(problem, Gradients(*[None] * 6), gradients, lse, delta, 1))
     return gradients, launches
 
 
+def _choose(
+    kernel: str,
+    problem: AttentionProblem,
+    target: Target,
+    candidate: int | None,
+    launches_of: Callable[[Tiles], list[Launch]],
+) -> Tiles:
+    query, value_size = problem.query, problem.value.shape[3]
+    block = max(next_power_of_2(query.shape[3]), next_power_of_2(value_size))
+    candidates = configs.candidates(kernel, target, query.element_size(), block)
+    if candidate is not None:
+        return candidates[min(candidate, len(candidates) - 1)]
+    rules = (problem.causal, problem.window is not None, problem.softcap is not None, problem.cu_seqlens is not None)
+    sizes = tuning.shape_class(_sequences(problem), query.shape[2], problem.key.shape[2], problem.prompt_key.shape[2])
+    key = f"{query.dtype} D{query.shape[3]}/{value_size} Hq{query.shape[1]} g{problem.group} {rules} {sizes}"
+    return tuning.choose(f"attention {kernel}", key, candidates, launches_of, query.device)
+
+
 # --- cutting ----------------------------------------------------------------------------------------------------------
 
 
-def _row_variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Variant, Options]:
+def _row_variant(problem: AttentionProblem, target: Target, tiles: Tiles) -> Variant:
     """The constants of a kernel that has tiles of rows: fewer rows where there are fewer."""
-    variant, options = _variant(problem, target, kernel)
+    variant = _variant(problem, tiles)._replace(descriptors=_descriptors(problem, target))
     batch, _, queries, _ = problem.query.shape
     rows = queries * problem.group
     shared = problem.prompt_key.shape[0] == 1 and problem.prompt_index is None and problem.cu_seqlens is None
     # A tile of several sequences reads the prompt once for all, and looks at each one's own keys for all its rows.
     stacked = shared and batch > 1 and 2 * rows <= variant.block_m and problem.key.shape[2] <= variant.block_n
-    most = rows * batch if stacked else rows
-    return variant._replace(
-        stacked=stacked, block_m=min(variant.block_m, max(_LEAST_ROWS, next_power_of_2(most)))
-    ), options
+    most = max(_LEAST_ROWS, next_power_of_2(rows * batch if stacked else rows))
+    return variant._replace(stacked=stacked, block_m=min(variant.block_m, most))
 
 
-def _variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Variant, Options]:
+def _variant(problem: AttentionProblem, tiles: Tiles) -> Variant:
     size, value_size = problem.query.shape[3], problem.value.shape[3]
     block_d, block_dv = (max(16, next_power_of_2(s)) for s in (size, value_size))
-    tiles = configs.choose(kernel, target, problem.query.element_size(), max(block_d, block_dv))
-    variant = Variant(
+    return Variant(
         group=problem.group,
         size=size,
         value_size=value_size,
@@ -106,14 +143,13 @@ def _variant(problem: AttentionProblem, target: Target, kernel: str) -> tuple[Va
         stacked=False,
         splits=1,
         precision=float32_precision(),
-        descriptors=kernel != configs.KEY_GRADIENTS and _descriptors(problem, target),
+        descriptors=False,
         block_m=tiles.rows,
         block_n=tiles.keys,
         block_d=block_d,
         block_dv=block_dv,
         block_s=1 if problem.cu_seqlens is None else next_power_of_2(problem.cu_seqlens.shape[0]),
     )
-    return variant, tiles.options
 
 
 def _descriptors(problem: AttentionProblem, target: Target) -> bool:
@@ -209,8 +245,9 @@ def _query_gradient(
     delta: Tensor,
     grad_query: Tensor | None,
     target: Target,
+    tiles: Tiles,
 ) -> Launch:
-    variant, options = _row_variant(problem, target, configs.QUERY_GRADIENT)
+    variant = _row_variant(problem, target, tiles)
     query = unit_stride(problem.query)
     return Launch(
         query_gradient_kernel,
@@ -228,14 +265,20 @@ def _query_gradient(
             "scoring": _scoring(problem),
         },
         {"NEED_QUERY": grad_query is not None, "VARIANT": variant},
-        options,
+        tiles.options,
     )
 
 
 def _key_gradients(
-    problem: AttentionProblem, lse: Tensor, grad_out: Tensor, delta: Tensor, gradients: Gradients, target: Target
+    problem: AttentionProblem,
+    lse: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    gradients: Gradients,
+    target: Target,
+    tiles: Tiles,
 ) -> list[Launch]:
-    variant, options = _variant(problem, target, configs.KEY_GRADIENTS)
+    variant = _variant(problem, tiles)
     prompts, kv_heads, length, _ = problem.prompt_key.shape
     queries, own = problem.query.shape[2], problem.key.shape[2]
     of_own = gradients.key is not None or gradients.value is not None
@@ -272,7 +315,7 @@ def _key_gradients(
             "NEED_VALUE": gradients.value is not None or gradients.prompt_value is not None,
             "VARIANT": variant,
         },
-        options,
+        tiles.options,
     )
     return [launch, *folds]
 

@@ -6,7 +6,7 @@ compiled for any target on any machine. So what is checked is what runs.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,12 +34,8 @@ class Launch:
     def run(self) -> None:
         """Launches the kernel on the current stream; nothing for an empty grid."""
         if all(self.grid):
-            self.kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.options.num_warps,
-                num_stages=self.options.num_stages,
-            )
+            options = {name: value for name, value in asdict(self.options).items() if value is not None}
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:

@@ -71,6 +71,7 @@ VOCABULARIES = (50257, 128256, 262144)  # the first is no multiple of anything
 TOKENS, FEW_TOKENS = 1024, 32
 HIDDEN = 4096  # d
 KINDS = (FORWARD, REVERSE, JSD)
+MOST_CANDIDATES = 3  # of an attention kernel's configurations: the shipped one, and what tuning may choose instead
 HEAD_FEATURES = ("bias", "softcap", "negative scale", "weights")
 
 
@@ -214,12 +215,15 @@ def _attention() -> Iterator[Example]:
 def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, target: Target) -> list[Launch]:
     from softprompt_kernels.kernels.triton import attention_plan
 
+    launches = []
     with float32_products(tf32):
-        out, lse, launches = attention_plan.plan_forward(problem, target)
-        gradients = torch.empty_like(out), torch.empty_like(lse)
-        every = ALL._replace(sinks=problem.sinks is not None)
-        for needs in (every, PROMPT) if frozen else (every,):
-            launches = launches + attention_plan.plan_backward(problem, out, lse, *gradients, needs, target)[1]
+        for candidate in range(MOST_CANDIDATES):
+            out, lse, forward = attention_plan.plan_forward(problem, target, candidate)
+            gradients = torch.empty_like(out), torch.empty_like(lse)
+            every = ALL._replace(sinks=problem.sinks is not None)
+            launches += forward
+            for needs in (every, PROMPT) if frozen else (every,):
+                launches += attention_plan.plan_backward(problem, out, lse, *gradients, needs, target, candidate)[1]
     return launches
 
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.launch import Launch, run_all
 from softprompt_kernels.kernels.triton.runtime import interpreting
 
 Config = TypeVar("Config")
@@ -74,7 +74,7 @@ def choose(
         if known is None and _capturing():
             return candidates[0]
         if known is None:
-            known = _tune(name, digest, candidates, launches_of, timer or _device_milliseconds)
+            known = _tune(name, digest, candidates, launches_of, timer or _device_milliseconds, device)
         return candidates[known]
 
 
@@ -84,6 +84,7 @@ def _tune(
     candidates: Sequence[Config],
     launches_of: Callable[[Config], Sequence[Launch]],
     timer: Timer,
+    device: torch.device,
 ) -> int:
     """The index of the fastest; one that cannot run at all, for want of registers or shared memory, is passed over."""
     times: dict[int, float] = {}
@@ -92,8 +93,7 @@ def _tune(
         launches = launches_of(candidate)
 
         def run(launches: Sequence[Launch] = launches) -> None:
-            for launch in launches:
-                launch.run()
+            run_all(launches, device)
 
         try:
             times[index] = timer(run)
