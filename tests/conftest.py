@@ -1,7 +1,8 @@
 """The backends that every op is tested on, and a tiny model on the disk for everything that starts from a folder."""
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from softprompt_kernels.kernels.triton import runtime as triton
 
 BACKENDS = ("reference", "composed", "cpu", "triton")
 FP32_BACKENDS = ("cpu", "triton")
+GPU = "triton on a GPU"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,20 +36,23 @@ class Precision(NamedTuple):
     tolerance: float
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*BACKENDS, pytest.param(GPU, marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backends that run here: in Triton's interpreter, which is a process of its own, that one alone."""
     name = request.param
     if name == "cpu" and native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
     if name == "triton" and not triton.interpreting():
         pytest.skip("the triton backend: set TRITON_INTERPRET=1 to run it on a CPU, in a process of its own")
-    if name == "triton" and triton.missing():
+    if name in ("triton", GPU) and triton.missing():
         pytest.skip(f"the triton backend: {triton.missing()}")
+    if name == GPU and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda finds none")
     if name != "triton" and triton.interpreting():
         pytest.skip("tested without TRITON_INTERPRET")
     torch.manual_seed(0)
-    return name
+    with torch.device("cuda") if name == GPU else nullcontext():  # where a test makes its tensors
+        yield "triton" if name == GPU else name
 
 
 @pytest.fixture
