@@ -1,5 +1,5 @@
 # make demo   install into .venv, fetch the demo model, compress a text, answer questions about it
-# make test   install what tests need, lint, type-check, test
+# make test   install what tests need, lint, type-check, test; then the Triton kernels, in Triton's interpreter
 # make bench  time and memory of the ops and of a training step, against their floors and other ways of writing them;
 #             a quarter of an hour on two cores. BENCH="-k attention" and the like measures a part
 # make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)
@@ -29,6 +29,8 @@ test: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k triton \
+		tests/kernels tests/ops tests/traps
 
 bench: $(VENV)/bench $(MODEL)/config.json
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \
