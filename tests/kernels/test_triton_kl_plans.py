@@ -137,6 +137,45 @@ def test_chunks_are_as_large_as_memory_allows(each, tokens, size):
     assert memory.chunk_size(tokens, 7, each) == 7
 
 
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["none", "given", "added"])
+def sums(request, monkeypatch):
+    """What builds of torch do with fp32 results of 16-bit operands, here in terms of fp32."""
+    mm, addmm = torch.mm, torch.addmm
+    monkeypatch.setattr(products, "_accumulators", lambda device: request.param)
+
+    def given(left, right, *, out_dtype=None, out=None):
+        assert out_dtype is None or request.param != "none"
+        return mm(left.float(), right.float(), out=out)
+
+    def added(total, left, right, *, out_dtype=None, out=None):
+        assert out_dtype is None or request.param == "added"
+        return addmm(total, left.float(), right.float(), out=out)
+
+    monkeypatch.setattr(torch, "mm", given)
+    monkeypatch.setattr(torch, "addmm", added)
+
+
+@pytest.mark.parametrize("part", [64, 2**26], ids=["in parts", "at once"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)])
+def test_products_are_made_in_fp32_by_every_build_of_torch(dtypes, part, sums, monkeypatch):
+    monkeypatch.setattr(products, "_COPY", part)
+    hidden, weight, gradient = torch.randn(5, 8).to(dtypes[0]), torch.randn(20, 8).to(dtypes[1]), torch.randn(5, 20)
+    out = torch.full((5, 32), torch.nan)[:, :20]
+    products.head_logits(out, hidden, weight)
+    torch.testing.assert_close(out, hidden.float() @ weight.float().mT)
+    gradient = gradient.to(dtypes[1])
+    pulled = products.pull_back(gradient, weight)
+    torch.testing.assert_close(pulled, gradient.float() @ weight.float())
+    once_more = products.pull_back(gradient, weight, out=pulled.clone())
+    torch.testing.assert_close(once_more, 2 * pulled)
+    of_weight = torch.ones(20, 8)
+    products.add_outer(of_weight, gradient, hidden)
+    torch.testing.assert_close(of_weight, 1 + gradient.float().mT @ hidden.float())
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 

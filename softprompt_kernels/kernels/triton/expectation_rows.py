@@ -16,7 +16,7 @@ import triton.language as tl
 from softprompt_kernels.kernels.triton.kl_functions import INFINITY, LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "first"])  # which change from call to call
 def exponentials_kernel(
     products,  # [rows, columns] fp32
     bias,  # [columns] fp32 or None; −inf removes a word

@@ -50,7 +50,7 @@ JSD = tl.constexpr("jsd")
 STATISTICS = tl.constexpr(5)  # max z_p, max z_q, centre (L; E_s[D] for reverse), 1 / S (0: no gradient), E_s[r] (jsd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # which changes from call to call, and would compile it again
 def divergence_kernel(
     student,  # [rows, vocab] any float
     teacher,  # [rows, vocab]

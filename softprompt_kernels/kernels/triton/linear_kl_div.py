@@ -10,9 +10,9 @@ The gradient by the logits takes the student's place in fp32. For a 16-bit head 
 into a matrix of its own that the tensor cores can multiply; fp16 has no small numbers, so there it is scaled by 2¹⁰. A
 trained head costs 1U more for the gradient of its weight, and makes logits again in the backward.
 
-Memory: 10 V + 4 d bytes a token of a chunk for a 16-bit head, 8 V for fp32. Unlike on the CPU, nothing is scaled before
-the products (16-bit hidden states would be rounded) and tokens of weight 0 are not gathered out (their number is not
-known without waiting for the device): the row work passes them over without reading them.
+Memory: 10 V + 8 d bytes a token of a chunk for a 16-bit head, 8 V + 12 d for fp32. Unlike on the CPU, nothing is
+scaled before the products (16-bit hidden states would be rounded), and tokens of weight 0 are not gathered out (their
+number is not known without waiting for the device): the row work passes them over without reading them.
 """
 
 from collections.abc import Iterator

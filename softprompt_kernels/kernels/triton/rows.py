@@ -168,7 +168,7 @@ class Tile:
 
 # Counted in the machine code for sm_80 to sm_120 and gfx942, none of which spills; not yet timed. The first sweep of a
 # divergence keeps 5 sums of each word beside the tile: with 8 words a thread, which is what 16 bytes hold in 16 bits,
-# that is 104 to 128 registers and two programs of 8 warps a multiprocessor; with 16 words it is 190 to 233 and one
+# that is 90 to 128 registers (134 once) and two programs of 8 warps a multiprocessor; with 16 it is 140 to 233 and one
 # program, with 4 the maxima of a tile cost half as much as its words. More programs at a time would not help the later
 # sweeps: what is in flight, two rows of 1 MB a multiprocessor at V = 128256, already is more than the L2 cache holds.
 _DIVERGENCE_WORDS = 8
