@@ -110,7 +110,7 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             4: _FLOAT32[KEY_GRADIENTS],
         },
         "hip": {
-            2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(32, 64, 4, 1),), 256: (_tiles(32, 32, 4, 1),)},
+            2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(32, 64, 4, 1),), 256: (_tiles(16, 32, 4, 1),)},
             4: {64: (_tiles(32, 32, 4, 1),), 128: (_tiles(16, 32, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
