@@ -21,8 +21,8 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small() -> Iterator[None]:
-    """Kernels in the interpreter."""
+def interpreter() -> Iterator[None]:
+    """Kernels run in Triton's interpreter, or the test is skipped."""
     if runtime.missing() or not runtime.interpreting():
         pytest.skip("kernels are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     yield
@@ -57,7 +57,7 @@ if not runtime.missing():
         tl.atomic_add(out, tl.sum(e))
 
 
-def test_loads_and_stores_count_by_lane_program_and_group(small: None) -> None:
+def test_loads_and_stores_count_by_lane_program_and_group(interpreter: None) -> None:
     from traffic import Traffic
 
     left, right, bias = torch.randn(40, 24), torch.randn(24, 56), torch.randn(56)
@@ -80,7 +80,7 @@ def test_loads_and_stores_count_by_lane_program_and_group(small: None) -> None:
     assert traffic.total("grouped", of=lambda name: name == "out") == 4 * 40 * 56
 
 
-def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(small: None) -> None:
+def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(interpreter: None) -> None:
     from traffic import Traffic
 
     left, right, bias, out = torch.randn(32, 16), torch.randn(16, 32), torch.randn(32), torch.empty(32, 32)
@@ -92,7 +92,7 @@ def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(small: No
     assert figures["right"].grouped_read == 4 * 16 * 32
 
 
-def test_exponentials_and_atomics(small: None) -> None:
+def test_exponentials_and_atomics(interpreter: None) -> None:
     from traffic import Traffic
 
     values, out = torch.randn(100), torch.zeros(1)
@@ -105,7 +105,7 @@ def test_exponentials_and_atomics(small: None) -> None:
     assert (figures["out"].issued_read, figures["out"].issued_written, figures["out"].unique_written) == (16, 16, 4)
 
 
-def test_tensors_that_overlap_are_one(small: None) -> None:
+def test_tensors_that_overlap_are_one(interpreter: None) -> None:
     from traffic import Traffic
 
     values = torch.randn(64, 64)
@@ -114,7 +114,7 @@ def test_tensors_that_overlap_are_one(small: None) -> None:
     assert "bias=out" in traffic.launches[0].tensors or "out=bias" in traffic.launches[0].tensors
 
 
-def test_nothing_is_counted_or_left_patched_afterwards(small: None) -> None:
+def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> None:
     from traffic import Traffic
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -186,7 +186,7 @@ def test_a_bound_is_of_the_scarcest_resource() -> None:
     assert bound("B200", "bf16", bytes_moved=1.0, flop=1.0, exponentials=1e12).by == "exponentials"
 
 
-def test_our_counts_are_within_what_is_required(small: None) -> None:
+def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
     from counted import AttentionCase, HeadCase, LogitsCase, count_attention, count_head, count_logits
     from counted_requirements import judge
 
@@ -198,7 +198,7 @@ def test_our_counts_are_within_what_is_required(small: None) -> None:
     assert not [one for one in required if not one.holds]
 
 
-def test_the_table_names_ways_floors_and_what_is_required(small: None, tmp_path: Path) -> None:
+def test_the_table_names_ways_floors_and_what_is_required(interpreter: None, tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
     command = [sys.executable, "-m", "benchmarks.counters", "kl", "--json", str(written)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
