@@ -6,21 +6,28 @@ up what programs that shared a prompt's rows have left. The kernels stand in `at
 `attention_sweep`; `attention_plan` says how work is cut.
 """
 
+import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs
 from softprompt_kernels.kernels.triton.launch import run_all
-from softprompt_kernels.kernels.triton.runtime import unsupported_tensor
+from softprompt_kernels.kernels.triton.runtime import float32_precision, unsupported_tensor
 from softprompt_kernels.kernels.triton.targets import target_of
 
 LARGEST_HEAD = 256
+LARGEST_IEEE_HEAD = 128  # of fp32 without tensor cores: beyond it no tile fits the registers
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
-    """It serves everything in fp32, bf16 and fp16 with heads of up to 256."""
+    """It serves fp32, bf16 and fp16 with heads of up to 256, those above 128 in fp32 where products may be in TF32."""
     size = max(problem.query.shape[3], problem.value.shape[3])
     if size > LARGEST_HEAD:
         return f"the head size is {size}, and it serves up to {LARGEST_HEAD}"
+    if size > LARGEST_IEEE_HEAD and problem.query.dtype == torch.float32 and float32_precision() == "ieee":
+        return (
+            f"the head size is {size} in float32, and it serves up to {LARGEST_IEEE_HEAD} there "
+            f"({LARGEST_HEAD} with torch.backends.cuda.matmul.allow_tf32)"
+        )
     return unsupported_tensor("query", problem.query)
 
 

@@ -199,9 +199,10 @@ def _attention() -> Iterator[Example]:
     powers = ((64, 64), (128, 128), (256, 256))
     cases: list[tuple[str, tuple[int, int], str, str | None]]
     cases = [("training", head, "bf16", None) for head in HEAD_SIZES]
-    cases += [("training", head, dtype, None) for head in powers for dtype in ("fp16", "fp32", "tf32")]
+    cases += [("training", head, dtype, None) for head in powers for dtype in ("fp16", "tf32")]
+    cases += [("training", head, "fp32", None) for head in powers[:2]]
     cases += [(shape, (128, 128), "bf16", None) for shape in SHAPES if shape != "training"]
-    cases += [("decoding", head, "fp32", None) for head in powers]
+    cases += [("decoding", head, "fp32", None) for head in powers[:2]]
     cases += [("training", (128, 128), "bf16", feature) for feature in FEATURES]
     for shape, head, dtype, feature in cases:
         size = f"D{head[0]}" + (f"/{head[1]}" if head[0] != head[1] else "")
