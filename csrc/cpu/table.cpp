@@ -17,6 +17,10 @@ const Kernels table = {SPK_NAME(SPK_ISA),
                        attention_fold,
                        kl_rows,
                        kl_logits,
-                       expectation_rows};
+                       expectation_rows,
+                       product_left_bytes,
+                       product_workspace,
+                       product_pack_left,
+                       product};
 
 }  // namespace softprompt::SPK_ISA
