@@ -46,7 +46,7 @@ FOR_ONE = {"amx": ("cpu/product.cpp",)}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
-        "amx": f"{AVX512} -mamx-tile -mamx-bf16",  # on Linux, and by compilers that know it
+        "amx": f"{AVX512} -mamx-tile -mamx-bf16 -DSPK_AMX",  # on Linux, and by compilers that know it
         "avx512": AVX512,
         "avx2": "-mavx2 -mfma",
         "baseline": "",

@@ -24,10 +24,6 @@
 
 #include "simd.h"
 
-#if !defined(__AMX_TILE__) || !defined(__AMX_BF16__)
-#error "amx.h needs -mamx-tile -mamx-bf16"
-#endif
-
 namespace softprompt::SPK_ISA {
 
 constexpr int kTile = 16;                    // rows or columns of a tile
@@ -100,7 +96,10 @@ SPK_INLINE void split_pairs(Vec first, Vec second, UintVec (&pairs)[parts]) {
 // The first `count` lanes, which may be any number, 0 in the others.
 template <class T>
 SPK_INLINE Vec load_up_to(const T* p, int count) {
-  return count >= kLanes ? load(p) : count <= 0 ? Vec{} : load_part(p, count);
+  if (count >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  if (count > 0) __builtin_memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
 }
 
 // Writes the images of each part, `part_bytes` apart. row(i, pairs) gives row i of them.
