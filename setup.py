@@ -141,7 +141,7 @@ class NinjaBuild(build_ext):
         objects = []
         units = [(source, "neutral", "") for source in COMMON]
         units += [
-            (source, name, f"{options} -DSPK_ISA={name}")
+            (source, name, f"{options} -fno-exceptions -DSPK_ISA={name}")
             for name, options in sets.items()
             for source in (*FOR_EACH_INSTRUCTION_SET, *FOR_ONE.get(name, ()))
         ]

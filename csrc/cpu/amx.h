@@ -5,7 +5,7 @@
 //
 //     h = x cut to 8 bits      m = x - h cut to 8 bits      l = x - h - m,
 //
-// exactly, as both differences are exact. So x y = hh' + hm' + mh' + hl' + mm' + lh' but for terms of about 2^-24 x y: six
+// exactly, as both differences are exact. So x y = hh' + hm' + mh' + hl' + mm' + lh' but for 2^-24 x y (2^-21 at most): six
 // products, 2.7 times the rate of fp32 vectors (2.2 times where the clock falls with the heat of it). bf16 has one such part
 // and fp16 two, and what is only as exact as they are needs two. Parts i and j of the two sides are multiplied where
 // i + j <= 2.
