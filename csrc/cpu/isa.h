@@ -3,12 +3,14 @@
 
 #include "attention.h"
 #include "kl.h"
+#include "product.h"
 
 namespace softprompt {
 
 // The functions of `kernels.h`, compiled for one instruction set.
 struct Kernels {
   const char* name;
+  int64_t backward_row_align;  // see AttentionProblem
   int64_t (*attention_forward_workspace)(const AttentionProblem& problem);
   int64_t (*attention_backward_workspace)(const AttentionProblem& problem);
   void (*attention_forward)(const AttentionForward& call, int thread);
@@ -18,6 +20,11 @@ struct Kernels {
   void (*kl_rows)(const KlRows& call, int thread);
   void (*kl_logits)(const KlLogits& call, int thread);
   void (*expectation_rows)(const ExpectationRows& call, int thread);
+  // nullptr where fp32 vectors are the fastest
+  int64_t (*product_left_bytes)(const Product& part);
+  int64_t (*product_workspace)(const Product& part);
+  void (*product_pack_left)(const ProductPart& part, int thread);
+  void (*product)(const ProductPart& part, int thread);
 };
 
 // The widest that this machine has, or the one that SOFTPROMPT_ISA names when they are first asked for.

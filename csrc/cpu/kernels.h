@@ -3,8 +3,15 @@
 
 #include "attention.h"
 #include "kl.h"
+#include "product.h"
 
 namespace softprompt::SPK_ISA {
+
+#ifdef SPK_AMX
+constexpr int64_t kBackwardRowAlign = 32;  // that one instruction sums over
+#else
+constexpr int64_t kBackwardRowAlign = 1;
+#endif
 
 // Bytes that each thread needs, a multiple of 64.
 int64_t attention_forward_workspace(const AttentionProblem& problem);
@@ -18,5 +25,18 @@ void attention_fold(const AttentionBackward& call, int thread);
 void kl_rows(const KlRows& call, int thread);
 void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
+
+#ifdef SPK_AMX
+// Of a part with as many rows and as much depth as any.
+int64_t product_left_bytes(const Product& part);
+int64_t product_workspace(const Product& part);
+void product_pack_left(const ProductPart& part, int thread);
+void product(const ProductPart& part, int thread);
+#else
+constexpr int64_t (*product_left_bytes)(const Product&) = nullptr;
+constexpr int64_t (*product_workspace)(const Product&) = nullptr;
+constexpr void (*product_pack_left)(const ProductPart&, int) = nullptr;
+constexpr void (*product)(const ProductPart&, int) = nullptr;
+#endif
 
 }  // namespace softprompt::SPK_ISA

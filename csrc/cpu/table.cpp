@@ -9,6 +9,7 @@ namespace softprompt::SPK_ISA {
 
 extern const Kernels table;
 const Kernels table = {SPK_NAME(SPK_ISA),
+                       kBackwardRowAlign,
                        attention_forward_workspace,
                        attention_backward_workspace,
                        attention_forward,
@@ -17,6 +18,10 @@ const Kernels table = {SPK_NAME(SPK_ISA),
                        attention_fold,
                        kl_rows,
                        kl_logits,
-                       expectation_rows};
+                       expectation_rows,
+                       product_left_bytes,
+                       product_workspace,
+                       product_pack_left,
+                       product};
 
 }  // namespace softprompt::SPK_ISA
