@@ -18,6 +18,7 @@ struct Kernels {
   void (*kl_rows)(const KlRows& call, int thread);
   void (*kl_logits)(const KlLogits& call, int thread);
   void (*expectation_rows)(const ExpectationRows& call, int thread);
+  void (*kl_tile)(const KlTile& call, int thread);
 };
 
 // The widest that this machine has, or the one that SOFTPROMPT_ISA names when they are first asked for.

@@ -28,4 +28,12 @@ void run(const ExpectationRows& call) {
   parallel(call.threads, [&](int thread) { chosen.expectation_rows(call, thread); });
 }
 
+void run(const KlTile& call) {
+  const Kernels& chosen = kernels();
+  KlTile with_scratch = call;
+  const Memory scratch = allocate(int64_t{sizeof(float)} * 2 * call.threads * call.columns);
+  with_scratch.scratch = reinterpret_cast<float*>(scratch.get());
+  parallel(call.threads, [&](int thread) { chosen.kl_tile(with_scratch, thread); });
+}
+
 }  // namespace softprompt

@@ -17,6 +17,7 @@ const Kernels table = {SPK_NAME(SPK_ISA),
                        attention_fold,
                        kl_rows,
                        kl_logits,
-                       expectation_rows};
+                       expectation_rows,
+                       kl_tile};
 
 }  // namespace softprompt::SPK_ISA

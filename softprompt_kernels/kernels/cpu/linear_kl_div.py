@@ -1,13 +1,14 @@
-"""Divergence between the logits of two heads: products by PyTorch, row work in C++. See `kernels/linear_kl_div.py`."""
+"""Divergence between the logits of two heads, with row work in C++. See `kernels/linear_kl_div.py`."""
 
 from torch import Tensor
 
-from softprompt_kernels.kernels import linear_kl_div as chunked
+from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.cpu.rows import divergence_, workspace
+from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
 from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.products import TORCH
 
-BACKEND = chunked.Backend(divergence_, workspace)
+BACKEND = driver.Backend(TORCH, workspace, divergence_, add_tile_)
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -17,9 +18,9 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    return chunked.forward(problem, need_gradient, BACKEND)
+    return driver.forward(problem, need_gradient, BACKEND)
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
-    return chunked.backward(problem, row_scale, needs, BACKEND)
+    return driver.backward(problem, row_scale, needs, BACKEND)
