@@ -36,7 +36,7 @@
 namespace softprompt::SPK_ISA {
 namespace {
 
-constexpr double kCentred = 0.25;  // c may be off by as much: a move costs a pass over U and T
+constexpr double kCentred = 0.03;  // c may be off by as much: a move costs a pass over U and T
 constexpr double kMostOff = 2;      // R/S or S/R after a tile: more of it costs digits, and the tile is done again
 
 struct Tile {
