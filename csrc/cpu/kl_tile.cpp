@@ -44,6 +44,7 @@ struct Tile {
   float *of_sum, *of_total;  // [columns], what W is weighted by in U and in T; nullptr: no gradient
   int64_t columns;
   float inverse_softcap;
+  Ahead ahead[2];  // the rows that come next, or these if they are the last
 };
 
 struct Maxima {
@@ -127,6 +128,8 @@ KlSoFar add_tile(KlSoFar row, const Tile& tile) {
   sum_blocks(tile.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec totals = {}, others = {}, changes = {}, excesses = {}, differences = {};
     sweep(tile.p, tile.q, begin, end, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
+      fetch(tile.ahead[0], i);
+      fetch(tile.ahead[1], i);
       const Vec found = (zq - zp) - centre, d = found == found ? found : Vec{};  // NaN is -inf on both sides
       const Growth g = growth(d);
       Vec e = exp2((zp - reference) * kLog2E);
@@ -206,7 +209,15 @@ void kl_tile(const KlTile& call, int thread) {
     const bool empty = maxima.p == -kInfinity && maxima.q == -kInfinity;  // no word that exists
     if (!row.left_out && !empty) {
       const float inverse_softcap = call.softcap > 0 ? 1 / call.softcap : 0;
-      const Tile tile = {p_logits, q_logits, gradient ? student : nullptr, teacher, call.columns, inverse_softcap};
+      const int64_t next = index + 1 < end ? index + 1 : index;
+      const Tile tile = {p_logits,
+                         q_logits,
+                         gradient ? student : nullptr,
+                         teacher,
+                         call.columns,
+                         inverse_softcap,
+                         {{reinterpret_cast<const char*>(call.student + next * call.student_stride), sizeof(float)},
+                          {reinterpret_cast<const char*>(call.teacher + next * call.teacher_stride), sizeof(float)}}};
       float* sum = gradient ? call.sum + index * call.sum_stride : nullptr;
       float* total = gradient ? call.total + index * call.total_stride : nullptr;
       row = forward ? work<Divergence::forward>(row, tile, maxima, sum, total, call.size)
