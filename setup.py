@@ -28,11 +28,13 @@ COMMON = (
     "bindings_cpu.cpp",
     "bindings_cpu_attention.cpp",
     "bindings_cpu_kl.cpp",
+    "bindings_cpu_product.cpp",
     "cpu/attention.cpp",
     "cpu/attention_plan.cpp",
     "cpu/isa.cpp",
     "cpu/kl.cpp",
     "cpu/parallel.cpp",
+    "cpu/product_call.cpp",
 )
 FOR_EACH_INSTRUCTION_SET = (
     "cpu/attention_backward.cpp",
@@ -41,9 +43,12 @@ FOR_EACH_INSTRUCTION_SET = (
     "cpu/kl_tile.cpp",
     "cpu/table.cpp",
 )
+FOR_ONE = {"amx": ("cpu/product.cpp",)}
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma",
+        "amx": f"{AVX512} -mamx-tile -mamx-bf16",  # on Linux, and by compilers that know it
+        "avx512": AVX512,
         "avx2": "-mavx2 -mfma",
         "baseline": "",
     },
@@ -66,7 +71,17 @@ def openmp() -> str:
 def instruction_sets() -> dict[str, str]:
     """Names and flags of what is compiled for this platform."""
     machine = platform.machine().replace("AMD64", "x86_64")
-    return INSTRUCTION_SETS.get(machine, {"baseline": ""})  # on 64-bit Arm, NEON is the baseline
+    sets = INSTRUCTION_SETS.get(machine, {"baseline": ""})  # on 64-bit Arm, NEON is the baseline
+    return {name: flags for name, flags in sets.items() if name != "amx" or has_amx(flags)}
+
+
+def has_amx(flags: str) -> bool:
+    """Whether the compiler and its assembler know the matrix unit, and Linux can be asked for it."""
+    if sys.platform != "linux":
+        return False
+    command = [*shlex.split(compiler() or ""), *flags.split(), "-x", "c++", "-c", "-o", os.devnull, "-"]
+    probe = 'void probe() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    return subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0
 
 
 def wanted() -> bool:
@@ -129,7 +144,7 @@ class NinjaBuild(build_ext):
         units += [
             (source, name, f"{options} -DSPK_ISA={name}")
             for name, options in sets.items()
-            for source in FOR_EACH_INSTRUCTION_SET
+            for source in (*FOR_EACH_INSTRUCTION_SET, *FOR_ONE.get(name, ()))
         ]
         for source, name, options in units:
             objects.append(f"{name}/{Path(source).stem}.o")

@@ -10,6 +10,7 @@
 namespace softprompt {
 void bind_attention(pybind11::module_& module);
 void bind_kl(pybind11::module_& module);
+void bind_product(pybind11::module_& module);
 }  // namespace softprompt
 
 PYBIND11_MODULE(_native, module) {
@@ -25,4 +26,5 @@ PYBIND11_MODULE(_native, module) {
       "those that were compiled and that this machine has, widest first");
   softprompt::bind_attention(module);
   softprompt::bind_kl(module);
+  softprompt::bind_product(module);
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "baseline")
 USE = """
 import warnings, torch
 from softprompt_kernels import prompt_attention
@@ -52,14 +53,14 @@ def test_a_wheel_carries_the_kernels_for_every_machine_of_its_kind(tmp_path):
     """From a folder with a space in its name."""
     wheel, (isa, total) = install(tmp_path / "a folder", SOFTPROMPT_CPU="1")
     assert "none-any" not in wheel.name
-    assert isa in ("avx512", "avx2", "baseline") and float(total) == 8
+    assert isa in INSTRUCTION_SETS and float(total) == 8
     if shutil.which("nm"):
         check_that_no_instruction_set_shares_code(tmp_path / "a folder" / "source" / "build")
 
 
 def check_that_no_instruction_set_shares_code(build):
     """A function with one name in the objects of several sets is linked once, and may be that of the wrong set."""
-    kernels = [path for path in build.rglob("*.o") if path.parent.name in ("avx512", "avx2", "baseline")]
+    kernels = [path for path in build.rglob("*.o") if path.parent.name in INSTRUCTION_SETS]
     assert len(kernels) >= 4
     for path in kernels:
         listing = run(["nm", "-C", "--defined-only", "--extern-only", path], build).stdout

@@ -5,17 +5,13 @@
 #pragma once
 
 #include "attention.h"
-
-#define SPK_INLINE static inline __attribute__((always_inline))
+#include "integers.h"
 
 namespace softprompt {
 
 struct Run {  // of positions [begin, end); empty where end <= begin
   int64_t begin, end;
 };
-
-SPK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SPK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 SPK_INLINE Run intersection(const Run& a, const Run& b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "kl.h"
+#include "product.h"
 
 namespace softprompt {
 
@@ -19,6 +20,11 @@ struct Kernels {
   void (*kl_logits)(const KlLogits& call, int thread);
   void (*expectation_rows)(const ExpectationRows& call, int thread);
   void (*kl_tile)(const KlTile& call, int thread);
+  // nullptr where fp32 vectors are the fastest
+  int64_t (*product_left_bytes)(const Product& part);
+  int64_t (*product_workspace)(const Product& part);
+  void (*product_pack_left)(const ProductPart& part, int thread);
+  void (*product)(const ProductPart& part, int thread);
 };
 
 // The widest that this machine has, or the one that SOFTPROMPT_ISA names when they are first asked for.

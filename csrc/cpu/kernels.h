@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "kl.h"
+#include "product.h"
 
 namespace softprompt::SPK_ISA {
 
@@ -19,5 +20,18 @@ void kl_rows(const KlRows& call, int thread);
 void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
 void kl_tile(const KlTile& call, int thread);
+
+#ifdef __AMX_BF16__
+// Of a part with as many rows and as much depth as any.
+int64_t product_left_bytes(const Product& part);
+int64_t product_workspace(const Product& part);
+void product_pack_left(const ProductPart& part, int thread);
+void product(const ProductPart& part, int thread);
+#else
+constexpr int64_t (*product_left_bytes)(const Product&) = nullptr;
+constexpr int64_t (*product_workspace)(const Product&) = nullptr;
+constexpr void (*product_pack_left)(const ProductPart&, int) = nullptr;
+constexpr void (*product)(const ProductPart&, int) = nullptr;
+#endif
 
 }  // namespace softprompt::SPK_ISA

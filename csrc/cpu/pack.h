@@ -1,30 +1,14 @@
 // Between tensors of any dtype and stride, and the packed fp32 that the kernels compute on.
 #pragma once
 
+#include "arena.h"
 #include "attention.h"
+#include "integers.h"
 #include "simd.h"
 
 namespace softprompt::SPK_ISA {
 
-SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-// Hands out parts of a block of memory, each on a cache line's boundary.
-class Arena {
- public:
-  explicit Arena(char* memory) : at_(reinterpret_cast<uintptr_t>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(at_);
-    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return taken;
-  }
-  uintptr_t end() const { return at_; }
-
- private:
-  uintptr_t at_;
-};
-
-// How much of it a workspace takes.
+// How many bytes of an arena a workspace takes.
 template <class Workspace>
 SPK_INLINE int64_t arena_bytes(const AttentionProblem& problem) {
   Arena arena(nullptr);

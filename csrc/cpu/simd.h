@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #ifndef SPK_ISA
-#error "SPK_ISA must name the instruction set: avx512, avx2 or baseline"
+#error "SPK_ISA must name the instruction set: amx, avx512, avx2 or baseline"
 #endif
 
 #if defined(__AVX512F__)

@@ -18,6 +18,10 @@ const Kernels table = {SPK_NAME(SPK_ISA),
                        kl_rows,
                        kl_logits,
                        expectation_rows,
-                       kl_tile};
+                       kl_tile,
+                       product_left_bytes,
+                       product_workspace,
+                       product_pack_left,
+                       product};
 
 }  // namespace softprompt::SPK_ISA

@@ -63,6 +63,33 @@ def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(modul
     assert f"SOFTPROMPT_ISA must be one of {accepted} on this machine; got 'mmx'" in done.stderr
 
 
+def test_without_permission_for_tile_registers_the_next_instruction_set_runs(module):
+    """Linux refuses them to a process that has a signal stack on which they do not fit."""
+    if module.instruction_sets()[0] != "amx":
+        pytest.skip("there is no matrix unit here")
+    small_signal_stack = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.cast(memory, ctypes.c_void_p), 0, 4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+"""
+    code = (
+        small_signal_stack
+        + PROBE.replace("DTYPE", "float32")
+        + (
+            "from softprompt_kernels.kernels.cpu import native\n"
+            "from softprompt_kernels.kernels.cpu.products import has_fast_products\n"
+            "print(native.module().instruction_sets()[0], native.module().instruction_set(), has_fast_products())"
+        )
+    )
+    done = python(code, SOFTPROMPT_ISA="")
+    assert done.stdout.split() == ["avx512", "avx512", "False"], done.stderr
+    done = python(code, SOFTPROMPT_ISA="amx")
+    assert "SOFTPROMPT_ISA must be one of avx512" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_one_openmp_runtime_is_loaded_and_it_is_torch_s():
     code = PROBE.replace("DTYPE", "float32") + (

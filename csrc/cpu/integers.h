@@ -1,0 +1,17 @@
+// Arithmetic of sizes. Always inlined, and with internal linkage: see simd.h.
+#pragma once
+
+#include <cstdint>
+
+#ifndef SPK_INLINE
+#define SPK_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace softprompt {
+
+SPK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SPK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+SPK_INLINE int64_t ceiling(int64_t count, int64_t of) { return (count + of - 1) / of; }
+SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return ceiling(count, multiple) * multiple; }
+
+}  // namespace softprompt

@@ -1,0 +1,60 @@
+// Dense products on all threads, in parts whose left side is packed in a bounded memory.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "integers.h"
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+#include "product.h"
+
+namespace softprompt {
+namespace {
+
+constexpr int64_t kMostRows = 1024;
+constexpr int64_t kMostElements = 640 * kMostRows;  // of the left side of a part
+constexpr int64_t kGrain = 32;                      // rows and depth are packed in multiples of it
+
+// `count` in parts of nearly equal size, multiples of kGrain, of at most `limit`.
+int64_t even_part(int64_t count, int64_t limit) {
+  const int64_t parts = most(1, ceiling(count, limit));
+  return most(kGrain, round_up(ceiling(count, parts), kGrain));
+}
+
+}  // namespace
+
+bool has_fast_products() { return kernels().product != nullptr; }
+
+void run(const Product& call) {
+  const Kernels& chosen = kernels();
+  if (chosen.product == nullptr) {
+    throw std::invalid_argument(std::string("the instruction set must be amx; it is ") + chosen.name);
+  }
+  const int64_t rows = even_part(call.rows, kMostRows), depth = even_part(call.depth, kMostElements / rows);
+  ProductPart part = {};
+  part.product = call;
+  part.product.rows = std::min(rows, call.rows);
+  part.product.depth = std::min(depth, call.depth);
+  part.workspace_bytes = chosen.product_workspace(part.product);
+  const Memory left = allocate(chosen.product_left_bytes(part.product));
+  const Memory workspace = allocate(call.threads * part.workspace_bytes);
+  part.left = left.get();
+  part.workspace = workspace.get();
+  const int64_t element = kBytes[static_cast<int>(call.right_dtype)];
+  for (int64_t row = 0; row < call.rows; row += rows) {
+    for (int64_t deep = 0; deep == 0 || deep < call.depth; deep += depth) {
+      const int64_t skipped = call.right_transposed ? deep : deep * call.right_stride;
+      part.product.left = call.left + row * call.left_stride + deep;
+      part.product.right = static_cast<const char*>(call.right) + skipped * element;
+      part.product.out = call.out + row * call.out_stride;
+      part.product.rows = std::min(rows, call.rows - row);
+      part.product.depth = std::min(depth, call.depth - deep);
+      part.product.accumulate = call.accumulate || deep > 0;
+      parallel(call.threads, [&](int thread) { chosen.product_pack_left(part, thread); });
+      parallel(call.threads, [&](int thread) { chosen.product(part, thread); });
+    }
+  }
+}
+
+}  // namespace softprompt

@@ -1,0 +1,146 @@
+"""Dense products of fp32 accuracy on the matrix unit, against float64 and PyTorch's fp32."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from softprompt_kernels.kernels.cpu.products import has_fast_products, product_
+
+pytestmark = pytest.mark.usefixtures("fast_products")
+
+
+@pytest.fixture(scope="module")
+def fast_products(module):
+    if not has_fast_products():
+        pytest.skip(f"no matrix unit: the instruction set is {module.instruction_set()}")
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def multiplied(left, right):
+    return product_(torch.full((left.shape[0], right.shape[1]), torch.nan), left, right)
+
+
+def transposed_in_memory(matrix):
+    return matrix.mT.contiguous().mT
+
+
+def error(found, exact):
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@given(
+    rows=st.sampled_from([1, 8, 16, 17, 33, 160, 1030]),
+    depth=st.sampled_from([1, 31, 32, 33, 100, 576]),
+    columns=st.sampled_from([1, 15, 32, 49, 300]),
+    dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_equals_the_exact_product_at_any_size(rows, depth, columns, dtype, transposed, threads, seed):
+    torch.manual_seed(seed)
+    left, right = torch.randn(rows, depth), torch.randn(depth, columns).to(dtype)
+    right = transposed_in_memory(right) if transposed else right
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = multiplied(left, right)
+    finally:
+        torch.set_num_threads(count)
+    exact = left.double() @ right.double()
+    bound = left.double().abs() @ right.double().abs()
+    assert ((found - exact).abs() <= 4e-7 * bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(64, 576, 300), (16, 5000, 70), (1100, 40, 40), (40, 22000, 17)])
+def test_errors_are_no_worse_than_pytorch_s_in_fp32(dtype, transposed, sizes):
+    torch.manual_seed(0)
+    left, right = torch.randn(sizes[0], sizes[1]), torch.randn(sizes[1], sizes[2]).to(dtype)
+    right = transposed_in_memory(right) if transposed else right
+    exact = left.double() @ right.double()
+    assert error(multiplied(left, right), exact) <= 1.5 * error(left @ right.float(), exact)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_numbers_of_very_different_size_keep_their_accuracy(transposed):
+    """Within a row, and between rows; all of one sign, so that no error hides behind another."""
+    torch.manual_seed(0)
+    left = torch.exp(torch.randn(50, 700) * 8) * torch.exp(torch.randn(50, 1) * 12)
+    right = torch.exp(torch.randn(700, 60) * 8)
+    right = transposed_in_memory(right) if transposed else right
+    exact = left.double() @ right.double()
+    ours, theirs = (((found - exact) / exact).abs().max() for found in (multiplied(left, right), left @ right))
+    assert ours <= max(1.5 * theirs, 4e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adds_to_what_is_there(dtype, transposed):
+    torch.manual_seed(0)
+    left, right, out = torch.randn(70, 650), torch.randn(650, 45).to(dtype), torch.randn(70, 45)
+    right = transposed_in_memory(right) if transposed else right
+    exact = out.double() + left.double() @ right.double()
+    torch.testing.assert_close(product_(out, left, right, accumulate=True).double(), exact, rtol=0, atol=1e-4)
+
+
+def test_views_of_larger_matrices_are_read_and_written_in_place():
+    torch.manual_seed(0)
+    left, right, out = torch.randn(40, 90)[:, 5:75], torch.randn(80, 100)[3:73, 11:61], torch.zeros(40, 120)
+    product_(out[:, 20:70], left, right)
+    assert torch.equal(out[:, 20:70], multiplied(left.contiguous(), right.contiguous()))
+    assert (out[:, :20] == 0).all() and (out[:, 70:] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
+def test_empty_sides(sizes):
+    rows, depth, columns = sizes
+    out = multiplied(torch.ones(rows, depth), torch.ones(depth, columns))
+    assert out.shape == (rows, columns) and (out == 0).all()
+
+
+def test_the_same_bits_in_every_run_and_with_any_number_of_threads(threads):
+    torch.manual_seed(0)
+    left, right = torch.randn(300, 1500), torch.randn(1500, 200)
+    threads(1)
+    first = multiplied(left, right)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        assert torch.equal(first, multiplied(left, right))
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800000, -0x800000, 0x7F800001])
+def test_a_number_that_is_not_finite_makes_nan_of_its_row_alone(bits):
+    """NaN, infinities, and a NaN whose upper half is that of an infinity."""
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 70), torch.randn(70, 50)
+    clean = multiplied(left, right)
+    left.view(torch.int32)[17, 33] = bits
+    found = multiplied(left, right)
+    assert found[17].isnan().all()
+    others = torch.arange(40) != 17
+    assert torch.equal(found[others], clean[others])
+    assert multiplied(right.mT.contiguous(), left.mT)[:, 17].isnan().all()
+
+
+def test_sums_that_exceed_fp32_are_infinite():
+    left = torch.full((2, 40), 1e30)
+    assert (multiplied(left, torch.full((40, 3), 1e30)) == torch.inf).all()
+    assert (multiplied(-left, torch.full((40, 3), 1e30)) == -torch.inf).all()
+
+
+def test_what_it_cannot_multiply_is_refused():
+    out, left, right = torch.empty(2, 4), torch.empty(2, 3), torch.empty(3, 4)
+    with pytest.raises(ValueError, match=r"out must be \[n, m\] for \[n, k\] and \[k, m\]"):
+        product_(out, left, right.mT)
+    with pytest.raises(ValueError, match="out and left must be float32"):
+        product_(out, left.bfloat16(), right)
+    with pytest.raises(ValueError, match="right any stride of 1"):
+        product_(out, left, torch.empty(6, 8)[::2, ::2])
+    with pytest.raises(ValueError, match="out and left must have a last stride of 1"):
+        product_(torch.empty(4, 2).mT, left, right)
