@@ -44,7 +44,7 @@ def chunk_size(
     if requested is not None:
         return max(1, min(tokens, requested))
     copied = any(_is_copied(weight, dtype, products) for weight in weights)
-    budget = BUDGET - products.buffer - (_COPY if copied else 0)
+    budget = max(BUDGET // 2, BUDGET - products.buffer) - (_COPY if copied else 0)
     fitting = max(1, budget // (elements * dtype.itemsize))
     fitting -= fitting % 8 if fitting > 8 else 0
     chunks = max(1, -(-tokens // fitting))
@@ -83,7 +83,7 @@ def weight_parts(
 def pull_back(gradient: Tensor, weight: Tensor, products: Products) -> Tensor:
     """[n, V] W -> [n, d]."""
     out = gradient.new_empty(gradient.shape[0], weight.shape[1])
-    for rows, (part,) in weight_parts([weight], gradient.dtype, products):
+    for rows, (part,) in weight_parts([weight], gradient.dtype, products, products.depth):
         products.multiply(out, gradient[:, rows], part, rows.start > 0)
     return out if weight.shape[0] else out.zero_()
 

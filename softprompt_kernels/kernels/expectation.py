@@ -63,7 +63,7 @@ def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) 
     chunk = chunk_size(tokens, problem.chunk_tokens, elements, [head.weight], dtype, products)
     buffer = torch.empty(chunk * tile, dtype=dtype)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
-        hidden = problem.hidden[rows].to(dtype)
+        hidden = problem.hidden[rows].to(dtype).contiguous()
         state = _state(problem, hidden, bias, rows, mean)
         hidden = hidden if scale == 1 else hidden * scale
         for columns, (weight,) in weight_parts([head.weight], dtype, products, tile):

@@ -17,6 +17,7 @@ class Products:
         narrow: whether the right side may be of 16 bits where the left one is not.
         weight_rows: how many rows of the left side take as long as what a product does with the right side alone.
         columns: of a product at most, None: as many as there are.
+        depth: the same of the summed dimension.
         copies_result: whether there is a copy of the product's result in the library's own memory.
         buffer: bytes of the library's own memory beside that.
     """
@@ -25,6 +26,7 @@ class Products:
     narrow: bool
     weight_rows: int
     columns: int | None
+    depth: int | None
     copies_result: bool
     buffer: int
 
@@ -38,4 +40,6 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> Non
 
 # Measured with MKL in fp32, for 24 to 128 rows of d = 576 and 896. It makes a copy of a wide result, which would be as
 # large as all logits.
-TORCH = Products(_multiply, narrow=False, weight_rows=40, columns=2**15, copies_result=True, buffer=2 * 2**20)
+TORCH = Products(
+    _multiply, narrow=False, weight_rows=40, columns=2**15, depth=None, copies_result=True, buffer=2 * 2**20
+)

@@ -316,7 +316,7 @@ def problem(tokens, size, vocab, kind="forward", chunk_tokens=None):
 
 def test_sweeps_serve_vocabularies_of_which_few_logits_fit():
     def is_swept(*sizes, need_gradient=True, **options):
-        return driver._sweep_is_cheaper(problem(*sizes, **options), None, need_gradient, cpu.BACKEND.products)
+        return driver._sweep_is_cheaper(problem(*sizes, **options), None, need_gradient, cpu.products())
 
     assert is_swept(1024, 896, 151936) and is_swept(1024, 896, 151936, need_gradient=False)
     assert not is_swept(1024, 896, 151936, kind="jsd")
@@ -328,6 +328,6 @@ def test_sweeps_serve_vocabularies_of_which_few_logits_fit():
 
 def test_a_sweep_makes_nothing_of_the_size_of_the_logits():
     sizes = 1024, 896, 151936
-    tokens = swept.tokens_at_once(problem(*sizes), 1024, cpu.BACKEND.products)
+    tokens = swept.tokens_at_once(problem(*sizes), 1024, cpu.products())
     assert tokens == 1024
     assert math.prod((2 * tokens, swept._TILE)) * 4 <= 16 * 2**20
