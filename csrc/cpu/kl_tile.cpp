@@ -23,12 +23,12 @@
 //     forward  U' = e^g U + (e^g - 1) T     reverse  U' = U + g T
 //     C' = e^g C + (e^g - 1) S    R' = e^g R    X' = X + (e^g - 1) C + (e^g - 1 - g) S    Y' = Y + g S
 //
-// These are exact, but of rounded sums: where D is far from 0 for most words, C, X and U are large, and later moves of c
-// cancel them. So c must be right before a tile is added, as far as the tile outweighs what came before it. The maxima of
-// the tile say how much that is, up to a factor of its size; where its sums say otherwise, it is done again.
+// These are exact, but of rounded sums: where D is far from 0 for most words, C, X and U are large, and later moves of
+// c cancel them. So c must be right before a tile is added, as far as the tile outweighs what came before it. The
+// maxima of the tile say how much that is, up to a factor of its size; where its sums say otherwise, it is done again.
 //
-// It needs what the formulas of `divergence.h` need, D finite and at most kMaxDifference. Rows where that fails are left
-// out: they are marked, and give zeros to the sums from then on.
+// It needs what the formulas of `divergence.h` need, D finite and at most kMaxDifference. Rows where that fails are
+// left out: they are marked, and give zeros to the sums from then on.
 #include "divergence.h"
 #include "kernels.h"
 #include "kl.h"
@@ -37,7 +37,7 @@ namespace softprompt::SPK_ISA {
 namespace {
 
 constexpr double kCentred = 0.03;  // c may be off by as much: a move costs a pass over U and T
-constexpr double kMostOff = 2;      // R/S or S/R after a tile: more of it costs digits, and the tile is done again
+constexpr double kMostOff = 2;     // R/S or S/R after a tile: more of it costs digits, and the tile is done again
 
 struct Tile {
   const float *p, *q;        // [columns], logits

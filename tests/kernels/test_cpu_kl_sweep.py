@@ -133,6 +133,17 @@ def test_reference_and_centre_follow_what_the_tiles_bring(row, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("peak", ["student", "teacher"])
+def test_wide_tiles_whose_maxima_say_nothing_about_their_sums(peak, kind):
+    """Of a flat and a sharp side they are log V apart, and as much off the centre."""
+    flat, sharp = torch.randn(2, 60000) * 0.01, torch.randn(2, 60000) * 0.01
+    sharp[0, 3] += 30
+    sharp[1, 50000] += 30
+    student, teacher = (sharp, flat) if peak == "student" else (flat, sharp)
+    check(student, teacher, kind, tile=30000, loss_tolerance=2e-6, tolerance=4e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", [1, 7, 16, 17, 2999, 3000, 5000])
 def test_tiles_of_any_size(tile, kind):
     teacher = torch.randn(3, VOCAB if tile > 1 else 100) * 2
