@@ -6,6 +6,7 @@ side of 16 bits, which is read as it lies, without a copy in fp32. An infinity i
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.products import TORCH, Products
@@ -33,7 +34,8 @@ def products() -> Products:
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
     plain = _is_row_major(right) or _is_row_major(right.mT)
-    product_(out, left, right if plain else right.contiguous(), accumulate)
+    with record_function("softprompt_kernels::product"):
+        product_(out, left, right if plain else right.contiguous(), accumulate)
 
 
 def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> Tensor:
