@@ -85,6 +85,14 @@ def test_a_constant_between_the_sides_costs_only_what_it_rounds_away(kind):
     check((student * 2**12).round() / 2**12 + 64.0, (teacher * 2**12).round() / 2**12, kind)  # which rounds nothing
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_almost_equal_logits_are_not_negative(kind):
+    teacher = torch.randn(200, 300) * 5
+    student = torch.nextafter(teacher, teacher + torch.randn_like(teacher))
+    loss, _, _ = sweep(student, teacher, torch.randn(300, SIZE), kind, tile=100)
+    assert (loss >= 0).all() and (loss < 1e-10).all()
+
+
 def flat():
     return 0.01 * torch.randn(VOCAB)
 
@@ -275,16 +283,29 @@ def test_near_the_teacher_the_gradient_is_as_good_as_that_from_kept_logits(kind,
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_are_left_out_are_served_among_ordinary_ones(kind):
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+def test_rows_that_are_left_out_are_served_among_ordinary_ones(kind, chunk_tokens, monkeypatch):
     weight = torch.randn(1003, 24)
     student, teacher = torch.randn(21, 24), torch.randn(21, 24)
     student[[3, 11]] *= 40
     teacher[[7, 11]] *= 40
-    student[5, 0] = torch.nan
+    student[5, 0], student[1] = torch.nan, torch.nan
     student.requires_grad_()
-    rows = linear_kl_div(student, teacher, weight, divergence=kind, reduction="none", backend="cpu")
+    weights = torch.ones(21)
+    weights[1] = 0
+    kept_by_chunks = []
+    forward = driver.chunked.forward
+    monkeypatch.setattr(
+        driver.chunked,
+        "forward",
+        lambda p, kept, *rest: (kept_by_chunks.extend(kept.tolist()), forward(p, kept, *rest)),
+    )
+    options = {"divergence": kind, "reduction": "none", "weights": weights, "chunk_tokens": chunk_tokens}
+    rows = linear_kl_div(student, teacher, weight, backend="cpu", **options)
     gradient = torch.autograd.grad(rows.sum(), student)[0]
-    ordinary = [row for row in range(21) if row != 5]
+    assert {5, 11} <= set(kept_by_chunks) <= {3, 5, 7, 11}
+    ordinary = [row for row in range(21) if row not in (1, 5)]
+    assert rows[1] == 0 and (gradient[1] == 0).all()
     wide = student.detach()[ordinary].double().requires_grad_()
     expected = linear_kl_div(
         wide, teacher[ordinary].double(), weight.double(), divergence=kind, reduction="none", backend="reference"
