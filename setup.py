@@ -47,7 +47,7 @@ FOR_ONE = {"amx": ("cpu/product.cpp",)}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
-        "amx": f"{AVX512} -mamx-tile -mamx-bf16",  # on Linux, and by compilers that know it
+        "amx": f"{AVX512} -mamx-tile -mamx-bf16 -DSPK_AMX",  # on Linux, and by compilers that know it
         "avx512": AVX512,
         "avx2": "-mavx2 -mfma",
         "baseline": "",
@@ -142,7 +142,7 @@ class NinjaBuild(build_ext):
         objects = []
         units = [(source, "neutral", "") for source in COMMON]
         units += [
-            (source, name, f"{options} -DSPK_ISA={name}")
+            (source, name, f"{options} -fno-exceptions -DSPK_ISA={name}")
             for name, options in sets.items()
             for source in (*FOR_EACH_INSTRUCTION_SET, *FOR_ONE.get(name, ()))
         ]

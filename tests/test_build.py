@@ -1,6 +1,7 @@
 """What `pip wheel .` makes, with and without a C++ compiler, used from a folder of its own."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,21 @@ def check_that_no_instruction_set_shares_code(build):
         names = [line.split(maxsplit=2)[2] for line in listing.splitlines()]
         own = f"softprompt::{path.parent.name}::"
         assert names and all(own in name for name in names), (path, names)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the matrix unit is asked of Linux on x86"
+)
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_compiler_that_does_not_know_the_matrix_unit_builds_the_rest(tmp_path, knows):
+    """Seen in what it is told to compile; it compiles nothing but the question."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mamx-tile*" -") exit {0 if knows else 1};; esac\nexit 1\n')
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    run(command, ROOT, CXX=str(compiler), SOFTPROMPT_CPU="auto")
+    rules = (tmp_path / "build.ninja").read_text()
+    assert ("amx/product.o" in rules) == ("-DSPK_HAS_AMX" in rules) == knows and "avx512/table.o" in rules
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")

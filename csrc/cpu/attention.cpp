@@ -50,9 +50,10 @@ KeySums key_sums(const Strided& grad_key, const Strided& grad_value, const Atten
 }  // namespace
 
 void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes, const ForwardOutputs& outputs) {
+  const Kernels& isa = kernels();
+  problem.row_align = 1;
   const AttentionPlan plan = plan_attention(problem, sizes, true);
   plan.attach(problem);
-  const Kernels& isa = kernels();
   AttentionForward call = {};
   call.problem = problem;
   call.out = outputs.out;
@@ -77,10 +78,11 @@ void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes
 
 void run_attention_backward(AttentionProblem problem, const AttentionSizes& sizes, const BackwardInputs& inputs,
                             const BackwardOutputs& outputs) {
+  const Kernels& isa = kernels();
+  problem.row_align = isa.backward_row_align;
   AttentionPlan plan = plan_attention(problem, sizes, false);
   const KeyRanges own = find_own_ranges(plan, problem, sizes), prompts = find_prompt_ranges(plan, problem, sizes);
   plan.attach(problem);
-  const Kernels& isa = kernels();
   AttentionBackward call = {};
   call.problem = problem;
   call.out = inputs.out;

@@ -46,7 +46,9 @@ struct Piece {
 
 struct Unit {
   int64_t kv_head, prompt;
-  int64_t first_piece, pieces, rows;
+  int64_t first_piece, pieces;
+  int64_t rows;                      // of its pieces, each up to a multiple of
+  int64_t row_align;                 // at which a piece begins
   int64_t prompt_begin, prompt_end;  // the prompt keys that this unit looks at
   bool own;                          // whether it looks at own keys
   bool prompt_shared;                // other threads have rows of this prompt and key head
@@ -62,6 +64,7 @@ struct AttentionProblem {
   int64_t window;   // 0: none
   float softcap;    // 0: none
   float scale;
+  int64_t row_align;  // that the kernels want of pieces that fill half of it or more
   const Sequence* sequences;
   const Piece* pieces;
   const Unit* units;

@@ -8,8 +8,9 @@
 // unit's rows stays with the unit, dK and dV are added to fp32 sums that the units of a thread share (see KeySums).
 // Q is packed times the scale and log2 e (or 1 / c), which is taken out of dK when a sum is complete.
 #include "attention.h"
+#include "attention_blocks.h"
+#include "attention_products.h"
 #include "attention_rows.h"
-#include "gemm.h"
 #include "key_sums.h"
 #include "kernels.h"
 #include "pack.h"
@@ -18,16 +19,11 @@ namespace softprompt::SPK_ISA {
 
 namespace {
 
-constexpr int64_t kBlockRows = 96;  // rows whose P and dS exist at a time: each 24 KiB
-constexpr int64_t kBlockTiles = kBlockRows / kTileRows;
-
 struct Workspace {
   float *query, *grad_query;     // [kUnitRows, D up to lanes]
   float *grad_out, *out;         // [kUnitRows, Dv up to lanes], and one row of out
   float *lse, *delta;            // [kUnitRows], lse in units of log 2, +inf where the row sees no key
   Run *visible, *runs;           // [kUnitRows], of all keys and of those of a segment
-  float *key_rows, *keys;        // [kTileKeys, D], [D, kTileKeys]
-  float *value_rows, *values;    // [kTileKeys, Dv], [Dv, kTileKeys]
   float *weights, *grad_scores;  // [kBlockRows, kTileKeys]
   int64_t size, value_size;      // D and Dv up to lanes
 
@@ -41,10 +37,6 @@ struct Workspace {
     delta = arena.take<float>(kUnitRows);
     visible = arena.take<Run>(kUnitRows);
     runs = arena.take<Run>(kUnitRows);
-    key_rows = arena.take<float>(kTileKeys * size);
-    keys = arena.take<float>(size * kTileKeys);
-    value_rows = arena.take<float>(kTileKeys * value_size);
-    values = arena.take<float>(value_size * kTileKeys);
     weights = arena.take<float>(kBlockRows * kTileKeys);
     grad_scores = arena.take<float>(kBlockRows * kTileKeys);
   }
@@ -55,8 +47,9 @@ template <bool masked, bool capped>
 SPK_INLINE void gradient_row(const AttentionProblem& problem, const Run& run, int64_t tile, const Seen& seen, float lse,
                              float delta, float* scores, float* grad) {
   const VisibleColumns visible(run, tile);
+  const float scale = score_scale(problem);
   for (int column = seen.first; column < seen.first + seen.vectors * kLanes; column += kLanes) {
-    Vec score = load(scores + column), slope = {};
+    Vec score = load(scores + column) * scale, slope = {};
     if (capped) {
       const Vec tangent = tanh(score);
       slope = 1.0f - tangent * tangent;
@@ -71,48 +64,16 @@ SPK_INLINE void gradient_row(const AttentionProblem& problem, const Run& run, in
   }
 }
 
-SPK_INLINE void clear_columns(float* row, int begin, int end) {
-  for (int column = begin; column < end; column += kLanes) store(row + column, Vec{});
-}
-
-// A block of rows, in tiles of kTileRows.
-struct Block {
-  int64_t row[kBlockTiles + 1];  // first row of each tile of rows, in the unit
-  Seen seen[kBlockTiles];
-  int count = 0;
-  int begin = kTileKeys, end = 0;  // columns that any of them computes, multiples of kLanes
-
-  Block(const Workspace& ws, const Blocks& tiles, int64_t first_row, int64_t first_tile, bool ordered, int64_t tile,
-        int width) {
-    for (; count < kBlockTiles && first_tile + count < tiles.blocks; ++count) {
-      row[count] = first_row + tiles.start(first_tile + count);
-      row[count + 1] = first_row + tiles.start(first_tile + count + 1);
-      const Seen& found = seen[count] =
-          seen_of_tile(ws.runs + row[count], static_cast<int>(row[count + 1] - row[count]), ordered, tile, width);
-      if (found.vectors == 0) continue;
-      begin = found.first < begin ? found.first : begin;
-      const int computed = found.first + found.vectors * kLanes;
-      end = computed > end ? computed : end;
-    }
-  }
-};
-
 // P and dS of a block; 0 where a tile of rows does not look.
-void score_block(const AttentionProblem& problem, Workspace& ws, const Block& block, int64_t tile) {
+void weigh_block(const AttentionProblem& problem, Workspace& ws, const Block& block, int64_t tile) {
   const bool capped = problem.softcap > 0;
   for (int t = 0; t < block.count; ++t) {
     const Seen& seen = block.seen[t];
     const int64_t row = block.row[t];
     const int rows = static_cast<int>(block.row[t + 1] - row);
+    const int computed = seen.first + seen.vectors * kLanes;
     float* scores = ws.weights + (row - block.row[0]) * kTileKeys;
     float* grad = ws.grad_scores + (row - block.row[0]) * kTileKeys;
-    const int computed = seen.first + seen.vectors * kLanes;
-    if (seen.vectors > 0) {
-      gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem.size, ws.query + row * ws.size, ws.size,
-                              ws.keys + seen.first, kTileKeys, scores + seen.first, kTileKeys, false);
-      gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem.value_size, ws.grad_out + row * ws.value_size,
-                              ws.value_size, ws.values + seen.first, kTileKeys, grad + seen.first, kTileKeys, false);
-    }
     const auto turn = !seen.whole ? (capped ? gradient_row<true, true> : gradient_row<true, false>)
                                   : (capped ? gradient_row<false, true> : gradient_row<false, false>);
     for (int i = 0; i < rows; ++i) {
@@ -127,71 +88,27 @@ void score_block(const AttentionProblem& problem, Workspace& ws, const Block& bl
   }
 }
 
-// dQ of a block, from its dS.
-void add_grad_query(Workspace& ws, const Block& block) {
-  for (int t = 0; t < block.count; ++t) {
-    const Seen& seen = block.seen[t];
-    if (seen.vectors == 0) continue;
-    const int64_t row = block.row[t];
-    gemm_rows<Layout::rows>(static_cast<int>(block.row[t + 1] - row), ws.size, seen.end - seen.first,
-                            ws.grad_scores + (row - block.row[0]) * kTileKeys + seen.first, kTileKeys,
-                            ws.key_rows + seen.first * ws.size, ws.size, ws.grad_query + row * ws.size, ws.size, true);
-  }
-}
-
-// dK and dV of the keys of one source, at the columns [begin, end) of a tile, from P and dS of a block. Rows that do not
-// see some keys are left out at both ends.
-void add_grad_keys(Workspace& ws, const Block& block, int begin, int end, int64_t first_key, const KeySum& sum) {
-  const Blocks columns(end - begin, kTileRows);
-  for (int64_t c = 0; c < columns.blocks; ++c) {
-    const int first = begin + static_cast<int>(columns.start(c)), last = begin + static_cast<int>(columns.start(c + 1));
-    int low = 0, high = block.count;
-    const auto unseen = [&](const Seen& seen) {
-      return seen.vectors == 0 || seen.end <= first || seen.first >= last;
-    };
-    while (low < high && unseen(block.seen[low])) ++low;
-    while (low < high && unseen(block.seen[high - 1])) --high;
-    if (low == high) continue;
-    const int64_t row = block.row[low], rows = block.row[high] - row, key = first_key + first - begin;
-    const int64_t offset = (row - block.row[0]) * kTileKeys + first;
-    if (sum.value != nullptr) {
-      gemm_rows<Layout::columns>(last - first, ws.value_size, rows, ws.weights + offset, kTileKeys,
-                                 ws.grad_out + row * ws.value_size, ws.value_size, sum.value + key * ws.value_size,
-                                 ws.value_size, true);
-    }
-    if (sum.key != nullptr) {
-      gemm_rows<Layout::columns>(last - first, ws.size, rows, ws.grad_scores + offset, kTileKeys,
-                                 ws.query + row * ws.size, ws.size, sum.key + key * ws.size, ws.size, true);
-    }
-  }
-}
-
 // Rows [first, first + count) of a unit against all keys of a segment that any of them sees; the gradients of a source's
 // keys are added to its sum.
-void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t first, int64_t count,
+template <class Products>
+void backward_segment(const AttentionBackward& call, Workspace& ws, Products& products, int64_t first, int64_t count,
                       const Segment& segment, const KeySum (&sums)[2]) {
   const AttentionProblem& problem = call.problem;
   clip_runs(ws.visible, segment, first, count, ws.runs);
-  const Blocks tiles(count, kTileRows);
+  const auto tiles = Products::row_tiles(count);
   for_each_tile(hull(ws.runs + first, count), [&](int64_t tile, int width) {
-    pack_tile(segment, &Source::key, problem.dtype, tile, width, problem.size, ws.key_rows);
-    transpose_rows(ws.key_rows, ws.size, width, problem.size, ws.keys);
-    pack_tile_columns(segment, &Source::value, problem.dtype, tile, width, problem.value_size, ws.value_rows,
-                      ws.values);
-    for (int64_t t = 0; t < tiles.blocks; t += kBlockTiles) {
-      const Block block(ws, tiles, first, t, segment.ordered, tile, width);
+    products.take_keys(segment, tile, width);
+    for (int64_t t = 0; t < tiles.blocks; t += Products::kBlockTiles) {
+      const Block block(ws.runs, tiles, first, t, Products::kBlockTiles, segment.ordered, tile, width, Products::kColumns);
       if (block.begin >= block.end) continue;
-      score_block(problem, ws, block, tile);
-      if (call.need_query) add_grad_query(ws, block);
-      for (int s = 0; s < segment.count; ++s) {
-        const Source& source = segment.sources[s];
-        const int64_t begin = most(source.begin, tile + block.begin);
-        const int64_t end = least(source.end, tile + least(width, block.end));
-        if (begin >= end || (sums[s].key == nullptr && sums[s].value == nullptr)) continue;
-        add_grad_keys(ws, block, static_cast<int>(begin - tile), static_cast<int>(end - tile),
-                      source.token + begin - source.begin - sums[s].first_token, sums[s]);
-      }
+      products.score(block, ws.weights, ws.grad_scores);
+      weigh_block(problem, ws, block, tile);
+      products.take_weights(block, ws.weights, ws.grad_scores);
+      if (call.need_query) products.add_grad_query(block, ws.grad_scores, ws.grad_query);
+      products.add_grad_keys(KeysOfTile(segment, sums, tile, least(width, block.end), block.begin), block, ws.weights,
+                             ws.grad_scores);
     }
+    products.finish_keys(KeysOfTile(segment, sums, tile, width, 0));
   });
 }
 
@@ -199,19 +116,27 @@ void backward_segment(const AttentionBackward& call, Workspace& ws, int64_t firs
 void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, double* grad_sinks) {
   const AttentionProblem& problem = call.problem;
   const float scale = query_scale(problem);
+  const auto clear = [&](int64_t row) {
+    for (int64_t d = 0; d < ws.size; d += kLanes) store(ws.query + row * ws.size + d, Vec{});
+    for (int64_t d = 0; d < ws.value_size; d += kLanes) store(ws.grad_out + row * ws.value_size + d, Vec{});
+    ws.lse[row] = kInfinity;
+    ws.delta[row] = 0;
+  };
+  int64_t next = 0;
   for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
+    for (; next < row; ++next) {  // rows that fill up the piece before
+      clear(next);
+      ws.visible[next] = ws.visible[next - 1];
+    }
+    ++next;
     float *packed = ws.query + row * ws.size, *grad = ws.grad_out + row * ws.value_size;
-    for (int64_t d = 0; d < ws.size; d += kLanes) store(ws.grad_query + row * ws.size + d, Vec{});
     ws.visible[row] = visible_run(problem, at.sequence(), at.query());
     const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
     const float lse = call.lse[first + at.query()];
-    if (lse == -kInfinity) {  // it sees no key, may hold anything, and gives nothing
-      for (int64_t d = 0; d < ws.size; d += kLanes) store(packed + d, Vec{});
-      for (int64_t d = 0; d < ws.value_size; d += kLanes) store(grad + d, Vec{});
-      ws.lse[row] = kInfinity;
-      ws.delta[row] = 0;
-      return;
-    }
+    if (lse == -kInfinity) return clear(row);  // it sees no key, may hold anything, and gives nothing
+    at.fetch_ahead(problem.query, problem.size);
+    at.fetch_ahead(call.grad_out, problem.value_size);
+    at.fetch_ahead(call.out, problem.value_size);
     read_row(problem.dtype, at.address(problem.query), problem.size, scale, packed);
     read_row(problem.dtype, at.address(call.grad_out), problem.value_size, 1, grad);
     read_row(problem.dtype, at.address(call.out), problem.value_size, 1, ws.out);
@@ -224,6 +149,11 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
       grad_sinks[at.head()] -= static_cast<double>(share) * ws.delta[row];
     }
   });
+  for (; next < unit.rows; ++next) {
+    clear(next);
+    ws.visible[next] = ws.visible[next - 1];
+  }
+  for (int64_t i = 0; i < unit.rows * ws.size && call.need_query; i += kLanes) store(ws.grad_query + i, Vec{});
 }
 
 void store_grad_query(const AttentionBackward& call, const Workspace& ws, const Unit& unit) {
@@ -233,15 +163,20 @@ void store_grad_query(const AttentionBackward& call, const Workspace& ws, const 
   });
 }
 
-// dK is a sum over packed queries, which carry their scale.
+// dK is a sum over packed queries, which may carry their scale.
 float key_scale(const AttentionProblem& problem) {
+  if (!scales_queries(problem)) return problem.scale;
   return problem.softcap > 0 ? problem.softcap : 1 / kLog2E;
 }
 
+template <class Products>
 void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& unit, ThreadSums& prompt_sums,
-                   ThreadSums& own_sums, double* grad_sinks) {
+                   ThreadSums& own_sums, double* grad_sinks, const Arena& arena) {
   const AttentionProblem& problem = call.problem;
   load_rows(call, ws, unit, grad_sinks);
+  Arena rest = arena;
+  Products products(problem, rest);
+  products.take_rows(ws.query, ws.grad_out, unit.rows);
   const KeySum prompt_sum = prompt_sums.of({unit.prompt, unit.kv_head, 0, call.prompt_keys}, unit.prompt_shared);
   const Piece* piece = problem.pieces + unit.first_piece;
   for_each_segment(problem, unit, [&](int64_t first, int64_t rows, const Segment& segment) {
@@ -254,11 +189,11 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& uni
       ++piece;
     }
     if (call.need_query) {
-      backward_segment(call, ws, first, rows, segment, sums);
+      backward_segment(call, ws, products, first, rows, segment, sums);
     } else {  // only the keys whose gradients are wanted
       for (int s = 0; s < segment.count; ++s) {
         const Segment part = {{segment.sources[s], {}}, 1, segment.ordered};
-        if (sums[s].key || sums[s].value) backward_segment(call, ws, first, rows, part, {sums[s], {}});
+        if (sums[s].key || sums[s].value) backward_segment(call, ws, products, first, rows, part, {sums[s], {}});
       }
     }
   });
@@ -268,18 +203,25 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& uni
 }  // namespace
 
 int64_t attention_backward_workspace(const AttentionProblem& problem) {
-  return arena_bytes<Workspace>(problem);
+  return most_arena_bytes(problem, [&](auto products, Arena& arena) {
+    Workspace(problem, arena);
+    typename decltype(products)::Backward(problem, arena);
+  });
 }
 
 void attention_backward(const AttentionBackward& call, int thread) {
   const AttentionProblem& problem = call.problem;
+  const ProductsOfThread registers;
   Arena arena(call.workspace + thread * call.workspace_bytes);
   Workspace ws(problem, arena);
   ThreadSums prompt_sums(problem, call.prompt, thread, key_scale(problem));
   ThreadSums own_sums(problem, call.own, thread, key_scale(problem));
   double* grad_sinks = call.grad_sinks == nullptr ? nullptr : call.grad_sinks + thread * problem.heads;
   for (int64_t u = problem.thread_units[thread]; u < problem.thread_units[thread + 1]; ++u) {
-    backward_unit(call, ws, problem.units[u], prompt_sums, own_sums, grad_sinks);
+    const Unit& unit = problem.units[u];
+    with_products(problem, unit.row_align > 1, [&](auto products) {
+      backward_unit<typename decltype(products)::Backward>(call, ws, unit, prompt_sums, own_sums, grad_sinks, arena);
+    });
   }
   prompt_sums.complete();
   own_sums.complete();

@@ -8,10 +8,11 @@
 // score, only near it: it moves to it, l and O being multiplied by 2^(m - m'), when a score exceeds it by kSlack. So after
 // the first tile of a row that seldom happens, and one comparison for all rows of a block finds out.
 //
-// The keys of a tile are packed once for up to kUnitRows rows, K transposed; S, P and the tile stay in the first cache.
+// The keys of a tile are packed once for up to kUnitRows rows; S, P and the tile stay in the first cache. The products are
+// those of a class: VectorForward, or TileForward where there is a matrix unit and the rows fill its tiles.
 #include "attention.h"
+#include "attention_products.h"
 #include "attention_rows.h"
-#include "gemm.h"
 #include "kernels.h"
 #include "pack.h"
 
@@ -19,13 +20,13 @@ namespace softprompt::SPK_ISA {
 
 namespace {
 
+constexpr int64_t kMostBlockRows = 32;
 constexpr float kSlack = 8;  // weights stay below 2^8, far from where sums of them lose anything
 
 struct Workspace {
   float *query, *output;        // [kUnitRows, D or Dv up to lanes]
   float *base, *sum;            // [kUnitRows], [kUnitRows, kLanes]
-  float *rows, *keys, *values;  // [kTileKeys, D], [D, kTileKeys], [kTileKeys, Dv]
-  float* scores;                // [kTileRows, kTileKeys]
+  float* scores;                // [kMostBlockRows, kTileKeys]
   Run *visible, *runs;          // [kUnitRows], of all keys and of those of a segment
   int64_t size, value_size;     // D and Dv up to lanes
 
@@ -35,23 +36,21 @@ struct Workspace {
     output = arena.take<float>(kUnitRows * value_size);
     base = arena.take<float>(kUnitRows);
     sum = arena.take<float>(kUnitRows * kLanes);
-    rows = arena.take<float>(kTileKeys * size);
-    keys = arena.take<float>(size * kTileKeys);
-    values = arena.take<float>(kTileKeys * value_size);
-    scores = arena.take<float>(kTileRows * kTileKeys);
+    scores = arena.take<float>(kMostBlockRows * kTileKeys);
     visible = arena.take<Run>(kUnitRows);
     runs = arena.take<Run>(kUnitRows);
   }
 };
 
-// The scores of a row as the softmax wants them, and its largest ones, lane by lane.
+// The scores of a row as the softmax wants them, and its largest ones, lane by lane. They are stored only if they are not
+// `scale` times what is there.
 template <bool masked, bool capped>
-SPK_INLINE Vec finish_scores(const AttentionProblem& problem, const Run& run, int64_t tile, const Seen& seen,
+SPK_INLINE Vec finish_scores(const AttentionProblem& problem, const Run& run, int64_t tile, const Seen& seen, float scale,
                              float* scores) {
   const VisibleColumns visible(run, tile);
   Vec largest = splat(-kInfinity);
   for (int column = seen.first; column < seen.first + seen.vectors * kLanes; column += kLanes) {
-    Vec score = load(scores + column);
+    Vec score = load(scores + column) * scale;
     if (capped) score = tanh(score) * (problem.softcap * kLog2E);
     if (masked) score = select(visible.at(column), score, splat(-kInfinity));
     if (capped || masked) store(scores + column, score);
@@ -73,11 +72,13 @@ SPK_INLINE void rebase(Workspace& ws, int64_t row, float largest) {
 
 // A few rows of scores: S becomes P, and the rows' bases and sums go on.
 template <bool masked, bool capped>
-void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile, const Seen& seen) {
+void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, int64_t tile, const Seen& seen,
+             float* scores) {
   Vec largest[kTileRows];
   Vec excess = splat(-kInfinity);
+  const float scale = score_scale(problem), left_scale = masked || capped ? 1 : scale;
   for (int i = 0; i < rows; ++i) {
-    largest[i] = finish_scores<masked, capped>(problem, ws.runs[row + i], tile, seen, ws.scores + i * kTileKeys);
+    largest[i] = finish_scores<masked, capped>(problem, ws.runs[row + i], tile, seen, scale, scores + i * kTileKeys);
     excess = max(largest[i] - ws.base[row + i], excess);  // NaN where neither has seen a key, and then it is not taken
   }
   if (max_lanes(excess) > kSlack) {
@@ -85,46 +86,66 @@ void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int ro
   }
   for (int i = 0; i < rows; ++i) {
     const Vec base = splat(ws.base[row + i] == -kInfinity ? 0 : ws.base[row + i]);
-    float* scores = ws.scores + i * kTileKeys + seen.first;
+    float* const weights = scores + i * kTileKeys + seen.first;
     Vec total = load(ws.sum + (row + i) * kLanes);
     for (int v = 0; v < seen.vectors; ++v) {
-      const Vec weight = exp2(load(scores + v * kLanes) - base);
-      store(scores + v * kLanes, weight);
+      const Vec weight = exp2(load(weights + v * kLanes) * left_scale - base);
+      store(weights + v * kLanes, weight);
       total += weight;
     }
     store(ws.sum + (row + i) * kLanes, total);
   }
 }
 
-// A few rows against a packed tile.
-SPK_INLINE void attend(const AttentionProblem& problem, Workspace& ws, int64_t row, int rows, bool ordered, int64_t tile,
-                       int width) {
+// A block of rows against a packed tile; the softmax goes over as few rows at a time as a register tile has, of which more
+// see all of the same keys.
+template <class Products>
+SPK_INLINE void attend(const AttentionProblem& problem, Workspace& ws, Products& products, int64_t row, int rows,
+                       bool ordered, int64_t tile, int width) {
   const Seen seen = seen_of_tile(ws.runs + row, rows, ordered, tile, width);
   if (seen.vectors == 0) return;
-  gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem.size, ws.query + row * ws.size, ws.size,
-                          ws.keys + seen.first, kTileKeys, ws.scores + seen.first, kTileKeys, false);
+  products.score(row, rows, seen, ws.scores);
   const bool capped = problem.softcap > 0;
-  const auto turn = !seen.whole ? (capped ? softmax<true, true> : softmax<true, false>)
-                                : (capped ? softmax<false, true> : softmax<false, false>);
-  turn(problem, ws, row, rows, tile, seen);
-  gemm_rows<Layout::rows>(rows, ws.value_size, seen.end - seen.first, ws.scores + seen.first, kTileKeys,
-                          ws.values + seen.first * ws.value_size, ws.value_size, ws.output + row * ws.value_size,
-                          ws.value_size, true);
+  const Blocks parts(rows, kTileRows);
+  for (int64_t p = 0; p < parts.blocks; ++p) {
+    const int64_t first = parts.start(p);
+    const int count = static_cast<int>(parts.start(p + 1) - first);
+    const Seen here =
+        parts.blocks == 1 ? seen : seen_of_tile(ws.runs + row + first, count, ordered, tile, width);
+    float* const scores = ws.scores + first * kTileKeys;
+    if (here.vectors > 0) {
+      const auto turn = !here.whole ? (capped ? softmax<true, true> : softmax<true, false>)
+                                    : (capped ? softmax<false, true> : softmax<false, false>);
+      turn(problem, ws, row + first, count, tile, here, scores);
+    }
+    products.clear_unseen(seen, here, count, scores);
+  }
+  products.add_values(rows, seen, ws.scores, ws.output + row * ws.value_size);
 }
 
 // Rows [first, first + count) of a unit against all keys of a segment that any of them sees.
-void attend_segment(const AttentionProblem& problem, Workspace& ws, int64_t first, int64_t count,
+template <class Products>
+void attend_segment(const AttentionProblem& problem, Workspace& ws, Products& products, int64_t first, int64_t count,
                     const Segment& segment) {
   clip_runs(ws.visible, segment, first, count, ws.runs);
-  const Blocks blocks(count, kTileRows);
+  const auto blocks = Products::blocks(count);
   for_each_tile(hull(ws.runs + first, count), [&](int64_t tile, int width) {
-    pack_tile_columns(segment, &Source::key, problem.dtype, tile, width, problem.size, ws.rows, ws.keys);
-    pack_tile(segment, &Source::value, problem.dtype, tile, width, problem.value_size, ws.values);
+    products.take_keys(segment, tile, width);
     for (int64_t b = 0; b < blocks.blocks; ++b) {
       const int64_t row = blocks.start(b);
       const int rows = static_cast<int>(blocks.start(b + 1) - row);
-      attend(problem, ws, first + row, rows, segment.ordered, tile, width);
+      attend(problem, ws, products, first + row, rows, segment.ordered, tile, width);
     }
+  });
+}
+
+template <class Products>
+void attend_unit(const AttentionProblem& problem, Workspace& ws, const Unit& unit, const Arena& arena) {
+  Arena rest = arena;
+  Products products(problem, rest);
+  products.take_rows(ws.query, unit.rows);
+  for_each_segment(problem, unit, [&](int64_t first, int64_t rows, const Segment& segment) {
+    attend_segment(problem, ws, products, first, rows, segment);
   });
 }
 
@@ -154,7 +175,7 @@ void finish(const AttentionForward& call, const Unit& unit, Workspace& ws) {
   });
 }
 
-void forward_unit(const AttentionForward& call, Workspace& ws, const Unit& unit) {
+void forward_unit(const AttentionForward& call, Workspace& ws, const Unit& unit, const Arena& arena) {
   const AttentionProblem& problem = call.problem;
   const float scale = query_scale(problem);
   for_each_row(problem, unit, [&](int64_t row, const RowCursor& at) {
@@ -164,8 +185,8 @@ void forward_unit(const AttentionForward& call, Workspace& ws, const Unit& unit)
     for (int64_t d = 0; d < ws.value_size; d += kLanes) store(ws.output + row * ws.value_size + d, Vec{});
     ws.visible[row] = visible_run(problem, at.sequence(), at.query());
   });
-  for_each_segment(problem, unit, [&](int64_t first, int64_t rows, const Segment& segment) {
-    attend_segment(problem, ws, first, rows, segment);
+  with_products(problem, fills_tiles(problem, unit), [&](auto products) {
+    attend_unit<typename decltype(products)::Forward>(problem, ws, unit, arena);
   });
   for (int64_t i = 0; i < unit.rows; ++i) ws.sum[i] = sum_lanes(load(ws.sum + i * kLanes));
   if (unit.partial < 0) {
@@ -214,15 +235,19 @@ void merge_units(const AttentionForward& call, Workspace& ws, const Merge& merge
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionProblem& problem) {
-  return arena_bytes<Workspace>(problem);
+  return most_arena_bytes(problem, [&](auto products, Arena& arena) {
+    Workspace(problem, arena);
+    typename decltype(products)::Forward(problem, arena);
+  });
 }
 
 void attention_forward(const AttentionForward& call, int thread) {
   const AttentionProblem& problem = call.problem;
+  const ProductsOfThread registers;
   Arena arena(call.workspace + thread * call.workspace_bytes);
   Workspace ws(problem, arena);
   for (int64_t u = problem.thread_units[thread]; u < problem.thread_units[thread + 1]; ++u) {
-    forward_unit(call, ws, problem.units[u]);
+    forward_unit(call, ws, problem.units[u], arena);
   }
 }
 

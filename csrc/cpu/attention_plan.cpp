@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention_runs.h"
+#include "integers.h"
 
 namespace softprompt {
 namespace {
@@ -34,16 +35,21 @@ void add_units(AttentionPlan& plan, const AttentionProblem& problem, const std::
   for (const int64_t s : order) {
     const Sequence& sequence = plan.sequences[s];
     const int64_t rows = sequence.queries * problem.group;
-    const int64_t parts = (rows + rows_of_unit - 1) / rows_of_unit;
+    const int64_t align = 2 * rows >= problem.row_align ? problem.row_align : 1;
+    const int64_t steps = ceiling(rows, align), parts = ceiling(steps, rows_of_unit / align);
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t row = rows * part / parts, count = rows * (part + 1) / parts - row;
+      const int64_t row = steps * part / parts * align;
+      const int64_t count = least(rows, steps * (part + 1) / parts * align) - row, taken = round_up(count, align);
       const int64_t piece = static_cast<int64_t>(plan.pieces.size());
       plan.pieces.push_back({s, row, count, false});
-      if (open && plan.units.back().prompt == sequence.prompt && plan.units.back().rows + count <= rows_of_unit) {
-        ++plan.units.back().pieces;
-        plan.units.back().rows += count;
+      Unit* const last = open ? &plan.units.back() : nullptr;
+      if (last != nullptr && last->prompt == sequence.prompt && last->row_align == align &&
+          last->rows + taken <= rows_of_unit) {
+        ++last->pieces;
+        last->rows += taken;
       } else {
-        plan.units.push_back({kv_head, sequence.prompt, piece, 1, count, 0, sequence.prompt_length, true, false, -1});
+        plan.units.push_back(
+            {kv_head, sequence.prompt, piece, 1, taken, align, 0, sequence.prompt_length, true, false, -1});
       }
       open = parts == 1;
     }
@@ -197,7 +203,8 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionSiz
   // A long prompt behind which there are few rows, as in decoding, is shared out by keys: see split_units.
   const bool by_keys = split_keys && sizes.prompt_keys >= kLongPrompt && rows <= kUnitRows * problem.kv_heads;
   const int64_t even = rows / (problem.threads * kUnitsPerThread) + 1;
-  const int64_t rows_of_unit = by_keys ? kUnitRows : std::min(kUnitRows, std::max(kFewestRows, even));
+  const int64_t fitting = by_keys ? kUnitRows : std::min(kUnitRows, std::max(kFewestRows, even));
+  const int64_t rows_of_unit = round_up(fitting, problem.row_align);
   for (int64_t head = 0; head < problem.kv_heads; ++head) add_units(plan, problem, order, head, rows_of_unit);
   if (split_keys) split_units(plan, problem);
   assign(plan, problem);

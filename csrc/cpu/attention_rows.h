@@ -8,10 +8,26 @@
 
 namespace softprompt::SPK_ISA {
 
-// Queries are packed times this, so that a product with keys is the score in units of log 2 (or over the softcap).
-SPK_INLINE float query_scale(const AttentionProblem& problem) {
+// Queries are packed times query_scale, and their products with keys times score_scale are the scores in units of log 2 (or
+// over the softcap). The matrix unit wants queries of 16 bits as they are.
+SPK_INLINE bool scales_queries(const AttentionProblem& problem) {
+#ifdef SPK_AMX
+  return problem.dtype == Dtype::float32;
+#else
+  return (void)problem, true;
+#endif
+}
+SPK_INLINE float whole_scale(const AttentionProblem& problem) {
   return problem.softcap > 0 ? problem.scale / problem.softcap : problem.scale * kLog2E;
 }
+SPK_INLINE float query_scale(const AttentionProblem& problem) {
+  return scales_queries(problem) ? whole_scale(problem) : 1;
+}
+SPK_INLINE float score_scale(const AttentionProblem& problem) {
+  return scales_queries(problem) ? 1 : whole_scale(problem);
+}
+
+constexpr int64_t kTokensAhead = 6;  // of a row that is read, the one that is fetched
 
 // Walks over the rows of a unit.
 class RowCursor {
@@ -21,6 +37,7 @@ class RowCursor {
     begin_piece();
   }
   bool valid() const { return piece_ != end_; }
+  bool begins_piece() const { return left_ == piece_->rows; }
   const Sequence& sequence() const { return *sequence_; }
   int64_t query() const { return query_; }
   int64_t head() const { return kv_head_ * problem_.group + head_; }
@@ -30,6 +47,13 @@ class RowCursor {
   }
   char* address(const Strided& tensor) const {
     return row_of(tensor, problem_.dtype, sequence_->batch, head(), sequence_->first_query + query_);
+  }
+  // Fetches the row of `size` that comes some tokens later, if it is there: the heads of a group are as many streams of
+  // short rows, more than the processor foresees by itself.
+  void fetch_ahead(const Strided& tensor, int64_t size) const {
+    const int64_t element = kBytes[static_cast<int>(problem_.dtype)];
+    const char* row = address(tensor) + kTokensAhead * tensor.token * element;
+    for (int64_t at = 0; at < size * element; at += 64) __builtin_prefetch(row + at, 0, 3);
   }
 
  private:
@@ -47,11 +71,14 @@ class RowCursor {
   int64_t kv_head_, query_ = 0, head_ = 0, left_ = 0;
 };
 
-// visit(row, cursor) for each row of a unit.
+// visit(row, cursor) for each row of a unit; pieces begin at multiples of its row_align.
 template <class F>
 SPK_INLINE void for_each_row(const AttentionProblem& problem, const Unit& unit, F visit) {
   int64_t row = 0;
-  for (RowCursor cursor(problem, unit); cursor.valid(); cursor.advance(), ++row) visit(row, cursor);
+  for (RowCursor cursor(problem, unit); cursor.valid(); cursor.advance(), ++row) {
+    if (cursor.begins_piece()) row = round_up(row, unit.row_align);
+    visit(row, cursor);
+  }
 }
 
 // Keys at the positions [begin, end), in one tensor.
@@ -86,14 +113,15 @@ SPK_INLINE void for_each_segment(const AttentionProblem& problem, const Unit& un
   const Source prompt = prompt_source(problem, unit);
   const Piece* pieces = problem.pieces + unit.first_piece;
   if (unit.pieces == 1 && unit.own) {
-    visit(0, unit.rows, Segment{{prompt, own_source(problem, unit, problem.sequences[pieces[0].sequence])}, 2, true});
+    visit(0, pieces[0].rows,
+          Segment{{prompt, own_source(problem, unit, problem.sequences[pieces[0].sequence])}, 2, true});
     return;
   }
-  visit(0, unit.rows, Segment{{prompt, {}}, 1, unit.pieces == 1});
+  visit(0, unit.pieces == 1 ? pieces[0].rows : unit.rows, Segment{{prompt, {}}, 1, unit.pieces == 1});
   int64_t row = 0;
   for (int64_t p = 0; p < unit.pieces && unit.own; ++p) {
     visit(row, pieces[p].rows, Segment{{own_source(problem, unit, problem.sequences[pieces[p].sequence]), {}}, 1, true});
-    row += pieces[p].rows;
+    row = round_up(row + pieces[p].rows, unit.row_align);
   }
 }
 
@@ -139,6 +167,10 @@ struct VisibleColumns {
     return (lane >= begin) & (lane < end);
   }
 };
+
+SPK_INLINE void clear_columns(float* row, int begin, int end) {
+  for (int column = begin; column < end; column += kLanes) store(row + column, Vec{});
+}
 
 // The tiles of a run of positions, each at most kTileKeys: visit(first, count).
 template <class F>

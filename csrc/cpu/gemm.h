@@ -81,4 +81,11 @@ struct Blocks {
   int64_t start(int64_t block) const { return count * block / blocks; }
 };
 
+// In blocks of `most`, but for the last.
+struct FixedBlocks {
+  int64_t count, blocks, most;
+  FixedBlocks(int64_t count, int64_t most) : count(count), blocks((count + most - 1) / most), most(most) {}
+  int64_t start(int64_t block) const { return block < blocks ? block * most : count; }
+};
+
 }  // namespace softprompt::SPK_ISA

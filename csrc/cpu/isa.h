@@ -10,6 +10,7 @@ namespace softprompt {
 // The functions of `kernels.h`, compiled for one instruction set.
 struct Kernels {
   const char* name;
+  int64_t backward_row_align;  // see AttentionProblem
   int64_t (*attention_forward_workspace)(const AttentionProblem& problem);
   int64_t (*attention_backward_workspace)(const AttentionProblem& problem);
   void (*attention_forward)(const AttentionForward& call, int thread);

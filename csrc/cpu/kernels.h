@@ -7,6 +7,12 @@
 
 namespace softprompt::SPK_ISA {
 
+#ifdef SPK_AMX
+constexpr int64_t kBackwardRowAlign = 32;  // that one instruction sums over
+#else
+constexpr int64_t kBackwardRowAlign = 1;
+#endif
+
 // Bytes that each thread needs, a multiple of 64.
 int64_t attention_forward_workspace(const AttentionProblem& problem);
 int64_t attention_backward_workspace(const AttentionProblem& problem);
@@ -21,7 +27,7 @@ void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
 void kl_tile(const KlTile& call, int thread);
 
-#ifdef __AMX_BF16__
+#ifdef SPK_AMX
 // Of a part with as many rows and as much depth as any.
 int64_t product_left_bytes(const Product& part);
 int64_t product_workspace(const Product& part);

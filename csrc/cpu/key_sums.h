@@ -1,17 +1,10 @@
 // Sums of dK and dV over the rows that see the keys: in fp32, private to a thread, added up in the order of the threads.
 #pragma once
 
-#include "attention.h"
+#include "attention_blocks.h"
 #include "pack.h"
 
 namespace softprompt::SPK_ISA {
-
-// Where a unit adds to: [keys, D up to lanes] and [keys, Dv up to lanes], from the key that is `first_token` of its
-// tensor on; nullptr: not needed.
-struct KeySum {
-  float *key, *value;
-  int64_t first_token;
-};
 
 // Writes `count` keys from the `first` of a range on, from their sums. Packed queries carry their scale into dK.
 static void write_sum(const AttentionProblem& problem, const KeySums& sums, const KeyRange& keys, int64_t first,

@@ -8,14 +8,6 @@
 
 namespace softprompt::SPK_ISA {
 
-// How many bytes of an arena a workspace takes.
-template <class Workspace>
-SPK_INLINE int64_t arena_bytes(const AttentionProblem& problem) {
-  Arena arena(nullptr);
-  Workspace(problem, arena);
-  return static_cast<int64_t>(arena.end());
-}
-
 template <class T>
 SPK_INLINE void read_row_of(const T* source, int64_t size, float scale, float* row) {
   int64_t i = 0;

@@ -9,6 +9,7 @@ namespace softprompt::SPK_ISA {
 
 extern const Kernels table;
 const Kernels table = {SPK_NAME(SPK_ISA),
+                       kBackwardRowAlign,
                        attention_forward_workspace,
                        attention_backward_workspace,
                        attention_forward,

@@ -230,6 +230,33 @@ def test_nan_in_a_query_shows_in_lse_and_gradients(bits):
     assert by_query[0, 1, 5].isnan().all() and by_key.isnan().any() and by_prompt.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(dtype, scale):
+    torch.manual_seed(0)
+    inputs = made(shapes(2, 4, 2, 40, 40, 1, 30, 32), dtype)
+    grad_out = torch.randn(2, 4, 40, 32).to(dtype)
+    wanted = run(exact(inputs), "reference", grad_out, scale=scale)
+    agree(run(inputs, "cpu", grad_out, scale=scale), wanted, 3e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_nan_of_a_sequence_stays_with_it(dtype, position):
+    """Of 40 rows each, which fill no tiles: they share some with their neighbours, but nothing except the prompt."""
+    torch.manual_seed(0)
+    inputs = made(shapes(5, 4, 2, 20, 20, 1, 30, 48), dtype)
+    grad_out = torch.randn(5, 4, 20, 48).to(dtype)
+    clean = run(inputs, "cpu", grad_out)
+    with torch.no_grad():
+        inputs[position][2, :, 7] = torch.nan
+    found = run(inputs, "cpu", grad_out)
+    others = torch.arange(5) != 2
+    for a, b in zip(found[:5], clean[:5], strict=True):  # out, lse, and the gradients of what is not shared
+        assert torch.equal(a[others], b[others])
+    assert found[0][2].isnan().any()
+
+
 def test_a_sink_that_takes_everything():
     torch.manual_seed(0)
     inputs = made(shapes(1, 2, 1, 3, 3, 1, 4, 8), grad=False)

@@ -53,7 +53,7 @@ def test_equals_the_exact_product_at_any_size(rows, depth, columns, dtype, trans
         torch.set_num_threads(count)
     exact = left.double() @ right.double()
     bound = left.double().abs() @ right.double().abs()
-    assert ((found - exact).abs() <= 4e-7 * bound).all()
+    assert ((found - exact).abs() <= 6e-7 * bound).all()  # 2^-21 of each product, and rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
