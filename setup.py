@@ -40,6 +40,7 @@ FOR_EACH_INSTRUCTION_SET = (
     "cpu/attention_backward.cpp",
     "cpu/attention_forward.cpp",
     "cpu/kl_rows.cpp",
+    "cpu/kl_tile.cpp",
     "cpu/table.cpp",
 )
 FOR_ONE = {"amx": ("cpu/product.cpp",)}

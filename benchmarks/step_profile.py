@@ -12,6 +12,7 @@ from step_sides import Side
 from torch.profiler import ProfilerActivity, profile
 
 GEMMS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::addmv_"}
+GEMMS |= {"softprompt_kernels::product"}
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 OPS = {
     "softprompt_kernels::prompt_attention": "attention op",

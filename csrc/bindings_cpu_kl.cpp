@@ -98,6 +98,37 @@ void expectation_rows(Address logits, Address bias, Address labels, Address labe
   run_released(call);
 }
 
+void kl_tile(Address student, Address teacher, Address student_bias, Address teacher_bias, Address so_far, Address sum,
+             Address total, int64_t rows, int64_t columns, int64_t size, int64_t student_stride, int64_t teacher_stride,
+             int64_t sum_stride, int64_t total_stride, int divergence, float softcap, int threads) {
+  KlTile call = {};
+  check_count("rows", rows);
+  check_range("columns", columns, 1, std::numeric_limits<int32_t>::max());
+  check_count("size", size);
+  check_stride("student_stride", student_stride, rows, columns, true);
+  check_stride("teacher_stride", teacher_stride, rows, columns, true);
+  check_stride("sum_stride", sum_stride, rows, size, sum != 0);
+  check_stride("total_stride", total_stride, rows, size, total != 0);
+  check_range("divergence", divergence, 0, 1);
+  check_range("threads", threads, 1, kMostThreads);
+  require(softcap >= 0 && softcap <= std::numeric_limits<float>::max(), "softcap", "finite and at least 0",
+          std::to_string(softcap));
+  require((sum == 0) == (total == 0), "sum and total", "given together", "one of them");
+  call.student = pointer<float>("student", student, rows);
+  call.teacher = pointer<float>("teacher", teacher, rows);
+  call.so_far = pointer<KlSoFar>("so_far", so_far, rows);
+  call.student_bias = optional_pointer<const float>(student_bias);
+  call.teacher_bias = optional_pointer<const float>(teacher_bias);
+  call.sum = optional_pointer<float>(sum);
+  call.total = optional_pointer<float>(total);
+  call.rows = rows, call.columns = columns, call.size = size;
+  call.student_stride = student_stride, call.teacher_stride = teacher_stride;
+  call.sum_stride = sum_stride, call.total_stride = total_stride;
+  call.divergence = static_cast<Divergence>(divergence);
+  call.softcap = softcap, call.threads = threads;
+  run_released(call);
+}
+
 }  // namespace
 
 void bind_kl(py::module_& module) {
@@ -111,6 +142,9 @@ void bind_kl(py::module_& module) {
   module.def("expectation_rows", expectation_rows, py::kw_only(), "logits"_a, "bias"_a, "labels"_a, "label_logit"_a,
              "largest"_a, "total"_a, "bias_total"_a, "sum"_a, "rows"_a, "columns"_a, "size"_a, "stride"_a,
              "sum_stride"_a, "first_column"_a, "bias_scale"_a, "threads"_a);
+  module.def("kl_tile", kl_tile, py::kw_only(), "student"_a, "teacher"_a, "student_bias"_a, "teacher_bias"_a,
+             "so_far"_a, "sum"_a, "total"_a, "rows"_a, "columns"_a, "size"_a, "student_stride"_a, "teacher_stride"_a,
+             "sum_stride"_a, "total_stride"_a, "divergence"_a, "softcap"_a, "threads"_a);
 }
 
 }  // namespace softprompt

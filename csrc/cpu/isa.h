@@ -20,6 +20,7 @@ struct Kernels {
   void (*kl_rows)(const KlRows& call, int thread);
   void (*kl_logits)(const KlLogits& call, int thread);
   void (*expectation_rows)(const ExpectationRows& call, int thread);
+  void (*kl_tile)(const KlTile& call, int thread);
   // nullptr where fp32 vectors are the fastest
   int64_t (*product_left_bytes)(const Product& part);
   int64_t (*product_workspace)(const Product& part);

@@ -25,6 +25,7 @@ void attention_fold(const AttentionBackward& call, int thread);
 void kl_rows(const KlRows& call, int thread);
 void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
+void kl_tile(const KlTile& call, int thread);
 
 #ifdef SPK_AMX
 // Of a part with as many rows and as much depth as any.

@@ -64,9 +64,35 @@ struct ExpectationRows {
   int threads;
 };
 
+// What a sweep over tiles of the vocabulary has seen of a row, all 0 before the first. See kl_tile.cpp.
+struct KlSoFar {
+  double reference, centre;                         // m, c
+  double total, other, change, excess, difference;  // S, R, C, X, Y
+  double left_out;                                  // 1: the sums cannot serve this row
+};
+
+// A tile of the columns of the products of both sides, in a sweep over all of them for the forward or reverse KL. The
+// logits are the products plus `bias`, and, where there is a softcap, softcap * tanh of that.
+struct KlTile {
+  float* student;  // [rows, columns]; with `sum`, becomes what the rows of W are weighted by in U
+  float* teacher;  // [rows, columns]; becomes the same in T
+  const float* student_bias;  // [columns]; nullptr: none
+  const float* teacher_bias;
+  KlSoFar* so_far;  // [rows]
+  float* sum;       // [rows, size] U, which is only rescaled here; nullptr: no gradient
+  float* total;     // [rows, size] T
+  int64_t rows, columns, size;
+  int64_t student_stride, teacher_stride, sum_stride, total_stride;
+  Divergence divergence;  // not jsd
+  float softcap;          // 0: none
+  int threads;
+  float* scratch;  // [threads, 2, columns]
+};
+
 // On all threads. They throw std::bad_alloc where there is no memory for scratch.
 void run(const KlRows& call);
 void run(const KlLogits& call);
 void run(const ExpectationRows& call);
+void run(const KlTile& call);
 
 }  // namespace softprompt

@@ -57,21 +57,6 @@ Ahead ahead_of(const void* logits, Dtype dtype, int64_t offset) {
   return {static_cast<const char*>(logits) + offset * element, element};
 }
 
-// --- in place --------------------------------------------------------------------------------------------------------
-
-// Products become logits: plus scale * bias, capped.
-void finish_logits(float* row, const float* bias, float scale, int64_t vocab, float softcap) {
-  if (bias != nullptr) {
-    sweep(row, bias, 0, vocab, [&](int64_t i, Vec z, Vec b, int count) __attribute__((always_inline)) {
-      put(row + i, z + scale * b, count);
-    });
-  }
-  if (softcap > 0) {
-    sweep(row, 0, vocab,
-          [&](int64_t i, Vec z, int count) __attribute__((always_inline)) { put(row + i, softcap * tanh(z), count); });
-  }
-}
-
 // --- given logits ----------------------------------------------------------------------------------------------------
 
 template <class T>

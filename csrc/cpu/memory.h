@@ -8,6 +8,11 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace softprompt {
 
 struct Free {
@@ -21,6 +26,22 @@ inline Memory allocate(int64_t bytes) {
   void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64 + 64);
   if (memory == nullptr) throw std::bad_alloc();
   return Memory(static_cast<char*>(memory));
+}
+
+// Asks for large pages in memory that will be written to from end to end. What malloc cannot take from what was freed,
+// from 32 MiB on with glibc, are new pages, which the system clears one at a time as they are first touched: with small
+// ones that takes as long as the softmax that is written to them.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kNew = int64_t{32} << 20;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  if (bytes < kNew || page <= 0) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // it may refuse: it is a hint
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace softprompt

@@ -68,6 +68,19 @@ SPK_INLINE float largest_of(const float* p, int64_t count) {
   return max_lanes(largest);
 }
 
+// Products become logits: plus scale * bias, capped.
+SPK_INLINE void finish_logits(float* row, const float* bias, float scale, int64_t vocab, float softcap) {
+  if (bias != nullptr) {
+    sweep(row, bias, 0, vocab, [&](int64_t i, Vec z, Vec b, int count) __attribute__((always_inline)) {
+      put(row + i, z + scale * b, count);
+    });
+  }
+  if (softcap > 0) {
+    sweep(row, 0, vocab,
+          [&](int64_t i, Vec z, int count) __attribute__((always_inline)) { put(row + i, softcap * tanh(z), count); });
+  }
+}
+
 // The part of `count` rows that a thread works on.
 struct Share {
   int64_t begin, end;

@@ -1,18 +1,20 @@
 """Which tokens and words are worked on at a time, in how much memory, and the parts of a head's weight.
 
-All buffers of a loss together stay within 64 MiB (and never below one token's logits): the logits and copied hidden
-states of a chunk of tokens, scratch for a block of rows that fits the cache, and for a 16-bit head the fp32 copy of a
-part of it, since a product in 16 bits would round the logits. (Row work in C++ from given logits takes 2 V numbers a
-thread.)
+All buffers of a loss together stay within 64 MiB (and never below one token's logits), those of the library that
+multiplies included: the logits and copied hidden states of a chunk of tokens, scratch for a block of rows that fits the
+cache, and for a 16-bit head the fp32 copy of a part of it where the library needs one, since a product in 16 bits would
+round the logits. (Row work in C++ from given logits takes 2 V numbers a thread.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-BUDGET = 62 * 2**20  # bytes, all but scratch
-_COPY = 6 * 2**20  # bytes of it, a part of the weight in fp32
+from softprompt_kernels.kernels.products import Products
+
+BUDGET = 56 * 2**20  # bytes, all but scratch, row gradients that wait for the backward, and what allocators lose
+_COPY = 6 * 2**20  # bytes of it, parts of weights in fp32
 _BLOCK = 2**16  # elements of a scratch buffer
 
 
@@ -31,7 +33,9 @@ def token_chunks(tokens: int, kept: Tensor | None, chunk: int) -> Iterator[slice
         yield rows if kept is None else kept[start : start + chunk]
 
 
-def chunk_size(tokens: int, requested: int | None, elements: int, weight: Tensor, dtype: torch.dtype) -> int:
+def chunk_size(
+    tokens: int, requested: int | None, elements: int, weights: Sequence[Tensor], dtype: torch.dtype, products: Products
+) -> int:
     """Tokens that are worked on at a time: as requested, or as many as fit the budget with `elements` numbers each.
 
     Chunks are of nearly equal size, and of multiples of 8: matrix products are slow at sizes between (48 tokens take
@@ -39,7 +43,8 @@ def chunk_size(tokens: int, requested: int | None, elements: int, weight: Tensor
     """
     if requested is not None:
         return max(1, min(tokens, requested))
-    budget = BUDGET if weight.dtype == dtype else BUDGET - _COPY
+    copied = any(_is_copied(weight, dtype, products) for weight in weights)
+    budget = max(BUDGET // 2, BUDGET - products.buffer) - (_COPY if copied else 0)
     fitting = max(1, budget // (elements * dtype.itemsize))
     fitting -= fitting % 8 if fitting > 8 else 0
     chunks = max(1, -(-tokens // fitting))
@@ -52,30 +57,36 @@ def block_size(vocab: int) -> int:
     return max(1, _BLOCK // vocab)
 
 
-def head_logits(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """out [n, V] = hidden [n, d] Wᵀ."""
-    for columns, part in weight_parts(weight, hidden.dtype):
-        torch.mm(hidden, part.mT, out=out[:, columns])
+def weight_parts(
+    weights: Sequence[Tensor], dtype: torch.dtype, products: Products, most: int | None = None
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The same rows of weights of one height, for products with `dtype`: at most `most`, few enough to be copied."""
+    height = weights[0].shape[0]
+    step = most or max(1, height)
+    copied = [_is_copied(weight, dtype, products) for weight in weights]
+    row = sum(weight.shape[1] for weight, copy in zip(weights, copied, strict=True) if copy)
+    if row:
+        step = min(step, max(1, _COPY // (row * dtype.itemsize)))
+    copies = [
+        weight.new_empty(min(step, height), weight.shape[1], dtype=dtype) if copy else None
+        for weight, copy in zip(weights, copied, strict=True)
+    ]
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        parts = [weight[rows] for weight in weights]
+        yield (
+            rows,
+            [p if c is None else c[: p.shape[0]].copy_(p) for p, c in zip(parts, copies, strict=True)],
+        )
 
 
-def pull_back(gradient: Tensor, weight: Tensor) -> Tensor:
+def pull_back(gradient: Tensor, weight: Tensor, products: Products) -> Tensor:
     """[n, V] W -> [n, d]."""
-    out = None
-    for rows, part in weight_parts(weight, gradient.dtype):
-        out = torch.mm(gradient[:, rows], part) if out is None else out.addmm_(gradient[:, rows], part)
-    return gradient.new_zeros(gradient.shape[0], weight.shape[1]) if out is None else out
+    out = gradient.new_empty(gradient.shape[0], weight.shape[1])
+    for rows, (part,) in weight_parts([weight], gradient.dtype, products, products.depth):
+        products.multiply(out, gradient[:, rows], part, rows.start > 0)
+    return out if weight.shape[0] else out.zero_()
 
 
-def weight_parts(weight: Tensor, dtype: torch.dtype, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the weight in `dtype`, at most `most` at a time, and as copies of a bounded size in other dtypes."""
-    step = most or max(1, weight.shape[0])
-    if weight.dtype != dtype:
-        step = min(step, max(1, _COPY // (weight.shape[1] * dtype.itemsize)))
-    copy = None
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        part = weight[rows]
-        if weight.dtype != dtype:
-            copy = weight.new_empty(step, weight.shape[1], dtype=dtype) if copy is None else copy
-            part = copy[: part.shape[0]].copy_(part)
-        yield rows, part
+def _is_copied(weight: Tensor, dtype: torch.dtype, products: Products) -> bool:
+    return weight.dtype != dtype and not (products.narrow and weight.dtype.itemsize == 2)

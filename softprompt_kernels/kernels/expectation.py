@@ -7,7 +7,7 @@ e = exp(z − m) and rescales what was summed with an older m, and one product t
 
 All tokens of a chunk see a tile while it is in the cache; the logits of the whole vocabulary never exist.
 
-A backend supplies the row work.
+A backend supplies the row work and the products.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.chunks import chunk_size, kept_tokens, token_chunks, weight_parts
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.products import Products
 
 _TILE = 4096  # words; between 1024 and 8192 all take the same time within 5 %, at d = 576 and 896
 
@@ -43,7 +44,7 @@ class RowWork(Protocol):
     def __call__(self, logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None: ...
 
 
-def forward(problem: ExpectationProblem, row_work: RowWork) -> Expectation:
+def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) -> Expectation:
     """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
     head, dtype = problem.head, problem.compute_dtype
     tokens, size = problem.hidden.shape
@@ -58,18 +59,19 @@ def forward(problem: ExpectationProblem, row_work: RowWork) -> Expectation:
     bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype)
 
     tile = min(_TILE, head.weight.shape[0])
-    chunk = chunk_size(tokens, problem.chunk_tokens, tile + 2 * size, head.weight, dtype)
+    elements = tile * (2 if products.copies_result else 1) + 2 * size
+    chunk = chunk_size(tokens, problem.chunk_tokens, elements, [head.weight], dtype, products)
     buffer = torch.empty(chunk * tile, dtype=dtype)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
-        hidden = problem.hidden[rows].to(dtype)
+        hidden = problem.hidden[rows].to(dtype).contiguous()
         state = _state(problem, hidden, bias, rows, mean)
         hidden = hidden if scale == 1 else hidden * scale
-        for columns, weight in weight_parts(head.weight, dtype, tile):
+        for columns, (weight,) in weight_parts([head.weight], dtype, products, tile):
             logits = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-            torch.mm(hidden, weight.mT, out=logits)
+            products.multiply(logits, hidden, weight.mT, False)
             row_work(logits, None if bias is None else bias[columns], scale, columns.start, state)
             if state.mean is not None:
-                state.mean.addmm_(logits, weight)
+                products.multiply(state.mean, logits, weight, True)
         log_partition[rows] = state.largest.double() + state.total.log()
         if mean is not None and state.mean is not None:
             mean[rows] = state.mean.div_(state.total[:, None])

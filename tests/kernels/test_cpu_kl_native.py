@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("module")
 
 PROBE = """
 import torch
+from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 torch.manual_seed(0)
@@ -31,6 +32,11 @@ hidden, teacher, weight, bias = (torch.randn(s) for s in ((9, 20), (9, 20), (500
 hidden.requires_grad_()
 for softcap in (None, 4.0):
     keep(linear_kl_div(hidden, teacher, weight, bias=bias, softcap=softcap, reduction="none", backend="cpu"), hidden)
+driver._sweep_is_cheaper = lambda problem, *_: problem.divergence.kind != "jsd"
+for kind in ("forward", "reverse"):
+    for softcap in (None, 4.0):
+        options = {"divergence": kind, "bias": bias, "softcap": softcap, "reduction": "none", "backend": "cpu"}
+        keep(linear_kl_div(hidden, teacher, weight, **options), hidden)
 moments = teacher_moments(teacher, weight, bias=bias, backend="cpu")
 keep(linear_kl_div_from_moments(hidden, moments, weight, bias=bias, reduction="none", backend="cpu"), hidden)
 """
@@ -136,6 +142,25 @@ CALLS = {
         "bias_scale": 1.0,
         "threads": 1,
     },
+    "kl_tile": {
+        "student": FAR,
+        "teacher": FAR,
+        "student_bias": 0,
+        "teacher_bias": 0,
+        "so_far": FAR,
+        "sum": FAR,
+        "total": FAR,
+        "rows": 2,
+        "columns": 5,
+        "size": 3,
+        "student_stride": 5,
+        "teacher_stride": 5,
+        "sum_stride": 3,
+        "total_stride": 3,
+        "divergence": 0,
+        "softcap": 0.0,
+        "threads": 1,
+    },
 }
 
 REFUSED = [
@@ -159,6 +184,14 @@ REFUSED = [
     ("expectation_rows", {"labels": FAR}, "labels and label_logit must be given together; got one of them"),
     ("expectation_rows", {"bias_total": FAR}, "bias must be given with bias_total; got none"),
     ("expectation_rows", {"first_column": -1}, "first_column must be in [0, "),
+    ("kl_tile", {"columns": 0}, "columns must be in [1, 2147483647]; got 0"),
+    ("kl_tile", {"teacher_stride": 4}, "teacher_stride must be in [5, "),
+    ("kl_tile", {"sum_stride": 2}, "sum_stride must be in [3, "),
+    ("kl_tile", {"total_stride": 2}, "total_stride must be in [3, "),
+    ("kl_tile", {"total": 0}, "sum and total must be given together; got one of them"),
+    ("kl_tile", {"so_far": 0}, "so_far must be an address; got 0"),
+    ("kl_tile", {"divergence": 2}, "divergence must be in [0, 1]; got 2"),
+    ("kl_tile", {"softcap": float("inf")}, "softcap must be finite and at least 0; got inf"),
 ]
 
 

@@ -7,6 +7,7 @@ from softprompt_kernels.kernels import expectation as tiled
 from softprompt_kernels.kernels.chunks import block_size
 from softprompt_kernels.kernels.expectation import State
 from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.products import TORCH
 
 
 def unsupported(problem: ExpectationProblem) -> str | None:
@@ -17,7 +18,7 @@ def unsupported(problem: ExpectationProblem) -> str | None:
 
 def forward(problem: ExpectationProblem) -> Expectation:
     """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
-    return tiled.forward(problem, _row_work_)
+    return tiled.forward(problem, _row_work_, TORCH)
 
 
 def _row_work_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:

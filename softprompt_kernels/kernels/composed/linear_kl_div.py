@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels import linear_kl_div as chunked
+from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.chunks import block_size
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
-from softprompt_kernels.kernels.linear_kl_div import Activation
 from softprompt_kernels.kernels.loss_problem import Divergence, HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.products import TORCH
+from softprompt_kernels.kernels.two_heads import Activation
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -18,12 +19,12 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    return chunked.forward(problem, need_gradient, _BACKEND)
+    return driver.forward(problem, need_gradient, _BACKEND)
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
-    return chunked.backward(problem, row_scale, needs, _BACKEND)
+    return driver.backward(problem, row_scale, needs, _BACKEND)
 
 
 def _row_work_(
@@ -34,7 +35,10 @@ def _row_work_(
     divergence: Divergence,
     need_gradient: bool,
 ) -> Tensor:
-    """See `RowWork`; in cache-sized blocks of rows, and with the gradient whether it is needed or not."""
+    """See `RowWork` of `kernels/linear_kl_div_chunks.py`.
+
+    In cache-sized blocks of rows, and with the gradient whether it is needed or not.
+    """
     count, vocab = student.shape
     step = min(count, block_size(vocab))
     capped = student_activation.softcap is not None
@@ -67,4 +71,4 @@ def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype)
 
 
-_BACKEND = chunked.Backend(_row_work_, _allocate)
+_BACKEND = driver.Backend(TORCH, _allocate, _row_work_, None)

@@ -1,13 +1,20 @@
-"""Divergence between the logits of two heads: products by PyTorch, row work in C++. See `kernels/linear_kl_div.py`."""
+"""Divergence between the logits of two heads, row work and, where they are faster, products in C++.
+
+See `kernels/linear_kl_div.py`.
+"""
 
 from torch import Tensor
 
-from softprompt_kernels.kernels import linear_kl_div as chunked
+from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.cpu.rows import divergence_, workspace
+from softprompt_kernels.kernels.cpu.products import products
+from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
 from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
 
-BACKEND = chunked.Backend(divergence_, workspace)
+
+def backend() -> driver.Backend:
+    """What the driver is given."""
+    return driver.Backend(products(), workspace, divergence_, add_tile_)
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -17,9 +24,9 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    return chunked.forward(problem, need_gradient, BACKEND)
+    return driver.forward(problem, need_gradient, backend())
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
-    return chunked.backward(problem, row_scale, needs, BACKEND)
+    return driver.backward(problem, row_scale, needs, backend())

@@ -6,13 +6,36 @@ side of 16 bits, which is read as it lies, without a copy in fp32. An infinity i
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.products import TORCH, Products
 
 
 def has_fast_products() -> bool:
     """Whether `product_` can be called here; where not, PyTorch's products are the fastest."""
     return not native.missing() and bool(native.module().has_fast_products())
+
+
+def products() -> Products:
+    """For the losses: these where they can be called."""
+    if not has_fast_products():
+        return TORCH
+    return Products(
+        _multiply,
+        narrow=True,
+        weight_rows=90,  # of whole losses: chunks of 128 tokens and sweeps of 512 take the same time at d = 576
+        columns=2048,
+        depth=2048,
+        copies_result=False,
+        buffer=(4 + torch.get_num_threads()) * 2**20,
+    )
+
+
+def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
+    plain = _is_row_major(right) or _is_row_major(right.mT)
+    with record_function("softprompt_kernels::product"):
+        product_(out, left, right if plain else right.contiguous(), accumulate)
 
 
 def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> Tensor:

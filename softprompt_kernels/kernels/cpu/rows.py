@@ -1,4 +1,4 @@
-"""Row work of the losses in C++: kernels in `csrc/cpu/kl_rows.cpp`, on as many threads as torch has."""
+"""Row work of the losses in C++: kernels in `csrc/cpu/kl_rows.cpp` and `kl_tile.cpp`, on all threads of torch."""
 
 import threading
 
@@ -8,8 +8,9 @@ from torch import Tensor
 from softprompt_kernels.kernels.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.expectation import State
-from softprompt_kernels.kernels.linear_kl_div import Activation
+from softprompt_kernels.kernels.linear_kl_div_sweep import State as SweepState
 from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence
+from softprompt_kernels.kernels.two_heads import Activation
 
 _kept = threading.local()
 
@@ -29,7 +30,7 @@ def divergence_(
     divergence: Divergence,
     need_gradient: bool,
 ) -> Tensor:
-    """See `RowWork` of `kernels/linear_kl_div.py`."""
+    """See `RowWork` of `kernels/linear_kl_div_chunks.py`."""
     loss = student.new_empty(student.shape[0])
     native.module().kl_rows(
         student=address(student),
@@ -48,6 +49,37 @@ def divergence_(
         threads=torch.get_num_threads(),
     )
     return loss
+
+
+def add_tile_(
+    student: Tensor,
+    teacher: Tensor,
+    student_activation: Activation,
+    teacher_activation: Activation,
+    divergence: Divergence,
+    state: SweepState,
+) -> None:
+    """See `TileWork` of `kernels/linear_kl_div_sweep.py`."""
+    weighted, plain = (None, None) if state.sums is None else state.sums.chunk(2)
+    native.module().kl_tile(
+        student=address(student),
+        teacher=address(teacher),
+        student_bias=address(student_activation.bias),
+        teacher_bias=address(teacher_activation.bias),
+        so_far=address(state.scalars),
+        sum=address(weighted),
+        total=address(plain),
+        rows=student.shape[0],
+        columns=student.shape[1],
+        size=0 if weighted is None else weighted.shape[1],
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        sum_stride=0 if weighted is None else weighted.stride(0),
+        total_stride=0 if plain is None else plain.stride(0),
+        divergence=KINDS[divergence.kind],
+        softcap=student_activation.softcap or 0.0,
+        threads=torch.get_num_threads(),
+    )
 
 
 def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:

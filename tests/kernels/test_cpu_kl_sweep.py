@@ -1,0 +1,365 @@
+"""The live teacher in one sweep over tiles of the vocabulary, against the float64 definition."""
+
+import math
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels import linear_kl_div as driver
+from softprompt_kernels.kernels import linear_kl_div_sweep as swept
+from softprompt_kernels.kernels.cpu import linear_kl_div as cpu
+from softprompt_kernels.kernels.cpu.rows import add_tile_
+from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadProblem
+from softprompt_kernels.kernels.reference import divergence as reference
+from softprompt_kernels.kernels.two_heads import Activation
+from softprompt_kernels.ops import linear_kl_div
+
+pytestmark = pytest.mark.usefixtures("module")
+KINDS = ("forward", "reverse")
+INF = torch.inf
+VOCAB, TILE, SIZE = 3000, 256, 16
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Sweeps serve all that they can, in small tiles."""
+    monkeypatch.setattr(driver, "_sweep_is_cheaper", lambda problem, *_: problem.divergence.kind != "jsd")
+    monkeypatch.setattr(swept, "_TILE", TILE)
+
+
+def sweep(student, teacher, weight, kind, tile=TILE, softcap=None):
+    """Loss [n], gradient [n, d] by the hidden states, and which rows are left out, of products [n, V] and W [V, d]."""
+    count, vocab = student.shape
+    state = swept.State(
+        torch.zeros(count, 8, dtype=torch.float64), torch.zeros(2 * count, weight.shape[1], dtype=torch.float32)
+    )
+    activation = Activation(None, softcap)
+    for start in range(0, vocab, tile):
+        columns = slice(start, start + tile)
+        both = torch.cat([student[:, columns], teacher[:, columns]])
+        add_tile_(*both.chunk(2), activation, activation, Divergence(kind, 0.5, 1.0), state)
+        state.sums.addmm_(both, weight[columns])
+    left_out = swept._left_out(state.scalars)
+    return swept._loss(state.scalars), swept._gradient_(state.sums, state.scalars, kind), left_out
+
+
+def definition(student, teacher, weight, kind):
+    loss, gradient = reference.rows(student.double(), teacher.double(), Divergence(kind, 0.5, 1.0))
+    return loss, gradient @ weight.double()
+
+
+def check(student, teacher, kind, loss_tolerance=2e-5, tolerance=2e-5, **options):
+    """The loss relative to its size, each row of the gradient relative to its norm."""
+    weight = torch.randn(student.shape[1], SIZE)
+    loss, gradient, left_out = sweep(student, teacher, weight, kind, **options)
+    expected, wanted = definition(student, teacher, weight, kind)
+    assert not left_out.any()
+    torch.testing.assert_close(loss, expected, rtol=loss_tolerance, atol=0)
+    # p (log p/q − KL) ends as a difference of numbers of the size of the loss.
+    rounding = 3e-6 * expected * SIZE**0.5 if kind == "reverse" else 0
+    error = (gradient.double() - wanted).norm(dim=1)
+    assert (error <= tolerance * wanted.norm(dim=1) + rounding).all(), (error, wanted.norm(dim=1))
+
+
+# --- what a row may look like -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distance", [1e-6, 1e-4, 1e-2, 0.3, 3.0])
+def test_a_kl_and_its_gradient_keep_their_relative_accuracy_however_small(distance, kind):
+    """Down to 5e-13, where a difference of two sums of the size of the logits' differences has lost it."""
+    teacher = torch.randn(4, VOCAB) * 2
+    check(teacher + distance * torch.randn_like(teacher), teacher, kind, loss_tolerance=3e-6, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_between_the_sides_costs_only_what_it_rounds_away(kind):
+    teacher = torch.randn(4, VOCAB) * 2
+    student = teacher + 1e-3 * torch.randn_like(teacher)
+    check(student + 100.0, teacher, kind, loss_tolerance=2e-2, tolerance=2e-2)
+    check((student * 2**12).round() / 2**12 + 64.0, (teacher * 2**12).round() / 2**12, kind)  # which rounds nothing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_almost_equal_logits_are_not_negative(kind):
+    teacher = torch.randn(200, 300) * 5
+    student = torch.nextafter(teacher, teacher + torch.randn_like(teacher))
+    loss, _, _ = sweep(student, teacher, torch.randn(300, SIZE), kind, tile=100)
+    assert (loss >= 0).all() and (loss < 1e-10).all()
+
+
+def flat():
+    return 0.01 * torch.randn(VOCAB)
+
+
+def with_peak(word, height=30.0):
+    row = flat()
+    row[word] += height
+    return row
+
+
+def with_light_beginning(offset):
+    """Both sides care little for the first words, and differ there by `offset` and elsewhere by little."""
+    teacher = flat()
+    teacher[:TILE] -= 8
+    student = teacher + 1e-2 * torch.randn(VOCAB)
+    student[:TILE] += offset
+    return student, teacher
+
+
+ROWS = {
+    "a student without the teacher's late peak": lambda: (flat(), with_peak(2500)),
+    "a student without the teacher's early peak": lambda: (flat(), with_peak(3)),
+    "a late peak of the student alone": lambda: (with_peak(2500), flat()),
+    "an early peak of the student alone": lambda: (with_peak(3), flat()),
+    "an early and a late peak": lambda: (with_peak(3), with_peak(2500)),
+    "a late and an early peak": lambda: (with_peak(2500), with_peak(3)),
+    "a first tile that says little, too high": lambda: with_light_beginning(1.0),
+    "a first tile that says little, far too high": lambda: with_light_beginning(10.0),
+    "a first tile that says little, far too low": lambda: with_light_beginning(-10.0),
+    "opposite slopes": lambda: (torch.linspace(-5, 5, VOCAB), torch.linspace(5, -5, VOCAB)),
+    "slopes up": lambda: (torch.linspace(0, 31, VOCAB), torch.linspace(0, 30, VOCAB)),
+    "slopes down": lambda: (torch.linspace(30, 0, VOCAB), torch.linspace(31, 0, VOCAB)),
+    "a steep slope that outgrows fp32's exponents": lambda: (
+        torch.linspace(-200, 200, VOCAB) + torch.randn(VOCAB),
+        torch.linspace(-200, 200, VOCAB) + 50 * torch.linspace(-0.5, 0.5, VOCAB),
+    ),
+    "a few tiles off": lambda: (torch.cat([flat()[:1000], flat()[:800] - 10, flat()[:1200]]), flat()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", ROWS)
+def test_reference_and_centre_follow_what_the_tiles_bring(row, kind):
+    student, teacher = ROWS[row]()
+    check(student[None], teacher[None], kind, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("peak", ["student", "teacher"])
+def test_wide_tiles_whose_maxima_say_nothing_about_their_sums(peak, kind):
+    """Of a flat and a sharp side they are log V apart, and as much off the centre."""
+    flat, sharp = torch.randn(2, 60000) * 0.01, torch.randn(2, 60000) * 0.01
+    sharp[0, 3] += 30
+    sharp[1, 50000] += 30
+    student, teacher = (sharp, flat) if peak == "student" else (flat, sharp)
+    check(student, teacher, kind, tile=30000, loss_tolerance=2e-6, tolerance=4e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile", [1, 7, 16, 17, 2999, 3000, 5000])
+def test_tiles_of_any_size(tile, kind):
+    teacher = torch.randn(3, VOCAB if tile > 1 else 100) * 2
+    check(teacher + 0.1 * torch.randn_like(teacher), teacher, kind, tile=tile)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_that_no_side_has_are_as_if_they_were_cut(kind):
+    student, teacher, weight = torch.randn(3, VOCAB), torch.randn(3, VOCAB), torch.randn(VOCAB, SIZE)
+    kept = torch.rand(VOCAB) > 0.3
+    kept[:TILE], kept[3 * TILE : 4 * TILE] = False, False  # whole tiles, the first among them
+    masked = [torch.where(kept, t, -INF) for t in (student, teacher)]
+    loss, gradient, left_out = sweep(*masked, weight, kind)
+    expected, wanted = definition(student[:, kept], teacher[:, kept], weight[kept], kind)
+    assert not left_out.any()
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_that_the_sums_cannot_serve_are_left_out_and_leave_nothing_behind():
+    student, teacher, weight = torch.randn(9, VOCAB), torch.randn(9, VOCAB), torch.randn(VOCAB, SIZE)
+    student[1, 700], teacher[2, 2999], student[3, 5], teacher[4, 600] = -INF, -INF, torch.nan, INF
+    student[5], teacher[5] = -INF, -INF
+    student[6, 1000] -= 60  # reverse: p e^D of a word of which p does not reach into fp32
+    teacher[7, 1000] -= 60  # forward
+    student[8, 1000] += 60  # reverse, for all other words
+    for kind, far in (("forward", {1, 2, 3, 4, 5, 7}), ("reverse", {1, 2, 3, 4, 5, 6, 8})):
+        loss, gradient, left_out = sweep(student, teacher, weight, kind)
+        assert set(left_out.nonzero().flatten().tolist()) == far
+        served = [row for row in range(9) if row not in far]
+        expected, wanted = definition(student[served], teacher[served], weight, kind)
+        torch.testing.assert_close(loss[served], expected, rtol=2e-5, atol=0)
+        torch.testing.assert_close(gradient[served].double(), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_softcap_goes_into_the_gradient(kind):
+    student, teacher, weight = torch.randn(3, VOCAB), torch.randn(3, VOCAB), torch.randn(VOCAB, SIZE)
+    loss, gradient, _ = sweep(student, teacher, weight, kind, softcap=4.0)
+    tanh = torch.tanh(student.double())
+    expected, by_capped = reference.rows(4 * tanh, 4 * torch.tanh(teacher.double()), Divergence(kind, 0.5, 1.0))
+    wanted = (by_capped * (1 - tanh.square())) @ weight.double()  # the factor 4 is the driver's
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=0)
+    assert (gradient.double() - wanted).norm() <= 2e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_depends_on_no_other_row_and_no_number_of_threads(threads, kind):
+    student, teacher = torch.randn(7, VOCAB) * 3, torch.randn(7, VOCAB) * 3
+    student[4, 100] = torch.nan
+    states = []
+    for rows, count in ((slice(0, 7), 1), (slice(0, 7), 2), (slice(0, 7), 16), (slice(2, 3), 1)):
+        threads(count)
+        both = torch.cat([student[rows, :TILE], teacher[rows, :TILE]])
+        n = both.shape[0] // 2
+        state = swept.State(torch.zeros(n, 8, dtype=torch.float64), torch.zeros(2 * n, SIZE))
+        add_tile_(*both.chunk(2), Activation(None, None), Activation(None, None), Divergence(kind, 0.5, 1.0), state)
+        states.append((state.scalars, *both.chunk(2)))
+    for found in states[1:3]:
+        for f, expected in zip(found, states[0], strict=True):
+            assert torch.equal(f.nan_to_num(), expected.nan_to_num())
+    for f, expected in zip(states[3], states[0], strict=True):
+        assert torch.equal(f[0], expected[2])
+
+
+# --- the op -----------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 1.5},
+    "everything": {"bias": True, "softcap": 2.0, "logit_scale": 0.6, "valid_vocab": 900},
+}
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("apart", [False, True], ids=["shared head", "two heads"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head", HEADS)
+def test_everything_that_the_op_takes(head, kind, apart, dtype, chunk_tokens):
+    student, weight = torch.randn(21, 24).to(dtype), (torch.randn(1003, 24) / 3).to(dtype)
+    teacher, other = student, None
+    if apart:
+        teacher, other = torch.randn(21, 9).to(dtype), torch.randn(1003, 9).to(dtype)
+    teacher = (teacher.float() + 0.3 * torch.randn(teacher.shape)).to(dtype)
+    weights = torch.rand(21) * (torch.rand(21) > 0.3)
+    options = {**HEADS[head], "divergence": kind, "temperature": 1.5, "reduction": "none", "weights": weights}
+    if options.get("bias"):
+        options["bias"] = torch.randn(2006).to(dtype)[::2]  # not contiguous
+    student.requires_grad_()
+    rows = linear_kl_div(
+        student, teacher, weight, teacher_weight=other, chunk_tokens=chunk_tokens, backend="cpu", **options
+    )
+    wide = student.detach().double().requires_grad_()
+    exact = {k: v.double() if torch.is_tensor(v) else v for k, v in options.items()}
+    expected = linear_kl_div(
+        wide, teacher.double(), weight.double(), teacher_weight=None if other is None else other.double(),
+        backend="reference", **exact,
+    )  # fmt: skip
+    torch.testing.assert_close(rows.double(), expected, rtol=2e-5, atol=1e-6)
+    upstream = torch.randn(21)
+    actual = torch.autograd.grad(rows, student, upstream)[0]
+    wanted = torch.autograd.grad(expected, wide, upstream.double())[0]
+    tolerance = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
+    assert (actual[weights == 0] == 0).all()
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_the_teacher_the_gradient_is_as_good_as_that_from_kept_logits(kind, monkeypatch):
+    teacher, weight = torch.randn(32, 64), torch.randn(4000, 64) * 0.4
+    student = (teacher + 1e-4 * torch.randn(32, 64)).requires_grad_()
+
+    def run(student, teacher, weight, backend):
+        loss = linear_kl_div(student, teacher, weight, divergence=kind, backend=backend)
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    swept_loss, swept_gradient = run(student, teacher, weight, "cpu")
+    monkeypatch.undo()
+    kept_loss, kept_gradient = run(student, teacher, weight, "cpu")
+    loss, gradient = run(student.detach().double().requires_grad_(), teacher.double(), weight.double(), "reference")
+    assert 1e-8 < loss < 1e-6
+    assert abs(swept_loss - loss) <= 2 * abs(kept_loss - loss) + 1e-5 * loss
+    assert (swept_gradient - gradient).norm() <= 1.5 * (kept_gradient - gradient).norm() <= 0.02 * gradient.norm()
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+def test_rows_that_are_left_out_are_served_among_ordinary_ones(kind, chunk_tokens, monkeypatch):
+    weight = torch.randn(1003, 24)
+    student, teacher = torch.randn(21, 24), torch.randn(21, 24)
+    student[[3, 11]] *= 40
+    teacher[[7, 11]] *= 40
+    student[5, 0], student[1] = torch.nan, torch.nan
+    student.requires_grad_()
+    weights = torch.ones(21)
+    weights[1] = 0
+    kept_by_chunks = []
+    forward = driver.chunked.forward
+    monkeypatch.setattr(
+        driver.chunked,
+        "forward",
+        lambda p, kept, *rest: (kept_by_chunks.extend(kept.tolist()), forward(p, kept, *rest)),
+    )
+    options = {"divergence": kind, "reduction": "none", "weights": weights, "chunk_tokens": chunk_tokens}
+    rows = linear_kl_div(student, teacher, weight, backend="cpu", **options)
+    gradient = torch.autograd.grad(rows.sum(), student)[0]
+    assert {5, 11} <= set(kept_by_chunks) <= {3, 5, 7, 11}
+    ordinary = [row for row in range(21) if row not in (1, 5)]
+    assert rows[1] == 0 and (gradient[1] == 0).all()
+    wide = student.detach()[ordinary].double().requires_grad_()
+    expected = linear_kl_div(
+        wide, teacher[ordinary].double(), weight.double(), divergence=kind, reduction="none", backend="reference"
+    )
+    wanted = torch.autograd.grad(expected.sum(), wide)[0]
+    assert rows[5].isnan() and gradient[5].isnan().all()
+    torch.testing.assert_close(rows[ordinary].double(), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(gradient[ordinary].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_hidden_states_are_at_distance_zero(kind):
+    hidden, weight = torch.randn(37, 24), torch.randn(1003, 24)
+    student = hidden.clone().requires_grad_()
+    loss = linear_kl_div(student, hidden, weight, divergence=kind, backend="cpu")
+    assert loss == 0 and (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
+@pytest.mark.usefixtures("always")
+def test_a_head_that_trains_gets_the_gradient_of_the_chunks():
+    student, teacher, weight = torch.randn(9, 24), torch.randn(9, 24), torch.randn(1003, 24)
+    inputs = [t.requires_grad_() for t in (student, weight)]
+    loss = linear_kl_div(student, teacher, weight, teacher_weight=weight.detach(), backend="cpu")
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = linear_kl_div(wide[0], teacher.double(), wide[1], teacher_weight=wide[1].detach(), backend="reference")
+    for a, w in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, wide), strict=True):
+        assert (a - w).norm() <= 2e-5 * w.norm()
+
+
+# --- which form -------------------------------------------------------------------------------------------------------
+
+
+def problem(tokens, size, vocab, kind="forward", chunk_tokens=None):
+    """Of tensors without memory."""
+    hidden, weight = torch.empty(1, 1).expand(tokens, size), torch.empty(1, 1).expand(vocab, size)
+    head = Head(weight, None, None, 1.0)
+    return HeadProblem(hidden, hidden, head, head, None, Divergence(kind, 0.5, 1.0), chunk_tokens)
+
+
+def test_sweeps_serve_vocabularies_of_which_few_logits_fit():
+    def is_swept(*sizes, need_gradient=True, **options):
+        return driver._sweep_is_cheaper(problem(*sizes, **options), None, need_gradient, cpu.products())
+
+    assert is_swept(1024, 896, 151936) and is_swept(1024, 896, 151936, need_gradient=False)
+    assert not is_swept(1024, 896, 151936, kind="jsd")
+    assert not is_swept(1024, 896, 5000)
+    assert not is_swept(8, 896, 151936)
+    assert not is_swept(0, 896, 151936)
+    assert not is_swept(1024, 896, 151936, chunk_tokens=256)  # all of them get the logits that were asked for
+
+
+def test_a_sweep_makes_nothing_of_the_size_of_the_logits():
+    sizes = 1024, 896, 151936
+    tokens = swept.tokens_at_once(problem(*sizes), 1024, cpu.products())
+    assert tokens == 1024
+    assert math.prod((2 * tokens, swept._TILE)) * 4 <= 16 * 2**20
