@@ -238,9 +238,10 @@ def test_every_attention_configuration_is_reached_by_an_example(target: str, mon
     for kernel in attention_configs.CONFIGS:
         for element in (2, 4):
             for head in (64, 128, 256):
-                found = find(kernel, TARGETS[target], element, head)
-                assert len(found) <= shipped.MOST_CANDIDATES
-                assert id(found) in reached, f"{kernel} on {target}: {element} bytes, heads of {head}"
+                for rows in (4, 1000):
+                    found = find(kernel, TARGETS[target], element, head, rows)
+                    assert len(found) <= shipped.MOST_CANDIDATES
+                    assert id(found) in reached, f"{kernel} on {target}: {element} bytes, heads of {head}, {rows} rows"
 
 
 def test_examples_have_names_of_their_own_and_no_memory() -> None:

@@ -53,7 +53,10 @@ _FLOAT32: dict[str, dict[int, Candidates]] = {
     },
 }
 
-# kernel -> target or its maker, "" being every other -> element size -> largest head size, up to a power of 2 -> tiles
+_MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")  # whose tensor cores take operands from registers
+
+# kernel -> target, or what it multiplies by, or its maker, or "" for every other -> element size -> largest head size, up
+# to a power of 2 -> tiles
 CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
     FORWARD: {
         "": {
@@ -73,7 +76,7 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             4: _FLOAT32[FORWARD],
         },
         # mma.sync has a warp's whole tile of keys in registers.
-        "sm_8x": {
+        "mma.sync": {
             2: {
                 64: (_tiles(128, 64, 8, 2),),
                 128: (_tiles(64, 32, 4, 2), _tiles(64, 32, 8, 2)),
@@ -95,7 +98,15 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             },
             4: _FLOAT32[QUERY_GRADIENT],
         },
-        "sm_8x": {
+        "sm_100": {
+            2: {
+                64: (_tiles(64, 64, 4, 2), _tiles(128, 64, 8, 2)),
+                128: (_tiles(64, 64, 8, 1),),
+                256: (_tiles(32, 32, 8, 1),),
+            },
+            4: _FLOAT32[QUERY_GRADIENT],
+        },
+        "mma.sync": {
             2: {64: (_tiles(128, 32, 8, 2),), 128: (_tiles(64, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
             4: _FLOAT32[QUERY_GRADIENT],
         },
@@ -117,9 +128,24 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
 }
 
 
-def candidates(kernel: str, target: Target, element_size: int, block_d: int) -> Candidates:
-    """The tiles of a kernel, for a target, numbers of `element_size` bytes and a head size up to a power of 2."""
+# Of 16-bit numbers on GPUs with 32 threads a warp, where a sequence has at most MOST_FEW_ROWS rows.
+MOST_FEW_ROWS = 32
+FEW_ROWS: dict[str, dict[int, Candidates]] = {
+    FORWARD: {64: (_tiles(32, 64, 4, 2),), 128: (_tiles(32, 64, 4, 2),), 256: (_tiles(32, 32, 4, 1),)},
+    QUERY_GRADIENT: {64: (_tiles(32, 32, 4, 2),), 128: (_tiles(32, 32, 8, 1),), 256: (_tiles(16, 32, 4, 1),)},
+    KEY_GRADIENTS: {64: (_tiles(32, 64, 8, 1),), 128: (_tiles(32, 64, 8, 1),), 256: (_tiles(16, 32, 8, 1),)},
+}
+
+
+def candidates(kernel: str, target: Target, element_size: int, block_d: int, rows: int) -> Candidates:
+    """The tiles of a kernel.
+
+    For a target, numbers of `element_size` bytes, a head size up to a power of 2 and the rows of a sequence.
+    """
+    block_d = max(64, block_d)
+    if element_size == 2 and target.backend == "cuda" and rows <= MOST_FEW_ROWS:
+        return FEW_ROWS[kernel][block_d]
     by_target = CONFIGS[kernel]
-    names = (target.name, f"{target.name[:-1]}x", target.backend, "")
-    family = next(name for name in names if name in by_target)
-    return by_target[family][element_size][max(64, block_d)]
+    names = [target.name, "mma.sync"] if target.name in _MMA_SYNC else [target.name, target.backend]
+    family = next((name for name in names if name in by_target), "")
+    return by_target[family][element_size][block_d]

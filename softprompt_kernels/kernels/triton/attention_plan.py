@@ -105,7 +105,8 @@ def _choose(
 ) -> Tiles:
     query, value_size = problem.query, problem.value.shape[3]
     block = max(next_power_of_2(query.shape[3]), next_power_of_2(value_size))
-    candidates = configs.candidates(kernel, target, query.element_size(), block)
+    rows = query.shape[2] * problem.group
+    candidates = configs.candidates(kernel, target, query.element_size(), block, rows)
     if candidate is not None:
         return candidates[min(candidate, len(candidates) - 1)]
     rules = (problem.causal, problem.window is not None, problem.softcap is not None, problem.cu_seqlens is not None)

@@ -55,6 +55,7 @@ SHAPES = {
     "long prompt": Sizes(batch=4, queries=256, prompt=8192),
     "short": Sizes(batch=16, queries=64, prompt=32),
     "decoding": Sizes(queries=1, prompt=4096),
+    "few queries": Sizes(queries=16, prompt=256),
     "odd group": Sizes(heads=9, kv_heads=3, queries=300, prompt=77),
 }
 HEAD_SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))  # D, Dv
@@ -203,6 +204,7 @@ def _attention() -> Iterator[Example]:
     cases += [("training", head, "fp32", None) for head in powers[:2]]
     cases += [(shape, (128, 128), "bf16", None) for shape in SHAPES if shape != "training"]
     cases += [("decoding", head, "fp32", None) for head in powers[:2]]
+    cases += [(shape, head, "bf16", None) for shape in ("decoding", "few queries") for head in (powers[0], powers[2])]
     cases += [("training", (128, 128), "bf16", feature) for feature in FEATURES]
     for shape, head, dtype, feature in cases:
         size = f"D{head[0]}" + (f"/{head[1]}" if head[0] != head[1] else "")
