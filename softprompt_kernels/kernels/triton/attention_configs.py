@@ -42,7 +42,7 @@ _FLOAT32: dict[str, dict[int, Candidates]] = {
         256: (_tiles(32, 16, 4, 1),),
     },
     QUERY_GRADIENT: {
-        64: (_tiles(32, 32, 8, 1),),
+        64: (_tiles(32, 32, 8, 1, 255),),
         128: (_tiles(16, 16, 8, 1, 255),),
         256: (_tiles(16, 16, 4, 1),),
     },
@@ -55,8 +55,8 @@ _FLOAT32: dict[str, dict[int, Candidates]] = {
 
 _MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")  # whose tensor cores take operands from registers
 
-# kernel -> target, or what it multiplies by, or its maker, or "" for every other -> element size -> largest head size, up
-# to a power of 2 -> tiles
+# kernel -> target, or what it multiplies by, or its maker, or "" for every other -> element size -> largest head size
+# (up to a power of 2) -> tiles
 CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
     FORWARD: {
         "": {
@@ -107,7 +107,7 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             4: _FLOAT32[QUERY_GRADIENT],
         },
         "mma.sync": {
-            2: {64: (_tiles(128, 32, 8, 2),), 128: (_tiles(64, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
+            2: {64: (_tiles(128, 32, 8, 2),), 128: (_tiles(64, 32, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
             4: _FLOAT32[QUERY_GRADIENT],
         },
         "hip": {
@@ -117,7 +117,11 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
     },
     KEY_GRADIENTS: {
         "": {
-            2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(32, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
+            2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(64, 64, 8, 1),), 256: (_tiles(32, 32, 8, 1),)},
+            4: _FLOAT32[KEY_GRADIENTS],
+        },
+        "sm_90": {
+            2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(16, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
             4: _FLOAT32[KEY_GRADIENTS],
         },
         "hip": {

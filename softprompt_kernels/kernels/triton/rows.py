@@ -188,15 +188,18 @@ def _exponentials_tile(rows: int, columns: int, target: Target) -> Tile:
 
 def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
     warps = _WARPS
-    if rows <= target.multiprocessors:  # one program a multiprocessor: it needs all the memory traffic it can make
-        warps *= 2
+    # One program a multiprocessor needs all the memory traffic it can make; of twice the threads each has half the
+    # registers, 128 with 32 threads a warp, which 16 words would not fit, and with 64 not even 8.
+    if rows <= target.multiprocessors and target.warp_size == 32:
+        warps, each = 2 * warps, min(each, 8)
     elements = warps * target.warp_size * each
     block_n = min(elements, max(16, next_power_of_2(words)))
     block_m = 1
-    if 2 * block_n <= elements:
-        # Rows so short that several fit: as many as leave a program for each multiprocessor.
+    if 4 * block_n <= elements:
+        # Rows so short that several fit: as many as leave a program for each multiprocessor, in half the registers, since
+        # rows have sums and masks of their own.
         most = max(1, rows // target.multiprocessors)
-        block_m = min(elements // block_n, next_power_of_2(most + 1) // 2)
+        block_m = min(elements // 2 // block_n, next_power_of_2(most + 1) // 2)
     if interpreting():  # an operation takes as long there for 64 rows as for one
         block_m = min(_INTERPRETED_ROWS, next_power_of_2(rows))
     stages = _STAGES if target.shared_memory > 128 * 1024 else _STAGES - 1
