@@ -15,6 +15,10 @@ from softprompt_kernels.kernels.triton import runtime as triton
 BACKENDS = ("reference", "composed", "cpu", "triton")
 FP32_BACKENDS = ("cpu", "triton")
 GPU = "triton on a GPU"
+_REFUSED = (
+    "backend='triton' cannot serve.*("
+    "which Triton's interpreter computes wrongly|is 256 in float32, and it serves up to 128 there)"
+)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -24,7 +28,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
     except Exception as error:  # opcheck wraps them
         reason = str(error)
-        if triton.interpreting() and re.search("backend='triton' cannot serve.*(interpreter|in float32)", reason):
+        if triton.interpreting() and re.search(_REFUSED, reason):
             pytest.skip(reason)
         raise
 

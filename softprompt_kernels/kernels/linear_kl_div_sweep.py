@@ -129,5 +129,5 @@ def _gradient_(sums: Tensor, scalars: Tensor, kind: str) -> Tensor:
 
 
 def _left_out(scalars: Tensor) -> Tensor:
-    """[n]; also those that no tile had a word for."""
-    return (scalars[:, -1] != 0) | (scalars[:, 2] == 0)
+    """[n]; also those that no tile had a word for, and those whose sums left the range of their numbers."""
+    return (scalars[:, -1] != 0) | (scalars[:, 2] == 0) | ~scalars.isfinite().all(1)

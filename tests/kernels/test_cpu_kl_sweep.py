@@ -346,7 +346,9 @@ def problem(tokens, size, vocab, kind="forward", chunk_tokens=None):
     return HeadProblem(hidden, hidden, head, head, None, Divergence(kind, 0.5, 1.0), chunk_tokens)
 
 
-def test_sweeps_serve_vocabularies_of_which_few_logits_fit():
+def test_sweeps_serve_vocabularies_of_which_few_logits_fit(threads):
+    threads(2)
+
     def is_swept(*sizes, need_gradient=True, **options):
         return driver._sweep_is_cheaper(problem(*sizes, **options), None, need_gradient, cpu.products())
 
@@ -358,8 +360,37 @@ def test_sweeps_serve_vocabularies_of_which_few_logits_fit():
     assert not is_swept(1024, 896, 151936, chunk_tokens=256)  # all of them get the logits that were asked for
 
 
-def test_a_sweep_makes_nothing_of_the_size_of_the_logits():
+def test_a_sweep_makes_nothing_of_the_size_of_the_logits(threads):
+    threads(2)
     sizes = 1024, 896, 151936
     tokens = swept.tokens_at_once(problem(*sizes), 1024, cpu.products())
     assert tokens == 1024
     assert math.prod((2 * tokens, swept._TILE)) * 4 <= 16 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+@pytest.mark.parametrize("word", [151645, 7])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_peak_of_hundreds_in_any_tile_is_served(word, side, kind):
+    """It moves the centre of its row out of the range of an exponential: the row goes to the chunks, alone."""
+    weight = 0.1 * torch.randn(151936, 16)
+    weight[:, 0], weight[word] = 0, 0
+    weight[word, 0] = 1
+    teacher = torch.randn(256, 16)
+    teacher[:, 0] = 0
+    student = teacher + 0.1 * torch.randn(256, 16)
+    student[:, 0] = 0
+    (student, teacher)[side][3, 0] = 800
+    student.requires_grad_()
+    loss = linear_kl_div(student, teacher, weight, divergence=kind, reduction="none", backend="cpu")
+    few = student[:5].detach().double().requires_grad_()
+    wanted = linear_kl_div(
+        few, teacher[:5].double(), weight.double(), divergence=kind, reduction="none", backend="reference"
+    )
+    torch.testing.assert_close(loss[:5].double(), wanted, rtol=1e-4, atol=1e-6)
+    found, right = torch.autograd.grad(loss.sum(), student)[0][:5], torch.autograd.grad(wanted.sum(), few)[0]
+    rounding = 1e-6 * wanted.detach()  # of differences of the size of the loss
+    assert ((found.double() - right).norm(dim=1) <= 2e-4 * right.norm(dim=1) + rounding).all()
+    with torch.no_grad():
+        without = linear_kl_div(student, teacher, weight, divergence=kind, reduction="none", backend="cpu")
+    torch.testing.assert_close(without, loss.detach(), rtol=1e-4, atol=1e-6)

@@ -3,8 +3,8 @@
 What bounds the numbers:
 
 - registers: the sums of a program are fp32, BLOCK_M · D numbers forward and for dQ, BLOCK_N · (D + Dv) for dK and dV;
-  with scores and weights they must fit 255 registers of 32 · num_warps threads. No configuration spills on any target,
-  whatever the arguments: the ahead-of-time check compiles them all.
+  with scores and weights they must fit 255 registers of 32 · num_warps threads. No configuration spills in the
+  examples that the ahead-of-time check compiles, which reach each of them.
 - shared memory: num_stages tiles of keys and values (of queries and dO for dK and dV), with what wgmma reads from it.
 - wgmma wants 64 rows a warp group, so 4 warps for 64 rows and 8 for 128.
 """

@@ -51,8 +51,10 @@ def _update(state, query, key, value, mask, scoring, MASKED: tl.constexpr, VARIA
     base = tl.where(m == float("-inf"), 0.0, m)
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(state.m - base)
-    output = state.output * shrink[:, None]
-    output = tl.dot(weights.to(value.dtype), value, output, input_precision=VARIANT.precision)
+    before = state.output * shrink[:, None]
+    output = tl.dot(weights.to(value.dtype), value, before, input_precision=VARIANT.precision)
+    if MASKED and VARIANT.stacked:  # a NaN of one sequence's keys is not to reach the rows of others
+        output = tl.where((tl.max(mask.to(tl.int32), 1) > 0)[:, None], output, before)
     return Softmax(m, state.total * shrink + tl.sum(weights, 1), output)
 
 

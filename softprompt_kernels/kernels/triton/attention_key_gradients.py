@@ -262,6 +262,7 @@ def fold_kernel(
     SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -295,9 +296,9 @@ def fold_kernel(
     elif grad_sinks is not None:
         head = index - folds
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        total = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, batches * layout.queries, BLOCK_N):
-            row = start + tl.arange(0, BLOCK_N)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, batches * layout.queries, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
             inside = row < batches * layout.queries
             at = (row // layout.queries).to(tl.int64) * layout.heads * layout.queries
             at += head * layout.queries + row % layout.queries

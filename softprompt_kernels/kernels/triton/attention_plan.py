@@ -23,6 +23,7 @@ from softprompt_kernels.kernels.triton.targets import Target
 _MOST_SPLITS = 64
 _LEAST_ROWS = 16  # of a product
 _FOLD_KEYS = 16  # of a program that adds up parts
+_FOLD_ROWS = 1024  # that a program for the gradient of a sink looks at together
 
 
 def plan_forward(
@@ -55,7 +56,7 @@ def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[T
         {
             "query": strided(query),
             "inputs": _inputs(problem),
-            "sinks": problem.sinks,
+            "sinks": _sinks(problem),
             "out": strided(outputs[0]),
             "lse": outputs[1],
             "layout": _layout(problem),
@@ -63,6 +64,7 @@ def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[T
         },
         {"VARIANT": variant},
         tiles.options,
+        variant.descriptors,
     )
     return out, lse, [launch, *merge]
 
@@ -162,7 +164,7 @@ def _descriptors(problem: AttentionProblem, target: Target) -> bool:
         return False
     if problem.query.dtype == torch.float32 and float32_precision() == "ieee":
         return False
-    tensors = (problem.key, problem.value, problem.prompt_key, problem.prompt_value)
+    tensors = [unit_stride(t) for t in (problem.key, problem.value, problem.prompt_key, problem.prompt_value)]
     return all(
         t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
         for t in tensors
@@ -225,7 +227,7 @@ def _merge(
         {
             "out_parts": out_parts,
             "lse_parts": lse_parts,
-            "sinks": problem.sinks,
+            "sinks": _sinks(problem),
             "out": strided(out),
             "lse": lse,
             "count": lse.numel(),
@@ -267,6 +269,7 @@ def _query_gradient(
         },
         {"NEED_QUERY": grad_query is not None, "VARIANT": variant},
         tiles.options,
+        variant.descriptors,
     )
 
 
@@ -327,7 +330,7 @@ def _fold(
     prompts, kv_heads, length, size = problem.prompt_key.shape
     value_size = problem.value.shape[3]
     prompt_tiles = ceil_div(length, _FOLD_KEYS) if splits > 1 else 0
-    sinks = None if gradients.sinks is None else problem.sinks
+    sinks = None if gradients.sinks is None else _sinks(problem)
 
     def views(of: Gradients) -> Inputs:
         return Inputs(None, None, *(None if g is None or splits == 1 else strided(g) for g in of[3:5]))
@@ -351,6 +354,7 @@ def _fold(
             "SPLITS": splits,
             "SIZE": size,
             "VALUE_SIZE": value_size,
+            "BLOCK_M": _FOLD_ROWS,
             "BLOCK_N": _FOLD_KEYS,
             "BLOCK_D": max(16, next_power_of_2(size)),
             "BLOCK_DV": max(16, next_power_of_2(value_size)),
@@ -387,17 +391,23 @@ def _layout(problem: AttentionProblem) -> Layout:
 
 
 def _scoring(problem: AttentionProblem) -> Scoring:
-    return Scoring(problem.scale, problem.softcap or 0.0, problem.window or 0)
+    # A window beyond every distance that there is means the same, and overflows nothing.
+    most = problem.query.shape[2] + problem.key.shape[2] + problem.prompt_key.shape[2] + 1
+    return Scoring(problem.scale, problem.softcap or 0.0, min(problem.window or 0, most))
+
+
+def _sinks(problem: AttentionProblem) -> Tensor | None:
+    return None if problem.sinks is None else problem.sinks.contiguous()
 
 
 def _empty_gradients(problem: AttentionProblem, needs: Needs) -> Gradients:
-    def token_major(tensor: Tensor) -> Tensor:
+    def empty_token_major(tensor: Tensor) -> Tensor:
         batch, heads, tokens, size = tensor.shape
         return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
     own = (problem.query, problem.key, problem.value)
     others = (problem.prompt_key, problem.prompt_value, problem.sinks)
     return Gradients(
-        *(token_major(t) if need else None for t, need in zip(own, needs[:3], strict=True)),
+        *(empty_token_major(t) if need else None for t, need in zip(own, needs[:3], strict=True)),
         *(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(others, needs[3:], strict=True)),
     )

@@ -59,7 +59,10 @@ def _add(grad_query, tile, key, value, mask, scoring, MASKED: tl.constexpr, VARI
     _, gradient = score_gradient(
         scores, products, tile.lse[:, None], tile.delta[:, None], mask, scoring, MASKED, VARIANT
     )
-    return tl.dot(gradient.to(key.dtype), key, grad_query, input_precision=VARIANT.precision)
+    total = tl.dot(gradient.to(key.dtype), key, grad_query, input_precision=VARIANT.precision)
+    if MASKED and VARIANT.stacked:  # a NaN of one sequence's keys is not to reach the rows of others
+        total = tl.where((tl.max(mask.to(tl.int32), 1) > 0)[:, None], total, grad_query)
+    return total
 
 
 @triton.jit

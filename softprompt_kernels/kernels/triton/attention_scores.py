@@ -13,16 +13,9 @@ serves prompt and own keys alike.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from softprompt_kernels.kernels.triton.kl_functions import LOG2E, tanh
+
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def tanh(x):
-    """Accurate to a few ulp: a series where 1 − 2 / (e^2x + 1) would cancel."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.2, series, 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ compiled for any target on any machine. So what is checked is what runs.
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Launch:
     arguments: dict[str, Any]  # tensors (None where there is none), sizes, strides, scalars
     constants: dict[str, Any]  # the constexpr ones
     options: Options
+    descriptors: bool = False  # the kernel makes tensor descriptors
 
     def run(self) -> None:
         """Launches the kernel on the current stream; nothing for an empty grid."""
@@ -40,15 +42,24 @@ class Launch:
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:
     """Runs launches one after the other on a device's current stream, whichever device is the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for launch in launches:
+            if launch.descriptors:
+                # Within a context of our own, so that what the caller has set stays set.
+                copy_context().run(_run_with_scratch, launch, device)
+            else:
+                launch.run()
+
+
+def _run_with_scratch(launch: Launch, device: torch.device) -> None:
+    """With memory for the tensor descriptors that the kernel makes."""
     import triton
 
     def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)
 
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        triton.set_allocator(scratch)  # tensor descriptors that a kernel makes lie there
-        for launch in launches:
-            launch.run()
+    triton.set_allocator(scratch)
+    launch.run()
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -196,12 +196,14 @@ def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
     block_n = min(elements, max(16, next_power_of_2(words)))
     block_m = 1
     if 4 * block_n <= elements:
-        # Rows so short that several fit: as many as leave a program for each multiprocessor, in half the registers, since
-        # rows have sums and masks of their own.
+        # Rows so short that several fit: as many as leave a program for each multiprocessor, in half the registers,
+        # since rows have sums and masks of their own.
         most = max(1, rows // target.multiprocessors)
         block_m = min(elements // 2 // block_n, next_power_of_2(most + 1) // 2)
     if interpreting():  # an operation takes as long there for 64 rows as for one
         block_m = min(_INTERPRETED_ROWS, next_power_of_2(rows))
+    # No more threads than elements: several would hold the same one, and one might read what another has overwritten.
+    warps = max(1, min(warps, block_m * block_n // target.warp_size))
     stages = _STAGES if target.shared_memory > 128 * 1024 else _STAGES - 1
     return Tile(block_m, block_n, Options(warps, stages))
 

@@ -3,6 +3,7 @@
 TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors in Triton's interpreter: slow, for tests.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
@@ -10,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_OLDEST = (3, 9)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,7 +20,20 @@ def missing() -> str | None:
     """Why the kernels cannot run here, None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (torch's CUDA and ROCm builds bring it)"
+    found = _version()
+    if found is not None and found < _OLDEST:
+        return f"triton {found[0]}.{found[1]} is older than {_OLDEST[0]}.{_OLDEST[1]}, the oldest that was tried"
     return None
+
+
+@cache
+def _version() -> tuple[int, ...] | None:
+    """Major and minor; None where the build says none."""
+    try:
+        parts = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(map(int, parts))
 
 
 def interpreting() -> bool:
@@ -36,9 +51,30 @@ def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
         return f"{name} is on {tensor.device.type}, and it serves cuda"
     if tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16:
         return f"{name} is {tensor.dtype}, which Triton's interpreter computes wrongly; it takes float32 and float16"
+    return _unsupported_device(name, tensor.device) if tensor.device.type == "cuda" else None
+
+
+@cache
+def _unsupported_device(name: str, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # a device that somebody pretends to have
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName
+        if not arch.startswith(("gfx90a", "gfx94", "gfx95")):
+            return f"{name} is on a {arch}, and it serves AMD's MI200 and later, with 64 threads a wave"
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{name} is on a GPU of compute capability {major}.{minor}, and it serves 8.0 and above"
     return None
 
 
 def float32_precision() -> str:
     """How fp32 products are made: Triton's "ieee", or "tf32" where torch's own matrix products may use it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # reading the older allow_tf32 is an error once this has been set
+    if chosen is None:
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    if chosen == "none":
+        chosen = getattr(torch.backends, "fp32_precision", None)
+    return "tf32" if chosen == "tf32" else "ieee"

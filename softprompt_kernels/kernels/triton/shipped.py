@@ -56,6 +56,7 @@ SHAPES = {
     "short": Sizes(batch=16, queries=64, prompt=32),
     "decoding": Sizes(queries=1, prompt=4096),
     "few queries": Sizes(queries=16, prompt=256),
+    "ones": Sizes(batch=1, heads=1, kv_heads=1, queries=1, prompt=1),
     "odd group": Sizes(heads=9, kv_heads=3, queries=300, prompt=77),
 }
 HEAD_SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))  # D, Dv
@@ -179,12 +180,12 @@ def _head(vocab: int, dtype: torch.dtype, feature: str | None) -> Head:
 @contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
     """How torch, and so our kernels, multiply fp32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _integers(count: int) -> Tensor:
