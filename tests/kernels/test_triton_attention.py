@@ -124,6 +124,35 @@ def test_large_heads(size):
         check(tensors(1, 2, 1, queries=9, prompt=20, size=size, value_size=64 if size == 96 else size))
 
 
+def test_sinks_of_any_stride_and_windows_of_any_width():
+    given = tensors(2, 4, 2, queries=70, prompt=40)
+    check(given, sinks=torch.randn(4, 3)[:, 1])
+    check(given, sinks=torch.randn(1).expand(4))
+    for window in (2**31 - 1, 2**31, 2**63 - 1):
+        check(given, window=window)
+
+
+def test_nan_of_one_sequence_stays_with_it_where_tiles_are_shared():
+    for name in ("key", "value"):
+        given = tensors(10, 4, 2, queries=2, own=3, prompt=40)
+        given[name][3] = torch.nan
+        leaves = {n: t.requires_grad_() for n, t in given.items()}
+        out = prompt_attention(**leaves, backend="triton")
+        others = [b for b in range(10) if b != 3]
+        assert out[3].isnan().any() and not out[others].isnan().any()
+        (grad_query,) = torch.autograd.grad(out[others].sum(), leaves["query"])
+        assert not grad_query[others].isnan().any()
+
+
+def test_attention_waits_for_no_device(forbid_waiting):
+    given = {name: t.requires_grad_() for name, t in tensors(3, 4, 2, queries=9, rows=2, prompt=20).items()}
+    vectors = {"prompt_index": torch.tensor([1, 0, 1]), "prompt_lengths": torch.tensor([20, 7])}
+    sinks = torch.randn(4, requires_grad=True)
+    for options in ({}, {"window": 5, "softcap": 3.0}, {"key_lengths": torch.tensor([9, 4, 0])}):
+        out = prompt_attention(**given, **vectors, sinks=sinks, **options, backend="triton")
+        torch.autograd.grad(out.sum(), [*given.values(), sinks])
+
+
 # --- against PyTorch in the same dtype --------------------------------------------------------------------------------
 
 

@@ -82,3 +82,26 @@ def test_tuning_changes_no_result_beyond_rounding(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path))
     for found, right in zip(attention(inputs, "triton"), expected, strict=True):
         assert distance(found, right) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+OPTIONS = {
+    "window": {"window": 70},
+    "softcap": {"softcap": 5.0},
+    "full": {"causal": False},
+    "padded": {"key_lengths": [200, 3, 120]},
+    "bank": {"prompt_index": [0, 0, 0], "prompt_lengths": [77]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_every_argument_in_bf16(name: str, size: int) -> None:
+    options = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in OPTIONS[name].items()}
+    inputs = attention_inputs(torch.bfloat16, size)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    results = []
+    for given, backend in ((inputs, "triton"), (doubles, "reference")):
+        out = prompt_attention(*given, **options, backend=backend)
+        results.append([out, *torch.autograd.grad(out, given, torch.ones_like(out))])
+    for found, right in zip(*results, strict=True):
+        assert distance(found, right) < 4 * torch.finfo(torch.bfloat16).eps

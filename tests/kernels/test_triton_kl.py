@@ -368,36 +368,6 @@ def test_labels_beyond_the_vocabulary_are_an_error():
 # --- no wait for the device -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def forbid_waiting(monkeypatch):
-    """What would copy a number from a device to the host raises, but for what the interpreter itself does."""
-    from softprompt_kernels.kernels.triton.launch import Launch
-
-    launching = []
-    names = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-
-    def forbidden(owner, name):
-        original = getattr(owner, name)
-
-        def guarded(*arguments, **options):
-            assert launching, f"{name} waits for the device"
-            return original(*arguments, **options)
-
-        return guarded
-
-    for owner, forbidden_names in ((torch.Tensor, names), (torch, ("equal", "nonzero", "allclose", "is_nonzero"))):
-        for name in forbidden_names:
-            monkeypatch.setattr(owner, name, forbidden(owner, name))
-    launch = Launch.run
-
-    def run(self):
-        launching.append(self)
-        launch(self)
-        launching.pop()
-
-    monkeypatch.setattr(Launch, "run", run)
-
-
 def test_no_loss_waits_for_the_device_forward_or_backward(forbid_waiting):
     student, teacher = torch.randn(6, 8), torch.randn(6, 8)
     weight, bias, weights = torch.randn(40, 8), torch.randn(40), torch.tensor([1.0, 0, 2, 1, 0, 1])
