@@ -251,3 +251,19 @@ def test_examples_have_names_of_their_own_and_no_memory() -> None:
         for launch in example.launches(TARGETS["sm_90"]):
             tensors = [value for value in tree_leaves(launch.arguments) if isinstance(value, torch.Tensor)]
             assert tensors and all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_what_fails_beside_others_is_tried_once_more_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_one, failures = ahead_of_time._compile, [True, True]
+
+    def stumbling(source: ahead_of_time.Source) -> Report:
+        report = compile_one(source)
+        return replace(report, code=None, violations=("does not compile",)) if failures.pop() else report
+
+    monkeypatch.setattr(ahead_of_time, "_compile", stumbling)
+    failures[:] = [False, True]
+    (report,) = compile_for("sm_80", launches=[product_launch()])
+    assert report.code is not None and not report.violations
+    failures[:] = [True, True]
+    (report,) = compile_for("sm_80", launches=[product_launch()])
+    assert report.violations == ("does not compile",)

@@ -110,8 +110,11 @@ def compile_all(
         done()
         return report
 
+    sources = list(sources)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(work, sources))
+        reports = list(pool.map(work, sources))
+    # Now and then the compiler's front end stumbles over another thread, so what failed is tried once more, alone.
+    return [r if r.code is not None else _compile(s) for s, r in zip(sources, reports, strict=True)]
 
 
 def _gpu(target: Target) -> Any:
