@@ -105,9 +105,20 @@ def test_problems_of_every_kind(seed):
 
 @pytest.mark.parametrize("seed", range(40, 48))
 def test_tensor_descriptors_load_the_same(seed, target):
+    """In TF32, which the interpreter computes as fp32: without tensor cores fp32 has no descriptors."""
     target("sm_90")
     given, options = any_problem(seed)
-    check(given, **options)
+    with shipped.float32_products(True):
+        assert plan(given, "sm_90", **options)[0][0].descriptors
+        check(given, **options)
+    assert not plan(given, "sm_80", **options)[0][0].descriptors
+
+
+def test_keys_that_are_copied_are_described_as_the_copies_are():
+    """Every other number of 20 is a copy whose rows are 40 bytes apart, which no descriptor takes."""
+    given = {n: torch.empty(*t.shape[:3], 40, dtype=torch.float16)[..., ::2] for n, t in tensors(size=20).items()}
+    assert not plan(given, "sm_90")[0][0].descriptors
+    assert plan({n: t.half() for n, t in tensors(size=16).items()}, "sm_90")[0][0].descriptors
 
 
 @pytest.mark.parametrize("keys", [15, 31, 32, 33, 64, 65])

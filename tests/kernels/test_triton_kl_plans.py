@@ -205,3 +205,6 @@ def test_few_rows_have_more_threads_and_short_rows_share_a_program():
     assert tile(64, 128256).options.num_warps == 2 * tile(8192, 128256).options.num_warps
     assert tile(8192, 128256).block_m == 1 and tile(8192, 500).block_m == 2
     assert tile(140, 16).block_m == 1  # so that all multiprocessors have some
+    for vocab in (16, 100, 500, 4096):  # no number is held by two threads, one of which might overwrite it too early
+        small = tile(8, vocab)
+        assert 32 * small.options.num_warps <= max(32, small.block_m * small.block_n)

@@ -132,12 +132,12 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
 }
 
 
-# Of 16-bit numbers on GPUs with 32 threads a warp, where a sequence has at most MOST_FEW_ROWS rows.
-MOST_FEW_ROWS = 32
+# Of 16-bit numbers on NVIDIA's GPUs, where a sequence has at most MOST_FEW_ROWS rows.
+MOST_FEW_ROWS = {FORWARD: 64, QUERY_GRADIENT: 32, KEY_GRADIENTS: 32}
 FEW_ROWS: dict[str, dict[int, Candidates]] = {
     FORWARD: {64: (_tiles(32, 64, 4, 2),), 128: (_tiles(32, 64, 4, 2),), 256: (_tiles(32, 32, 4, 1),)},
     QUERY_GRADIENT: {64: (_tiles(32, 32, 4, 2),), 128: (_tiles(32, 32, 8, 1),), 256: (_tiles(16, 32, 4, 1),)},
-    KEY_GRADIENTS: {64: (_tiles(32, 64, 8, 1),), 128: (_tiles(32, 64, 8, 1),), 256: (_tiles(16, 32, 8, 1),)},
+    KEY_GRADIENTS: {64: (_tiles(32, 64, 8, 1, 255),), 128: (_tiles(32, 64, 8, 1, 255),), 256: (_tiles(16, 32, 8, 1),)},
 }
 
 
@@ -147,7 +147,7 @@ def candidates(kernel: str, target: Target, element_size: int, block_d: int, row
     For a target, numbers of `element_size` bytes, a head size up to a power of 2 and the rows of a sequence.
     """
     block_d = max(64, block_d)
-    if element_size == 2 and target.backend == "cuda" and rows <= MOST_FEW_ROWS:
+    if element_size == 2 and target.backend == "cuda" and rows <= MOST_FEW_ROWS[kernel]:
         return FEW_ROWS[kernel][block_d]
     by_target = CONFIGS[kernel]
     names = [target.name, "mma.sync"] if target.name in _MMA_SYNC else [target.name, target.backend]
