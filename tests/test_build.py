@@ -81,7 +81,7 @@ def test_a_compiler_that_does_not_know_the_matrix_unit_builds_the_rest(tmp_path,
     compiler.chmod(0o755)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     run(command, ROOT, CXX=str(compiler), SOFTPROMPT_CPU="auto")
-    rules = (tmp_path / "build.ninja").read_text()
+    rules = (tmp_path / "cpu" / "_native" / "build.ninja").read_text()
     assert ("amx/product.o" in rules) == ("-DSPK_HAS_AMX" in rules) == knows and "avx512/table.o" in rules
 
 
