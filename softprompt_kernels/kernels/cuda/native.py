@@ -8,13 +8,15 @@ One set of kernel modules serves two backends, which differ in their `Runner`:
 
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+Tensors = Iterable[Tensor | None]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _HOST_MULTIPROCESSORS = 4  # few, so that small problems are cut as large ones are
@@ -72,8 +74,8 @@ class Runner:
         raise NotImplementedError
 
     @contextmanager
-    def launching(self, *tensors: Tensor | None) -> Iterator[ModuleType]:
-        """The module, for launches that touch no other memory than that of these tensors."""
+    def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
+        """The module, for launches that touch no other memory than that of these tensors, and write to the latter."""
         raise NotImplementedError
         yield
 
@@ -104,9 +106,9 @@ class DeviceRunner(Runner):
         return _multiprocessors(device)
 
     @contextmanager
-    def launching(self, *tensors: Tensor | None) -> Iterator[ModuleType]:
+    def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
         """With the tensors' device as CUDA's current one."""
-        devices = {tensor.device for tensor in tensors if tensor is not None}
+        devices = {tensor.device for tensor in (*reads, *writes) if tensor is not None}
         if len(devices) != 1:
             raise ValueError(f"tensors of a launch must be on one device; got {sorted(map(str, devices))}")
         with torch.cuda.device(devices.pop()):
@@ -129,18 +131,18 @@ class HostRunner(Runner):
         return _HOST_MULTIPROCESSORS
 
     @contextmanager
-    def launching(self, *tensors: Tensor | None) -> Iterator[ModuleType]:
+    def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
         """With the tensors' memory known to the checks; any other access is a fault."""
         module = self.module()
         with self._lock:
-            registered = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
+            pieces = _pieces(reads, writes)
             try:
-                for tensor in registered:
-                    module.register(tensor.data_ptr(), _span(tensor), True)
+                for first, end, writable in pieces:
+                    module.register(first, end - first, writable)
                 yield module
             finally:
-                for tensor in registered:
-                    module.unregister(tensor.data_ptr())
+                for first, _, _ in pieces:
+                    module.unregister(first)
 
 
 DEVICE = DeviceRunner()
@@ -165,7 +167,19 @@ def _unsupported_arch(capability: tuple[int, int], archs: str) -> str | None:
     )
 
 
-def _span(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size()
+def _pieces(reads: Tensors, writes: Tensors) -> list[tuple[int, int, bool]]:
+    """First byte, end, and whether it may be written to, of the memory of tensors; those that overlap are one piece."""
+    pieces: list[tuple[int, int, bool]] = []
+    for first, end, writable in sorted((*_spans(reads, False), *_spans(writes, True))):
+        if pieces and first < pieces[-1][1]:
+            first, end, writable = pieces[-1][0], max(end, pieces[-1][1]), writable or pieces[-1][2]
+            pieces.pop()
+        pieces.append((first, end, writable))
+    return pieces
+
+
+def _spans(tensors: Tensors, writable: bool) -> Iterator[tuple[int, int, bool]]:
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            yield tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size(), writable
