@@ -4,11 +4,11 @@
     softprompt_kernels.kernels.cuda._native   csrc/cuda: CUDA C++ for NVIDIA GPUs
     softprompt_kernels.kernels.cuda._simt     csrc/cuda once more, with csrc/simt, which runs it on the CPU: for tests
 
-The modules take raw pointers, so building needs no torch and one build serves every torch. CPU kernels are compiled once
-for each instruction set of the platform, CUDA kernels for each architecture, and the right ones are chosen when they
-run, so a wheel serves every such machine.
+The modules take raw pointers, so building needs no torch and one build serves every torch. CPU kernels are compiled
+once for each instruction set of the platform, CUDA kernels for each architecture, and the right ones are chosen when
+they run, so a wheel serves every such machine.
 
-    SOFTPROMPT_CPU         auto (default): build where there is a C++ compiler that can; 1: insist on it; 0: do not build
+    SOFTPROMPT_CPU         auto (default): build where a C++ compiler can; 1: insist on it; 0: do not build
     SOFTPROMPT_CUDA        auto (default): build where there are nvcc (12.8 or newer) and an NVIDIA driver; 1: insist on
                            it, without a driver too; 0: do not build
     SOFTPROMPT_CUDA_ARCHS  the architectures; default: 80;86;89;90;100;120. A subset builds faster
