@@ -1,0 +1,70 @@
+"""What runs the CUDA kernels: which devices they have code for, which memory a launch may touch, what is missing."""
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.cuda import native
+
+BUILT = "80;86;89;90;100;120"
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "served"),
+    [
+        ((8, 0), BUILT, True),
+        ((8, 7), BUILT, True),  # by the code for 8.6
+        ((10, 3), BUILT, True),
+        ((12, 1), "80", True),  # by PTX of the newest that it was built for
+        ((8, 0), "86", False),  # code for a later minor version
+        ((9, 0), "80;100", False),
+        ((7, 5), BUILT, False),
+    ],
+)
+def test_a_module_serves_later_minor_versions_and_what_came_after_all_that_it_knows(capability, archs, served):
+    reason = native._unsupported_arch(capability, archs)
+    assert (reason is None) == served
+    if not served:
+        assert f"the GPU is of sm_{capability[0]}{capability[1]}" in reason
+        assert f"SOFTPROMPT_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
+
+
+def test_memory_of_a_launch_is_that_of_its_tensors_and_of_no_gap_around_them():
+    storage = torch.empty(100)
+    first = storage.data_ptr()
+    rows = storage[:40].view(2, 20)[:, 3:5]  # numbers 3 to 24
+    assert native._pieces([rows, None], [storage[50:60]]) == [
+        (first + 4 * 3, first + 4 * 25, False),
+        (first + 4 * 50, first + 4 * 60, True),
+    ]
+    assert native._pieces([storage[:0]], []) == []
+
+
+def test_tensors_that_overlap_are_one_piece_that_is_written_to_if_one_of_them_is():
+    packed = torch.empty(4, 3, 8)
+    query, key = packed[:, 0], packed[:, 1]
+    assert [piece[1] - piece[0] for piece in native._pieces([query, key], [])] == [4 * (3 * 24 + 16)]
+    assert [piece[2] for piece in native._pieces([query], [key])] == [True]
+
+
+@pytest.mark.parametrize(("runner", "variable"), [(native.DeviceRunner(), "CUDA"), (native.HostRunner(), "SIMT")])
+def test_a_module_that_was_not_built_says_how_to_get_it(runner, variable, monkeypatch):
+    monkeypatch.setattr(runner, "_module_name", "softprompt_kernels.kernels.cuda._nowhere")
+    assert "its module was not built" in runner.missing() and f"SOFTPROMPT_{variable}=1" in runner.missing()
+    with pytest.raises(RuntimeError, match="its module was not built"):
+        runner.module()
+
+
+def test_a_module_without_a_device_says_so_in_cuda_s_words():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    missing = native.DEVICE.missing()
+    if "was not built" in missing:
+        pytest.skip(f"the cuda backend: {missing}")
+    assert "it cannot run here" in missing and "driver" in missing
+
+
+def test_tensors_elsewhere_and_of_other_dtypes_are_refused_by_name():
+    assert "key is on cpu, and it serves NVIDIA GPUs" in native.DEVICE.unsupported_tensor("key", torch.ones(1))
+    double = torch.ones(1, dtype=torch.float64)
+    assert "key is torch.float64, and it computes in fp32" in native.HOST.unsupported_tensor("key", double)
+    assert "key is on meta" in native.HOST.unsupported_tensor("key", torch.empty(1, device="meta"))
