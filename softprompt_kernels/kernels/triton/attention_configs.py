@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
         "mma.sync": {
             2: {
                 64: (_tiles(128, 64, 8, 2),),
-                128: (_tiles(64, 32, 4, 2), _tiles(64, 32, 8, 2)),
+                128: (_tiles(64, 32, 4, 2), _tiles(64, 32, 8, 2, 255)),
                 256: (_tiles(32, 32, 8, 2),),
             },
             4: _FLOAT32[FORWARD],

@@ -174,6 +174,7 @@ class Tile:
 _DIVERGENCE_WORDS = 8
 _EXPONENTIAL_WORDS = 16  # 48 to 64 registers, 4 or 5 programs
 _WARPS = 8
+_REGISTERS = 128  # of a thread, where 8 warps are two programs
 _STAGES = 3  # tiles on their way to each program; 16 to 64 KiB of shared memory
 _INTERPRETED_ROWS = 64
 
@@ -204,8 +205,11 @@ def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
         block_m = min(_INTERPRETED_ROWS, next_power_of_2(rows))
     # No more threads than elements: several would hold the same one, and one might read what another has overwritten.
     warps = max(1, min(warps, block_m * block_n // target.warp_size))
-    stages = _STAGES if target.shared_memory > 128 * 1024 else _STAGES - 1
-    return Tile(block_m, block_n, Options(warps, stages))
+    if target.shared_memory > 128 * 1024:
+        return Tile(block_m, block_n, Options(warps, _STAGES))
+    # Less is on its way, and the assembler of sm_86 and sm_89 would rather spill than give up a third program for it.
+    most = _REGISTERS if target.backend == "cuda" and warps == _WARPS else None
+    return Tile(block_m, block_n, Options(warps, _STAGES - 1, most))
 
 
 def device_rows(tensor: Tensor | None) -> Tensor | None:
