@@ -1,0 +1,27 @@
+// The toys and csrc/simt as a Python module.
+#include <pybind11/pybind11.h>
+
+#include "simt/formats.h"
+#include "simt_toys.h"
+
+namespace softprompt {
+void bind_simt(pybind11::module_& module);
+}
+
+PYBIND11_MODULE(simt_toys, module) {
+  using namespace softprompt;
+  bind_simt(module);
+  module.def("gemm", &run_gemm, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("toy", &run_toy, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("convert", [](uintptr_t from, uintptr_t to, int64_t count, bool bfloat16, bool widen) {
+    auto* wide = reinterpret_cast<float*>(widen ? to : from);
+    auto* narrow = reinterpret_cast<uint16_t*>(widen ? from : to);
+    for (int64_t i = 0; i < count; ++i) {
+      if (widen) {
+        wide[i] = bfloat16 ? simt::from_bfloat16(narrow[i]) : simt::from_float16(narrow[i]);
+      } else {
+        narrow[i] = bfloat16 ? simt::to_bfloat16(wide[i]) : simt::to_float16(wide[i]);
+      }
+    }
+  });
+}
