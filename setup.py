@@ -230,8 +230,8 @@ def cuda_plan() -> Plan:
 def simt_plan() -> Plan:
     """The CUDA kernels for the host, each of their loads and stores with a call before it; see csrc/simt/README.md.
 
-    The calls are those that ThreadSanitizer would have put there; a build under another sanitizer goes without. Loads of
-    vectors stay whole (no SRA), so that their alignment is seen.
+    The calls are those that ThreadSanitizer would have put there; a build under another sanitizer goes without. Loads
+    of vectors stay whole (no SRA), so that their alignment is seen.
     """
     checks = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-sra"
     if "-fsanitize" in os.environ.get("CXXFLAGS", ""):

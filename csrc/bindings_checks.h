@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/tensor.h"
+#include "tensor.h"
 
 namespace softprompt {
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cuda.native import HOST
 from softprompt_kernels.kernels.triton import runtime as triton
 
-BACKENDS = ("reference", "composed", "cpu", "triton")
-FP32_BACKENDS = ("cpu", "triton")
+BACKENDS = ("reference", "composed", "cpu", "triton", "simt")
+FP32_BACKENDS = ("cpu", "triton", "simt")
 GPU = "triton on a GPU"
 _REFUSED = (
     "backend='triton' cannot serve.*("
@@ -46,6 +47,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if name == "cpu" and native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
+    if name == "simt" and HOST.missing():
+        pytest.skip(f"the simt backend: {HOST.missing()}")
     if name == "triton" and not triton.interpreting():
         pytest.skip("the triton backend: set TRITON_INTERPRET=1 to run it on a CPU, in a process of its own")
     if name in ("triton", GPU) and triton.missing():

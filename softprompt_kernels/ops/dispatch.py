@@ -30,6 +30,10 @@ from softprompt_kernels.kernels.cpu import expectation as cpu_expectation
 from softprompt_kernels.kernels.cpu import kl_div as cpu_kl_div
 from softprompt_kernels.kernels.cpu import linear_kl_div as cpu_linear_kl_div
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cuda import native as cuda_native
+from softprompt_kernels.kernels.cuda.expectation import HeadExpectation
+from softprompt_kernels.kernels.cuda.kl_div import KlDiv
+from softprompt_kernels.kernels.cuda.linear_kl_div import LinearKlDiv
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
@@ -58,6 +62,7 @@ class Backend:
     summary: str
     kernels: Mapping[str, Any]  # op -> Kernel
     missing: Callable[[], str | None] = field(default=lambda: None)  # why it cannot run here, and how to get it
+    by_name_only: bool = False  # never chosen for a call that names no backend
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
     check_backend(requested)
     refused: list[str] = []
     for backend in _backends:
-        if requested is not None and backend.name != requested:
+        if backend.name != requested and (requested is not None or backend.by_name_only):
             continue
         reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
         missing = backend.missing()
@@ -180,6 +185,34 @@ register(
             "teacher_moments": reference_expectation,
             "linear_kl_div_from_moments": reference_expectation,
         },
+    )
+)
+
+
+def _cuda_kernels(runner: cuda_native.Runner) -> dict[str, Any]:
+    return {
+        "kl_div": KlDiv(runner),
+        "linear_kl_div": LinearKlDiv(runner),
+        "teacher_moments": HeadExpectation(runner),
+        "linear_kl_div_from_moments": HeadExpectation(runner),
+    }
+
+
+register(
+    Backend(
+        "simt",
+        "CPU, for tests: the CUDA C++ kernels, run and checked by csrc/simt",
+        _cuda_kernels(cuda_native.HOST),
+        missing=cuda_native.HOST.missing,
+        by_name_only=True,
+    )
+)
+register(
+    Backend(
+        "cuda",
+        "CUDA: C++ kernels, fp32 arithmetic, nothing compiled at run time",
+        _cuda_kernels(cuda_native.DEVICE),
+        missing=cuda_native.DEVICE.missing,
     )
 )
 register(

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from softprompt_kernels.kernels.device import expectation as tiled
 from softprompt_kernels.kernels.loss_problem import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
-from softprompt_kernels.kernels.triton import expectation, kl_div, rows, runtime
+from softprompt_kernels.kernels.triton import kl_div, rows, runtime
 from softprompt_kernels.ops import kl_div as op
 from softprompt_kernels.ops import linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
@@ -330,7 +331,7 @@ def test_a_reverse_divergence_in_the_hundreds_does_not_overflow_fp16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_of_the_vocabulary_give_the_same_moments_and_losses(dtype, tile, monkeypatch):
     """The largest logit comes early, late, or in every tile; one tile has no word at all."""
-    monkeypatch.setattr(expectation, "_TILE", tile)
+    monkeypatch.setattr(tiled, "_TILE", tile)
     weight = torch.randn(9001, 16).to(dtype)
     weight[8999], weight[3] = weight[8999] * 4, weight[3] * 5
     hidden, student = torch.randn(50, 16).to(dtype), torch.randn(50, 16).to(dtype).requires_grad_()

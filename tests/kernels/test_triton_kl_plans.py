@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from softprompt_kernels.kernels.device import memory, products
+from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.loss_problem import (
     Divergence,
     ExpectationProblem,
@@ -15,7 +17,7 @@ from softprompt_kernels.kernels.loss_problem import (
     HeadProblem,
     LogitsProblem,
 )
-from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, memory, products, rows, runtime
+from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, rows, runtime
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
@@ -185,7 +187,7 @@ def test_every_operation_plans_its_launches_for_a_target_that_is_not_here(target
     problem = LogitsProblem(logits, logits, None, Divergence("jsd", 0.5, 1.0), VOCAB)
     from softprompt_kernels.kernels.triton import kl_rows
 
-    assert kl_rows.STATISTICS.value == rows.STATISTICS
+    assert kl_rows.STATISTICS.value == STATISTICS
     (loss, statistics), forward = kl_div.plan_forward(problem, target)
     gradient, backward = kl_div.plan_backward(problem, loss, statistics, target)
     assert statistics.shape == (TOKENS, 5) and gradient.shape == logits.shape

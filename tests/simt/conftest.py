@@ -13,8 +13,9 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -DSPK_SIMT".split()
-CHECKED = "-O1 -g -Wno-unknown-pragmas -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-sra -x c++".split()
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DSPK_SIMT"]
+CHECKS = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fno-tree-sra"]
+CHECKED = ["-O1", "-g", "-Wno-unknown-pragmas", *CHECKS, "-x", "c++"]
 
 
 def why_not() -> str | None:

@@ -8,10 +8,11 @@ but what is returned.
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.device.rows import STATISTICS, Gradient, Logits, device_rows
 from softprompt_kernels.kernels.loss_problem import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch, run_all
-from softprompt_kernels.kernels.triton.rows import STATISTICS, Gradient, Logits, device_rows, plan_divergence
+from softprompt_kernels.kernels.triton.rows import TritonRows
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
 __all__ = ["STATISTICS", "backward", "forward", "plan_backward", "plan_forward", "unsupported"]
@@ -43,12 +44,11 @@ def plan_forward(problem: LogitsProblem, target: Target) -> tuple[tuple[Tensor, 
     rows = problem.student.shape[0]
     loss = problem.student.new_empty(rows, dtype=torch.float32)
     statistics = loss.new_empty(rows, STATISTICS)
-    launch = plan_divergence(
+    launch = TritonRows(target).divergence(
         _logits(problem),
         problem.vocab,
         problem.divergence,
         device_rows(problem.weights),
-        target,
         loss=loss,
         loss_scale=problem.divergence.temperature**2,
         statistics=statistics,
@@ -61,12 +61,11 @@ def plan_backward(
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient, and the launches that fill it."""
     gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype, device=problem.student.device)
-    launch = plan_divergence(
+    launch = TritonRows(target).divergence(
         _logits(problem),
         problem.vocab,
         problem.divergence,
         device_rows(problem.weights),
-        target,
         statistics=statistics,
         gradient=Gradient(gradient, device_rows(row_scale), problem.divergence.temperature),
     )

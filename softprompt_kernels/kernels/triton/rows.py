@@ -1,157 +1,127 @@
 """Row work of the losses as launches: which kernel, over which tiles, with which arguments.
 
-    plan_divergence     given logits, or a chunk of products of two heads, to losses, statistics and gradients
-    plan_exponentials   a tile of products of one head to exponentials, for an expectation
-
-They work with tensors on the meta device too. Configurations are at the end.
+It works with tensors on the meta device too. Configurations are at the end.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.expectation import State
 from softprompt_kernels.kernels.loss_problem import Divergence
-from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2
+from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2, run_all
 from softprompt_kernels.kernels.triton.runtime import interpreting
 from softprompt_kernels.kernels.triton.targets import Target
 
-STATISTICS = 5  # numbers of a row that a gradient can be computed from; see `kl_rows.py`
-
 
 @dataclass(frozen=True)
-class Logits:
-    """Both sides [n, V], and what makes logits over T of them.
+class TritonRows:
+    """For one target."""
 
-    scale · (side + bias), or scale · tanh(inner · (side + bias)) where `inner` is given.
-    """
+    target: Target
 
-    student: Tensor
-    teacher: Tensor
-    student_bias: Tensor | None = None  # [V] fp32
-    teacher_bias: Tensor | None = None
-    scale: float = 1.0
-    inner: float | None = None
+    def divergence(
+        self,
+        logits: Logits,
+        vocab: int,
+        divergence: Divergence,
+        weights: Tensor | None,
+        *,
+        loss: Tensor | None = None,
+        loss_scale: float = 1.0,
+        statistics: Tensor | None = None,
+        gradient: Gradient | None = None,
+    ) -> Launch:
+        """See `device.rows.RowWork`."""
+        from softprompt_kernels.kernels.triton.kl_rows import divergence_kernel
 
+        student, teacher, rows = logits.student, logits.teacher, logits.student.shape[0]
+        tile = _divergence_tile(rows, vocab, self.target)
+        out = None if gradient is None else gradient.out
+        arguments = {
+            "student": student,
+            "teacher": teacher,
+            "student_bias": logits.student_bias,
+            "teacher_bias": logits.teacher_bias,
+            "weights": weights,
+            "row_scale": None if gradient is None else gradient.row_scale,
+            "statistics": statistics,
+            "loss": loss,
+            "gradient": out,
+            "rows": rows,
+            "vocab": vocab,
+            "columns": 0 if out is None else out.shape[1],
+            "student_stride": student.stride(0),
+            "student_column_stride": student.stride(1),
+            "teacher_stride": teacher.stride(0),
+            "teacher_column_stride": teacher.stride(1),
+            "gradient_stride": 0 if out is None else out.stride(0),
+            "scale": abs(logits.scale),
+            "inner": logits.inner or 0.0,
+            "beta": divergence.beta,
+            "loss_scale": loss_scale,
+            "gradient_scale": 1.0 if gradient is None else gradient.scale,
+        }
+        constants = {
+            "KIND": divergence.kind,
+            "MEASURE": loss is not None,
+            "WRITE": gradient is not None,
+            "CAPPED": logits.inner is not None,
+            "NEGATED": logits.scale < 0,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "STAGES": tile.options.num_stages,
+        }
+        return Launch(divergence_kernel, (ceil_div(rows, tile.block_m),), arguments, constants, tile.options)
 
-@dataclass(frozen=True)
-class Gradient:
-    """Where gradients by the sides' student go, [n, V or more]; 0 after V. It may be the student itself."""
+    def exponentials(
+        self,
+        products: Tensor,  # [n, columns] fp32
+        bias: Tensor | None,  # [columns] fp32
+        scale: float,  # logits are scale · (products + bias)
+        first: int,  # the tile's first word
+        weights: Tensor | None,  # [n]
+        state: State,
+        parts: Parts,
+    ) -> Launch:
+        """See `device.rows.RowWork`."""
+        from softprompt_kernels.kernels.triton.expectation_rows import exponentials_kernel
 
-    out: Tensor
-    row_scale: Tensor | None = None  # [n] fp32
-    scale: float = 1.0
+        rows, columns = products.shape
+        mean = state.mean
+        tile = _exponentials_tile(rows, columns, self.target)
+        arguments = {
+            "products": products,
+            "bias": bias,
+            "weights": weights,
+            "labels": state.labels,
+            "largest": state.largest,
+            "total": state.total,
+            "bias_total": state.bias_total,
+            "label_logit": state.label_logit,
+            "mean": mean,
+            "high": parts.high,
+            "low": parts.low,
+            "rows": rows,
+            "columns": columns,
+            "size": 0 if mean is None else mean.shape[1],
+            "products_stride": products.stride(0),
+            "mean_stride": 0 if mean is None else mean.stride(0),
+            "high_stride": 0 if parts.high is None else parts.high.stride(0),
+            "low_stride": 0 if parts.low is None else parts.low.stride(0),
+            "scale": scale,
+            "first": first,
+            "part_scale": parts.scale,
+        }
+        constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        return Launch(exponentials_kernel, (ceil_div(rows, tile.block_m),), arguments, constants, tile.options)
 
-
-def plan_divergence(
-    logits: Logits,
-    vocab: int,
-    divergence: Divergence,
-    weights: Tensor | None,
-    target: Target,
-    *,
-    loss: Tensor | None = None,
-    loss_scale: float = 1.0,
-    statistics: Tensor | None = None,
-    gradient: Gradient | None = None,
-) -> Launch:
-    """With `loss`, measures the rows (into `statistics` where given); with `gradient`, writes that.
-
-    A gradient without a loss is computed from the statistics that an earlier launch left.
-    """
-    from softprompt_kernels.kernels.triton.kl_rows import divergence_kernel
-
-    student, teacher, rows = logits.student, logits.teacher, logits.student.shape[0]
-    tile = _divergence_tile(rows, vocab, target)
-    out = None if gradient is None else gradient.out
-    arguments = {
-        "student": student,
-        "teacher": teacher,
-        "student_bias": logits.student_bias,
-        "teacher_bias": logits.teacher_bias,
-        "weights": weights,
-        "row_scale": None if gradient is None else gradient.row_scale,
-        "statistics": statistics,
-        "loss": loss,
-        "gradient": out,
-        "rows": rows,
-        "vocab": vocab,
-        "columns": 0 if out is None else out.shape[1],
-        "student_stride": student.stride(0),
-        "student_column_stride": student.stride(1),
-        "teacher_stride": teacher.stride(0),
-        "teacher_column_stride": teacher.stride(1),
-        "gradient_stride": 0 if out is None else out.stride(0),
-        "scale": abs(logits.scale),
-        "inner": logits.inner or 0.0,
-        "beta": divergence.beta,
-        "loss_scale": loss_scale,
-        "gradient_scale": 1.0 if gradient is None else gradient.scale,
-    }
-    constants = {
-        "KIND": divergence.kind,
-        "MEASURE": loss is not None,
-        "WRITE": gradient is not None,
-        "CAPPED": logits.inner is not None,
-        "NEGATED": logits.scale < 0,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "STAGES": tile.options.num_stages,
-    }
-    return Launch(divergence_kernel, (ceil_div(rows, tile.block_m),), arguments, constants, tile.options)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Where e goes, if anywhere: rounded to the matrix's dtype, and what that lost if there is a second matrix."""
-
-    high: Tensor | None = None  # [n, columns]
-    low: Tensor | None = None
-    scale: float = 1.0  # a power of 2 that both are multiplied by
-
-
-def plan_exponentials(
-    products: Tensor,  # [n, columns] fp32
-    bias: Tensor | None,  # [columns] fp32
-    scale: float,  # logits are scale · (products + bias)
-    first: int,  # the tile's first word
-    weights: Tensor | None,  # [n]
-    state: State,
-    parts: Parts,
-    target: Target,
-) -> Launch:
-    """e = exp(z − the largest z so far) of a tile, and the state after it, its mean only rescaled."""
-    from softprompt_kernels.kernels.triton.expectation_rows import exponentials_kernel
-
-    rows, columns = products.shape
-    mean = state.mean
-    tile = _exponentials_tile(rows, columns, target)
-    arguments = {
-        "products": products,
-        "bias": bias,
-        "weights": weights,
-        "labels": state.labels,
-        "largest": state.largest,
-        "total": state.total,
-        "bias_total": state.bias_total,
-        "label_logit": state.label_logit,
-        "mean": mean,
-        "high": parts.high,
-        "low": parts.low,
-        "rows": rows,
-        "columns": columns,
-        "size": 0 if mean is None else mean.shape[1],
-        "products_stride": products.stride(0),
-        "mean_stride": 0 if mean is None else mean.stride(0),
-        "high_stride": 0 if parts.high is None else parts.high.stride(0),
-        "low_stride": 0 if parts.low is None else parts.low.stride(0),
-        "scale": scale,
-        "first": first,
-        "part_scale": parts.scale,
-    }
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    return Launch(exponentials_kernel, (ceil_div(rows, tile.block_m),), arguments, constants, tile.options)
+    def run(self, launches: Iterable[Launch], device: torch.device) -> None:
+        """See `device.rows.RowWork`."""
+        run_all(launches, device)
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -208,10 +178,5 @@ def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
     if target.shared_memory > 128 * 1024:
         return Tile(block_m, block_n, Options(warps, _STAGES))
     # Less is on its way, and the assembler of sm_86 and sm_89 would rather spill than give up a third program for it.
-    most = _REGISTERS if target.backend == "cuda" and warps == _WARPS else None
-    return Tile(block_m, block_n, Options(warps, _STAGES - 1, most))
-
-
-def device_rows(tensor: Tensor | None) -> Tensor | None:
-    """[n] in fp32 and in one piece, or None."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    registers = _REGISTERS if target.backend == "cuda" and warps == _WARPS else None
+    return Tile(block_m, block_n, Options(warps, _STAGES - 1, registers))

@@ -1,8 +1,8 @@
-"""Matrix products of a head where its row work is in Triton: operands in the head's dtype, results in fp32.
+"""Matrix products of a head on a GPU: operands in the head's dtype, results in fp32.
 
 Tensor cores multiply 16-bit operands into an fp32 accumulator. `out_dtype` of torch.mm hands that accumulator out as it
 is, so logits are never rounded to 16 bits, and no copy of the weight is made. Builds of torch without it (before 2.8,
-some for ROCm, and the CPU, where the interpreter runs) multiply fp32 copies of parts of the weight instead: the same
+some for ROCm, and the CPU, where kernels are tested) multiply fp32 copies of parts of the weight instead: the same
 results, more slowly. fp32 operands follow torch's setting for TF32.
 
     head_logits   out = h Wᵀ          pull_back   g W, or out += g W          add_outer   out += gᵀ h

@@ -1,0 +1,127 @@
+"""Row work of the losses in CUDA C++: `csrc/cuda/kl_rows.cu` and `expectation_rows.cu`."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
+from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
+from softprompt_kernels.kernels.expectation import State
+from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence
+
+KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """One kernel with its arguments."""
+
+    function: Callable[[ModuleType], Callable[..., None]]
+    arguments: dict[str, Any]
+    reads: tuple[Tensor | None, ...]
+    writes: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class CudaRows:
+    """By one runner."""
+
+    runner: Runner
+
+    def divergence(
+        self,
+        logits: Logits,
+        vocab: int,
+        divergence: Divergence,
+        weights: Tensor | None,
+        *,
+        loss: Tensor | None = None,
+        loss_scale: float = 1.0,
+        statistics: Tensor | None = None,
+        gradient: Gradient | None = None,
+    ) -> CudaLaunch:
+        """See `device.rows.RowWork`."""
+        student, teacher = logits.student, logits.teacher
+        out = None if gradient is None else gradient.out
+        row_scale = None if gradient is None else gradient.row_scale
+        arguments = {
+            "kind": KINDS[divergence.kind],
+            "student": _matrix(student),
+            "teacher": _matrix(teacher),
+            "student_bias": address(logits.student_bias),
+            "teacher_bias": address(logits.teacher_bias),
+            "weights": address(weights),
+            "row_scale": address(row_scale),
+            "statistics": address(statistics),
+            "loss": address(loss),
+            "gradient": None if out is None else _matrix(out),
+            "rows": student.shape[0],
+            "vocab": vocab,
+            "columns": 0 if out is None else out.shape[1],
+            "scale": abs(logits.scale),
+            "inner": logits.inner or 0.0,
+            "negated": logits.scale < 0,
+            "beta": divergence.beta,
+            "loss_scale": loss_scale,
+            "gradient_scale": 1.0 if gradient is None else gradient.scale,
+        }
+        written = (out, loss, statistics) if loss is not None else (out,)
+        reads = (student, teacher, logits.student_bias, logits.teacher_bias, weights, row_scale, statistics)
+        return CudaLaunch(lambda module: module.divergence_rows, arguments, reads, written)
+
+    def exponentials(
+        self,
+        products: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        first: int,
+        weights: Tensor | None,
+        state: State,
+        parts: Parts,
+    ) -> CudaLaunch:
+        """See `device.rows.RowWork`."""
+        mean, high, low = state.mean, parts.high, parts.low
+        arguments = {
+            "products": _matrix(products),
+            "bias": address(bias),
+            "weights": address(weights),
+            "labels": address(state.labels),
+            "largest": address(state.largest),
+            "total": address(state.total),
+            "bias_total": address(state.bias_total),
+            "label_logit": address(state.label_logit),
+            "mean": address(mean),
+            "mean_stride": 0 if mean is None else mean.stride(0),
+            "size": 0 if mean is None else mean.shape[1],
+            "high": None if high is None else _matrix(high),
+            "low": None if low is None else _matrix(low),
+            "rows": products.shape[0],
+            "columns": products.shape[1],
+            "first": first,
+            "scale": scale,
+            "part_scale": parts.scale,
+        }
+        written = (state.largest, state.total, state.bias_total, state.label_logit, mean, high, low)
+        return CudaLaunch(
+            lambda module: module.exponential_rows, arguments, (products, bias, weights, state.labels), written
+        )
+
+    def run(self, launches: Iterable[CudaLaunch], device: torch.device) -> None:
+        """See `device.rows.RowWork`."""
+        for launch in launches:
+            with self.runner.launching(launch.reads, launch.writes) as module:
+                launch.function(module)(**launch.arguments, stream=self.runner.stream(device))
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address, dtype, and strides of rows and columns."""
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1)
