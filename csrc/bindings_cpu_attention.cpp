@@ -2,69 +2,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "bindings_views.h"
 #include "cpu/attention_call.h"
 
 namespace py = pybind11;
 
 namespace softprompt {
 namespace {
-
-using Shape = std::array<int64_t, 4>;
-using View = std::tuple<uintptr_t, Shape, Shape>;  // address, sizes and strides in elements of a tensor
-using Vector = std::tuple<uintptr_t, int64_t>;     // address and length of one without gaps
-
-std::string text(const Shape& shape) {
-  std::string words = "[";
-  for (size_t i = 0; i < shape.size(); ++i) words += (i ? ", " : "") + std::to_string(shape[i]);
-  return words + "]";
-}
-
-Strided strided(const char* name, const View& view, const Shape& expected) {
-  const auto& [address, sizes, strides] = view;
-  if (sizes != expected) {
-    throw std::invalid_argument(std::string(name) + " must have shape " + text(expected) + "; got " + text(sizes));
-  }
-  if (sizes[3] > 1 && strides[3] != 1) {
-    throw std::invalid_argument(std::string(name) + " must have a last stride of 1; got strides " + text(strides));
-  }
-  return {reinterpret_cast<char*>(address), strides[0], strides[1], strides[2]};
-}
-
-Strided token_major(const char* name, const View& view, const Shape& expected) {
-  const Strided tensor = strided(name, view, expected);
-  const auto [batch, heads, tokens, size] = expected;
-  const bool dense = tensor.head == size && tensor.token == heads * size &&
-                     (batch <= 1 || tensor.batch == tokens * heads * size);
-  if (!dense && batch * heads * tokens * size > 0) {
-    throw std::invalid_argument(std::string(name) + " must lie in memory as [batch, token, head, size]; got strides " +
-                                text(std::get<2>(view)));
-  }
-  return tensor;
-}
-
-template <class T>
-T* vector(const char* name, const Vector& given, int64_t length) {
-  if (std::get<1>(given) != length) {
-    throw std::invalid_argument(std::string(name) + " must have " + std::to_string(length) + " elements; got " +
-                                std::to_string(std::get<1>(given)));
-  }
-  return reinterpret_cast<T*>(std::get<0>(given));
-}
-
-template <class T>
-T* optional_vector(const char* name, const std::optional<Vector>& given, int64_t length) {
-  return given ? vector<T>(name, *given, length) : nullptr;
-}
-
-void positive(const char* name, int64_t value) {
-  if (value < 1) throw std::invalid_argument(std::string(name) + " must be at least 1; got " + std::to_string(value));
-}
 
 // The inputs of both directions, as one object that Python makes once a call.
 class Problem {
@@ -89,11 +38,11 @@ class Problem {
                                   std::to_string(kv_heads));
     }
     problem.dtype = static_cast<Dtype>(dtype);
-    problem.query = strided("query", query, {batch, heads, queries, size});
-    problem.key = strided("key", key, {batch, kv_heads, keys, size});
-    problem.value = strided("value", value, {batch, kv_heads, keys, value_size});
-    problem.prompt_key = strided("prompt_key", prompt_key, {prompts, kv_heads, prompt_keys, size});
-    problem.prompt_value = strided("prompt_value", prompt_value, {prompts, kv_heads, prompt_keys, value_size});
+    problem.query = strided<Strided>("query", query, {batch, heads, queries, size});
+    problem.key = strided<Strided>("key", key, {batch, kv_heads, keys, size});
+    problem.value = strided<Strided>("value", value, {batch, kv_heads, keys, value_size});
+    problem.prompt_key = strided<Strided>("prompt_key", prompt_key, {prompts, kv_heads, prompt_keys, size});
+    problem.prompt_value = strided<Strided>("prompt_value", prompt_value, {prompts, kv_heads, prompt_keys, value_size});
     if (cu_seqlens) {
       positive("cu_seqlens' length", std::get<1>(*cu_seqlens));
       if (batch != 1 || queries != keys || key_lengths) {
@@ -126,7 +75,7 @@ class Problem {
   }
 
   void forward(const View& out, const Vector& lse) const {
-    const ForwardOutputs outputs = {token_major("out", out, out_shape()), vector<float>("lse", lse, rows())};
+    const ForwardOutputs outputs = {token_major<Strided>("out", out, out_shape()), vector<float>("lse", lse, rows())};
     py::gil_scoped_release release;
     run_attention_forward(problem, sizes, outputs);
   }
@@ -136,17 +85,17 @@ class Problem {
                 const std::optional<View>& grad_value, const std::optional<View>& grad_prompt_key,
                 const std::optional<View>& grad_prompt_value, const std::optional<Vector>& grad_sinks) const {
     if (grad_sinks && problem.sinks == nullptr) throw std::invalid_argument("grad_sinks must be None without sinks");
-    const BackwardInputs inputs = {strided("out", out, out_shape()), strided("grad_out", grad_out, out_shape()),
+    const BackwardInputs inputs = {strided<Strided>("out", out, out_shape()), strided<Strided>("grad_out", grad_out, out_shape()),
                                    vector<const float>("lse", lse, rows()),
                                    optional_vector<const float>("grad_lse", grad_lse, rows())};
     const auto optional = [](const char* name, const std::optional<View>& view, const Shape& shape) {
-      return view ? strided(name, *view, shape) : Strided{};
+      return view ? strided<Strided>(name, *view, shape) : Strided{};
     };
     const auto& [batch, queries, keys, prompts, prompt_keys] =
         std::tie(sizes.batch, sizes.queries, sizes.keys, sizes.prompts, sizes.prompt_keys);
     BackwardOutputs outputs = {};
     if (grad_query) {
-      outputs.grad_query = token_major("grad_query", *grad_query, {batch, problem.heads, queries, problem.size});
+      outputs.grad_query = token_major<Strided>("grad_query", *grad_query, {batch, problem.heads, queries, problem.size});
     }
     outputs.grad_key = optional("grad_key", grad_key, {batch, problem.kv_heads, keys, problem.size});
     outputs.grad_value = optional("grad_value", grad_value, {batch, problem.kv_heads, keys, problem.value_size});

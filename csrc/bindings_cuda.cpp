@@ -8,7 +8,7 @@
 #include <string>
 
 namespace softprompt {
-//ATT void bind_attention(pybind11::module_& module);
+void bind_attention(pybind11::module_& module);
 void bind_kl(pybind11::module_& module);
 #ifdef SPK_SIMT
 void bind_simt(pybind11::module_& module);
@@ -39,7 +39,7 @@ PYBIND11_MODULE(SPK_MODULE, module) {
   module.doc() = "CUDA kernels of softprompt-kernels";
   module.attr("archs") = SPK_CUDA_ARCHS;  // that it was built for, as in "80;90"
   module.def("device_problem", &device_problem, "why kernels cannot run here, '' if they can");
-  //ATT softprompt::bind_attention(module);
+softprompt::bind_attention(module);
   softprompt::bind_kl(module);
 #ifdef SPK_SIMT
   softprompt::bind_simt(module);

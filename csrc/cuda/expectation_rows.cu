@@ -55,7 +55,7 @@ struct Words {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) exponentials_kernel(const ExponentialRows call) {
+__global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_constant__ ExponentialRows call) {
   auto& shared = arch::shared_storage<Storage>();
   const int64_t row = blockIdx.x;
   const bool kept = call.weights == nullptr || call.weights[row] != 0;

@@ -240,7 +240,7 @@ struct Storage {
 
 template <Divergence kKind>
 __global__ void __launch_bounds__(kThreads, kKind == Divergence::jsd ? 1 : 2)
-    divergence_kernel(const DivergenceRows call) {
+    divergence_kernel(const __grid_constant__ DivergenceRows call) {
   auto& shared = arch::shared_storage<Storage>();
   const int64_t row = blockIdx.x;
   const bool kept = call.weights == nullptr || call.weights[row] != 0;

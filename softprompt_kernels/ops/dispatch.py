@@ -31,6 +31,7 @@ from softprompt_kernels.kernels.cpu import kl_div as cpu_kl_div
 from softprompt_kernels.kernels.cpu import linear_kl_div as cpu_linear_kl_div
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cuda import native as cuda_native
+from softprompt_kernels.kernels.cuda.attention import Attention
 from softprompt_kernels.kernels.cuda.expectation import HeadExpectation
 from softprompt_kernels.kernels.cuda.kl_div import KlDiv
 from softprompt_kernels.kernels.cuda.linear_kl_div import LinearKlDiv
@@ -191,6 +192,7 @@ register(
 
 def _cuda_kernels(runner: cuda_native.Runner) -> dict[str, Any]:
     return {
+        "prompt_attention": Attention(runner),
         "kl_div": KlDiv(runner),
         "linear_kl_div": LinearKlDiv(runner),
         "teacher_moments": HeadExpectation(runner),

@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) alignas(bytes)
+#define __grid_constant__
 #define __launch_bounds__(...)
 #ifndef __restrict__
 #define __restrict__ __restrict
