@@ -1,5 +1,6 @@
 """The backends that every op is tested on, and a tiny model on the disk for everything that starts from a folder."""
 
+import os
 import re
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES
 from softprompt_kernels.kernels.cuda.native import HOST
 from softprompt_kernels.kernels.triton import runtime as triton
+from softprompt_kernels.ops import prompt_attention
 
 BACKENDS = ("reference", "composed", "cpu", "triton", "simt")
 FP32_BACKENDS = ("cpu", "triton", "simt")
@@ -20,16 +23,17 @@ _REFUSED = (
     "backend='triton' cannot serve.*("
     "which Triton's interpreter computes wrongly|is 256 in float32, and it serves up to 128 there)"
 )
+_REFUSED_BY_SIMT = "backend='simt' cannot serve this prompt_attention"  # fp32, sinks, packed sequences: Triton's
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """What Triton's interpreter cannot run is skipped, with the reason that the dispatcher gives."""
+    """What Triton's interpreter or CUDA's kernels cannot run is skipped, with the reason that the dispatcher gives."""
     try:
         return (yield)
     except Exception as error:  # opcheck wraps them
         reason = str(error)
-        if triton.interpreting() and re.search(_REFUSED, reason):
+        if (triton.interpreting() and re.search(_REFUSED, reason)) or _REFUSED_BY_SIMT in reason:
             pytest.skip(reason)
         raise
 
@@ -57,13 +61,37 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("no GPU: torch.cuda finds none")
     if name != "triton" and triton.interpreting():
         pytest.skip("tested without TRITON_INTERPRET")
+    if name == "simt":
+        HOST.module().seed(int(os.environ.get("SOFTPROMPT_SIMT_SEED", "0")))
+        if hasattr(request.module, "prompt_attention"):
+            request.getfixturevalue("monkeypatch").setattr(request.module, "prompt_attention", _padded_attention)
     torch.manual_seed(0)
     with torch.device("cuda") if name == GPU else nullcontext():  # where a test makes its tensors
         yield "triton" if name == GPU else name
 
 
+def _padded_attention(query, key, value, prompt_key, prompt_value, *, backend, scale=None, **options):
+    """prompt_attention for tests of CUDA's kernels: heads padded to what they serve, and fp32 rounded to fp16."""
+    if backend != "simt" or not torch.is_tensor(query) or query.dtype not in (torch.float32, torch.float16):
+        return prompt_attention(query, key, value, prompt_key, prompt_value, backend=backend, scale=scale, **options)
+    size, value_size = query.shape[3], value.shape[3]
+    if query.dtype == torch.float16 and size == value_size and size in HEAD_SIZES:
+        return prompt_attention(query, key, value, prompt_key, prompt_value, backend=backend, scale=scale, **options)
+    served = next((s for s in HEAD_SIZES if s >= max(size, value_size)), max(size, value_size))
+    padded = [
+        torch.nn.functional.pad(t.half(), (0, served - t.shape[3]))
+        for t in (query, key, value, prompt_key, prompt_value)
+    ]
+    result = prompt_attention(*padded, backend=backend, scale=size**-0.5 if scale is None else scale, **options)
+    out, *rest = result if isinstance(result, tuple) else (result,)
+    out = out[..., :value_size].to(query.dtype)
+    return (out, *rest) if rest else out
+
+
 @pytest.fixture
-def precision(backend: str) -> Precision:
+def precision(backend: str, request: pytest.FixtureRequest) -> Precision:
+    if backend == "simt" and hasattr(request.module, "prompt_attention"):
+        return Precision(torch.float16, 4e-3)
     return Precision(torch.float32, 2e-5) if backend in FP32_BACKENDS else Precision(torch.float64, 1e-10)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from softprompt_kernels.ops import prompt_attention
 
-EVERY_WINDOW = ("reference", "cpu")  # the composed backend has none
+EVERY_WINDOW = ("reference", "cpu", "simt")  # the composed backend has none
 
 
 def seen(queries, own, prompt, backend, **options):

@@ -1,0 +1,133 @@
+"""The CUDA kernels of the losses, run on the host by csrc/simt: dtypes, places in memory, traffic."""
+
+import pytest
+import torch
+
+from softprompt_kernels.kernels.cuda.native import HOST
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
+
+pytestmark = pytest.mark.skipif(HOST.missing() is not None, reason=f"the simt backend: {HOST.missing()}")
+KINDS = ("forward", "reverse", "jsd")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    HOST.module().seed(0)
+
+
+def rows_and_gradient(student, teacher, backend, **options):
+    student = student.detach().requires_grad_()
+    rows = kl_div(student, teacher, reduction="none", backend=backend, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    return rows.detach().double(), gradient.double()
+
+
+def check(student, teacher, **options):
+    """Against float64 from the same numbers: losses to fp32, gradients to the student's dtype."""
+    exact, exact_gradient = rows_and_gradient(student.double(), teacher.double(), "reference", **options)
+    rows, gradient = rows_and_gradient(student, teacher, "simt", **options)
+    torch.testing.assert_close(rows, exact, rtol=2e-5, atol=1e-12)
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[student.dtype]
+    torch.testing.assert_close(gradient, exact_gradient, rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("student_dtype", DTYPES)
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pair_of_dtypes(kind, student_dtype, teacher_dtype):
+    """Rows of odd length: each begins at another distance from a 16-byte boundary."""
+    student, teacher = 3 * torch.randn(5, 1003), 3 * torch.randn(5, 1003)
+    check(student.to(student_dtype), teacher.to(teacher_dtype), divergence=kind, temperature=1.5)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 4095, 4096, 4097, 50257])
+def test_lengths_of_rows(vocab):
+    check(torch.randn(2, vocab), torch.randn(2, vocab))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", range(4))
+def test_rows_anywhere_in_memory(dtype, offset):
+    """Students and teachers that lie differently, and words that are not neighbours."""
+    student = torch.randn(3 * 203 + 4)[offset : offset + 3 * 203].view(3, 203).to(dtype)
+    teacher = torch.randn(3, 210).to(dtype)[:, offset : offset + 203]
+    check(student, teacher)
+    check(torch.randn(203, 3).to(dtype).mT, torch.randn(3, 406).to(dtype)[:, ::2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+def test_losses_near_zero_keep_their_relative_accuracy(kind, size):
+    teacher = 4 * torch.randn(4, 3001)
+    student = teacher + size * torch.randn(4, 3001)
+    exact, exact_gradient = rows_and_gradient(student.double(), teacher.double(), "reference", divergence=kind)
+    rows, gradient = rows_and_gradient(student, teacher, "simt", divergence=kind)
+    torch.testing.assert_close(rows, exact, rtol=1e-3, atol=0)
+    assert (gradient - exact_gradient).norm() <= 1e-3 * exact_gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saturated_rows_and_words_that_a_side_does_not_have(kind):
+    student, teacher = 30 * torch.randn(6, 600).sign(), 30 * torch.randn(6, 600).sign()
+    teacher[1, ::3] = -torch.inf
+    student[2, ::3] = teacher[2, ::3] = -torch.inf
+    teacher[3] = -torch.inf
+    if kind != "forward":
+        student[4, 5] = -torch.inf
+        teacher[4, 5] = -torch.inf
+    check(student[:5], teacher[:5], divergence="forward" if kind == "reverse" else kind)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_heads_of_16_bits_keep_gradients_near_convergence(dtype, schedule):
+    HOST.module().seed(schedule)
+    weight, teacher = torch.randn(1500, 64).to(dtype) / 8, torch.randn(6, 64).to(dtype)
+    student = (teacher + 0.02 * torch.randn(6, 64)).to(dtype).requires_grad_()
+    exact_student = student.detach().double().requires_grad_()
+    exact = linear_kl_div(exact_student, teacher.double(), weight.double(), backend="reference")
+    (wanted,) = torch.autograd.grad(exact, exact_student)
+    moments = teacher_moments(teacher, weight, backend="simt")
+    for loss in (
+        linear_kl_div(student, teacher, weight, backend="simt"),
+        linear_kl_div_from_moments(student, moments, weight, backend="simt"),
+    ):
+        torch.testing.assert_close(loss.double(), exact, rtol=3e-2, atol=0)
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert (gradient.double() - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.fixture
+def counted():
+    module = HOST.module()
+    module.reset_counters()
+    module.count(True)
+    yield module.counters
+    module.count(False)
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("forward", 1), ("reverse", 1), ("jsd", 2)])
+def test_sweeps_over_given_logits(kind, reads, counted):
+    """The forward reads both sides once (twice for jsd), the backward once more; sectors are whole."""
+    student, teacher = torch.randn(2, 4096).half().requires_grad_(), torch.randn(2, 4096).half()
+    rows = kl_div(student, teacher, divergence=kind, reduction="none", backend="simt")
+    both, found = 2 * 2 * 4096 * 2, counted()
+    assert found["launches"] == 1 and reads * both <= found["loaded_bytes"] <= reads * both + 64
+    assert found["loaded_sectors"] * 32 <= found["loaded_bytes"] + 128
+    HOST.module().reset_counters()
+    rows.sum().backward()
+    found = counted()
+    assert found["launches"] == 1 and both <= found["loaded_bytes"] <= both + 128 + 2 * 512 * 24
+    assert found["stored_bytes"] == both // 2 and found["shared_conflicts"] == 0
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("forward", 2), ("reverse", 2), ("jsd", 3)])
+def test_sweeps_over_a_chunk_of_two_heads(kind, reads, counted):
+    """Loss and gradient in one launch: two reads of the logits (three for jsd) and one write."""
+    hidden, weight = torch.randn(2, 16).requires_grad_(), torch.randn(4096, 16)
+    linear_kl_div(hidden, torch.randn(2, 16), weight, divergence=kind, backend="simt").backward()
+    found, side = counted(), 2 * 4096 * 4
+    assert found["launches"] == 1 and found["stored_bytes"] <= side + 64
+    assert reads * 2 * side <= found["loaded_bytes"] <= reads * 2 * side + 64
