@@ -220,7 +220,7 @@ def cuda_plan() -> Plan:
     rules = {
         "compile": f"{nvcc()} {host} -lineinfo{codes} {DEPENDENCIES}",
         "bind": f"{nvcc()} {host} {DEPENDENCIES}",
-        "link": f"{nvcc()} -shared -cudart static $in -o $out",
+        "link": f"{nvcc()} -shared -cudart static -Xlinker --strip-debug $in -o $out",
     }
     units = [Unit(source, "cuda", "compile") for source in cuda_sources()]
     units += [Unit(source, "neutral", "bind") for source in cuda_bindings()]

@@ -30,7 +30,12 @@ std::string device_problem() {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaSuccess) return count > 0 ? "" : "there is no device";
   cudaGetLastError();
-  return cudaGetErrorString(error);
+  std::string problem = cudaGetErrorString(error);
+  if (error == cudaErrorInsufficientDriver) {
+    const std::string version = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 100 / 10);
+    problem += " (there is no NVIDIA driver, or one older than that of CUDA " + version + ", which this was built with)";
+  }
+  return problem;
 }
 
 }  // namespace

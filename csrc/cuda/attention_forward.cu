@@ -70,7 +70,7 @@ struct SoftmaxState {
 };
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     forward_kernel(const __grid_constant__ AttentionProblem problem, const __grid_constant__ AttentionOutputs outputs) {
   using Storage = ForwardStorage<T, kD>;
   constexpr int kBlockN = Storage::kBlockN;

@@ -76,7 +76,7 @@ struct RowTiles {
 };
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     key_gradients_kernel(const __grid_constant__ AttentionProblem problem, const __grid_constant__ AttentionBackward backward) {
   using Storage = KeyStorage<T, kD>;
   constexpr int kBlockM = Storage::kBlockM;

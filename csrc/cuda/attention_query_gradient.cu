@@ -51,7 +51,7 @@ __device__ __forceinline__ void write_delta(const AttentionProblem& problem, con
 }
 
 template <class T, int kD>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     query_gradient_kernel(const __grid_constant__ AttentionProblem problem, const __grid_constant__ AttentionBackward backward) {
   using Storage = QueryStorage<T, kD>;
   constexpr int kBlockN = Storage::kBlockN;

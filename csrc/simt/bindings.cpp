@@ -32,6 +32,7 @@ void bind_simt(py::module_& module) {
     found["launches"] = c.launches;
     found["blocks"] = c.blocks;
     found["barriers"] = c.barriers;
+    found["most_shared_bytes"] = c.most_shared_bytes;
     found["loaded_bytes"] = c.loaded_bytes;
     found["stored_bytes"] = c.stored_bytes;
     found["loaded_sectors"] = c.loaded_sectors;

@@ -96,7 +96,12 @@ void set_counting(bool value) { on = value; }
 Counters counters() { return total; }
 void reset_counters() { total = {}; }
 
-void count_launch() { total.launches += on; }
+void count_launch(size_t shared_bytes) {
+  if (!on) return;
+  total.launches += 1;
+  total.most_shared_bytes = std::max<uint64_t>(total.most_shared_bytes, shared_bytes);
+}
+
 void count_barrier() { total.barriers += on; }
 void count_product() { total.products += on; }
 void count_atomic() { total.atomics += on; }

@@ -15,6 +15,7 @@ namespace softprompt::simt {
 
 struct Counters {
   uint64_t launches, blocks, barriers;
+  uint64_t most_shared_bytes;               // that a launch gave a block
   uint64_t loaded_bytes, stored_bytes;      // of registered memory, by any way
   uint64_t loaded_sectors, stored_sectors;  // of 32 bytes
   uint64_t shared_passes;                   // least wavefronts of shared memory's accesses
@@ -31,7 +32,7 @@ Counters counters();
 void reset_counters();
 
 // The runtime's side.
-void count_launch();
+void count_launch(size_t shared_bytes);
 void count_block();  // has ended
 void count_barrier();
 void count_product();

@@ -214,7 +214,7 @@ void run(Launch launch, size_t shared_bytes) {
   std::vector<uint32_t> order(blocks);
   for (uint32_t i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator);
-  count_launch();
+  count_launch(shared_bytes);
   launching = true;
   try {
     for (const uint32_t linear : order) {

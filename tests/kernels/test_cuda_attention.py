@@ -217,6 +217,7 @@ def test_bytes_conflicts_and_products_of_a_forward_and_a_backward(size, counted)
     assert found["loaded_bytes"] <= 1.15 * floor and found["stored_bytes"] == rows_of * (row + 4)
     conflicts = ("shared_conflicts", "matrix_conflicts", "copy_conflicts")
     assert [found[kind] for kind in conflicts] == [0, 0, 0]
+    assert 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024  # of a multiprocessor of sm_80
     assert found["products"] == key_tiles * 2 * (64 * 64 * size) // (16 * 8 * 16)
 
     HOST.module().reset_counters()
@@ -226,5 +227,6 @@ def test_bytes_conflicts_and_products_of_a_forward_and_a_backward(size, counted)
     keys = batch * kv_heads * tokens + kv_heads * prompt
     floor = rows_of * 3 * row + key_tiles * 64 * 2 * row + row_tiles * 64 * 2 * row + keys * 2 * row
     assert found["launches"] <= 3
+    assert found["most_shared_bytes"] <= 99 * 1024 and 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024
     assert found["loaded_bytes"] <= 1.3 * floor
     assert [found[kind] for kind in conflicts[1:]] == [0, 0]

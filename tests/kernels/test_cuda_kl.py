@@ -119,7 +119,7 @@ def test_sweeps_over_given_logits(kind, reads, counted):
     HOST.module().reset_counters()
     rows.sum().backward()
     found = counted()
-    assert found["launches"] == 1 and both <= found["loaded_bytes"] <= both + 128 + 2 * 512 * 24
+    assert found["launches"] == 1 and both <= found["loaded_bytes"] <= both + 128 + 2 * 128 * 24
     assert found["stored_bytes"] == both // 2 and found["shared_conflicts"] == 0
 
 

@@ -114,7 +114,8 @@ SPK_DEVICE float __uint_as_float(unsigned bits) {
 // --- the runtime -----------------------------------------------------------------------------------------------------
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0 };
+#define CUDART_VERSION 12080
+enum cudaError_t { cudaSuccess = 0, cudaErrorInsufficientDriver = 35 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchConfig_t {
