@@ -8,6 +8,9 @@
 #             packages
 # make gpu    on a machine with a GPU: the tests of the ops on it, and their times against other ways
 # make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)
+# make simt   run the tests of the CUDA C++ kernels on the host, checked access by access, under several schedules (Linux,
+#             g++); with nvcc, check its code too
+# make mutants  break these kernels in known ways, one after the other, and see that the tests notice
 #
 # Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with, 3.11 or
 # newer. After a change to the demo's text or settings, `make clean` makes room for another run.
@@ -15,12 +18,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 MODEL := .cache/SmolLM2-135M-Instruct
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench compile counters gpu sanitize clean
+.PHONY: demo test bench compile counters gpu sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo $(MODEL)/config.json
@@ -63,6 +66,22 @@ sanitize: $(VENV)/test
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
 		PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest tests/kernels tests/ops tests/traps -k "cpu and not memory_error"
+
+# Sanitizers check what a kernel does on the host beyond csrc/simt's own checks, whose calls cannot be built in beside them.
+SIMT_SEEDS ?= 1 2 3
+simt: $(VENV)/test
+	SOFTPROMPT_SIMT=1 SOFTPROMPT_CUDA=0 $(BIN)/python setup.py -q build_ext --inplace
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/simt tests/kernels -k "simt or cuda"
+	for seed in $(SIMT_SEEDS); do SOFTPROMPT_SIMT_SEED=$$seed OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n 2 --dist loadfile -k simt tests/ops tests/traps || exit 1; done
+	SOFTPROMPT_SIMT=1 SOFTPROMPT_CPU=0 SOFTPROMPT_CUDA=0 CXX=g++ LDFLAGS="$(SANITIZE)" \
+		CXXFLAGS="-g -fno-omit-frame-pointer $(SANITIZE)" \
+		$(BIN)/python setup.py -q build --build-base build/simt --build-lib build/simt/lib
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
+		PYTHONPATH=build/simt/lib $(BIN)/pytest tests/kernels -k "cuda and (four_tiles or dtypes or anywhere)"
+
+mutants: $(VENV)/test
+	$(BIN)/python -m tests.mutants
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -107,11 +107,19 @@ def test_without_a_compiler_the_package_works_and_says_once_what_is_missing(tmp_
         ({"SOFTPROMPT_CPU": "yes"}, "SOFTPROMPT_CPU must be auto, 0 or 1; got 'yes'"),
         ({"SOFTPROMPT_CPU": "1", "PATH": ""}, "there is no C++ compiler here"),
         ({"SOFTPROMPT_CPU": "1", "CXX": "/no/such/compiler"}, "SOFTPROMPT_CPU=0 installs without them"),
+        ({"SOFTPROMPT_CUDA": "1", "NVCC": "/no/such/nvcc"}, "nvcc does not run"),
+        ({"SOFTPROMPT_CUDA": "1", "NVCC": "echo release 12.4"}, "nvcc must be 12.8 or newer"),
+        (
+            {"SOFTPROMPT_CUDA": "1", "NVCC": "echo release 13.0", "SOFTPROMPT_CUDA_ARCHS": "75"},
+            "SOFTPROMPT_CUDA_ARCHS must be numbers from 80 up, as in '80;86;89;90;100;120'; got '75'",
+        ),
+        ({"SOFTPROMPT_SIMT": "1", "CXX": "clang++"}, "there is no g++ here"),
     ],
 )
 def test_a_build_that_cannot_work_says_why(environment, message, tmp_path):
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
-    cleared = {name: os.environ[name] for name in os.environ if name not in ("CXX", "SOFTPROMPT_CPU")}
+    cleared = {name: os.environ[name] for name in os.environ if name != "CXX" and not name.startswith("SOFTPROMPT")}
+    environment = {"SOFTPROMPT_CPU": "0", "SOFTPROMPT_CUDA": "0", **environment}
     done = subprocess.run(
         command, cwd=ROOT, env={**cleared, **environment}, capture_output=True, text=True, timeout=120
     )

@@ -44,7 +44,7 @@ def test_softprompt_commands_run_in_order(tiny_model_folder: Path, tmp_path: Pat
 
 def test_make_targets_exist() -> None:
     targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
-    assert set(targets) == {"demo", "test", "bench", "sanitize", "compile", "counters", "gpu"}
+    assert set(targets) == {"demo", "test", "bench", "sanitize", "compile", "counters", "simt", "mutants", "gpu"}
     for target in targets:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 

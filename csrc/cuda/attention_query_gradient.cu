@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   __syncthreads();
   write_delta(problem, backward, rows, shared.grad_out);
   if (backward.gradients.query.data == nullptr) return;  // the block together
-  __syncthreads();                                       // what this block has written to global memory it may read
+  __syncthreads();  // before delta, which other threads of this block have written, is read
 
   float lse[2], delta[2];  // of the two rows that a lane has a part of; in units of log 2
 #pragma unroll

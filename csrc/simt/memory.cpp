@@ -86,20 +86,22 @@ const char* verb(Access access) {
   return access == Access::read ? "reads" : access == Access::write ? "writes" : "updates";
 }
 
+// Says what the address is nearest to: the end of shared memory, or an end of a buffer.
 [[noreturn]] void fail_outside(const char* at, size_t bytes, Access access, const void* place) {
-  if (at >= block().shared + block().shared_bytes && at < block().shared + block().shared_bytes + (1 << 16)) {
-    fail(place, "%s %zu bytes, %td beyond the end of the block's %zu bytes of shared memory", verb(access), bytes,
-         at - block().shared - static_cast<ptrdiff_t>(block().shared_bytes), block().shared_bytes);
-  }
+  const auto beyond_shared = at - (block().shared + block().shared_bytes);
   const Buffer* nearest = nullptr;
+  ptrdiff_t distance = 0;
   for (const Buffer& buffer : buffers) {
-    if (nearest == nullptr || buffer.begin <= at) nearest = &buffer;
+    const ptrdiff_t apart = at < buffer.begin ? buffer.begin - at : at - buffer.end;
+    if (nearest == nullptr || apart < distance) nearest = &buffer, distance = apart;
+  }
+  if (block().shared_bytes > 0 && beyond_shared >= 0 && (nearest == nullptr || beyond_shared < distance)) {
+    fail(place, "%s %zu bytes, %td beyond the end of the block's %zu bytes of shared memory", verb(access), bytes,
+         beyond_shared, block().shared_bytes);
   }
   if (nearest == nullptr) fail(place, "%s %zu bytes at %p, and no memory is registered", verb(access), bytes, at);
-  const bool before = at < nearest->begin;
-  fail(place, "%s %zu bytes, %td %s a buffer of %td bytes", verb(access), bytes,
-       before ? nearest->begin - at : at - nearest->end, before ? "before the beginning of" : "beyond the end of",
-       nearest->end - nearest->begin);
+  fail(place, "%s %zu bytes, %td %s a buffer of %td bytes", verb(access), bytes, distance,
+       at < nearest->begin ? "before the beginning of" : "beyond the end of", nearest->end - nearest->begin);
 }
 
 // Whether an earlier access by others is not ordered before this one.
