@@ -98,10 +98,15 @@ def compiler() -> str | None:
     return named or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
+def is_clang() -> bool:
+    """Whether the C++ compiler says that it is Clang; else it is taken for GCC."""
+    version = subprocess.run([*shlex.split(compiler() or ""), "--version"], capture_output=True, text=True)
+    return "clang" in version.stdout.lower()
+
+
 def openmp() -> str:
     """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see csrc/cpu/parallel.cpp)."""
-    version = subprocess.run([*shlex.split(compiler() or ""), "--version"], capture_output=True, text=True)
-    return "" if "clang" in version.stdout.lower() else "-fopenmp"
+    return "" if is_clang() else "-fopenmp"
 
 
 def instruction_sets() -> dict[str, str]:
@@ -292,7 +297,7 @@ def simt_problem() -> str | None:
     """Why kernels cannot be compiled for the host, None if they can."""
     if sys.platform != "linux":
         return "they are built on Linux alone"
-    if compiler() is None or "g++" not in (compiler() or ""):
+    if compiler() is None or is_clang():
         return "there is no g++ here: install it, or name it by CXX"
     return None
 

@@ -132,7 +132,7 @@ def _others(op: str, problem: Any, refused: str | None) -> str:
     """Which backends can serve a call that one refused, and why the rest cannot."""
     able, unable = [], []
     for backend in _backends:
-        if backend.name == refused:
+        if backend.name == refused or backend.by_name_only:
             continue
         reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
         reason = reason or backend.missing()

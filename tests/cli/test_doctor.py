@@ -36,8 +36,9 @@ def test_a_working_installation_is_usable(run):
     assert result.exit_code == 0 and result.stdout.rstrip().endswith("Usable.")
     for name in ("torch", "transformers", "numpy", "safetensors"):
         assert importlib.metadata.version(name) in line(result.stdout, name)
+    backends = result.stdout.partition("Backends\n")[2].partition("Devices\n")[0]
     for record in dispatch.available_backends():
-        assert record.detail in line(result.stdout, record.name)
+        assert record.detail in line(backends, record.name)
     assert f"threads: {torch.get_num_threads()}" in line(result.stdout, "processor")
 
 

@@ -83,14 +83,23 @@ def test_falling_back_to_the_reference_is_announced_once_with_what_to_do():
 
 def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_BACKEND", "fast")
-    with pytest.raises(ValueError, match="backend must be None or one of composed, reference, triton; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend must be None or one of composed, cuda, reference, simt, triton; got 'fast'"
+    ):
         attend()
 
 
 def test_a_new_backend_registers_in_a_line_and_goes_first(capfd, monkeypatch):
     dispatch.register(dispatch.Backend("native", "made for this test", {"prompt_attention": reference_attention}))
     assert "-> native (preferred)" in chosen(capfd, monkeypatch)
-    assert [r.name for r in dispatch.available_backends()] == ["native", "composed", "triton", "reference"]
+    assert [r.name for r in dispatch.available_backends()] == [
+        "native",
+        "composed",
+        "triton",
+        "cuda",
+        "simt",
+        "reference",
+    ]
     kl_div(torch.ones(1, 2), torch.ones(1, 2))  # an op that it does not have goes to the next
     with pytest.raises(ValueError, match="native: it has no kl_div"):
         kl_div(torch.ones(1, 2), torch.ones(1, 2), backend="native")
@@ -116,7 +125,20 @@ def test_available_backends_lists_what_each_serves():
     records = {r.name: r for r in dispatch.available_backends()}
     ops = {"prompt_attention", "kl_div", "linear_kl_div", "teacher_moments", "linear_kl_div_from_moments"}
     assert set(records["reference"].ops) == set(records["composed"].ops) == ops
-    assert all(r.available and r.detail for r in records.values())
+    assert set(records["cuda"].ops) == set(records["simt"].ops) == ops
+    assert all(r.detail and (r.available or r.name in ("cuda", "simt")) for r in records.values())
+
+
+def test_a_backend_for_tests_serves_only_who_names_it(capfd, monkeypatch):
+    """Not even where nobody else could."""
+    served = []
+    kernel = type("Kernel", (), {"unsupported": lambda self, problem: served.append(problem)})()
+    dispatch.register(dispatch.Backend("tested", "for this test", {"prompt_attention": kernel}, by_name_only=True))
+    assert "-> composed (preferred)" in chosen(capfd, monkeypatch) and not served
+    with pytest.raises(ValueError) as raised:
+        attend(softcap=2.0, backend="composed")
+    assert "tested" not in str(raised.value)
+    assert dispatch.select("prompt_attention", None, "tested", torch.device("cpu")) is kernel and served
 
 
 def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
@@ -125,7 +147,7 @@ def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
         kl_div(double, double, backend="triton")
     assert str(raised.value) == (
         "backend='triton' cannot serve this kl_div call: triton: student_logits is torch.float64, and it computes in "
-        "fp32. Backends that can: composed, reference"
+        "fp32. Backends that can: composed, reference (cuda: student_logits is on cpu, and it serves NVIDIA GPUs)"
     )
     with pytest.raises(ValueError, match=r"Backends that can: reference \(triton: .*\)"):
         attend(softcap=2.0, backend="composed")

@@ -90,7 +90,8 @@ class Attention:
                 *(_optional(gradient, _view) for gradient in wanted),
                 self._runner.stream(out.device),
             )
-        return Gradients(*wanted, None)
+        query, key, value, prompt_key, prompt_value = wanted
+        return Gradients(query, key, value, prompt_key, prompt_value, None)
 
     def _splits(self, problem: AttentionProblem) -> int:
         """Blocks that share the rows of a tile of a prompt's keys: more than one where tiles leave processors idle."""
