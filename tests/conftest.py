@@ -12,18 +12,21 @@ import torch
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES
-from softprompt_kernels.kernels.cuda.native import HOST
+from softprompt_kernels.kernels.cuda.native import DEVICE, HOST
 from softprompt_kernels.kernels.triton import runtime as triton
 from softprompt_kernels.ops import prompt_attention
 
 BACKENDS = ("reference", "composed", "cpu", "triton", "simt")
-FP32_BACKENDS = ("cpu", "triton", "simt")
+FP32_BACKENDS = ("cpu", "triton", "simt", "cuda")
+CUDA_KERNELS = ("simt", "cuda")  # on the host, and on a GPU
 GPU = "triton on a GPU"
+CUDA_GPU = "cuda on a GPU"
+ON_A_GPU = {GPU: "triton", CUDA_GPU: "cuda"}
 _REFUSED = (
     "backend='triton' cannot serve.*("
     "which Triton's interpreter computes wrongly|is 256 in float32, and it serves up to 128 there)"
 )
-_REFUSED_BY_SIMT = "backend='simt' cannot serve this prompt_attention"  # fp32, sinks, packed sequences: Triton's
+_REFUSED_BY_CUDA = "backend='(simt|cuda)' cannot serve this prompt_attention"  # sinks, packed sequences: Triton's
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,7 +36,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         return (yield)
     except Exception as error:  # opcheck wraps them
         reason = str(error)
-        if (triton.interpreting() and re.search(_REFUSED, reason)) or _REFUSED_BY_SIMT in reason:
+        if (triton.interpreting() and re.search(_REFUSED, reason)) or re.search(_REFUSED_BY_CUDA, reason):
             pytest.skip(reason)
         raise
 
@@ -45,7 +48,7 @@ class Precision(NamedTuple):
     tolerance: float
 
 
-@pytest.fixture(params=[*BACKENDS, pytest.param(GPU, marks=pytest.mark.gpu)])
+@pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The backends that run here: in Triton's interpreter, which is a process of its own, that one alone."""
     name = request.param
@@ -57,22 +60,24 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("the triton backend: set TRITON_INTERPRET=1 to run it on a CPU, in a process of its own")
     if name in ("triton", GPU) and triton.missing():
         pytest.skip(f"the triton backend: {triton.missing()}")
-    if name == GPU and not torch.cuda.is_available():
+    if name in ON_A_GPU and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda finds none")
+    if name == CUDA_GPU and DEVICE.missing():
+        pytest.skip(f"the cuda backend: {DEVICE.missing()}")
     if name != "triton" and triton.interpreting():
         pytest.skip("tested without TRITON_INTERPRET")
     if name == "simt":
         HOST.module().seed(int(os.environ.get("SOFTPROMPT_SIMT_SEED", "0")))
-        if hasattr(request.module, "prompt_attention"):
-            request.getfixturevalue("monkeypatch").setattr(request.module, "prompt_attention", _padded_attention)
+    if name in ("simt", CUDA_GPU) and hasattr(request.module, "prompt_attention"):
+        request.getfixturevalue("monkeypatch").setattr(request.module, "prompt_attention", _padded_attention)
     torch.manual_seed(0)
-    with torch.device("cuda") if name == GPU else nullcontext():  # where a test makes its tensors
-        yield "triton" if name == GPU else name
+    with torch.device("cuda") if name in ON_A_GPU else nullcontext():  # where a test makes its tensors
+        yield ON_A_GPU.get(name, name)
 
 
 def _padded_attention(query, key, value, prompt_key, prompt_value, *, backend, scale=None, **options):
     """prompt_attention for tests of CUDA's kernels: heads padded to what they serve, and fp32 rounded to fp16."""
-    if backend != "simt" or not torch.is_tensor(query) or query.dtype not in (torch.float32, torch.float16):
+    if backend not in CUDA_KERNELS or not torch.is_tensor(query) or query.dtype not in (torch.float32, torch.float16):
         return prompt_attention(query, key, value, prompt_key, prompt_value, backend=backend, scale=scale, **options)
     size, value_size = query.shape[3], value.shape[3]
     if query.dtype == torch.float16 and size == value_size and size in HEAD_SIZES:
@@ -90,7 +95,7 @@ def _padded_attention(query, key, value, prompt_key, prompt_value, *, backend, s
 
 @pytest.fixture
 def precision(backend: str, request: pytest.FixtureRequest) -> Precision:
-    if backend == "simt" and hasattr(request.module, "prompt_attention"):
+    if backend in CUDA_KERNELS and hasattr(request.module, "prompt_attention"):
         return Precision(torch.float16, 4e-3)
     return Precision(torch.float32, 2e-5) if backend in FP32_BACKENDS else Precision(torch.float64, 1e-10)
 

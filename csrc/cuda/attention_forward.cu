@@ -81,16 +81,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const KeyTiles<kBlockN> tiles(problem, sequence, rows);
   const Scoring scoring(problem);
   const int count = tiles.count();
-  const auto copy = [&](int index) {
+  const auto copy = [&](int index, int stage) {
     const auto one = tiles[index];
-    tiles.copy(shared.key[index % 2], one, problem.prompt_key, problem.key);
-    tiles.copy(shared.value[index % 2], one, problem.prompt_value, problem.value);
+    tiles.copy(shared.key[stage], one, problem.prompt_key, problem.key);
+    tiles.copy(shared.value[stage], one, problem.prompt_value, problem.value);
     arch::commit_copies();
   };
 
   shared.query.copy_async([&](int r) -> const T* { return rows.pointer<const T>(problem.query, r); });
   arch::commit_copies();
-  if (count > 0) copy(0);
+  if (count > 0) copy(0, 0);
   count > 0 ? arch::wait_for_copies<1>() : arch::wait_for_copies<0>();
   __syncthreads();
   uint32_t query[kD / 16][4];
@@ -99,15 +99,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 
   SoftmaxState state;
   Sums<kD / 8> out = {};
-  for (int index = 0; index < count; ++index) {
-    if (index + 1 < count) {
-      copy(index + 1);
-      arch::wait_for_copies<1>();
-    } else {
-      arch::wait_for_copies<0>();
-    }
-    __syncthreads();
-    const auto& key = shared.key[index % 2];
+  for_each_tile(count, copy, [&](int index, int stage) {
+    const auto& key = shared.key[stage];
     Sums<kBlockN / 8> scores = {};
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
@@ -128,9 +121,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       out[n][2] *= factors.y;
       out[n][3] *= factors.y;
     }
-    add_weighted<T>(out, scores, shared.value[index % 2]);
-    __syncthreads();  // or the copies after the next would overwrite what others still read
-  }
+    add_weighted<T>(out, scores, shared.value[stage]);
+  });
 
   state.finish();
   if (lane % 4 == 0) {

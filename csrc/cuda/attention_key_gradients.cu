@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       shared.value.copy_async([&](int r) -> const T* { return r < tiles.keys ? value + r * values.token : nullptr; });
     }
     const auto rows_of = [&](int index) {
-      return Rows{member, block.kv_head, tiles.begin + index * kBlockM, tiles.end, problem.group};
+      const int first = tiles.begin + (turn + index * block.parts) * kBlockM;
+      return Rows{member, block.kv_head, first, tiles.end, problem.group};
     };
     const auto copy = [&](int index, int stage) {
       const Rows rows = rows_of(index);
@@ -129,16 +130,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       }
     };
 
-    int stage = 0;
-    copy(turn, stage);
-    for (int index = turn; index < tiles.count; index += block.parts, stage ^= 1) {
-      if (index + block.parts < tiles.count) {
-        copy(index + block.parts, stage ^ 1);
-        arch::wait_for_copies<1>();
-      } else {
-        arch::wait_for_copies<0>();
-      }
-      __syncthreads();
+    copy(0, 0);
+    for_each_tile((tiles.count - turn + block.parts - 1) / block.parts, copy, [&](int index, int stage) {
       const Rows rows = rows_of(index);
       Sums<kBlockM / 8> weights = {}, by_scores = {};
       add_scores<T>(weights, shared.key, row, shared.query[stage]);
@@ -163,8 +156,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       }
       if (need_value) add_weighted<T>(grad_value, weights, shared.grad_out[stage]);
       if (need_key) add_weighted<T>(grad_key, by_scores, shared.query[stage]);
-      __syncthreads();
-    }
+    });
   }
 
   // Keys that exist in the tensor are all written, those that nobody sees with zeros.

@@ -32,7 +32,8 @@ __device__ __forceinline__ void write_delta(const AttentionProblem& problem, con
   float sum = 0;
   if (out != nullptr) {
     for (int i = 0; i < kD / 16; ++i) {
-      const int chunk = half * (kD / 16) + i;
+      // The halves of a row are half the banks apart.
+      const int chunk = half * (kD / 16) + (kD == 128 ? i + 4 * half : i) % (kD / 16);
       const uint4 left = *reinterpret_cast<const uint4*>(out + chunk * 8);
       const uint4 right = *reinterpret_cast<const uint4*>(grad_out.at(row, chunk));
       const uint32_t lefts[4] = {left.x, left.y, left.z, left.w}, rights[4] = {right.x, right.y, right.z, right.w};
@@ -62,17 +63,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const KeyTiles<kBlockN> tiles(problem, sequence, rows);
   const Scoring scoring(problem);
   const int count = backward.gradients.query.data != nullptr ? tiles.count() : 0;
-  const auto copy = [&](int index) {
+  const auto copy = [&](int index, int stage) {
     const auto one = tiles[index];
-    tiles.copy(shared.key[index % 2], one, problem.prompt_key, problem.key);
-    tiles.copy(shared.value[index % 2], one, problem.prompt_value, problem.value);
+    tiles.copy(shared.key[stage], one, problem.prompt_key, problem.key);
+    tiles.copy(shared.value[stage], one, problem.prompt_value, problem.value);
     arch::commit_copies();
   };
 
   shared.query.copy_async([&](int r) -> const T* { return rows.pointer<const T>(problem.query, r); });
   shared.grad_out.copy_async([&](int r) -> const T* { return rows.pointer<const T>(backward.grad_out, r); });
   arch::commit_copies();
-  if (count > 0) copy(0);
+  if (count > 0) copy(0, 0);
   count > 0 ? arch::wait_for_copies<1>() : arch::wait_for_copies<0>();
   __syncthreads();
   write_delta(problem, backward, rows, shared.grad_out);
@@ -94,18 +95,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   }
 
   Sums<kD / 8> gradient = {};
-  for (int index = 0; index < count; ++index) {
-    if (index + 1 < count) {
-      copy(index + 1);
-      arch::wait_for_copies<1>();
-    } else {
-      arch::wait_for_copies<0>();
-    }
-    __syncthreads();
+  for_each_tile(count, copy, [&](int index, int stage) {
     Sums<kBlockN / 8> scores = {}, by_weights = {};
-    add_scores<T>(scores, shared.query, row, shared.key[index % 2]);
+    add_scores<T>(scores, shared.query, row, shared.key[stage]);
     tiles.score(scores, tiles[index], scoring, row);
-    add_scores<T>(by_weights, shared.grad_out, row, shared.value[index % 2]);
+    add_scores<T>(by_weights, shared.grad_out, row, shared.value[stage]);
 #pragma unroll
     for (int j = 0; j < kBlockN / 8; ++j) {
 #pragma unroll
@@ -114,9 +108,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         scores[j][i] = weight * (by_weights[j][i] - delta[i / 2]) * scoring.slope(scores[j][i]);
       }
     }
-    add_weighted<T>(gradient, scores, shared.key[index % 2]);
-    __syncthreads();
-  }
+    add_weighted<T>(gradient, scores, shared.key[stage]);
+  });
   store_rows<T>(gradient, problem.scale, problem.scale, shared.query, row,
                 [&](int r) -> T* { return rows.pointer<T>(backward.gradients.query, r); });
 }

@@ -55,6 +55,23 @@ struct alignas(128) Tile {
   }
 };
 
+// Works on tiles 0 to count - 1, each while the next is on its way to the other of two stages. `copy(index, stage)` starts
+// a tile's copies and makes a group of them; that of the first tile has been called.
+template <class Copy, class Work>
+__device__ __forceinline__ void for_each_tile(int count, const Copy& copy, const Work& work) {
+  for (int index = 0; index < count; ++index) {
+    if (index + 1 < count) {
+      copy(index + 1, (index + 1) % 2);
+      arch::wait_for_copies<1>();
+    } else {
+      arch::wait_for_copies<0>();
+    }
+    __syncthreads();
+    work(index, index % 2);
+    __syncthreads();  // or the copies after the next would overwrite what others still read
+  }
+}
+
 // A warp's sums [16, 8 kTiles]: lane 4 g + t has columns 8 j + 2 t and the next of rows g and g + 8.
 template <int kTiles>
 using Sums = float[kTiles][4];

@@ -22,17 +22,17 @@ LOSSES = ("tests/kernels/test_cuda_kl.py", "-k", "dtypes or lengths or anywhere"
 
 MUTANTS = (
     Mutant(
-        "forward: a barrier is dropped, and copies overwrite what others still read",
-        "attention_forward.cu",
+        "tiles: a barrier is dropped, and copies overwrite what others still read",
+        "attention_tile.cuh",
         "    __syncthreads();  // or the copies after the next would overwrite what others still read\n",
         "",
         TILES,
     ),
     Mutant(
-        "forward: waits for one group of copies too few",
-        "attention_forward.cu",
-        "      copy(index + 1);\n      arch::wait_for_copies<1>();",
-        "      copy(index + 1);\n      arch::wait_for_copies<2>();",
+        "tiles: waits for one group of copies too few",
+        "attention_tile.cuh",
+        "arch::wait_for_copies<1>();",
+        "arch::wait_for_copies<2>();",
         TILES,
     ),
     Mutant(
