@@ -55,12 +55,12 @@ __device__ __forceinline__ Range keys_seen(const AttentionProblem& problem, cons
   return range;
 }
 
-// The queries that see some of the keys at positions [first, last].
+// The queries that see some of the keys at positions [first, last]; within [0, M], so that rows can be counted from them.
 __device__ __forceinline__ Range queries_seeing(const AttentionProblem& problem, const Sequence& sequence, int first,
                                                 int last) {
   Range range = {0, problem.queries};
-  if (problem.causal) range.begin = max(range.begin, first - sequence.offset);
-  if (problem.window != 0) range.end = min(range.end, last + problem.window - sequence.offset);
+  if (problem.causal) range.begin = min(max(0, first - sequence.offset), problem.queries);
+  if (problem.window != 0) range.end = max(0, min(problem.queries, last + problem.window - sequence.offset));
   return range;
 }
 

@@ -95,7 +95,8 @@ const char* verb(Access access) {
     const ptrdiff_t apart = at < buffer.begin ? buffer.begin - at : at - buffer.end;
     if (nearest == nullptr || apart < distance) nearest = &buffer, distance = apart;
   }
-  if (block().shared_bytes > 0 && beyond_shared >= 0 && (nearest == nullptr || beyond_shared < distance)) {
+  const bool near = beyond_shared >= 0 && beyond_shared < 1 << 16;
+  if (block().shared_bytes > 0 && near && (nearest == nullptr || beyond_shared < distance)) {
     fail(place, "%s %zu bytes, %td beyond the end of the block's %zu bytes of shared memory", verb(access), bytes,
          beyond_shared, block().shared_bytes);
   }

@@ -116,7 +116,11 @@ ERRORS = [
     ({"weights": torch.ones(6, requires_grad=True)}, ValueError, "weights must not require a gradient"),
     ({"weights": [1] * 6}, TypeError, "weights must be None or a tensor; got list"),
     ({"valid_vocab": 51}, ValueError, "valid_vocab must be None or in [1, 50]; got 51"),
-    ({"backend": "fast"}, ValueError, "backend must be None or one of composed, cpu, reference, triton; got 'fast'"),
+    (
+        {"backend": "fast"},
+        ValueError,
+        "backend must be None or one of composed, cpu, cuda, reference, simt, triton; got 'fast'",
+    ),
 ]
 
 

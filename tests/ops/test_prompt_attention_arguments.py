@@ -34,7 +34,11 @@ CASES = [
     ({"softcap": -1.0}, ValueError, "softcap must be None or a finite number above 0; got -1.0"),
     ({"scale": float("nan")}, ValueError, "scale must be None or finite; got nan"),
     ({"sinks": torch.zeros(2)}, ValueError, "sinks must have shape [Hq] = [4]; got [2]"),
-    ({"backend": "fast"}, ValueError, "backend must be None or one of composed, cpu, reference, triton; got 'fast'"),
+    (
+        {"backend": "fast"},
+        ValueError,
+        "backend must be None or one of composed, cpu, cuda, reference, simt, triton; got 'fast'",
+    ),
 ]
 
 

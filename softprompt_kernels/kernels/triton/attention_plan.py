@@ -49,7 +49,7 @@ def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[T
         batch, heads, queries, size = out.shape
         parts = out.new_empty(variant.splits * batch, heads, queries, size, dtype=torch.float32)
         outputs = parts, lse.new_empty(variant.splits, *lse.shape)
-        merge = [_merge(problem, outputs[0], outputs[1], out, lse, variant)]
+        merge = [_merge(problem, outputs[0], outputs[1], out, lse, variant, target)]
     launch = Launch(
         forward_kernel,
         (count, kv_heads, variant.splits),
@@ -218,9 +218,16 @@ def _row_splits(problem: AttentionProblem, target: Target, variant: Variant, own
 
 
 def _merge(
-    problem: AttentionProblem, out_parts: Tensor, lse_parts: Tensor, out: Tensor, lse: Tensor, variant: Variant
+    problem: AttentionProblem,
+    out_parts: Tensor,
+    lse_parts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    variant: Variant,
+    target: Target,
 ) -> Launch:
     block = 16
+    registers = 255 if target.backend == "cuda" else None  # the assembler, left to itself, spills on sm_120
     return Launch(
         merge_kernel,
         (ceil_div(lse.numel(), block),),
@@ -235,7 +242,7 @@ def _merge(
             "heads": lse.shape[1],
         },
         {"SPLITS": variant.splits, "SIZE": variant.value_size, "BLOCK_M": block, "BLOCK_D": variant.block_dv},
-        Options(4, 1, 255),  # the assembler, left to itself, spills on sm_120
+        Options(4, 1, registers),
     )
 
 
