@@ -2,9 +2,9 @@
 # make test   install what tests need, lint, type-check, test; then the Triton kernels, in Triton's interpreter
 # make bench  time and memory of the ops and of a training step, against their floors and other ways of writing them;
 #             a quarter of an hour on two cores. BENCH="-k attention" and the like measures a part
-# make compile  compile every GPU kernel for every GPU it is configured for, which needs none, and check the code; half an
-#             hour
-# make counters  count bytes, FLOP and memory of the GPU kernels, in Triton's interpreter, against floors and other
+# make compile  compile every Triton kernel for every GPU it is configured for, which needs none, and check the code; a
+#             quarter of an hour
+# make counters  count bytes, FLOP and memory of the Triton kernels, in their interpreter, against floors and other
 #             packages
 # make gpu    on a machine with a GPU: the tests of the ops on it, and their times against other ways
 # make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)

@@ -57,9 +57,9 @@ __device__ __forceinline__ KeyBlock key_block(const AttentionProblem& problem, c
 // Tiles of rows of one sequence that see a block's keys.
 template <int kBlockM>
 struct RowTiles {
-  int begin, end;                // rows
-  int first_key, last_key;       // positions of the block's keys that exist
-  int keys;                      // of the block that exist
+  int begin, end;           // rows
+  int first_key, last_key;  // positions of the block's keys that exist
+  int keys;                 // of the block that exist
   int count;
 
   __device__ __forceinline__ RowTiles(const AttentionProblem& problem, const KeyBlock& block, const Sequence& sequence) {

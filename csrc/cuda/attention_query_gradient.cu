@@ -110,6 +110,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     }
     add_weighted<T>(gradient, scores, shared.key[stage]);
   });
+  // Rows that see no key have no gradient, though their dO, O and dlse may be NaN, which a weight of 0 does not remove.
+#pragma unroll
+  for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gradient[n][i] = lse[i / 2] == kNowhere ? 0.0f : gradient[n][i];
+  }
   store_rows<T>(gradient, problem.scale, problem.scale, shared.query, row,
                 [&](int r) -> T* { return rows.pointer<T>(backward.gradients.query, r); });
 }

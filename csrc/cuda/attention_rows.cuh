@@ -49,7 +49,7 @@ class KeyTiles {
     bool own;
     int first, end;  // its first key, and where those that exist and are seen end
     int position;    // of its first key
-    bool whole;          // all rows see all its keys
+    bool whole;      // all rows see all its keys
   };
 
   __device__ __forceinline__ One operator[](int index) const {

@@ -1,20 +1,34 @@
 """The CUDA attention kernels, run on the host by csrc/simt: against float64, PyTorch's own error, and their costs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from softprompt_kernels.kernels.cuda import attention
+from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, token_major
+from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES, Attention
 from softprompt_kernels.kernels.cuda.native import HOST
-from softprompt_kernels.ops import prompt_attention
+from softprompt_kernels.kernels.reference import attention as reference
+from softprompt_kernels.kernels.reference.visibility import visibility
 
 pytestmark = pytest.mark.skipif(HOST.missing() is not None, reason=f"the simt backend: {HOST.missing()}")
+
+KERNELS = Attention(HOST)
 TENSORS = ("query", "key", "value", "prompt_key", "prompt_value")
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ALL = Needs(True, True, True, True, True, False)
+TILE = 64  # rows of a block, and keys that the forward takes at a time
+RULES = {
+    "full": {"causal": False},
+    "causal": {},
+    "window": {"window": 41},
+    "softcap": {"softcap": 2.0},
+    "window and softcap": {"window": 41, "softcap": 2.0},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,169 +37,207 @@ def _seed():
     HOST.module().seed(0)
 
 
-def tensors(batch=2, heads=4, kv_heads=2, queries=5, own=None, rows=1, prompt=3, size=64):
+def make(dtype=torch.float16, batch=2, group=2, kv_heads=2, queries=5, own=None, rows=1, prompt=3, size=64, **options):
+    """A problem of random numbers; causal unless `options` say otherwise."""
     own = queries if own is None else own
-    shapes = [(batch, heads, queries, size), *[(batch, kv_heads, own, size)] * 2, *[(rows, kv_heads, prompt, size)] * 2]
-    return {name: torch.randn(shape) for name, shape in zip(TENSORS, shapes, strict=True)}
+    shapes = [
+        (batch, kv_heads * group, queries, size),
+        *[(batch, kv_heads, own, size)] * 2,
+        *[(rows, kv_heads, prompt, size)] * 2,
+    ]
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in zip(TENSORS, shapes, strict=True)}
+    names = ("prompt_index", "prompt_lengths", "key_lengths", "cu_seqlens", "sinks", "window", "softcap")
+    defaults = {**dict.fromkeys(names), "causal": True, "scale": size**-0.5}
+    return AttentionProblem(**tensors, **{**defaults, **options})
 
 
-def run(given: dict[str, Tensor], dtype, backend, **options) -> dict[str, Tensor]:
-    """out, lse and the gradients, by those of both, which are drawn from a seed."""
-    leaves = {name: given[name].detach().to(dtype).requires_grad_() for name in TENSORS}
-    out, lse = prompt_attention(**leaves, **options, return_lse=True, backend=backend)
+def exactly(problem: AttentionProblem) -> AttentionProblem:
+    return replace(problem, **{name: getattr(problem, name).double() for name in TENSORS})
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str) -> None:
+    """Within a few roundings of the largest number."""
+    assert torch.equal(found == -torch.inf, wanted == -torch.inf), name
+    found, wanted = (torch.where(t == -torch.inf, 0, t.double()) for t in (found, wanted))
+    largest = wanted.abs().max().clamp_min(1) if wanted.numel() else 1
+    error = (found - wanted).abs()
+    assert not error.isnan().any() and (error <= 6 * ROUNDING[dtype] * largest).all(), (name, error.max())
+
+
+def check(problem: AttentionProblem, poison: bool = False) -> None:
+    """Forward and backward against float64.
+
+    With `poison` all that a result must not depend on is NaN: padding keys, and what belongs to rows without a key.
+    """
+    dtype, exact = problem.query.dtype, exactly(problem)
+    assert KERNELS.unsupported(problem) is None
+    wanted_out, wanted_lse = reference.forward(exact)
     draw = torch.Generator().manual_seed(1)
-    grad_out, grad_lse = torch.randn(out.shape, generator=draw), torch.randn(lse.shape, generator=draw)
-    loss = (out * grad_out.to(out.dtype)).sum() + torch.where(lse == -torch.inf, 0, lse * grad_lse).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    named = {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
-    return {"out": out.detach(), "lse": lse.detach(), **named}
-
-
-def check(given: dict[str, Tensor], dtype=torch.float16, **options) -> None:
-    """Within a few roundings of the largest number of each result."""
-    given = {name: tensor.to(dtype) for name, tensor in given.items()}
-    exact, found = run(given, torch.float64, "reference", **options), run(given, dtype, "simt", **options)
-    for name, wanted in exact.items():
-        assert torch.equal(found[name] == -torch.inf, wanted == -torch.inf), name
-        seen = torch.where(wanted == -torch.inf, 0, wanted)
-        error = (torch.where(wanted == -torch.inf, 0, found[name].double()) - seen).abs()
-        scale = seen.abs().max().clamp_min(1) if seen.numel() else 1
-        assert not error.isnan().any() and (error <= 6 * ROUNDING[dtype] * scale).all(), (name, error.max(), scale)
+    grad_out = torch.randn(wanted_out.shape, generator=draw).to(dtype)
+    grad_lse = torch.where(wanted_lse == -torch.inf, 0, torch.randn(wanted_lse.shape, generator=draw))
+    wanted = reference.backward(exact, wanted_out, wanted_lse, grad_out.double(), grad_lse.double(), ALL)
+    if poison:
+        unseen = wanted_lse == -torch.inf  # [B, Hq, M]
+        absent = ~visibility(problem).key_exists[:, problem.prompt_key.shape[2] :]  # [B, N]
+        tokens = torch.arange(problem.prompt_key.shape[2])
+        lengths = problem.prompt_lengths
+        beyond = torch.zeros(1, 1, dtype=torch.bool) if lengths is None else tokens >= lengths[:, None]  # [R, P]
+        nan = torch.nan
+        problem = replace(
+            problem,
+            query=problem.query.masked_fill(unseen[..., None], nan),
+            **{n: getattr(problem, n).masked_fill(absent[:, None, :, None], nan) for n in TENSORS[1:3]},
+            **{n: getattr(problem, n).masked_fill(beyond[:, None, :, None], nan) for n in TENSORS[3:]},
+        )
+        grad_out = grad_out.masked_fill(unseen[..., None], nan)
+        grad_lse = grad_lse.masked_fill(unseen, nan)
+    out, lse = KERNELS.forward(problem)
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
+    close(out, wanted_out, dtype, "out")
+    close(lse, wanted_lse, dtype, "lse")
+    assert not out[wanted_lse == -torch.inf].any()
+    found = KERNELS.backward(problem, out, lse, token_major(grad_out), grad_lse, ALL)
+    for name, mine, theirs in zip(Gradients._fields, found[:5], wanted[:5], strict=False):
+        close(mine, theirs, dtype, f"d{name}")
 
 
 # --- against float64 --------------------------------------------------------------------------------------------------
 
 
-def any_problem(seed: int):
-    """A problem with arguments of every kind, and sizes that are no multiples of a tile."""
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_heads_groups_and_rules(dtype, size, group, rules):
+    """Sizes that are no multiples of a tile, and at least 3 tiles of keys; a bank of ragged prompts."""
+    ragged = {
+        "prompt_index": torch.tensor([1, 0]),
+        "prompt_lengths": torch.tensor([75, 33]),
+        "key_lengths": torch.tensor([67, 90]),
+    }
+    check(make(dtype, 2, group, 1, 29, 90, 2, 75, size, **ragged, **RULES[rules]))
+
+
+def any_problem(seed: int) -> AttentionProblem:
+    """Arguments of every kind, empty prompts, sequences and rows among them."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    kv_heads, group, batch = draw.choice((1, 2)), draw.choice((1, 3, 7)), draw.choice((1, 2, 3))
-    own, prompt = draw.choice((0, 1, 17, 70, 150)), draw.choice((0, 1, 40, 64, 130))
-    queries = draw.choice((1, max(1, own), max(1, own // 2), own + 3))
-    rows, options = draw.choice((1, 1, 2, 3)), {}
-    if draw.random() < 0.4:
+    batch, own, prompt = draw.choice((1, 2, 3)), draw.choice((0, 1, 17, 70, 150)), draw.choice((0, 1, 40, 64, 130))
+    queries, rows = draw.choice((1, max(1, own), max(1, own // 2), own + 3)), draw.choice((1, 1, 2, 3))
+    options = {"causal": draw.random() < 0.7}
+    if draw.random() < 0.5:
         options["key_lengths"] = torch.randint(0, own + 1, (batch,))
     if rows not in (1, batch) or draw.random() < 0.4:
         options["prompt_index"] = torch.randint(0, rows, (batch,))
-    if draw.random() < 0.4:
+    if draw.random() < 0.5:
         options["prompt_lengths"] = torch.randint(0, prompt + 1, (rows,))
     if draw.random() < 0.4:
-        options["window"] = draw.choice((1, 20, 90))
+        options |= {"window": draw.choice((1, 20, 90)), "causal": True}
     if draw.random() < 0.4:
         options["softcap"] = 5.0
-    given = tensors(batch, kv_heads * group, kv_heads, queries, own, rows, prompt, draw.choice((64, 96, 128)))
-    return given, {"causal": draw.random() < 0.7, **options}
+    group, kv_heads, size = draw.choice((1, 3, 7)), draw.choice((1, 2)), draw.choice(HEAD_SIZES)
+    return make(DTYPES[seed % 2], batch, group, kv_heads, queries, own, rows, prompt, size, **options)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_problems_of_every_kind_under_schedules_of_every_kind(seed):
+@pytest.mark.parametrize("seed", range(40))
+def test_problems_of_every_kind_with_nan_in_all_that_does_not_count(seed):
     HOST.module().seed(seed)
-    given, options = any_problem(seed)
-    check(given, DTYPES[seed % 2], **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", attention.HEAD_SIZES)
-@pytest.mark.parametrize("schedule", range(3))
-def test_four_tiles_of_each_kind(size, dtype, schedule):
-    """Each of the two buffers is filled anew, and the rows of the prompt's keys are shared by several blocks."""
-    HOST.module().seed(schedule)
-    check(tensors(2, 3, 1, queries=90, own=210, prompt=220, size=size), dtype)
+    check(any_problem(seed), poison=True)
 
 
 @pytest.mark.parametrize("keys", [63, 64, 65])
 def test_ends_of_tiles(keys):
-    check(tensors(2, 3, 1, queries=keys, prompt=129 - keys))
-    check(tensors(1, 2, 2, queries=keys, own=keys + 1, prompt=keys), window=33)
+    check(make(queries=keys, prompt=129 - keys, group=3, kv_heads=1))
+    check(make(batch=1, queries=keys, own=keys + 1, prompt=keys, window=33))
+
+
+@pytest.mark.parametrize("ahead", [61, 62, 63, 64])
+def test_a_tile_pays_no_mask_only_if_its_last_key_is_not_after_the_first_row(ahead):
+    """The first query stands at own key `ahead`, and the first tile of own keys ends with key 63."""
+    check(make(queries=70, own=70 + ahead, prompt=10, group=1))
+    check(make(queries=70, own=70 + ahead, prompt=10, group=1, window=63))
+
+
+@pytest.mark.parametrize("window", [126, 127, 128])
+def test_a_tile_pays_no_mask_only_if_the_last_row_sees_its_first_key(window):
+    """The last of the first 64 rows stands 127 after the first own key, whose tile no query is before."""
+    check(make(queries=70, own=134, prompt=10, group=1, window=window))
+
+
+@pytest.mark.parametrize(
+    ("queries", "own", "prompt", "without_key"),
+    [(5, 5, 0, 0), (3, 0, 4, 0), (1, 90, 70, 0), (9, 4, 0, 5), (2, 0, 0, 2)],
+)
+def test_nothing_of_a_kind_one_query_and_rows_without_a_key(queries, own, prompt, without_key):
+    problem = make(queries=queries, own=own, prompt=prompt)
+    check(problem, poison=True)
+    out, lse = KERNELS.forward(problem)
+    assert not out[:, :, :without_key].any() and (lse[:, :, :without_key] == -torch.inf).all()
+    assert (lse[:, :, without_key:] != -torch.inf).all()
 
 
 def test_views_of_packed_projections_are_read_where_they_lie():
     packed = torch.randn(2, 20, 3 * 4, 64).half()
     query, key, value = (t.transpose(1, 2) for t in packed.split(4, 2))
-    prompt = torch.randn(1, 4, 7, 64).half()
-    views = prompt_attention(query, key, value, prompt, prompt, backend="simt")
-    copies = prompt_attention(*(t.contiguous() for t in (query, key, value)), prompt, prompt, backend="simt")
-    assert torch.equal(views, copies)
+    problem = replace(make(group=1, kv_heads=4, queries=20, prompt=7), query=query, key=key, value=value)
+    assert not query.is_contiguous() and KERNELS.unsupported(problem) is None
+    copies = replace(problem, query=query.contiguous(), key=key.contiguous(), value=value.contiguous())
+    for mine, theirs in zip(KERNELS.forward(problem), KERNELS.forward(copies), strict=True):
+        assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_schedules_change_no_bit(size):
+    problem = make(torch.bfloat16, 2, 3, 1, 50, 150, 1, 140, size)
+    results = []
+    for seed in range(5):
+        HOST.module().seed(seed)
+        out, lse = KERNELS.forward(problem)
+        results.append((out, lse, *KERNELS.backward(problem, out, lse, token_major(out), lse, ALL)[:5]))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_are_no_larger_than_those_of_pytorch(dtype):
-    """Root mean squares: forward at most 2 times, gradients 3 times that of the same attention by PyTorch."""
-    given = {name: t.to(dtype) for name, t in tensors(2, 4, 2, queries=80, prompt=60).items()}
-    exact, found = run(given, torch.float64, "reference"), run(given, dtype, "simt")
-    query, key, value, prompt_key, prompt_value = leaves = [given[name].clone().requires_grad_() for name in TENSORS]
+def test_errors_are_at_most_twice_those_of_pytorch(dtype, size):
+    """Root mean square of out's error against float64, of the same attention by PyTorch in the same dtype."""
+    problem = make(dtype, 2, 2, 2, 80, 80, 1, 60, size)
     keys, values = (
         torch.cat([p.expand(2, -1, -1, -1), t], 2).repeat_interleave(2, 1)
-        for p, t in ((prompt_key, key), (prompt_value, value))
+        for p, t in ((problem.prompt_key, problem.key), (problem.prompt_value, problem.value))
     )
-    mask = torch.ones(80, 140, dtype=torch.bool).tril(60)
-    out = scaled_dot_product_attention(query, keys, values, mask)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    theirs = torch.autograd.grad(out, leaves, grad_out)
-    exact_without_lse = run_without_lse(given, torch.float64, "reference")
-    ours = run_without_lse(given, dtype, "simt")
+    theirs = scaled_dot_product_attention(problem.query, keys, values, torch.ones(80, 140, dtype=torch.bool).tril(60))
+    exact = reference.forward(exactly(problem))[0]
 
-    def error(actual, wanted):
-        return (actual.double() - wanted).square().mean().sqrt().item()
+    def error(out: Tensor) -> float:
+        return (out.double() - exact).square().mean().sqrt().item()
 
-    assert error(found["out"], exact["out"]) <= 2 * error(out, exact["out"])
-    for mine, their, wanted in zip(ours, theirs, exact_without_lse, strict=True):
-        assert error(mine, wanted) <= 3 * error(their, wanted)
-
-
-def run_without_lse(given, dtype, backend):
-    leaves = [given[name].detach().to(dtype).requires_grad_() for name in TENSORS]
-    out = prompt_attention(*leaves, backend=backend)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(given["query"].dtype)
-    return torch.autograd.grad(out, leaves, grad_out.to(dtype))
-
-
-@pytest.mark.parametrize("needed", [("query",), ("key",), ("prompt_value",), ("prompt_key", "value"), TENSORS[:3]])
-def test_gradients_that_are_wanted_are_those_of_all_and_runs_repeat_bit_for_bit(needed):
-    given = {name: t.half() for name, t in tensors(2, 4, 2, queries=70, prompt=80).items()}
-    every = run(given, torch.float16, "simt")
-    leaves = {name: given[name].detach().clone().requires_grad_(name in needed) for name in TENSORS}
-    HOST.module().seed(7)
-    out, lse = prompt_attention(**leaves, return_lse=True, backend="simt")
-    draw = torch.Generator().manual_seed(1)
-    grad_out, grad_lse = torch.randn(out.shape, generator=draw), torch.randn(lse.shape, generator=draw)
-    loss = (out * grad_out.half()).sum() + (lse * grad_lse).sum()
-    for name, gradient in zip(needed, torch.autograd.grad(loss, [leaves[n] for n in needed]), strict=True):
-        assert torch.equal(gradient, every[f"d{name}"])
-
-
-def test_a_prompt_gradient_is_summed_over_the_batch_in_fp32():
-    """32 sequences, and an error near that of rounding the result alone; sums in bf16 would have 8 times that.
-
-    What is beyond it comes of weights that are rounded to 16 bits for the products, as everywhere on tensor cores.
-    """
-    given = {name: t.bfloat16() for name, t in tensors(32, 2, 1, queries=4, prompt=5).items()}
-    exact, found = run_without_lse(given, torch.float64, "reference"), run_without_lse(given, torch.bfloat16, "simt")
-    for wanted, actual in zip(exact[3:], found[3:], strict=True):
-        rounding = (wanted.bfloat16().double() - wanted).square().mean().sqrt()
-        assert (actual.double() - wanted).square().mean().sqrt() <= 1.7 * rounding
+    assert error(KERNELS.forward(problem)[0]) <= 2 * error(theirs)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same numbers, 2 bytes off a multiple of 16."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("problem", "reason"),
     [
-        ({"dtype": torch.float32}, "query is torch.float32, and its products are of torch.bfloat16 and torch.float16"),
-        ({"size": 80}, "the head sizes of query and value are 80 and 80, and it serves 64, 96, 128"),
-        ({"sinks": torch.zeros(4).half()}, "sinks is given, and it serves none"),
-        ({"offset": 1}, "rows of query do not begin at multiples of 16 bytes"),
+        (make(torch.float32), "query is torch.float32"),
+        (make(size=80), "head sizes of query and value are 80 and 80"),
+        (replace(make(), value=torch.zeros(2, 2, 5, 96).half()), "head sizes of query and value are 64 and 96"),
+        (make(sinks=torch.zeros(4).half()), "sinks is given"),
+        (make(batch=1, cu_seqlens=torch.tensor([0, 5])), "cu_seqlens is given"),
+        *[(replace(make(), **{n: shifted(getattr(make(), n))}), f"rows of {n} do not begin") for n in TENSORS],
+        (replace(make(), key=torch.zeros(2, 2, 5, 65).half()[..., :64]), "rows of key do not begin"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_by_name(change, reason):
-    dtype, offset = change.pop("dtype", torch.float16), change.pop("offset", 0)
-    given = {name: t.to(dtype) for name, t in tensors(size=change.pop("size", 64)).items()}
-    if offset:
-        given["query"] = torch.zeros(given["query"].numel() + 1, dtype=dtype)[1:].view(given["query"].shape)
-    with pytest.raises(ValueError, match=reason):
-        prompt_attention(**given, **change, backend="simt")
+def test_what_it_cannot_serve_is_refused_by_name(problem, reason):
+    assert (KERNELS.unsupported(problem) or "").startswith(("the " if "head" in reason else "") + reason)
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------
@@ -200,33 +252,39 @@ def counted():
     module.count(False)
 
 
-@pytest.mark.parametrize("size", attention.HEAD_SIZES)
-def test_bytes_conflicts_and_products_of_a_forward_and_a_backward(size, counted):
-    """Floor: each tensor once, but keys and values once for each tile of 64 rows that sees them, and for the gradients
-    by keys queries and dO once for each tile of 64 keys. Tiles are whole here, so the floor is that of the mask."""
-    batch, heads, kv_heads, tokens, prompt = 2, 4, 2, 128, 64
-    given = {name: t.half() for name, t in tensors(batch, heads, kv_heads, tokens, None, 1, prompt, size).items()}
-    leaves = [given[name].requires_grad_() for name in TENSORS]
-    out = prompt_attention(*leaves, backend="simt")
-    found, row = counted(), 2 * size
-    rows_of = batch * heads * tokens
-    # Tiles of rows (of g = 2 heads a token) and their own tiles of keys: 4 of 32 tokens each, seeing 1, 1, 2 and 2.
-    key_tiles = batch * kv_heads * (4 * 1 + 1 + 1 + 2 + 2)
-    floor = rows_of * row + key_tiles * 64 * 2 * row
-    assert found["launches"] == 1
-    assert found["loaded_bytes"] <= 1.15 * floor and found["stored_bytes"] == rows_of * (row + 4)
-    conflicts = ("shared_conflicts", "matrix_conflicts", "copy_conflicts")
-    assert [found[kind] for kind in conflicts] == [0, 0, 0]
-    assert 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024  # of a multiprocessor of sm_80
-    assert found["products"] == key_tiles * 2 * (64 * 64 * size) // (16 * 8 * 16)
+def floor_bytes(problem: AttentionProblem) -> int:
+    """Least bytes loaded: query once, and once for each block of 64 rows every key and value that one of them sees.
 
-    HOST.module().reset_counters()
-    out.sum().backward()
-    found = counted()
-    row_tiles = batch * kv_heads * (4 + 2 + 4)  # that see the tile of the prompt, and the two tiles of own keys
-    keys = batch * kv_heads * tokens + kv_heads * prompt
-    floor = rows_of * 3 * row + key_tiles * 64 * 2 * row + row_tiles * 64 * 2 * row + keys * 2 * row
-    assert found["launches"] <= 3
-    assert found["most_shared_bytes"] <= 99 * 1024 and 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024
-    assert found["loaded_bytes"] <= 1.3 * floor
-    assert [found[kind] for kind in conflicts] == [0, 0, 0]
+    Row r of a sequence and key head is query r // g. So blocks share no load; what they do share, L2 may serve.
+    """
+    batch, heads, queries, size = problem.query.shape
+    visible = visibility(problem).visible.expand(batch, queries, -1).repeat_interleave(problem.group, 1)
+    keys = sum(int(tile.any(1).sum()) for tile in visible.split(TILE, 1))
+    return 2 * size * (batch * heads * queries + 2 * keys * problem.key.shape[1])
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"queries": 128, "prompt": 64},
+        {"queries": 150, "prompt": 75, "group": 3},
+        {"queries": 130, "prompt": 200, "group": 7, "kv_heads": 1, "causal": False},
+        {"batch": 1, "queries": 520, "prompt": 70, "window": 512},
+    ],
+)
+def test_bytes_conflicts_and_launches_of_a_forward(sizes, size, counted):
+    problem = make(size=size, **sizes)
+    KERNELS.forward(problem)
+    found, rows = counted(), problem.query.shape[:3].numel()
+    assert found["launches"] == 1
+    assert found["loaded_bytes"] <= 1.15 * floor_bytes(problem)
+    assert found["stored_bytes"] == rows * (2 * size + 4)
+    assert [found[kind] for kind in ("shared_conflicts", "matrix_conflicts", "copy_conflicts")] == [0, 0, 0]
+
+
+def test_products_are_those_of_tiles_that_are_seen(counted):
+    """Causal, 4 tiles of rows (64 queries each), prompt of 1 tile: 1 + (1, 2, 3, 4) tiles of keys."""
+    KERNELS.forward(make(batch=1, group=1, kv_heads=1, queries=256, prompt=64, size=64))
+    tiles = 4 * 1 + 1 + 2 + 3 + 4
+    assert counted()["products"] == tiles * 2 * (64 * 64 * 64) // (16 * 8 * 16)

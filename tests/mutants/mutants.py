@@ -14,10 +14,9 @@ class Mutant(NamedTuple):
 
 
 _ATTENTION = "tests/kernels/test_cuda_attention.py"
-TILES = (_ATTENTION, "-k", "four_tiles and 0-64")
+TILES = ("tests/kernels/test_cuda_attention_backward.py", "-k", "four_tiles and 0-64")
 KINDS = (_ATTENTION, "-k", "every_kind")
 ENDS = (_ATTENTION, "-k", "ends_of_tiles")
-REPEATS = (_ATTENTION, "-k", "bit_for_bit")
 LOSSES = ("tests/kernels/test_cuda_kl.py", "-k", "dtypes or lengths or anywhere")
 
 MUTANTS = (
@@ -128,6 +127,13 @@ MUTANTS = (
         "  __syncthreads();  // before delta, which other threads of this block have written, is read\n",
         "",
         TILES,
+    ),
+    Mutant(
+        "dQ: what is NaN in a row that sees no key spreads to its gradient",
+        "attention_query_gradient.cu",
+        "gradient[n][i] = lse[i / 2] == kNowhere ? 0.0f : gradient[n][i];",
+        "gradient[n][i] *= 1.0f;",
+        KINDS,
     ),
     Mutant(
         "dQ: the gradient of lse has the wrong sign",
