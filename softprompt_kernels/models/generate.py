@@ -104,9 +104,15 @@ class _Steps:
             self.slack = int(self.pads.max())
         self.cache = OwnCache(self.pads)
 
-    def inject(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Pre-hook of the model's forward."""
-        if kwargs.get("past_key_values") is not self.cache:
+    def inject(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Pre-hook of the model's forward.
+
+        PyTorch enters and leaves a hook, and that it wants keywords, one after the other: the forward of another thread
+        in between calls it without them.
+        """
+        if kwargs is None or kwargs.get("past_key_values") is not self.cache:
             return None
         batch, queries = kwargs["input_ids"].shape
         keys = self.cache.get_seq_length() + queries

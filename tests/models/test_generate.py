@@ -212,6 +212,21 @@ def test_threads_do_not_meet(build, tokens):
     assert all(torch.equal(one, expected[i]) for i in range(4) for one in got[i])
 
 
+def test_a_forward_of_another_thread_may_meet_a_hook_that_is_half_registered(build, tokens, monkeypatch):
+    """Then it is called without keywords, and has nothing to say."""
+    model, met = build("llama"), []
+    prepare(model)
+    register = model.register_forward_pre_hook
+
+    def registers(hook, **options):
+        met.append(hook(model, ()))
+        return register(hook, **options)
+
+    monkeypatch.setattr(model, "register_forward_pre_hook", registers)
+    generate(model, tokens(2, 4), capture(model, tokens(1, 6)), **GREEDY)
+    assert met == [None]
+
+
 def test_buffers_of_the_cache_grow_past_their_first_size(build, tokens, padded):
     plain, model = build("gemma2", max_position_embeddings=96), build("gemma2", max_position_embeddings=96)
     prepare(model)
