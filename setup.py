@@ -13,7 +13,8 @@ they run, so a wheel serves every such machine.
                            it, without a driver too; 0: do not build
     SOFTPROMPT_CUDA_ARCHS  the architectures; default: 80;86;89;90;100;120. A subset builds faster
     SOFTPROMPT_SIMT        1: build the module for tests; 0 (default): do not
-    CXX, NVCC              the compilers; default: g++, clang++ or c++, the first that is there; nvcc, or CUDA_HOME's
+    CXX, NVCC              the compilers; default: g++, clang++ or c++, the first that is there; nvcc, or CUDA_HOME's,
+                           which asks the former, if it is named, for code of the host
     CXXFLAGS, LDFLAGS      are added to the C++ compiler's arguments
 
 Without the modules the package works, slower, on other kernels; `softprompt doctor` says so.
@@ -221,6 +222,8 @@ def cuda_plan() -> Plan:
     codes = "".join(f" -gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     codes += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     host = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {include_flags()}"
+    if os.environ.get("CXX"):
+        host += f" -ccbin {shlex.quote(os.environ['CXX'])}"
     host += f""" '-DSPK_CUDA_ARCHS="{";".join(archs)}"'"""
     rules = {
         "compile": f"{nvcc()} {host} -lineinfo{codes} {DEPENDENCIES}",

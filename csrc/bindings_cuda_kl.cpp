@@ -2,6 +2,7 @@
 // everything that can be checked without looking at memory is checked before a launch.
 #include <pybind11/stl.h>
 
+#include <cstdio>
 #include <optional>
 #include <tuple>
 
@@ -15,10 +16,23 @@ using Matrix = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, s
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // blocks of a grid
 
+std::string brief(double value) {
+  char words[32];
+  std::snprintf(words, sizeof words, "%g", value);
+  return words;
+}
+
 float finite(const char* name, double value, double least) {
-  require(value >= least && value <= std::numeric_limits<float>::max(), name, "finite and at least " + std::to_string(least),
-          std::to_string(value));
+  const double most = std::numeric_limits<float>::max();
+  require(value >= least && value <= most, name, "in [" + brief(least) + ", " + brief(most) + "]", brief(value));
   return static_cast<float>(value);
+}
+
+// Of numbers of a dtype: at a multiple of their size.
+void check_address(const char* name, Address address, Dtype dtype) {
+  const int64_t bytes = kBytes[static_cast<int>(dtype)];
+  require(address % bytes == 0, std::string(name) + "'s address", "a multiple of " + std::to_string(bytes),
+          std::to_string(address));
 }
 
 float finite(const char* name, double value) { return finite(name, value, -std::numeric_limits<float>::max()); }
@@ -30,14 +44,16 @@ template <class T>
 T* written(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
   require(columns <= 1 || std::get<3>(matrix) == 1, name, "a matrix with a last stride of 1",
           std::to_string(std::get<3>(matrix)));
-  check_stride(name, std::get<2>(matrix), rows, columns, true);
+  check_stride((std::string(name) + "'s row stride").c_str(), std::get<2>(matrix), rows, columns, true);
+  check_address(name, std::get<0>(matrix), dtype_of(name, std::get<1>(matrix)));
   return pointer<T>(name, std::get<0>(matrix), rows * columns);
 }
 
 LogitRows logits_of(const char* name, const Matrix& matrix, Address bias, int64_t rows, int64_t vocab) {
   const auto [address, dtype, stride, column_stride] = matrix;
-  check_stride(name, stride, rows, vocab, false);
-  check_stride(name, column_stride, vocab, 1, false);
+  check_stride((std::string(name) + "'s row stride").c_str(), stride, rows, vocab, false);
+  check_stride((std::string(name) + "'s column stride").c_str(), column_stride, vocab, 1, false);
+  check_address(name, address, dtype_of(name, dtype));
   return {pointer<const void>(name, address, rows * vocab), dtype_of(name, dtype), stride, column_stride,
           optional_pointer<const float>(bias)};
 }
@@ -45,7 +61,7 @@ LogitRows logits_of(const char* name, const Matrix& matrix, Address bias, int64_
 void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teacher, Address student_bias,
                            Address teacher_bias, Address weights, Address row_scale, Address statistics, Address loss,
                            const std::optional<Matrix>& gradient, int64_t rows, int64_t vocab, int64_t columns, double scale,
-                           double inner, bool negated, double beta, double loss_scale, double gradient_scale,
+                           double inner, bool capped, bool negated, double beta, double loss_scale, double gradient_scale,
                            Address stream) {
   check_range("kind", kind, 0, 2);
   check_range("rows", rows, 0, kMostRows);
@@ -66,8 +82,8 @@ void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teache
     call.gradient_stride = std::get<2>(*gradient);
   }
   call.rows = rows, call.vocab = vocab, call.columns = columns;
-  call.scale = finite("scale", scale, 0), call.inner = finite("inner", inner);
-  call.beta = static_cast<float>(beta), call.negated = negated;
+  call.scale = finite("scale", scale, std::numeric_limits<float>::min()), call.inner = finite("inner", inner);
+  call.beta = static_cast<float>(beta), call.capped = capped, call.negated = negated;
   call.loss_scale = finite("loss_scale", loss_scale), call.gradient_scale = finite("gradient_scale", gradient_scale);
   const py::gil_scoped_release released;
   divergence_rows(static_cast<Divergence>(kind), call, stream_of(stream));
@@ -120,7 +136,7 @@ void bind_kl(py::module_& module) {
   using namespace pybind11::literals;
   module.def("divergence_rows", &bound_divergence_rows, py::kw_only(), "kind"_a, "student"_a, "teacher"_a,
              "student_bias"_a, "teacher_bias"_a, "weights"_a, "row_scale"_a, "statistics"_a, "loss"_a, "gradient"_a.none(true),
-             "rows"_a, "vocab"_a, "columns"_a, "scale"_a, "inner"_a, "negated"_a, "beta"_a, "loss_scale"_a,
+             "rows"_a, "vocab"_a, "columns"_a, "scale"_a, "inner"_a, "capped"_a, "negated"_a, "beta"_a, "loss_scale"_a,
              "gradient_scale"_a, "stream"_a);
   module.def("exponential_rows", &bound_exponential_rows, py::kw_only(), "products"_a, "bias"_a, "weights"_a, "labels"_a,
              "largest"_a, "total"_a, "bias_total"_a, "label_logit"_a, "mean"_a, "mean_stride"_a, "size"_a,

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_con
     const int64_t label = call.labels[row] - call.first;
     if (label >= 0 && label < call.columns) {
       const float added = call.bias == nullptr ? 0.0f : call.bias[label];
-      call.label_logit[row] = (call.products[row * call.products_stride + label] + added) * call.scale;
+      const float z = (call.products[row * call.products_stride + label] + added) * call.scale;
+      call.label_logit[row] = added == -kInfinity ? -kInfinity : z;
     }
   }
 

@@ -17,8 +17,8 @@ struct LogitRows {
   const float* bias;  // [vocab], nullptr: none
 };
 
-// Divergence of rows: see kl_rows.cu. Logits are scale * z with z = given + bias, or, where inner is not 0,
-// tanh(inner * (given + bias)); negated: z is -(given + bias).
+// Divergence of rows: see kl_rows.cu. Logits are scale * z, scale > 0, with z = given + bias, or tanh(inner * (given +
+// bias)) where they are capped; negated: z is -(given + bias).
 struct DivergenceRows {
   LogitRows student, teacher;
   const float* weights;    // [rows], nullptr: all 1; rows of weight 0 are skipped
@@ -30,7 +30,7 @@ struct DivergenceRows {
   int64_t gradient_stride;
   int64_t rows, vocab, columns;
   float scale, inner, beta, loss_scale, gradient_scale;
-  bool negated;
+  bool capped, negated;
 };
 
 constexpr int kStatistics = 5;

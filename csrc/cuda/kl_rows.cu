@@ -67,7 +67,7 @@ struct Sides {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const float z = kReverse ? p[i] : q[i];
-      slope[i] = call.inner == 0 ? 1.0f : z == -kInfinity ? 0.0f : 1.0f - z * z;
+      slope[i] = !call.capped ? 1.0f : z == -kInfinity ? 0.0f : 1.0f - z * z;
     }
   }
 
@@ -84,7 +84,7 @@ struct Sides {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int64_t at = first + i;
-      if (call.inner != 0) z[i] = tanhf(z[i] * call.inner);
+      if (call.capped) z[i] = tanhf(z[i] * call.inner);
       if (call.negated) z[i] = -z[i];
       if (at < 0 || at >= call.vocab) z[i] = -kInfinity;
     }
@@ -216,6 +216,8 @@ __device__ __forceinline__ void write_gradient(const Sides<kKind>& sides, int64_
   out.cut(sides.shift);
   float factor = call.gradient_scale;
   if (kept && call.row_scale != nullptr) factor *= call.row_scale[row];
+  // What goes into a product stays finite: none is so large but where the reverse KL is in the hundreds.
+  const bool clamped = call.gradient_dtype == Dtype::float16 && call.row_scale == nullptr;
   const bool nothing = !kept || known.normaliser == 0;
   const float student_normaliser = known.normaliser * exp_fast(-known.centre);
   float p[kGroup], q[kGroup], slope[kGroup], value[kGroup] = {};
@@ -228,8 +230,7 @@ __device__ __forceinline__ void write_gradient(const Sides<kKind>& sides, int64_
         const bool inside = first + i < call.vocab;
         value[i] = gradient_of<kKind>(p[i], q[i], known, student_normaliser, call.scale, call.beta) * factor * slope[i];
         if (!inside) value[i] = 0;
-        // No gradient is so large but where the reverse KL is in the hundreds.
-        if (call.gradient_dtype == Dtype::float16 && fabsf(value[i]) > 65504.0f) value[i] = copysignf(65504.0f, value[i]);
+        if (clamped && fabsf(value[i]) > 65504.0f) value[i] = copysignf(65504.0f, value[i]);
       }
     }
     out.store(first, call.columns, value);

@@ -101,7 +101,7 @@ struct NumberRow {
   // How far before the row groups should begin for its own vectors.
   __device__ __forceinline__ int wanted_shift() const {
     const auto beyond = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16);
-    return column_stride == 1 && beyond % bytes_of(dtype) == 0 ? beyond / bytes_of(dtype) : 0;
+    return column_stride == 1 ? beyond / bytes_of(dtype) : 0;
   }
 
   __device__ __forceinline__ void cut(int shift) {

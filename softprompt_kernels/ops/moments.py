@@ -288,7 +288,7 @@ def _check_labels(labels: Tensor | None, label_weight: float, tokens: int, devic
             raise ValueError(f"labels must be given with a label_weight above 0; got None with {label_weight}")
         return None
     checks.integers("labels", labels.reshape(-1) if isinstance(labels, Tensor) else labels, tokens, "N", device)
-    return labels.reshape(-1).to(torch.int64)
+    return labels.reshape(-1).to(torch.int64).contiguous()
 
 
 def _check_moments(

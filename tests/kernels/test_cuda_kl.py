@@ -140,3 +140,46 @@ def test_sweeps_over_a_chunk_of_two_heads(kind, reads, counted):
     found, side = counted(), 2 * 4096 * 4
     assert found["launches"] == 1 and found["stored_bytes"] <= side + 64
     assert reads * 2 * side <= found["loaded_bytes"] <= reads * 2 * side + 64
+
+
+# --- what callers may ask for -----------------------------------------------------------------------------------------
+
+
+def test_labels_may_lie_anywhere():
+    hidden, weight, bias = torch.randn(2, 4), torch.randn(5, 4), torch.randn(5)
+    moments = teacher_moments(torch.randn(2, 4), weight, bias=bias, backend="reference")
+    for labels in (torch.tensor([1, 4, 3, 0])[::2], torch.tensor([3]).expand(2)):
+        options = {"labels": labels, "label_weight": 0.3, "bias": bias, "reduction": "none"}
+        found = linear_kl_div_from_moments(hidden, moments, weight, **options, backend="simt")
+        wanted = linear_kl_div_from_moments(hidden, moments, weight, **options, backend="reference")
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 0.0}, {"logit_scale": 0.0, "softcap": 3.0}, {"logit_scale": 1e-50}]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_whose_logits_are_all_alike(kind, options):
+    hidden, weight = torch.randn(2, 4).requires_grad_(), torch.randn(5, 4)
+    rows = linear_kl_div(
+        hidden, torch.randn(2, 4), weight, divergence=kind, **options, reduction="none", backend="simt"
+    )
+    assert rows.tolist() == [0, 0]
+    rows.sum().backward()
+    assert not hidden.grad.any()
+
+
+def test_a_label_that_the_bias_removes_costs_infinitely_much_at_any_scale():
+    hidden, weight, bias = torch.randn(2, 4), torch.randn(5, 4), torch.zeros(5)
+    bias[2] = -torch.inf
+    for scale in (1.5, -1.5):
+        moments = teacher_moments(hidden, weight, bias=bias, logit_scale=scale, backend="simt")
+        options = {"labels": torch.tensor([2, 1]), "label_weight": 0.3, "bias": bias, "logit_scale": scale}
+        rows = linear_kl_div_from_moments(hidden, moments, weight, **options, reduction="none", backend="simt")
+        assert rows[0] == torch.inf and rows[1].isfinite()
+
+
+def test_gradients_too_large_for_fp16_are_infinite_so_that_a_gradient_scaler_notices():
+    student, teacher = torch.tensor([[0.0, 4.0]]).half().requires_grad_(), torch.tensor([[4.0, 0.0]]).half()
+    kl_div(student, teacher, reduction="sum", backend="simt").mul(1e6).backward()
+    assert student.grad.tolist() == [[-torch.inf, torch.inf]]

@@ -12,7 +12,9 @@ BUILT = "80;86;89;90;100;120"
     ("capability", "archs", "served"),
     [
         ((8, 0), BUILT, True),
-        ((8, 7), BUILT, True),  # by the code for 8.6
+        ((8, 9), "80;86", True),  # by the code for 8.6
+        ((8, 7), BUILT, False),  # of a system on a chip
+        ((8, 7), "80;87", True),
         ((10, 3), BUILT, True),
         ((12, 1), "80", True),  # by PTX of the newest that it was built for
         ((8, 0), "86", False),  # code for a later minor version

@@ -19,6 +19,7 @@ from torch import Tensor
 Tensors = Iterable[Tensor | None]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TEGRA = (87, 101, 110)
 _HOST_MULTIPROCESSORS = 4  # few, so that small problems are cut as large ones are
 
 
@@ -155,11 +156,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _unsupported_arch(capability: tuple[int, int], archs: str) -> str | None:
-    """Machine code runs on its architecture's later minor versions; PTX of the newest on all that came after it."""
+    """Machine code runs on its architecture's later minor versions; PTX of the newest on all that came after it.
+
+    Between the GPUs of boards and those of systems on a chip (Tegra) machine code is not compatible.
+    """
     major, minor = capability
     built = [int(arch) for arch in archs.split(";")]
     arch = 10 * major + minor
-    if any(each // 10 == major and each <= arch for each in built) or arch > max(built):
+    runs = arch in built or (
+        arch not in _TEGRA and any(each // 10 == major and each <= arch for each in built if each not in _TEGRA)
+    )
+    if runs or arch > max(built):
         return None
     return (
         f"the GPU is of sm_{arch}, and its module was built for {', '.join(f'sm_{each}' for each in built)}: "

@@ -52,18 +52,19 @@ class CudaRows:
             "kind": KINDS[divergence.kind],
             "student": _matrix(student),
             "teacher": _matrix(teacher),
-            "student_bias": address(logits.student_bias),
-            "teacher_bias": address(logits.teacher_bias),
-            "weights": address(weights),
-            "row_scale": address(row_scale),
-            "statistics": address(statistics),
-            "loss": address(loss),
+            "student_bias": _address(logits.student_bias),
+            "teacher_bias": _address(logits.teacher_bias),
+            "weights": _address(weights),
+            "row_scale": _address(row_scale),
+            "statistics": _address(statistics),
+            "loss": _address(loss),
             "gradient": None if out is None else _matrix(out),
             "rows": student.shape[0],
             "vocab": vocab,
             "columns": 0 if out is None else out.shape[1],
             "scale": abs(logits.scale),
             "inner": logits.inner or 0.0,
+            "capped": logits.inner is not None,
             "negated": logits.scale < 0,
             "beta": divergence.beta,
             "loss_scale": loss_scale,
@@ -87,14 +88,14 @@ class CudaRows:
         mean, high, low = state.mean, parts.high, parts.low
         arguments = {
             "products": _matrix(products),
-            "bias": address(bias),
-            "weights": address(weights),
-            "labels": address(state.labels),
-            "largest": address(state.largest),
-            "total": address(state.total),
-            "bias_total": address(state.bias_total),
-            "label_logit": address(state.label_logit),
-            "mean": address(mean),
+            "bias": _address(bias),
+            "weights": _address(weights),
+            "labels": _address(state.labels),
+            "largest": _address(state.largest),
+            "total": _address(state.total),
+            "bias_total": _address(state.bias_total),
+            "label_logit": _address(state.label_logit),
+            "mean": 0 if mean is None else mean.data_ptr(),
             "mean_stride": 0 if mean is None else mean.stride(0),
             "size": 0 if mean is None else mean.shape[1],
             "high": None if high is None else _matrix(high),
@@ -117,8 +118,9 @@ class CudaRows:
                 launch.function(module)(**launch.arguments, stream=self.runner.stream(device))
 
 
-def address(tensor: Tensor | None) -> int:
-    """Of the first element, 0 for None."""
+def _address(tensor: Tensor | None) -> int:
+    """Of the first element of a tensor without gaps, 0 for None."""
+    assert tensor is None or tensor.is_contiguous()
     return 0 if tensor is None else tensor.data_ptr()
 
 

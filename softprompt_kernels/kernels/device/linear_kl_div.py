@@ -28,6 +28,7 @@ from softprompt_kernels.kernels.device.rows import Gradient, Launch, Logits, Row
 from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
 
 _FP16_SCALE = 1024.0  # of the gradient by the logits
+_SMALLEST = 2.0**-126  # normal number of fp32: words that are not there are -inf at any scale but 0
 
 
 def forward(problem: HeadProblem, need_gradient: bool, row_work: RowWork[Any]) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +120,7 @@ def plan_rows(
         teacher,
         workspace.bias,
         workspace.teacher_bias,
-        scale=(head.softcap or head.logit_scale) / temperature,
+        scale=_not_zero((head.softcap or head.logit_scale) / temperature),
         inner=None if head.softcap is None else head.logit_scale / head.softcap,
     )
     out = student if workspace.gradient is None else workspace.gradient[:count]
@@ -174,6 +175,10 @@ def _chunk_size(problem: HeadProblem, need_gradient: bool) -> int:
     logits = (10 if narrow and need_gradient else 8) * aligned(problem.head.weight.shape[0])
     hidden = 2 * size * problem.student.itemsize + (4 * size if need_gradient else 0)
     return chunk_size(problem.student.shape[0], problem.chunk_tokens, logits + hidden)
+
+
+def _not_zero(scale: float) -> float:
+    return scale if abs(scale) > _SMALLEST else _SMALLEST
 
 
 def _gradient_scale(problem: HeadProblem) -> float:

@@ -55,9 +55,11 @@ def exponentials_kernel(
         label = tl.load(labels + row, mask=kept, other=-1)
         here = kept & (label >= first) & (label < first + columns)
         of_label = tl.load(products + row * products_stride + (label - first), mask=here, other=0.0)
+        of_label *= scale
         if bias is not None:
-            of_label += tl.load(bias + (label - first), mask=here, other=0.0)
-        tl.store(label_logit + row, of_label * scale, mask=here)
+            of_bias = tl.load(bias + (label - first), mask=here, other=0.0)
+            of_label = tl.where(of_bias == -INFINITY, -INFINITY, of_label + of_bias * scale)
+        tl.store(label_logit + row, of_label, mask=here)
 
     found = tl.full((BLOCK_M, BLOCK_N), -INFINITY, tl.float32)
     for start in range(0, full * any_kept, BLOCK_N):

@@ -174,14 +174,16 @@ def divergence_kernel(
         if row_scale is not None:
             factor *= tl.load(row_scale + row, mask=kept, other=0.0)
         gradient += (row * gradient_stride)[:, None]
+        # What goes into a product stays finite: none is so large but where the reverse KL is in the hundreds.
+        CLAMPED: tl.constexpr = gradient.dtype.element_ty == tl.float16 and row_scale is None
         for start in range(full, columns, BLOCK_N):
             p, q, slope = _sides(given, start, KIND, CAPPED, NEGATED, True, BLOCK_N)
             tile = _gradient(p, q, slope, known, factor, scale, beta, KIND)
-            _store(gradient, tile, start, vocab, columns, exists, True, BLOCK_N)
+            _store(gradient, tile, start, vocab, columns, exists, True, CLAMPED, BLOCK_N)
         for done in tl.range(0, full, BLOCK_N, num_stages=STAGES):
             p, q, slope = _sides(given, full - BLOCK_N - done, KIND, CAPPED, NEGATED, False, BLOCK_N)
             tile = _gradient(p, q, slope, known, factor, scale, beta, KIND)
-            _store(gradient, tile, full - BLOCK_N - done, vocab, columns, exists, False, BLOCK_N)
+            _store(gradient, tile, full - BLOCK_N - done, vocab, columns, exists, False, CLAMPED, BLOCK_N)
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
@@ -230,14 +232,14 @@ def _z(
 
 @triton.jit
 def _store(
-    gradient, value, start, vocab, columns, exists, TAIL: tl.constexpr, BLOCK_N: tl.constexpr
+    gradient, value, start, vocab, columns, exists, TAIL: tl.constexpr, CLAMPED: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     column = start + tl.arange(0, BLOCK_N)
     inside = exists[:, None]
     if TAIL:
         inside = inside & (column < columns)[None, :]
         value = tl.where((column < vocab)[None, :], value, 0.0)
-    if gradient.dtype.element_ty == tl.float16:  # no gradient is so large but where the reverse KL is in the hundreds
+    if CLAMPED:
         value = tl.where(value > 65504.0, 65504.0, tl.where(value < -65504.0, -65504.0, value))
     tl.store(gradient + column[None, :], value.to(gradient.dtype.element_ty), mask=inside)
 
