@@ -26,7 +26,11 @@ _REFUSED = (
     "backend='triton' cannot serve.*("
     "which Triton's interpreter computes wrongly|is 256 in float32, and it serves up to 128 there)"
 )
-_REFUSED_BY_CUDA = "backend='(simt|cuda)' cannot serve this prompt_attention"  # sinks, packed sequences: Triton's
+_REFUSED_BY_CUDA = (
+    "backend='(simt|cuda)' cannot serve this prompt_attention call: (simt|cuda): "
+    "(sinks is given|cu_seqlens is given|the head sizes of query and value are (16|256)|"
+    "query is torch.(float32|bfloat16))"
+)
 
 
 @pytest.hookimpl(wrapper=True)

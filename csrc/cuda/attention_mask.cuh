@@ -27,7 +27,8 @@ struct Sequence {
   }
 
   __device__ __forceinline__ static int length_of(const AttentionProblem& problem, int prompt) {
-    return problem.prompt_lengths != nullptr ? static_cast<int>(problem.prompt_lengths[prompt]) : problem.prompt_keys;
+    const int64_t keys = problem.prompt_keys;
+    return static_cast<int>(problem.prompt_lengths != nullptr ? min(problem.prompt_lengths[prompt], keys) : keys);
   }
 
   __device__ __forceinline__ Sequence(const AttentionProblem& problem, int batch_)
@@ -60,7 +61,7 @@ __device__ __forceinline__ Range queries_seeing(const AttentionProblem& problem,
                                                 int last) {
   Range range = {0, problem.queries};
   if (problem.causal) range.begin = min(max(0, first - sequence.offset), problem.queries);
-  if (problem.window != 0) range.end = max(0, min(problem.queries, last + problem.window - sequence.offset));
+  if (problem.window != 0) range.end = max(0, min(problem.queries, last - sequence.offset + problem.window));
   return range;
 }
 

@@ -146,7 +146,12 @@ void load_four_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
 
 void add_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16) {
   Product one = {d, a, {b0, b1}};
-  meet(kProduct, kAll, &one, bfloat16 ? multiply<true> : multiply<false>, __builtin_return_address(0));
+  const void* place = __builtin_return_address(0);
+  if (bfloat16) {
+    meet(kProductBfloat16, kAll, &one, multiply<true>, place);
+  } else {
+    meet(kProductFloat16, kAll, &one, multiply<false>, place);
+  }
 }
 
 }  // namespace softprompt::simt

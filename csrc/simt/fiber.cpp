@@ -3,7 +3,6 @@
 #include "simt/fiber.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <new>
@@ -83,6 +82,7 @@ namespace softprompt::simt {
 namespace {
 
 void* host_stack_pointer;
+bool inside = false;
 
 // AddressSanitizer keeps a shadow of each stack, and wants to be told which one is in use.
 #if defined(__SANITIZE_ADDRESS__)
@@ -119,7 +119,9 @@ void enter(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   announce(&host_shadow, fiber.stack, kStackBytes);
 #endif
+  inside = true;
   softprompt_simt_switch(&host_stack_pointer, fiber.stack_pointer);
+  inside = false;
 #if defined(__SANITIZE_ADDRESS__)
   acknowledge(host_shadow, nullptr, nullptr);
 #endif
@@ -142,20 +144,16 @@ void arrived() {
 #endif
 }
 
-bool on_stack(const Fiber& fiber) {
-  const char here = 0;
-  return &here >= fiber.stack - kReserveBytes && &here < fiber.stack + kStackBytes;
-}
+bool in_fiber() { return inside; }
 
 char* stack_of(size_t index) {
   static std::vector<char*> stacks;
-  const auto guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   while (stacks.size() <= index) {
-    const size_t bytes = guard + kReserveBytes + kStackBytes;
+    const size_t bytes = kGuardBytes + kReserveBytes + kStackBytes;
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, guard, PROT_NONE);
-    stacks.push_back(static_cast<char*>(memory) + guard + kReserveBytes);
+    mprotect(memory, kGuardBytes, PROT_NONE);
+    stacks.push_back(static_cast<char*>(memory) + kGuardBytes + kReserveBytes);
   }
   return stacks[index];
 }

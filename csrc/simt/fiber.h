@@ -7,7 +7,8 @@
 namespace softprompt::simt {
 
 constexpr size_t kStackBytes = 128 * 1024;   // of a fiber
-constexpr size_t kReserveBytes = 64 * 1024;  // below, for what finds out that a kernel has used all; then a guard page
+constexpr size_t kReserveBytes = 64 * 1024;  // below, for what finds out that a kernel has used all
+constexpr size_t kGuardBytes = 1024 * 1024;  // below that: nobody can touch it, and hardly a frame jumps over it
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -27,8 +28,8 @@ void leave(Fiber& fiber, bool for_good);
 // Must be called first by the entry of a fiber.
 void arrived();
 
-// Whether the caller runs on the fiber's stack.
-bool on_stack(const Fiber& fiber);
+// Whether the caller runs on a fiber.
+bool in_fiber();
 
 // As many stacks as asked for, kept for later calls. The caller serialises.
 char* stack_of(size_t index);

@@ -71,6 +71,9 @@ bool in_thread();  // whether a thread of a launch is what runs
 // __syncthreads: waits until all threads of the block that have not ended are there.
 void wait_for_block(const void* place);
 
+// Operations from here on are instructions that the lanes run together, and so at one place.
+constexpr int kAligned = 100;
+
 // Waits until all lanes of `mask` have come to the same operation; the last of them runs `combine` on what each has
 // left, by lane, and no lane goes on before.
 void meet(int operation, Lanes mask, void* argument, void (*combine)(void** arguments, Lanes mask), const void* place);

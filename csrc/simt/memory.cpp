@@ -133,10 +133,22 @@ void add_read(Trace& reads, const Thread& self, const Block& now, bool shared) {
     reads = {now.epoch, 0, kBlocks};
   } else if (reads.epoch != now.epoch) {
     reads = one;
+  } else if (who != kThreads && warp_of(who) == self.warp() && reads.warp_epoch != one.warp_epoch) {
+    reads = one;  // __syncwarp orders those before
   } else if (who != one.who) {
     const bool same_warp = who != kThreads && warp_of(who) == self.warp();
     reads = {now.epoch, one.warp_epoch, same_warp ? static_cast<uint16_t>(kLanesOf + self.warp()) : kThreads};
   }
+}
+
+// The last write, an atomic one after those before: all are remembered, as plain accesses race with each.
+Trace after_atomic(const Trace& before, const Thread& self, const Block& now, bool shared) {
+  const Trace one = trace_of(self, now, kAtomic);
+  const uint16_t who = before.who & kWho;
+  if (!(before.who & kAtomic) || before.epoch < (shared ? now.first_epoch : current_launch().first_epoch)) return one;
+  if (who == kBlocks || before.epoch < now.first_epoch) return {now.epoch, 0, kBlocks | kAtomic};
+  if (before.epoch != now.epoch || who == (one.who & kWho)) return one;
+  return {now.epoch, 0, kThreads | kAtomic};
 }
 
 std::string describe(const Trace& trace) {
@@ -179,7 +191,7 @@ void check_cells(Cell* cell, size_t count, Access access, bool shared, const voi
       continue;
     }
     if (unordered(cell->read, self, now, shared)) fail_race(cell->read, true, access, shared, place);
-    cell->write = trace_of(self, now, access == Access::atomic ? kAtomic : 0);
+    cell->write = access == Access::atomic ? after_atomic(cell->write, self, now, shared) : trace_of(self, now);
   }
 }
 

@@ -30,7 +30,7 @@ Launch the_launch;
 Thread* running = nullptr;
 uint32_t last_epoch = 0;
 
-constexpr size_t kMostThreads = 1024;
+constexpr size_t kMostThreads = 1024, kMostAcross = 65535;
 constexpr size_t kMostSharedBytes = 227 * 1024;
 
 Lanes bit(uint32_t lane) { return Lanes{1} << lane; }
@@ -47,8 +47,7 @@ void first_call() {
   leave(self.fiber, true);
 }
 
-void wait(Thread& self, const void* place) {
-  self.place = place;
+void wait(Thread& self) {
   the_block.warps[self.warp()].ready &= ~bit(self.lane());
   leave(self.fiber, false);
 }
@@ -75,6 +74,34 @@ void wait(Thread& self, const void* place) {
     }
   }
   throw Fault("a launch in which no thread can go on");  // not reached: somebody is at a meeting
+}
+
+// Whether two places are on different lines: a compiler may have made two calls of one.
+bool are_apart(const void* one, const void* other) {
+  return one != other && describe_place(one) != describe_place(other);
+}
+
+// Lanes that are to run an instruction together must be at the same one.
+void check_aligned(const Thread& self, Lanes mask) {
+  for (uint32_t lane = 0; lane < kLanes; ++lane) {
+    if (!(mask & bit(lane))) continue;
+    const void* place = the_block.threads[self.linear - self.lane() + lane].place;
+    if (are_apart(place, self.place)) {
+      fail(self.place, "lane %u is at the same operation in another place, %s", lane, describe_place(place).c_str());
+    }
+  }
+}
+
+// Barriers are met by a block together, at one place.
+void check_barrier() {
+  const Thread* first = nullptr;
+  for (Thread& each : the_block.threads) {
+    if (!(the_block.warps[each.warp()].at_barrier & bit(each.lane()))) continue;
+    if (first == nullptr) first = &each;
+    if (!are_apart(first->place, each.place)) continue;
+    running = &each;
+    fail(each.place, "thread %u waits at another barrier, %s", first->linear, describe_place(first->place).c_str());
+  }
 }
 
 void begin_block(uint32_t linear) {
@@ -118,6 +145,7 @@ void run_block() {
         at_barrier |= warp.at_barrier;
       }
       if (!at_barrier) return;  // all have ended
+      check_barrier();
       the_block.epoch = ++last_epoch;
       count_barrier();
       for (Warp& warp : warps) {
@@ -148,7 +176,8 @@ bool in_thread() { return launching && running != nullptr; }
 void wait_for_block(const void* place) {
   Thread& self = *running;
   the_block.warps[self.warp()].at_barrier |= bit(self.lane());
-  wait(self, place);
+  self.place = place;
+  wait(self);
 }
 
 void meet(int operation, Lanes mask, void* argument, void (*combine)(void**, Lanes), const void* place) {
@@ -161,16 +190,18 @@ void meet(int operation, Lanes mask, void* argument, void (*combine)(void**, Lan
   warp.mask[lane] = mask;
   warp.argument[lane] = argument;
   warp.at_meeting |= bit(lane);
+  self.place = place;
   bool last = (warp.at_meeting & mask) == mask;
   for (uint32_t i = 0; last && i < kLanes; ++i) {
     last = !(mask & bit(i)) || (warp.operation[i] == operation && warp.mask[i] == mask);
   }
   if (last) {
+    if (operation >= kAligned) check_aligned(self, mask);
     combine(warp.argument, mask);
     warp.at_meeting &= ~mask;
     warp.ready |= mask;
   } else {
-    wait(self, place);
+    wait(self);
   }
 }
 
@@ -188,7 +219,7 @@ void fail(const void* place, const char* format, ...) {
                   index.z);
     message += text + describe_kernel(the_launch.kernel);
     if (place != nullptr) message += ", in " + describe_place(place);
-    if (on_stack(self->fiber)) {
+    if (in_fiber()) {
       failure = std::move(message);
       leave(self->fiber, true);
     }
@@ -202,6 +233,7 @@ void run(Launch launch, size_t shared_bytes) {
   const dim3 grid = launch.grid, size = launch.block;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > kMostThreads) throw Fault("a block must have 1 to 1024 threads");
+  if (grid.y > kMostAcross || grid.z > kMostAcross) throw Fault("a grid can have at most 65535 blocks in y and z");
   if (shared_bytes > kMostSharedBytes) throw Fault("a block can have at most 227 KiB of shared memory");
   const std::unique_ptr<char[]> shared(new char[shared_bytes + 128]);
   the_block.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.get()) + 127) & ~uintptr_t{127});

@@ -56,7 +56,10 @@ void combine_vote(void** arguments, Lanes mask) {
 uint64_t shuffle(Shuffle kind, Lanes mask, uint64_t bits, int operand, int width) {
   const void* place = __builtin_return_address(0);
   Shuffled one = {bits, 0, kind, operand, width, place};
-  meet(kShuffle, mask, &one, combine_shuffle, place);
+  if (width <= 0 || width > static_cast<int>(kLanes) || (width & (width - 1)) != 0) {
+    fail(place, "a shuffle of width %d, which is no power of 2 up to 32", width);
+  }
+  meet(kShuffle + static_cast<int>(kind), mask, &one, combine_shuffle, place);
   return one.result;
 }
 

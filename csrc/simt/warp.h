@@ -11,7 +11,15 @@
 
 namespace softprompt::simt {
 
-enum Operation { kShuffle, kVote, kSyncWarp, kLoadMatrices, kLoadMatricesTransposed, kProduct };
+enum Operation {
+  kVote,
+  kSyncWarp,
+  kShuffle,  // and as many as there are kinds
+  kLoadMatrices = kAligned,
+  kLoadMatricesTransposed,
+  kProductBfloat16,
+  kProductFloat16,
+};
 
 // The lane that each lane reads from; lanes outside of a segment of `width` read their own.
 enum class Shuffle { index, up, down, exclusive_or };

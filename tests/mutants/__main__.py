@@ -32,6 +32,11 @@ def main() -> int:
         copies: SimpleQueue[Path] = SimpleQueue()
         for copy in pool.map(prepare, [Path(folder) / str(i) for i in range(min(WORKERS, len(chosen)))]):
             copies.put(copy)
+        for tests in sorted({mutant.tests for mutant in chosen}):
+            done = test(copy, tests)
+            if done.returncode != 0:
+                print(f"without a mutant, {' '.join(tests)} fails:\n{done.stdout[-2000:]}", file=sys.stderr)
+                return 1
 
         def tried(mutant: Mutant) -> tuple[bool, str]:
             copy = copies.get()
@@ -73,8 +78,9 @@ def try_out(mutant: Mutant, copy: Path) -> tuple[bool, str]:
         built = build(copy)
         if built.returncode != 0:
             return False, f"it does not compile: {built.stderr[-500:]}"
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests]
-        done = run(command, copy, {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
+        done = test(copy, mutant.tests)
+    except subprocess.TimeoutExpired:
+        return True, "its tests do not end"
     finally:
         path.write_text(original)
     said = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
@@ -82,6 +88,12 @@ def try_out(mutant: Mutant, copy: Path) -> tuple[bool, str]:
         fault = next((line for line in said if "SimtFault" in line), said[0])
         return True, fault.partition("SimtFault: ")[2] or fault
     return False, f"pytest ends with {done.returncode}: {done.stdout.strip()[-200:]}"
+
+
+def test(copy: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """Runs some tests, up to the first that fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return run(command, copy, {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
 
 
 def build(copy: Path) -> subprocess.CompletedProcess[str]:

@@ -196,6 +196,55 @@ __device__ __attribute__((noinline)) float deep(const float* data, int depth) {
 
 __global__ void overflows_its_stack(const float* data, float* out) { out[threadIdx.x] = deep(data, 1000); }
 
+__global__ void reads_and_updates_in_turn(const float* data, float* out) {
+  auto& shared = arch::shared_storage<Storage>();
+  shared.numbers[threadIdx.x] = data[threadIdx.x];
+  __syncwarp();
+  const float next = shared.numbers[threadIdx.x / 32 * 32 + (threadIdx.x + 1) % 32];
+  __syncwarp();
+  shared.numbers[threadIdx.x] += next;
+  out[threadIdx.x] = shared.numbers[threadIdx.x];
+}
+
+__global__ void reads_again_after_a_barrier_of_the_warp(const float* data, float* out) {
+  auto& shared = arch::shared_storage<Storage>();
+  shared.numbers[threadIdx.x] = data[threadIdx.x];
+  __syncwarp();
+  float sum = threadIdx.x == 0 ? shared.numbers[1] : 0;
+  __syncwarp();
+  if (threadIdx.x == 0) sum += shared.numbers[1];
+  if (threadIdx.x == 1) shared.numbers[1] = 5;
+  out[threadIdx.x] = sum;
+}
+
+__global__ void adds_once_and_reads(const float*, float* out) {
+  if (threadIdx.x != 0) return;
+  atomicAdd(out, 1.0f);
+  if (blockIdx.x == 1) out[1] = out[0];
+}
+
+__global__ void waits_at_two_barriers(const float* data, float* out) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+    out[threadIdx.x] = data[threadIdx.x];
+  } else {
+    out[threadIdx.x] = 2 * data[threadIdx.x];
+    __syncthreads();
+  }
+}
+
+__global__ void multiplies_at_two_places(const float* data, float* out) {
+  float d[4] = {};
+  const uint32_t a[4] = {};
+  if (threadIdx.x % 32 < 16) {
+    arch::multiply_add<__half>(d, a, 0, 0);
+    out[threadIdx.x] = d[0];
+  } else {
+    arch::multiply_add<__half>(d, a, 1, 1);
+    out[threadIdx.x] = d[1] + data[0];
+  }
+}
+
 __global__ void strides(const float* data, float* out) {  // 8 numbers apart: a sector each
   if (threadIdx.x < 8) out[threadIdx.x] = data[8 * threadIdx.x];
 }
@@ -244,6 +293,11 @@ constexpr Named kToys[] = {
     SPK_TOY(copies_to_an_odd_place),
     SPK_TOY(loads_matrices_from_an_odd_place),
     SPK_TOY(overflows_its_stack),
+    SPK_TOY(reads_and_updates_in_turn),
+    SPK_TOY(reads_again_after_a_barrier_of_the_warp),
+    SPK_TOY(adds_once_and_reads),
+    SPK_TOY(waits_at_two_barriers),
+    SPK_TOY(multiplies_at_two_places),
     SPK_TOY(strides),
     SPK_TOY(conflicts),
 };

@@ -68,7 +68,7 @@ class Attention:
         out, grad_out = (t if _is_aligned(t) else t.contiguous() for t in (out, grad_out))
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
         delta = torch.empty_like(lse)
-        splits = self._splits(problem)
+        splits = self._splits(problem) if needs.prompt_key or needs.prompt_value else 1
         wanted = [
             _empty_like(tensor, own=index < 3) if need else None
             for index, (tensor, need) in enumerate(zip(_inputs(problem).values(), needs[:5], strict=True))

@@ -136,13 +136,14 @@ class HostRunner(Runner):
         """With the tensors' memory known to the checks; any other access is a fault."""
         module = self.module()
         with self._lock:
-            pieces = _pieces(reads, writes)
+            registered = []
             try:
-                for first, end, writable in pieces:
+                for first, end, writable in _pieces(reads, writes):
                     module.register(first, end - first, writable)
+                    registered.append(first)
                 yield module
             finally:
-                for first, _, _ in pieces:
+                for first in registered:
                     module.unregister(first)
 
 
