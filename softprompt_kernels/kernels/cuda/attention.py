@@ -65,7 +65,10 @@ class Attention:
         needs: Needs,
     ) -> Gradients:
         """Gradients of the inputs named in `needs`; those of prompts are summed in fp32, in one order at every run."""
-        out, grad_out = (t if _is_aligned(t) else t.contiguous() for t in (out, grad_out))
+        # Not `contiguous`, which returns dense numbers as they are, wherever they begin.
+        out, grad_out = (
+            t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in (out, grad_out)
+        )
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
         delta = torch.empty_like(lse)
         splits = self._splits(problem) if needs.prompt_key or needs.prompt_value else 1
