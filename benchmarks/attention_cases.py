@@ -14,7 +14,7 @@ import attention_ways as ways
 import torch
 from attention_ways import Inputs
 from case import COMPOSED, Rule, Way
-from contest import ALTERNATIVE, OURS, Results
+from contest import ALTERNATIVE, OURS
 from torch import Tensor
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # of the mm rate, required
@@ -53,8 +53,7 @@ class AttentionCase:
 
     @property
     def flop(self) -> float:
-        pairs = self.queries * self.prompt + self.queries * (self.queries + 1) // 2
-        return (14 if self.backward else 4) * self.size * float(pairs * self.heads * self.batch)
+        return ways.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
 
     @property
     def tolerance(self) -> float:
@@ -108,25 +107,10 @@ class AttentionCase:
     def run(self, way: Callable[[Inputs], Callable[[], Tensor]]) -> Way:
         """Way to out, and, if wanted, on to the gradients for a fixed gradient of out."""
 
-        def prepare(inputs: Inputs) -> Callable[[], Results]:
-            forward = way(inputs)
-            if not self.backward:
+        def upstream(query: Tensor) -> Tensor:
+            return torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype)
 
-                def inference() -> Results:
-                    with torch.no_grad():
-                        return (forward(),)
-
-                return inference
-            generator = torch.Generator().manual_seed(1)
-            upstream = torch.randn(inputs.query.shape, generator=generator).to(self.dtype)
-
-            def training() -> Results:
-                out = forward()
-                return (out, *torch.autograd.grad(out, inputs, upstream))
-
-            return training
-
-        return prepare
+        return ways.prepared(way, self.backward, upstream)
 
 
 _SHAPES = [

@@ -110,6 +110,37 @@ def compiled(way: Callable[[Inputs], Forward]) -> Callable[[Inputs], Forward]:
     return lambda inputs: compile_afresh(way(inputs))
 
 
+def prepared(
+    way: Callable[[Inputs], Forward], backward: bool, upstream: Callable[[Tensor], Tensor]
+) -> Callable[[Inputs], Callable[[], tuple[Tensor, ...]]]:
+    """A way to out, and, if wanted, on to the gradients of all inputs for the gradient of out that `upstream` makes."""
+
+    def prepare(inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+        forward = way(inputs)
+        if not backward:
+
+            def inference() -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    return (forward(),)
+
+            return inference
+        grad_out = upstream(inputs.query)
+
+        def training() -> tuple[Tensor, ...]:
+            out = forward()
+            return (out, *torch.autograd.grad(out, inputs, grad_out))
+
+        return training
+
+    return prepare
+
+
+def useful_flop(batch: int, heads: int, queries: int, prompt: int, size: int, backward: bool) -> float:
+    """Of two products of D for each pair of a query and a key that it sees, of seven with the gradients."""
+    pairs = queries * prompt + queries * (queries + 1) // 2
+    return (14 if backward else 4) * size * float(pairs * heads * batch)
+
+
 COMPILED = "concat + SDPA, compiled"
 UNMASKED = {"concat + SDPA, GQA": unmasked, "concat + SDPA, repeated": unmasked_repeated}
 MASKED = {

@@ -72,8 +72,7 @@ class Attention:
 
     @property
     def flop(self) -> float:
-        pairs = self.queries * self.prompt + self.queries * (self.queries + 1) // 2
-        return (14 if self.backward else 4) * self.size * float(pairs * self.heads * self.batch)
+        return attention_ways.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
 
     @property
     def bytes(self) -> int:
@@ -94,7 +93,7 @@ class Attention:
         return attention_ways.Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
 
     def right(self, inputs: attention_ways.Inputs) -> Results:
-        wide = [tensor.detach().float().requires_grad_(self.backward) for tensor in inputs]
+        wide = attention_ways.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))
         return self._run(lambda given: lambda: prompt_attention(*given, backend="reference"))(wide)()
 
     def ways(self) -> Mapping[str, Way]:
@@ -108,25 +107,8 @@ class Attention:
         ways = {OURS: attention_ways.ours, **sdpa, "FlexAttention, compiled": flex_attention}
         return {name: self._run(way) for name, way in ways.items()}
 
-    def _run(self, way: Callable[[Any], Callable[[], Tensor]]) -> Way:
-        def prepare(inputs: Any) -> Callable[[], Results]:
-            forward = way(inputs)
-            if not self.backward:
-
-                def inference() -> Results:
-                    with torch.no_grad():
-                        return (forward(),)
-
-                return inference
-            upstream = torch.ones_like(inputs[0])
-
-            def training() -> Results:
-                out = forward()
-                return (out, *torch.autograd.grad(out, tuple(inputs), upstream))
-
-            return training
-
-        return prepare
+    def _run(self, way: Callable[[attention_ways.Inputs], attention_ways.Forward]) -> Way:
+        return attention_ways.prepared(way, self.backward, torch.ones_like)
 
 
 def flex_attention(inputs: attention_ways.Inputs) -> Callable[[], Tensor]:
