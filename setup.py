@@ -79,7 +79,7 @@ CPU_FOR_EACH_INSTRUCTION_SET = (
     "cpu/kl_tile.cpp",
     "cpu/table.cpp",
 )
-CPU_FOR_ONE = {"amx": ("cpu/product.cpp",)}
+CPU_FOR_ONE = {"amx": ("cpu/product_tiles.cpp",), "avx512": ("cpu/product_vectors.cpp",)}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {

@@ -32,7 +32,8 @@ void product(Address out, Address left, Address right, int64_t rows, int64_t dep
 
 void bind_product(py::module_& module) {
   using py::literals::operator""_a;
-  module.def("has_fast_products", has_fast_products, "whether `product` can be called: it is faster than fp32 vectors");
+  module.def("has_products", has_products, "whether `product` can be called");
+  module.def("has_fast_products", has_fast_products, "whether `product` is faster than MKL on this processor");
   module.def("product", product, py::kw_only(), "out"_a, "left"_a, "right"_a, "rows"_a, "depth"_a, "columns"_a,
              "out_stride"_a, "left_stride"_a, "right_stride"_a, "right_dtype"_a, "right_transposed"_a, "accumulate"_a,
              "threads"_a);

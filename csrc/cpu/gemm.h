@@ -3,7 +3,8 @@
 // A register tile is kTileRows rows of kTileVectors vectors: each step of the depth loads one row of B and multiplies it
 // by kTileRows broadcast elements of A. With 32 vector registers that is 24 accumulators, 4 vectors of B and 1 of A: 10
 // loads for 24 multiply-adds, more than the 8 that hide their latency. A is read in place, by rows or by columns, so a
-// product with a transposed left side costs no transposition.
+// product with a transposed left side costs no transposition. What C held is added last: a sum of sums keeps more digits
+// than one long one.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +25,7 @@ static void register_tile(int64_t depth, const float* __restrict a, int64_t lda,
                           int64_t ldb, float* __restrict c, int64_t ldc, bool accumulate) {
   Vec sum[rows][vectors];
   SPK_UNROLL for (int i = 0; i < rows; ++i) {
-    SPK_UNROLL for (int j = 0; j < vectors; ++j) sum[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : Vec{};
+    SPK_UNROLL for (int j = 0; j < vectors; ++j) sum[i][j] = Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[vectors];
@@ -37,7 +38,10 @@ static void register_tile(int64_t depth, const float* __restrict a, int64_t lda,
     b += ldb;
   }
   SPK_UNROLL for (int i = 0; i < rows; ++i) {
-    SPK_UNROLL for (int j = 0; j < vectors; ++j) store(c + i * ldc + j * kLanes, sum[i][j]);
+    SPK_UNROLL for (int j = 0; j < vectors; ++j) {
+      float* const at = c + i * ldc + j * kLanes;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 

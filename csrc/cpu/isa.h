@@ -21,7 +21,8 @@ struct Kernels {
   void (*kl_logits)(const KlLogits& call, int thread);
   void (*expectation_rows)(const ExpectationRows& call, int thread);
   void (*kl_tile)(const KlTile& call, int thread);
-  // nullptr where fp32 vectors are the fastest
+  bool has_matrix_unit;
+  // nullptr where there are none
   int64_t (*product_left_bytes)(const Product& part);
   int64_t (*product_workspace)(const Product& part);
   void (*product_pack_left)(const ProductPart& part, int thread);

@@ -8,8 +8,10 @@
 namespace softprompt::SPK_ISA {
 
 #ifdef SPK_AMX
+constexpr bool kHasMatrixUnit = true;
 constexpr int64_t kBackwardRowAlign = 32;  // that one instruction sums over
 #else
+constexpr bool kHasMatrixUnit = false;
 constexpr int64_t kBackwardRowAlign = 1;
 #endif
 
@@ -27,7 +29,7 @@ void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
 void kl_tile(const KlTile& call, int thread);
 
-#ifdef SPK_AMX
+#ifdef __AVX512F__
 // Of a part with as many rows and as much depth as any.
 int64_t product_left_bytes(const Product& part);
 int64_t product_workspace(const Product& part);

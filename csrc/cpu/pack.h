@@ -32,7 +32,7 @@ SPK_INLINE void write_row_of(T* target, int64_t size, float scale, const float* 
 }
 
 // target = scale * row[0, size), rounded to the dtype.
-static void write_row(Dtype dtype, char* target, int64_t size, float scale, const float* row) {
+[[maybe_unused]] static void write_row(Dtype dtype, char* target, int64_t size, float scale, const float* row) {
   switch (dtype) {
     case Dtype::float32: return write_row_of(reinterpret_cast<float*>(target), size, scale, row);
     case Dtype::bfloat16: return write_row_of(reinterpret_cast<BFloat16*>(target), size, scale, row);
@@ -41,7 +41,7 @@ static void write_row(Dtype dtype, char* target, int64_t size, float scale, cons
 }
 
 // columns[size up to kLanes, kTileKeys] = the transpose of `count` rows with a stride, read in whole vectors.
-static void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t size, float* columns) {
+[[maybe_unused]] static void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t size, float* columns) {
   for (int64_t i = 0; i < count; i += kLanes) {
     for (int64_t d = 0; d < size; d += kLanes) {
       Vec block[kLanes];

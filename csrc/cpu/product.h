@@ -1,4 +1,5 @@
-// Dense products of fp32 accuracy, where the processor has something faster for them than fp32 vectors.
+// Dense products of fp32 accuracy, where there may be something faster for them than the library that PyTorch calls: the
+// matrix unit (product_tiles.cpp), and AVX-512 (product_vectors.cpp), of which MKL makes use on Intel's processors alone.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,10 @@ struct ProductPart {
   int64_t workspace_bytes;
 };
 
-// Whether there is something faster here. Without it, `run` throws std::invalid_argument.
+// Whether the instruction set has products. Without them, `run` throws std::invalid_argument.
+bool has_products();
+
+// Whether they are faster than MKL's on this processor.
 bool has_fast_products();
 
 // On all threads; each element is the work of one thread, whose order of summing depends on the sizes alone. Throws

@@ -24,12 +24,20 @@ int64_t even_part(int64_t count, int64_t limit) {
 
 }  // namespace
 
-bool has_fast_products() { return kernels().product != nullptr; }
+bool has_products() { return kernels().product != nullptr; }
+
+bool has_fast_products() {
+#if defined(__x86_64__)
+  return has_products() && (kernels().has_matrix_unit || !__builtin_cpu_is("intel"));
+#else
+  return has_products();
+#endif
+}
 
 void run(const Product& call) {
   const Kernels& chosen = kernels();
   if (chosen.product == nullptr) {
-    throw std::invalid_argument(std::string("the instruction set must be amx; it is ") + chosen.name);
+    throw std::invalid_argument(std::string("the instruction set must be amx or avx512; it is ") + chosen.name);
   }
   const int64_t rows = even_part(call.rows, kMostRows), depth = even_part(call.depth, kMostElements / rows);
   ProductPart part = {};

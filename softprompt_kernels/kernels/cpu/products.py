@@ -1,7 +1,10 @@
-"""Dense products of fp32 accuracy on the matrix unit of processors that have one (AMX), in `csrc/cpu/product.cpp`.
+"""Dense products of fp32 accuracy, where they are faster than those that PyTorch makes on a CPU.
 
-They take about 0.6 of the time of PyTorch's fp32 products, which run on vectors, and less than half of it with a right
-side of 16 bits, which is read as it lies, without a copy in fp32. An infinity in a row or column makes its sums NaN.
+On the matrix unit of processors that have one (AMX) they take about 0.6 of the time of PyTorch's fp32 products, which
+run on vectors, and less than half of it with a right side of 16 bits; an infinity in a row or column makes NaN of its
+sums. On vectors (AVX-512) they are faster on processors of other makers than Intel, where MKL leaves AVX-512 unused: less
+than half of its time on AMD's Zen 5. A right side of 16 bits is read as it lies, without a copy in fp32. The kernels
+stand in `csrc/cpu/product_tiles.cpp` and `product_vectors.cpp`.
 """
 
 import torch
@@ -12,19 +15,27 @@ from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.products import TORCH, Products
 
 
+def has_products() -> bool:
+    """Whether `product_` can be called here."""
+    return not native.missing() and bool(native.module().has_products())
+
+
 def has_fast_products() -> bool:
-    """Whether `product_` can be called here; where not, PyTorch's products are the fastest."""
+    """Whether its products are the fastest here; where not, PyTorch's are."""
     return not native.missing() and bool(native.module().has_fast_products())
 
 
 def products() -> Products:
-    """For the losses: these where they can be called."""
+    """For the losses: the fastest here."""
     if not has_fast_products():
         return TORCH
+    on_tiles = native.instruction_set() == "amx"
+    # The weight's rows were measured on tiles with whole losses (chunks of 128 tokens and sweeps of 512 take the same
+    # time at d = 576), on vectors with 24 to 160 rows of d = 576 and 896.
     return Products(
         _multiply,
         narrow=True,
-        weight_rows=90,  # of whole losses: chunks of 128 tokens and sweeps of 512 take the same time at d = 576
+        weight_rows=90 if on_tiles else 25,
         columns=2048,
         depth=2048,
         copies_result=False,
