@@ -13,6 +13,7 @@
 namespace softprompt {
 namespace {
 
+constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kMostLanes = 16;  // buffers are as large as the widest instruction set wants them
 
 int64_t up_to_lanes(int64_t size) { return (size + kMostLanes - 1) / kMostLanes * kMostLanes; }
@@ -62,10 +63,10 @@ void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes
   call.workspace_bytes = isa.attention_forward_workspace(problem);
   call.merges = plan.merges.data();
   call.merge_count = static_cast<int64_t>(plan.merges.size());
-  const Memory workspace = allocate(problem.threads * call.workspace_bytes);
-  const Memory partial = allocate(plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * 4);
-  call.workspace = workspace.get();
-  call.partial = reinterpret_cast<float*>(partial.get());
+  const int64_t workspaces = problem.threads * call.workspace_bytes;
+  const Scratch scratch(workspaces + plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * kFloat);
+  call.workspace = scratch.get();
+  call.partial = reinterpret_cast<float*>(scratch.get() + workspaces);
 
   parallel(problem.threads, [&](int thread) { isa.attention_forward(call, thread); });
   if (call.merge_count > 0) parallel(problem.threads, [&](int thread) { isa.attention_merge(call, thread); });
@@ -102,13 +103,14 @@ void run_attention_backward(AttentionProblem problem, const AttentionSizes& size
   call.prompt.shared_count = static_cast<int64_t>(prompts.shared.size());
   call.prompt_keys = sizes.prompt_keys;
   call.workspace_bytes = isa.attention_backward_workspace(problem);
-  const Memory workspace = allocate(problem.threads * call.workspace_bytes);
-  const Memory own_sums = allocate(problem.threads * 2 * call.own.buffer_floats * 4);
-  const Memory prompt_sums = allocate(problem.threads * 2 * call.prompt.buffer_floats * 4);
+  const int64_t workspaces = problem.threads * call.workspace_bytes;
+  const int64_t own_sums = problem.threads * 2 * call.own.buffer_floats * kFloat;
+  const int64_t prompt_sums = problem.threads * 2 * call.prompt.buffer_floats * kFloat;
+  const Scratch scratch(workspaces + own_sums + prompt_sums);
   std::vector<double> grad_sinks(outputs.grad_sinks == nullptr ? 0 : problem.threads * problem.heads, 0.0);
-  call.workspace = workspace.get();
-  call.own.buffers = reinterpret_cast<float*>(own_sums.get());
-  call.prompt.buffers = reinterpret_cast<float*>(prompt_sums.get());
+  call.workspace = scratch.get();
+  call.own.buffers = reinterpret_cast<float*>(scratch.get() + workspaces);
+  call.prompt.buffers = reinterpret_cast<float*>(scratch.get() + workspaces + own_sums);
   call.grad_sinks = grad_sinks.empty() ? nullptr : grad_sinks.data();
 
   parallel(problem.threads, [&](int thread) { isa.attention_backward(call, thread); });

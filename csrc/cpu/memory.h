@@ -28,6 +28,34 @@ inline Memory allocate(int64_t bytes) {
   return Memory(static_cast<char*>(memory));
 }
 
+// Uninitialised bytes for a call to work in, of which a thread has one at a time. The thread keeps them for its next call:
+// an allocator that hands the end of its heap back to the system as soon as it is free, as glibc's does, would take longer
+// over that, and over the new pages of the next call, than a call over a small batch takes. Throws std::bad_alloc.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    constexpr int64_t kMostKept = int64_t{32} << 20;
+    thread_local Memory kept;
+    thread_local int64_t kept_bytes = 0;
+    if (bytes > kMostKept) {
+      large_ = allocate(bytes);
+      return;
+    }
+    if (bytes > kept_bytes) {
+      kept.reset();
+      kept_bytes = 0;
+      kept = allocate(bytes);
+      kept_bytes = bytes;
+    }
+    kept_ = kept.get();
+  }
+  char* get() const { return large_ ? large_.get() : kept_; }
+
+ private:
+  Memory large_;
+  char* kept_ = nullptr;
+};
+
 // Asks for large pages in memory that will be written to from end to end. What malloc cannot take from what was freed,
 // from 32 MiB on with glibc, are new pages, which the system clears one at a time as they are first touched: with small
 // ones that takes as long as the softmax that is written to them.

@@ -45,10 +45,10 @@ void run(const Product& call) {
   part.product.rows = std::min(rows, call.rows);
   part.product.depth = std::min(depth, call.depth);
   part.workspace_bytes = chosen.product_workspace(part.product);
-  const Memory left = allocate(chosen.product_left_bytes(part.product));
-  const Memory workspace = allocate(call.threads * part.workspace_bytes);
-  part.left = left.get();
-  part.workspace = workspace.get();
+  const int64_t left_bytes = round_up(chosen.product_left_bytes(part.product), 64);
+  const Scratch scratch(left_bytes + call.threads * part.workspace_bytes);
+  part.left = scratch.get();
+  part.workspace = scratch.get() + left_bytes;
   const int64_t element = kBytes[static_cast<int>(call.right_dtype)];
   for (int64_t row = 0; row < call.rows; row += rows) {
     for (int64_t deep = 0; deep == 0 || deep < call.depth; deep += depth) {

@@ -1,7 +1,7 @@
 """What the registered ops share around their kernels."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +14,48 @@ NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be diff
 
 def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a kernel with autocast off: the op has already chosen its dtypes."""
-    enabled = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if enabled else nullcontext():
+    if not torch.is_autocast_enabled(device.type):
+        return kernel(*arguments)
+    with torch.autocast(device.type, enabled=False):
         return kernel(*arguments)
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+
+
+def are_plain(inputs: tuple[Any, ...]) -> bool:
+    """Whether these are a tensor with memory, other tensors, and Python's own constants."""
+    return _PLAIN.issuperset(map(type, inputs)) and not inputs[0].is_meta
+
+
+def is_watched() -> bool:
+    """Whether anything but autograd looks at the calls of ops: a compiler, tracer, profiler, mode or transform."""
+    return bool(
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 _library = torch.library.Library("softprompt_kernels", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op that is differentiated by one `autograd.Function`.
+
+    Args:
+        dispatched: as PyTorch's dispatcher has it.
+        direct: the same without the dispatcher, for `are_plain` inputs where the call `is_watched` by nobody: its code
+            and tables, with what leads there, are fetched anew after every large operation, and take as long then as
+            attention over a small batch.
+    """
+
+    dispatched: Any
+    direct: Callable[..., Any]
 
 
 def define_op(
@@ -27,16 +63,14 @@ def define_op(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Any:
-    """An op that is differentiated by one `autograd.Function`, as `custom_op` and `register_autograd` would make it.
-
-    They would take 50 µs more for each call that has a gradient, which is as long as attention over a small batch.
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Op:
+    """An op as `custom_op` and `register_autograd` would make it, which take 50 µs more for a call with a gradient.
 
     Args:
         name: the op is `softprompt_kernels::<name>`; its schema is that of `kernel`.
         kernel, fake: what it computes, and the same for tensors without memory.
-        setup_context, backward: as for `torch.library.register_autograd`.
+        setup_context, backward: as for `torch.library.register_autograd`; `ctx.direct` tells a direct call.
     """
     schema = torch.library.infer_schema(kernel, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -46,23 +80,32 @@ def define_op(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
+        def forward(ctx: Any, is_direct: bool, *inputs: Any) -> Any:
+            ctx.direct = is_direct
+            if is_direct:
+                output = kernel(*inputs)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = op(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
+            return None, *backward(ctx, *gradients)
 
     Function.__name__ = name  # what shows as grad_fn
 
-    def differentiable(*inputs: Any) -> Any:
-        return Function.apply(*inputs)
+    def dispatched(*inputs: Any) -> Any:
+        return Function.apply(False, *inputs)
 
-    _library.impl(name, differentiable, "Autograd")
-    return op
+    def direct(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Function.apply(True, *inputs)
+        return kernel(*inputs)
+
+    _library.impl(name, dispatched, "Autograd")
+    return Op(op, direct)
 
 
 def forbid_double_backward(backward_op: Any, name: str) -> None:

@@ -64,7 +64,7 @@ def as_int64(tensor: Tensor | None) -> Tensor | None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what a matrix multiplication would make of its inputs: the autocast dtype, float64 kept."""
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype not in FLOATING or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

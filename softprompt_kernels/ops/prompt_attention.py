@@ -27,7 +27,7 @@ from softprompt_kernels.kernels.attention_problem import (
     token_major,
 )
 from softprompt_kernels.ops import checks, dispatch
-from softprompt_kernels.ops.autograd import define_op, forbid_double_backward, run_kernel
+from softprompt_kernels.ops.autograd import are_plain, define_op, forbid_double_backward, is_watched, run_kernel
 
 OP = "prompt_attention"
 
@@ -86,32 +86,13 @@ def prompt_attention(
         RuntimeError: on a second derivative.
     """
     query, key, value, prompt_key, prompt_value = checks.autocast(query, key, value, prompt_key, prompt_value)
-    _check_tensors(query, key, value, prompt_key, prompt_value)
-    sequences = query.shape[0]
-    if cu_seqlens is not None:
-        _check_packed(query, key, key_lengths, cu_seqlens)
-        sequences = cu_seqlens.shape[0] - 1
-    _check_bank(prompt_key, sequences, prompt_index, prompt_lengths)
-    checks.integers("key_lengths", key_lengths, query.shape[0], "B", query.device)
-    _check_scalars(query, window, softcap, scale, sinks)
+    tensors = query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks
+    direct = not is_watched() and are_plain((*tensors, window, softcap, scale))
+    _check(tensors, window, softcap, scale, known=direct)
     dispatch.check_backend(backend)
-    out, lse = _forward_op(
-        query,
-        key,
-        value,
-        prompt_key,
-        prompt_value,
-        checks.as_int64(prompt_index),
-        checks.as_int64(prompt_lengths),
-        checks.as_int64(key_lengths),
-        checks.as_int64(cu_seqlens),
-        sinks,
-        causal,
-        window,
-        softcap,
-        1 / math.sqrt(query.shape[3]) if scale is None else float(scale),
-        backend,
-    )
+    indices = [None if t is None else t.to(torch.int64) for t in tensors[5:9]]
+    options = causal, window, softcap, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend
+    out, lse = (_op.direct if direct else _op.dispatched)(*tensors[:5], *indices, sinks, *options)
     return (out, lse) if return_lse else out
 
 
@@ -162,8 +143,7 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tu
     return out, query.new_empty(batch, heads, queries, dtype=accumulate_dtype(query.dtype))
 
 
-@torch.library.custom_op("softprompt_kernels::prompt_attention_backward", mutates_args=())
-def _backward_op(
+def _gradients(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -211,6 +191,9 @@ def _backward_op(
     return own + [g.contiguous() for g in gradients[3:] if g is not None]
 
 
+_backward_op = torch.library.custom_op(f"softprompt_kernels::{OP}_backward", _gradients, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(
     grad_out: Tensor | None,
@@ -246,22 +229,51 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 9)]
+    needs = [ctx.needs_input_grad[1 + i] for i in (0, 1, 2, 3, 4, 9)]
     gradients: list[Tensor | None] = [None] * 15
     if grad_out is None and grad_lse is None:
         return tuple(gradients)
-    found = iter(_backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs))
+    inputs = grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs
+    direct = ctx.direct and not torch.is_grad_enabled() and not is_watched()
+    found = iter(_gradients(*inputs) if direct else _backward_op(*inputs))
     for slot, need in zip((0, 1, 2, 3, 4, 9), needs, strict=True):
         if need:
             gradients[slot] = next(found)
     return tuple(gradients)
 
 
-_forward_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
+_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
 forbid_double_backward(_backward_op, OP)
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------
+
+
+_known: set[tuple[Any, ...]] = set()  # what the checks look at, of calls that passed them
+_MOST_KNOWN = 4096
+
+
+def _check(
+    tensors: tuple[Any, ...], window: int | None, softcap: float | None, scale: float | None, known: bool
+) -> None:
+    """All checks; with `known`, unless a call like it has passed them: in a model each has been made before."""
+    if known:
+        signature = window, softcap, scale, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        if signature in _known:
+            return
+    query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks = tensors
+    _check_tensors(query, key, value, prompt_key, prompt_value)
+    sequences = query.shape[0]
+    if cu_seqlens is not None:
+        _check_packed(query, key, key_lengths, cu_seqlens)
+        sequences = cu_seqlens.shape[0] - 1
+    _check_bank(prompt_key, sequences, prompt_index, prompt_lengths)
+    checks.integers("key_lengths", key_lengths, query.shape[0], "B", query.device)
+    _check_scalars(query, window, softcap, scale, sinks)
+    if known:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known.add(signature)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> None:

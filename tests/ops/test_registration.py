@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
 from softprompt_kernels.ops.autograd import _scale_rows
@@ -11,7 +12,7 @@ from softprompt_kernels.ops.linear_kl_div import _backward_op as linear_backward
 from softprompt_kernels.ops.linear_kl_div import _forward_op as linear_forward
 from softprompt_kernels.ops.moments import _student_op, _teacher_op
 from softprompt_kernels.ops.prompt_attention import _backward_op as attention_backward
-from softprompt_kernels.ops.prompt_attention import _forward_op as attention_forward
+from softprompt_kernels.ops.prompt_attention import _op as attention
 
 TOKENS, SIZE, VOCAB = 6, 4, 30
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -38,12 +39,12 @@ HEAD_OPTIONS = [None, 0.9, "forward", 0.5, 2.0, 28, 4]
 
 
 def test_attention_passes_opcheck(backend):
-    torch.library.opcheck(attention_forward, (*attention_inputs(grad=True), backend), test_utils=ALL)
+    torch.library.opcheck(attention.dispatched, (*attention_inputs(grad=True), backend), test_utils=ALL)
 
 
 def test_attention_backward_passes_opcheck(backend):
     inputs = attention_inputs()
-    out, lse = attention_forward(*inputs, backend)
+    out, lse = attention.dispatched(*inputs, backend)
     grads = (torch.randn_like(out), torch.randn_like(lse))
     for needs in ([True] * 6, [False, False, True, True, False, False]):
         arguments = (*grads, out, lse, *inputs, backend, needs)
@@ -112,6 +113,69 @@ def test_attention_compiles_in_one_graph_and_gives_the_same_bits(attention_tenso
     assert torch.equal(eager, compiled)
     for e, c in zip(*(torch.autograd.grad(x, inputs) for x in (eager, compiled)), strict=True):
         assert torch.equal(e, c)
+
+
+# --- calls without the dispatcher ------------------------------------------------------------------------------------
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the ops that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+OPS = {"softprompt_kernels::prompt_attention", "softprompt_kernels::prompt_attention_backward"}
+
+
+def test_who_watches_sees_attention_and_its_backward(attention_tensors):
+    inputs = attention_tensors(dtype=torch.float32, grad=True)
+    alone = torch.autograd.grad(attention_sum(*inputs), inputs)
+    with Seen() as seen:
+        watched = torch.autograd.grad(attention_sum(*inputs), inputs)
+    assert set(seen.names) >= OPS
+    with torch.profiler.profile() as profile:
+        profiled = torch.autograd.grad(attention_sum(*inputs), inputs)
+    assert {event.key for event in profile.key_averages()} >= OPS
+    traced = torch.fx.experimental.proxy_tensor.make_fx(attention_sum)(*inputs)
+    assert any("softprompt_kernels.prompt_attention" in str(node.target) for node in traced.graph.nodes)
+    for one, other, third in zip(alone, watched, profiled, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_other_tensors_transforms_and_tangents_do_not_pass_unseen(attention_tensors):
+    inputs = attention_tensors(dtype=torch.float32)
+    on_meta = [tensor.to("meta") for tensor in inputs]
+    assert prompt_attention(*on_meta).device.type == "meta"
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = prompt_attention(*[mode.from_tensor(tensor) for tensor in inputs])
+    assert isinstance(fake, torch._subclasses.FakeTensor)
+    mapped = torch.vmap(prompt_attention)(*[tensor[None] for tensor in inputs])
+    assert torch.equal(mapped[0], prompt_attention(*inputs))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        query = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        prompt_attention(query, *inputs[1:])
+
+
+def test_a_call_like_one_that_passed_the_checks_is_checked_where_it_differs(attention_tensors):
+    query, key, value, prompt_key, prompt_value = attention_tensors(dtype=torch.float32)
+    for _ in range(2):
+        prompt_attention(query, key, value, prompt_key, prompt_value, softcap=3.0)
+        with pytest.raises(TypeError, match="key must have query's dtype"):
+            prompt_attention(query, key.to(torch.bfloat16), value, prompt_key, prompt_value, softcap=3.0)
+        with pytest.raises(ValueError, match="window must be None or at least 1; got 0"):
+            prompt_attention(query, key, value, prompt_key, prompt_value, window=0)
+        with pytest.raises(ValueError, match="value must have shape"):
+            prompt_attention(query, key, value[:, :, 1:], prompt_key, prompt_value, softcap=3.0)
+        with pytest.raises(TypeError, match="prompt_key must be a tensor; got list"):
+            prompt_attention(query, key, value, [prompt_key], prompt_value, softcap=3.0)
+        with pytest.raises(ValueError, match="backend must be None or one of"):
+            prompt_attention(query, key, value, prompt_key, prompt_value, softcap=3.0, backend="fast")
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import Tensor
 from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
 from softprompt_kernels.kernels.cpu import native
 
-View = tuple[int, tuple[int, ...], tuple[int, ...]]
+View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
+Vector = tuple[int, int]  # address, length
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -64,19 +65,24 @@ def backward(
 
 def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
     """The tensors that hold the memory, and what the module makes of them."""
-    strided = [
-        native.unit_stride(t)
-        for t in (problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value)
-    ]
-    dense = [
-        None if t is None else t.contiguous()
-        for t in (problem.prompt_index, problem.prompt_lengths, problem.key_lengths, problem.cu_seqlens)
-    ]
-    dense.append(None if problem.sinks is None else problem.sinks.to(torch.float32).contiguous())
+    strided = [problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value]
+    dense = [problem.prompt_index, problem.prompt_lengths, problem.key_lengths, problem.cu_seqlens, problem.sinks]
+    views: list[View] = []
+    for i, tensor in enumerate(strided):
+        view = _view(tensor)
+        if view[2][3] != 1 or 0 in view[1]:
+            strided[i] = native.unit_stride(tensor)
+            view = _view(strided[i])
+        views.append(view)
+    vectors: list[Vector | None] = [None] * 5
+    for i, vector in enumerate(dense):
+        if vector is not None:
+            dense[i] = vector = vector.to(torch.float32 if i == 4 else torch.int64).contiguous()
+            vectors[i] = _vector(vector)
     native_problem = native.module().AttentionProblem(
         native.DTYPES[problem.query.dtype],
-        *map(_view, strided),
-        *(None if t is None else _vector(t) for t in dense),
+        *views,
+        *vectors,
         problem.causal,
         problem.window,
         problem.softcap,
@@ -87,10 +93,10 @@ def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
 
 
 def _view(tensor: Tensor) -> View:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-def _vector(tensor: Tensor) -> tuple[int, int]:
+def _vector(tensor: Tensor) -> Vector:
     return tensor.data_ptr(), tensor.numel()
 
 
