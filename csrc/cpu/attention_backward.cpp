@@ -21,7 +21,7 @@ namespace {
 
 struct Workspace {
   float *query, *grad_query;     // [kUnitRows, D up to lanes]
-  float *grad_out, *out;         // [kUnitRows, Dv up to lanes], and one row of out
+  float* grad_out;               // [kUnitRows, Dv up to lanes]
   float *lse, *delta;            // [kUnitRows], lse in units of log 2, +inf where the row sees no key
   Run *visible, *runs;           // [kUnitRows], of all keys and of those of a segment
   float *weights, *grad_scores;  // [kBlockRows, kTileKeys]
@@ -32,7 +32,6 @@ struct Workspace {
     query = arena.take<float>(kUnitRows * size);
     grad_query = arena.take<float>(kUnitRows * size);
     grad_out = arena.take<float>(kUnitRows * value_size);
-    out = arena.take<float>(value_size);
     lse = arena.take<float>(kUnitRows);
     delta = arena.take<float>(kUnitRows);
     visible = arena.take<Run>(kUnitRows);
@@ -65,7 +64,7 @@ SPK_INLINE void gradient_row(const AttentionProblem& problem, const Run& run, in
 }
 
 // P and dS of a block; 0 where a tile of rows does not look.
-void weigh_block(const AttentionProblem& problem, Workspace& ws, const Block& block, int64_t tile) {
+void weigh_block(const AttentionProblem& problem, Workspace& ws, const Block& block, int64_t tile, RowsAhead& ahead) {
   const bool capped = problem.softcap > 0;
   for (int t = 0; t < block.count; ++t) {
     const Seen& seen = block.seen[t];
@@ -74,6 +73,7 @@ void weigh_block(const AttentionProblem& problem, Workspace& ws, const Block& bl
     const int computed = seen.first + seen.vectors * kLanes;
     float* scores = ws.weights + (row - block.row[0]) * kTileKeys;
     float* grad = ws.grad_scores + (row - block.row[0]) * kTileKeys;
+    ahead.fetch(rows);
     const auto turn = !seen.whole ? (capped ? gradient_row<true, true> : gradient_row<true, false>)
                                   : (capped ? gradient_row<false, true> : gradient_row<false, false>);
     for (int i = 0; i < rows; ++i) {
@@ -92,7 +92,7 @@ void weigh_block(const AttentionProblem& problem, Workspace& ws, const Block& bl
 // keys are added to its sum.
 template <class Products>
 void backward_segment(const AttentionBackward& call, Workspace& ws, Products& products, int64_t first, int64_t count,
-                      const Segment& segment, const KeySum (&sums)[2]) {
+                      const Segment& segment, const KeySum (&sums)[2], RowsAhead& ahead) {
   const AttentionProblem& problem = call.problem;
   clip_runs(ws.visible, segment, first, count, ws.runs);
   const auto tiles = Products::row_tiles(count);
@@ -102,7 +102,7 @@ void backward_segment(const AttentionBackward& call, Workspace& ws, Products& pr
       const Block block(ws.runs, tiles, first, t, Products::kBlockTiles, segment.ordered, tile, width, Products::kColumns);
       if (block.begin >= block.end) continue;
       products.score(block, ws.weights, ws.grad_scores);
-      weigh_block(problem, ws, block, tile);
+      weigh_block(problem, ws, block, tile, ahead);
       products.take_weights(block, ws.weights, ws.grad_scores);
       if (call.need_query) products.add_grad_query(block, ws.grad_scores, ws.grad_query);
       products.add_grad_keys(KeysOfTile(segment, sums, tile, least(width, block.end), block.begin), block, ws.weights,
@@ -134,16 +134,11 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const Unit& unit, d
     const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
     const float lse = call.lse[first + at.query()];
     if (lse == -kInfinity) return clear(row);  // it sees no key, may hold anything, and gives nothing
-    at.fetch_ahead(problem.query, problem.size);
-    at.fetch_ahead(call.grad_out, problem.value_size);
-    at.fetch_ahead(call.out, problem.value_size);
     read_row(problem.dtype, at.address(problem.query), problem.size, scale, packed);
     read_row(problem.dtype, at.address(call.grad_out), problem.value_size, 1, grad);
-    read_row(problem.dtype, at.address(call.out), problem.value_size, 1, ws.out);
-    Vec product = {};
-    for (int64_t d = 0; d < ws.value_size; d += kLanes) product += load(grad + d) * load(ws.out + d);
     ws.lse[row] = lse * kLog2E;
-    ws.delta[row] = sum_lanes(product) - (call.grad_lse == nullptr ? 0 : call.grad_lse[first + at.query()]);
+    ws.delta[row] = dot_row(problem.dtype, at.address(call.out), problem.value_size, grad) -
+                    (call.grad_lse == nullptr ? 0 : call.grad_lse[first + at.query()]);
     if (grad_sinks != nullptr) {
       const float share = exp2(splat((problem.sinks[at.head()] - lse) * kLog2E))[0];
       grad_sinks[at.head()] -= static_cast<double>(share) * ws.delta[row];
@@ -171,7 +166,7 @@ float key_scale(const AttentionProblem& problem) {
 
 template <class Products>
 void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& unit, ThreadSums& prompt_sums,
-                   ThreadSums& own_sums, double* grad_sinks, const Arena& arena) {
+                   ThreadSums& own_sums, double* grad_sinks, RowsAhead& ahead, const Arena& arena) {
   const AttentionProblem& problem = call.problem;
   load_rows(call, ws, unit, grad_sinks);
   Arena rest = arena;
@@ -189,11 +184,11 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const Unit& uni
       ++piece;
     }
     if (call.need_query) {
-      backward_segment(call, ws, products, first, rows, segment, sums);
+      backward_segment(call, ws, products, first, rows, segment, sums, ahead);
     } else {  // only the keys whose gradients are wanted
       for (int s = 0; s < segment.count; ++s) {
         const Segment part = {{segment.sources[s], {}}, 1, segment.ordered};
-        if (sums[s].key || sums[s].value) backward_segment(call, ws, products, first, rows, part, {sums[s], {}});
+        if (sums[s].key || sums[s].value) backward_segment(call, ws, products, first, rows, part, {sums[s], {}}, ahead);
       }
     }
   });
@@ -219,8 +214,13 @@ void attention_backward(const AttentionBackward& call, int thread) {
   double* grad_sinks = call.grad_sinks == nullptr ? nullptr : call.grad_sinks + thread * problem.heads;
   for (int64_t u = problem.thread_units[thread]; u < problem.thread_units[thread + 1]; ++u) {
     const Unit& unit = problem.units[u];
+    RowsAhead ahead(problem, u, thread);
+    ahead.add(problem.query, problem.size);
+    ahead.add(call.grad_out, problem.value_size);
+    ahead.add(call.out, problem.value_size);
+    ahead.add(call.grad_query, problem.size);
     with_products(problem, unit.row_align > 1, [&](auto products) {
-      backward_unit<typename decltype(products)::Backward>(call, ws, unit, prompt_sums, own_sums, grad_sinks, arena);
+      backward_unit<typename decltype(products)::Backward>(call, ws, unit, prompt_sums, own_sums, grad_sinks, ahead, arena);
     });
   }
   prompt_sums.complete();

@@ -27,8 +27,6 @@ SPK_INLINE float score_scale(const AttentionProblem& problem) {
   return scales_queries(problem) ? 1 : whole_scale(problem);
 }
 
-constexpr int64_t kTokensAhead = 6;  // of a row that is read, the one that is fetched
-
 // Walks over the rows of a unit.
 class RowCursor {
  public:
@@ -47,13 +45,6 @@ class RowCursor {
   }
   char* address(const Strided& tensor) const {
     return row_of(tensor, problem_.dtype, sequence_->batch, head(), sequence_->first_query + query_);
-  }
-  // Fetches the row of `size` that comes some tokens later, if it is there: the heads of a group are as many streams of
-  // short rows, more than the processor foresees by itself.
-  void fetch_ahead(const Strided& tensor, int64_t size) const {
-    const int64_t element = kBytes[static_cast<int>(problem_.dtype)];
-    const char* row = address(tensor) + kTokensAhead * tensor.token * element;
-    for (int64_t at = 0; at < size * element; at += 64) __builtin_prefetch(row + at, 0, 3);
   }
 
  private:
@@ -80,6 +71,39 @@ SPK_INLINE void for_each_row(const AttentionProblem& problem, const Unit& unit, 
     visit(row, cursor);
   }
 }
+
+// Fetches rows that a thread reads and writes next while it computes: short sequences have about as many rows as keys, and
+// each row of a group's heads lies elsewhere, so that the processor foresees few of them by itself.
+class RowsAhead {
+ public:
+  // Those of the unit after `unit`, if the thread has one.
+  RowsAhead(const AttentionProblem& problem, int64_t unit, int thread)
+      : problem_(problem),
+        cursor_(problem, unit + 1 < problem.thread_units[thread + 1] ? problem.units[unit + 1] : Unit{}) {}
+
+  // In a tensor with rows of `size`, if it is there.
+  void add(const Strided& tensor, int64_t size) {
+    if (tensor.data == nullptr) return;
+    tensors_[count_] = &tensor;
+    bytes_[count_++] = size * kBytes[static_cast<int>(problem_.dtype)];
+  }
+  // Half as many as have been computed on with a tile of keys: two tiles fetch all.
+  void fetch(int computed) {
+    for (int rows = (computed + 1) / 2; rows > 0 && cursor_.valid(); --rows, cursor_.advance()) {
+      for (int t = 0; t < count_; ++t) {
+        const char* const row = cursor_.address(*tensors_[t]);
+        for (int64_t at = 0; at < bytes_[t]; at += 64) __builtin_prefetch(row + at, 0, 3);
+      }
+    }
+  }
+
+ private:
+  const AttentionProblem& problem_;
+  RowCursor cursor_;
+  const Strided* tensors_[4];
+  int64_t bytes_[4];
+  int count_ = 0;
+};
 
 // Keys at the positions [begin, end), in one tensor.
 struct Source {

@@ -40,6 +40,24 @@ SPK_INLINE void write_row_of(T* target, int64_t size, float scale, const float* 
   }
 }
 
+template <class T>
+SPK_INLINE float dot_row_of(const T* source, int64_t size, const float* row) {
+  Vec sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) sum += load(source + i) * load(row + i);
+  if (i < size) sum += load_part(source + i, static_cast<int>(size - i)) * load(row + i);
+  return sum_lanes(sum);
+}
+
+// Σ source * row[0, size).
+[[maybe_unused]] static float dot_row(Dtype dtype, const char* source, int64_t size, const float* row) {
+  switch (dtype) {
+    case Dtype::float32: return dot_row_of(reinterpret_cast<const float*>(source), size, row);
+    case Dtype::bfloat16: return dot_row_of(reinterpret_cast<const BFloat16*>(source), size, row);
+    default: return dot_row_of(reinterpret_cast<const Float16*>(source), size, row);
+  }
+}
+
 // columns[size up to kLanes, kTileKeys] = the transpose of `count` rows with a stride, read in whole vectors.
 [[maybe_unused]] static void transpose_rows(const float* rows, int64_t stride, int64_t count, int64_t size, float* columns) {
   for (int64_t i = 0; i < count; i += kLanes) {

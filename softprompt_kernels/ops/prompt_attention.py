@@ -143,7 +143,21 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tu
     return out, query.new_empty(batch, heads, queries, dtype=accumulate_dtype(query.dtype))
 
 
-def _gradients(
+def _differentiate(
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any, needs: list[bool]
+) -> Gradients:
+    """The kernel's gradients, for the inputs of `_forward`."""
+    *arguments, backend = inputs
+    problem = AttentionProblem(*arguments)
+    kernel = dispatch.select(OP, problem, backend, out.device)
+    if grad_out is None:
+        grad_out = empty_output(problem).zero_()
+    gradients: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
+    return gradients
+
+
+@torch.library.custom_op(f"softprompt_kernels::{OP}_backward", mutates_args=())
+def _backward_op(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -165,33 +179,11 @@ def _gradients(
     backend: str | None,
     needs: list[bool],
 ) -> list[Tensor]:
-    problem = AttentionProblem(
-        query,
-        key,
-        value,
-        prompt_key,
-        prompt_value,
-        prompt_index,
-        prompt_lengths,
-        key_lengths,
-        cu_seqlens,
-        sinks,
-        causal,
-        window,
-        softcap,
-        scale,
-    )
-    kernel = dispatch.select(OP, problem, backend, query.device)
-    if grad_out is None:
-        grad_out = empty_output(problem).zero_()
-    gradients: Gradients = run_kernel(
-        query.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs)
-    )
+    tensors = query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks
+    options = causal, window, softcap, scale, backend
+    gradients = _differentiate(grad_out, grad_lse, out, lse, *tensors, *options, needs=needs)
     own = [token_major(g) for g in gradients[:3] if g is not None]
     return own + [g.contiguous() for g in gradients[3:] if g is not None]
-
-
-_backward_op = torch.library.custom_op(f"softprompt_kernels::{OP}_backward", _gradients, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -230,16 +222,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[1 + i] for i in (0, 1, 2, 3, 4, 9)]
-    gradients: list[Tensor | None] = [None] * 15
     if grad_out is None and grad_lse is None:
-        return tuple(gradients)
-    inputs = grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs
-    direct = ctx.direct and not torch.is_grad_enabled() and not is_watched()
-    found = iter(_gradients(*inputs) if direct else _backward_op(*inputs))
-    for slot, need in zip((0, 1, 2, 3, 4, 9), needs, strict=True):
-        if need:
-            gradients[slot] = next(found)
-    return tuple(gradients)
+        return (None,) * 15
+    inputs = grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
+    if ctx.direct and not torch.is_grad_enabled() and not is_watched():
+        *by_tensors, by_sinks = _differentiate(*inputs, needs=needs)
+    else:
+        found = iter(_backward_op(*inputs, needs))
+        *by_tensors, by_sinks = [next(found) if need else None for need in needs]
+    return *by_tensors, None, None, None, None, by_sinks, *(None,) * 5
 
 
 _op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
