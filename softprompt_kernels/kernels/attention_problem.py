@@ -87,8 +87,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_output(problem: AttentionProblem) -> Tensor:
     """Uninitialised out [B, Hq, M, Dv], in memory [B, M, Hq, Dv]."""
     batch, heads, queries, _ = problem.query.shape
-    shape = (batch, queries, heads, problem.value.shape[-1])
-    return problem.query.new_empty(shape).transpose(1, 2)
+    return empty_token_major(problem.query, batch, heads, queries, problem.value.shape[3])
+
+
+def empty_token_major(like: Tensor, batch: int, heads: int, tokens: int, size: int) -> Tensor:
+    """Uninitialised [batch, heads, tokens, size], in memory [batch, tokens, heads, size]."""
+    strides = tokens * heads * size, size, heads * size, 1
+    return like.new_empty_strided((batch, heads, tokens, size), strides)
 
 
 def token_major(tensor: Tensor) -> Tensor:

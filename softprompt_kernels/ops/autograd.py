@@ -14,7 +14,7 @@ NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be diff
 
 def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a kernel with autocast off: the op has already chosen its dtypes."""
-    if not torch.is_autocast_enabled(device.type):
+    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)):
         return kernel(*arguments)
     with torch.autocast(device.type, enabled=False):
         return kernel(*arguments)

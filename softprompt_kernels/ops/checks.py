@@ -63,6 +63,8 @@ def as_int64(tensor: Tensor | None) -> Tensor | None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what a matrix multiplication would make of its inputs: the autocast dtype, float64 kept."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors

@@ -96,8 +96,10 @@ def available_backends() -> list[BackendRecord]:
 
 def check_backend(name: str | None) -> None:
     """Raises ValueError for a name that no backend has."""
+    if name is None:
+        return
     names = [b.name for b in _backends]
-    if name is not None and name not in names:
+    if name not in names:
         raise ValueError(f"backend must be None or one of {', '.join(sorted(names))}; got {name!r}")
 
 

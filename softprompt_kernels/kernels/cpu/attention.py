@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.attention_problem import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
 from softprompt_kernels.kernels.cpu import native
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
@@ -42,7 +48,7 @@ def backward(
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     query, key, value = (
-        _empty_token_major(t) if need else None
+        empty_token_major(t, *t.shape) if need else None
         for t, need in ((problem.query, needs.query), (problem.key, needs.key), (problem.value, needs.value))
     )
     prompt_key = problem.prompt_key.new_empty(problem.prompt_key.shape) if needs.prompt_key else None
@@ -98,9 +104,3 @@ def _view(tensor: Tensor) -> View:
 
 def _vector(tensor: Tensor) -> Vector:
     return tensor.data_ptr(), tensor.numel()
-
-
-def _empty_token_major(tensor: Tensor) -> Tensor:
-    """Uninitialised [B, H, T, X], in memory [B, T, H, X]."""
-    batch, heads, tokens, size = tensor.shape
-    return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.attention_problem import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 
 HEAD_SIZES = (64, 96, 128)
@@ -149,10 +155,7 @@ def _is_aligned(tensor: Tensor) -> bool:
 
 def _empty_like(tensor: Tensor, own: bool) -> Tensor:
     """Uninitialised, in memory [batch, token, head, size] for a sequence's own tensors."""
-    batch, heads, tokens, size = tensor.shape
-    if not own:
-        return tensor.new_empty(batch, heads, tokens, size)
-    return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
+    return empty_token_major(tensor, *tensor.shape) if own else tensor.new_empty(tensor.shape)
 
 
 def _view(tensor: Tensor) -> View:

@@ -8,7 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.attention_problem import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
 from softprompt_kernels.kernels.triton import attention_configs as configs
 from softprompt_kernels.kernels.triton import tuning
 from softprompt_kernels.kernels.triton.attention_configs import Tiles
@@ -408,13 +414,9 @@ def _sinks(problem: AttentionProblem) -> Tensor | None:
 
 
 def _empty_gradients(problem: AttentionProblem, needs: Needs) -> Gradients:
-    def empty_token_major(tensor: Tensor) -> Tensor:
-        batch, heads, tokens, size = tensor.shape
-        return tensor.new_empty(batch, tokens, heads, size).transpose(1, 2)
-
     own = (problem.query, problem.key, problem.value)
     others = (problem.prompt_key, problem.prompt_value, problem.sinks)
     return Gradients(
-        *(empty_token_major(t) if need else None for t, need in zip(own, needs[:3], strict=True)),
+        *(empty_token_major(t, *t.shape) if need else None for t, need in zip(own, needs[:3], strict=True)),
         *(t.new_empty(t.shape) if need and t is not None else None for t, need in zip(others, needs[3:], strict=True)),
     )
