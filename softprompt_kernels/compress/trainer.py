@@ -144,12 +144,10 @@ class Trainer:
         prefix = prefix_of(self.model, self.prompt)
         leaves = Prefix.of((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.layers)
         tokens = total_targets([self.examples[i] for i in chosen])
-        # Like lengths together: a micro-batch of short sequences is not padded to the longest of the batch.
-        ordered = sorted(chosen, key=lambda i: self.examples[i].length)
         total = 0.0
         with recomputing(self.model):
-            for start in range(0, len(ordered), self.micro_batch_size):
-                part = ordered[start : start + self.micro_batch_size]
+            for start in range(0, len(chosen), self.micro_batch_size):
+                part = chosen[start : start + self.micro_batch_size]
                 batch = Batch.of([self.examples[i] for i in part], self.model.device)
                 hidden = batch.hidden(self.model, leaves)
                 loss = self.objective.loss(hidden, batch.labels, part, self.targets) / tokens

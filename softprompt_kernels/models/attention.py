@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.padding import Placement, compaction, is_right_padded, take_rows
+from softprompt_kernels.models.padding import Packing, Placement, compaction, is_right_padded, take_rows
 from softprompt_kernels.ops import prompt_attention
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -43,6 +43,8 @@ class Call:
         prompt_index: `[B]` int64, the row of the bank that each sequence reads; None as in `prompt_attention`.
         key_lengths: `[B]` int64, real own keys of a row, which come first. None: all.
         placement: where the queries sit; None when query i is at own position N − M + i.
+        packing: where sequences begin in a packed batch, of which prompt_index `[S]` has an entry each; then there is
+            neither key_lengths nor placement.
         sink: receives own keys and values, None to drop them.
         wants_grad: a graph is wanted, so the layers must run with gradients enabled.
     """
@@ -51,6 +53,7 @@ class Call:
     prompt_index: Tensor | None = None
     key_lengths: Tensor | None = None
     placement: Placement | None = None
+    packing: Packing | None = None
     sink: KeyValueSink | None = None
     wants_grad: bool = False
 
@@ -114,7 +117,9 @@ def attend(
     if call.sink is not None:
         call.sink.put(module.layer_idx, key, value)
     prompt_key, prompt_value = _prompt(call, module.layer_idx, key, value)
-    window = _binding_window(sliding_window, prompt_key.shape[2] + key.shape[2])
+    packing = call.packing
+    longest = key.shape[2] if packing is None else packing.longest
+    window = _binding_window(sliding_window, prompt_key.shape[2] + longest)
 
     placement, lengths = call.placement, None if call.prefix is None else call.prefix.lengths
     if query.shape[2] == 1 and window is None:
@@ -132,6 +137,7 @@ def attend(
             prompt_index=_on(call.prompt_index, query),
             prompt_lengths=_on(lengths, query),
             key_lengths=_on(call.key_lengths, query),
+            cu_seqlens=None if packing is None else _on(packing.cu_seqlens, query),
             window=window,
             softcap=softcap,
             sinks=s_aux,

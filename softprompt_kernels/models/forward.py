@@ -1,11 +1,13 @@
 """Run a model behind a prefix: last hidden states or logits of a batch of inputs.
 
-Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere;
-right-padded batches (training) cost nothing, any other order is moved to that form before the model and back after,
-one gather of ids and one of hidden states.
+Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere and
+never runs through the model: what is real of a padded batch goes through it as one packed sequence, which no part of a
+causal model notices but the attention, and that is told where sequences begin.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_window
 from softprompt_kernels.models.head import head_of
-from softprompt_kernels.models.padding import compaction, is_right_padded
+from softprompt_kernels.models.padding import Packing
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -37,7 +39,7 @@ def prompted_hidden(
         input_ids: `[B, M]` int64.
         prefix: R rows of keys and values, None for no prompt.
         attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. On the CPU, nothing waits for the
-            device. What comes out at padding is finite and means nothing.
+            device. What comes out at padding is 0.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
             sequence b where R = B.
 
@@ -45,24 +47,22 @@ def prompted_hidden(
         `[B, M, d]` in the model's dtype.
 
     Raises:
-        SoftPromptError: the model is not prepared, the prefix belongs to another model, shapes do not fit, or the
-            sequence is longer than the model's window.
+        SoftPromptError: the model is not prepared, the prefix belongs to another model, shapes do not fit, all is
+            padding, or the sequence is longer than the model's window.
     """
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index)
-    lengths = inverse = None
-    if attention_mask is not None:
-        mask = attention_mask.bool()
-        if not bool(mask.all()):
-            lengths = mask.sum(dim=1).to(input_ids.device)
-            if not is_right_padded(mask):
-                order, inverse = (index.to(input_ids.device) for index in compaction(mask))
-                input_ids = input_ids.gather(1, order)
-    positions = first_position(prefix, prompt_index, input_ids) + torch.arange(
-        input_ids.shape[1], device=input_ids.device
-    )
-    call = Call(prefix, prompt_index, lengths, wants_grad=wants_grad(prefix))
-    hidden = run_base(model, call, positions, input_ids=input_ids)
-    return hidden if inverse is None else hidden.take_along_dim(inverse.to(hidden.device)[..., None], dim=1)
+    first = first_position(prefix, prompt_index, input_ids)
+    call = Call(prefix, prompt_index, wants_grad=wants_grad(prefix))
+    if attention_mask is None or bool(attention_mask.all()):
+        positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
+        return run_base(model, call, positions, input_ids=input_ids)
+    batch, width = input_ids.shape
+    packing = Packing.of(attention_mask, input_ids.device)
+    call = replace(call, packing=packing)
+    positions = packing.pack(first + packing.own_positions)
+    hidden = run_base(model, call, positions, input_ids=packing.pack(input_ids))
+    padded = hidden.new_zeros(batch * width, hidden.shape[2])
+    return padded.index_copy(0, packing.real.to(hidden.device), hidden[0]).unflatten(0, (batch, width))
 
 
 def prompted_logits(
@@ -80,7 +80,10 @@ def prompted_logits(
 
 def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Tensor) -> Tensor:
     """One forward of the model without its head, at `positions [1 or B, M]`, of `input_ids` or `inputs_embeds`."""
-    # No mask: `call` says what is padding, and rows hold their real tokens first.
+    if call.packing is not None:
+        # A mask of four dimensions is handed through to the attention, which does not look at it. Without one
+        # transformers would see that positions begin anew and ask for a mask of its own, which waits for the device.
+        inputs["attention_mask"] = positions.new_zeros(1, 1, 1, 1)
     output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
     hidden: Tensor = output.last_hidden_state
     return hidden

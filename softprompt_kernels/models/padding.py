@@ -1,7 +1,8 @@
-"""Own-token padding in the only form that the attention op knows: real keys first, `key_lengths` of them.
+"""Own-token padding in the forms that the attention op knows.
 
-Batches come padded on the right (training), on the left (generation), or with holes. All are brought into the form by
-moving tokens, never by a mask in the kernel:
+Where nothing but the batch at hand matters, what is real of it is packed: `Packing`. With a cache, rows stay rows, real
+keys first, `key_lengths` of them. Batches come padded on the left (generation), on the right, or with holes; all are
+brought into that form by moving tokens, never by a mask in the kernel:
 
     order [B, N]     columns of a row, real ones first, each group in its old order
     inverse [B, N]   where each column went; `x.gather(order).gather(inverse) = x`
@@ -16,7 +17,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from softprompt_kernels.errors import SoftPromptError
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The real tokens of a padded batch [B, M], one sequence after the other.
+
+    Args:
+        real: `[T]` int64, where they are in the flattened batch.
+        cu_seqlens: `[B + 1]` int64, where sequences begin among them.
+        own_positions: `[B, M]` int64, 0, 1, ... over the real tokens of a row; anything at padding.
+        longest: at least as long as any sequence.
+    """
+
+    real: Tensor
+    cu_seqlens: Tensor
+    own_positions: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device) -> Packing:
+        """That of `mask [B, M]`, non-zero for a real token. Waits for the mask's device, and for no other.
+
+        Raises:
+            SoftPromptError: nothing is real.
+        """
+        counts = (mask != 0).to(torch.int64)
+        real = counts.flatten().nonzero().squeeze(1)
+        if real.numel() == 0:
+            raise SoftPromptError("attention_mask: got padding alone, accepted is at least one real token")
+        cu_seqlens = F.pad(counts.sum(dim=1).cumsum(0), (1, 0))
+        own = (counts.cumsum(dim=1) - 1).clamp(min=0)
+        return cls(real.to(device), cu_seqlens.to(device), own.to(device), mask.shape[1])
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """`[B, M]` to `[1, T]`."""
+        return tensor.flatten().index_select(0, self.real)[None]
 
 
 def is_right_padded(mask: Tensor) -> bool:
