@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, embed_prefix, prepare, prompted_hidden, prompted_logits
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -177,9 +178,30 @@ def test_hidden_states_come_without_running_the_head(build, tokens, monkeypatch)
     torch.testing.assert_close(hidden @ model.lm_head.weight.T, expected, atol=ATOL, rtol=0)
 
 
-def test_a_row_of_padding_alone_is_finite(build, tokens):
-    model = build("gemma2")
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_never_runs_through_the_model(side, build, tokens, padded, monkeypatch):
+    model = build("gemma3")
     prepare(model)
-    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
-    for prefix in (None, capture(model, tokens(1, 5))):
-        assert prompted_hidden(model, tokens(2, 3), prefix, attention_mask=mask).isfinite().all()
+    prefix = capture(model, tokens(1, 5))
+    ids, mask = padded([tokens(n) for n in (3, 9, 1)], side)
+    mask = torch.cat([mask, torch.zeros_like(mask[:1])])
+    ids = torch.cat([ids, ids[:1]])
+    seen = []
+    run = model.base_model.forward
+
+    def watched(input_ids, **others):
+        seen.append((input_ids.tolist(), others["position_ids"].tolist()))
+        return run(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model.base_model, "forward", watched)
+    hidden = prompted_hidden(model, ids, prefix, attention_mask=mask)
+    own = [5 + i for n in (3, 9, 1) for i in range(n)]
+    assert seen == [([ids[mask.bool()].tolist()], [own])]
+    assert (hidden[~mask.bool()] == 0).all() and (hidden[mask.bool()] != 0).any(dim=1).all()
+
+
+def test_padding_alone_is_refused(build, tokens):
+    model = build("llama")
+    prepare(model)
+    with pytest.raises(SoftPromptError, match="attention_mask: got padding alone, accepted is at least one real token"):
+        prompted_hidden(model, tokens(2, 3), None, attention_mask=torch.zeros(2, 3))
