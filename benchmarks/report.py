@@ -2,7 +2,8 @@
 
     python benchmarks/report.py runs/bench/bench.json
 
-Seconds are medians over rounds in which all ways of a case took turns. GFLOP/s counts useful FLOP only; "% of mm" is
+Seconds are medians over rounds in which all ways of a case took turns; "after others" is the time right after another
+way, where a second run is the one that counts. GFLOP/s counts useful FLOP only; "% of mm" is
 of the rate of a large fp32 product in the same rounds. "× ours" is the way's time over ours, "× floor" over the bare
 products of the same sizes (attention: its useful FLOP at the mm rate). Memory is the peak above the inputs.
 """
@@ -21,8 +22,8 @@ from requirements import Record, Verdict, busy, floor_seconds, one, verdicts
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("ms", "min..max", "GFLOP/s", "% of mm", "× ours", "× floor", "peak MiB")
-WIDTH = 150
+COLUMNS = ("ms", "min..max", "after others", "GFLOP/s", "% of mm", "× ours", "× floor", "peak MiB")
+WIDTH = 165
 
 
 def show(path: Path) -> None:
@@ -73,11 +74,12 @@ def _table(title: str, records: list[Record]) -> Table:
 def _cells(record: Record, entry: dict[str, Any]) -> list[str]:
     seconds, floor = entry["median"], floor_seconds(record)
     rate = None if entry["flop"] is None else entry["flop"] / seconds * 1e-9
-    peak = entry["peak_bytes"]
+    peak, after_others = entry["peak_bytes"], entry["after_others"]
     comparable = entry["role"] != "twin"
     return [
         f"{seconds * 1e3:.2f}",
         f"{entry['min'] * 1e3:.2f}..{entry['max'] * 1e3:.2f}",
+        "" if after_others is None else f"{after_others * 1e3:.2f}",
         "" if rate is None else f"{rate:.1f}",
         "" if rate is None else f"{rate / record['mm_gflops']:.0%}",
         f"{seconds / one(record, 'ours')['median']:.2f}",

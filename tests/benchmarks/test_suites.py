@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("psutil")
@@ -60,6 +62,7 @@ def test_every_suite_is_measured_against_ours_and_its_floor(run: tuple[str, dict
             assert [entry["role"] for entry in entries].count("ours") == 1
             assert any(entry["role"] == "alternative" for entry in entries)
             assert all(entry["min"] <= entry["median"] <= entry["max"] for entry in entries)
+            assert all(entry["after_others"] > 0 for entry in entries)
             assert record["mm_gflops"] > 0
             assert next(entry for entry in entries if entry["role"] == "ours")["peak_bytes"] is not None
 
@@ -110,6 +113,39 @@ def test_growth_beyond_the_work_is_flagged() -> None:
     assert scaling.excess([1, 2, 4], [2, 4, 10]) == [1, 1.25]
     record = {"case": "op by N", "sizes": [1, 2, 4], "work": [1, 2, 4], "medians": [2, 4, 11]}
     assert "OUT OF LINE at 4" in scaling.note(record)
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("seconds", [0.001, 0.03])
+def test_short_ways_run_twice_in_their_turn_and_the_second_counts(seconds: float) -> None:
+    import contest
+
+    ran: list[str] = []
+
+    def way(name: str) -> Any:
+        def run() -> tuple[torch.Tensor]:
+            time.sleep(seconds if ran and ran[-1] == name else seconds + 0.01)
+            ran.append(name)
+            return (torch.zeros(1),)
+
+        return run
+
+    class Benchmark:
+        def __init__(self) -> None:
+            self.extra_info: dict[str, Any] = {}
+
+        def pedantic(self, function: Any, args: Any, rounds: int, iterations: int) -> None:
+            for _ in range(rounds):
+                function(*args)
+
+    entries = [contest.Entry(name, role, way(name)) for name, role in (("a", contest.OURS), ("b", contest.ALTERNATIVE))]
+    record = contest.hold(Benchmark(), contest.Contest(entries, None), seconds=0.2, most=4, quick=False)
+    for entry in record["entries"][:2]:
+        assert len(entry["seconds"]) == record["rounds"] >= 3
+        if seconds < contest.TWICE_BELOW:
+            assert entry["median"] < entry["after_others"]
+        else:
+            assert entry["after_others"] is None
 
 
 @pytest.mark.usefixtures("benchmarks")
