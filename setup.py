@@ -79,7 +79,7 @@ CPU_FOR_EACH_INSTRUCTION_SET = (
     "cpu/kl_tile.cpp",
     "cpu/table.cpp",
 )
-CPU_FOR_ONE = {"amx": ("cpu/product_tiles.cpp",), "avx512": ("cpu/product_vectors.cpp",)}
+CPU_PRODUCTS = {"amx": "cpu/product_tiles.cpp", "avx512": "cpu/product_vectors.cpp"}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -151,11 +151,11 @@ def cpu_plan() -> Plan:
     sets = instruction_sets()
     has = "".join(f" -DSPK_HAS_{name.upper()}" for name in sets)
     units = [Unit(source, "neutral", "compile") for source in CPU_COMMON]
-    units += [
-        Unit(source, name, "compile", f"{options} -fno-exceptions -DSPK_ISA={name}")
-        for name, options in sets.items()
-        for source in (*CPU_FOR_EACH_INSTRUCTION_SET, *CPU_FOR_ONE.get(name, ()))
-    ]
+    for name, options in sets.items():
+        products = CPU_PRODUCTS.get(name)
+        options += f" -fno-exceptions -DSPK_ISA={name}" + (" -DSPK_PRODUCTS" if products else "")
+        sources = [*CPU_FOR_EACH_INSTRUCTION_SET, *([products] if products else [])]
+        units += [Unit(source, name, "compile", options) for source in sources]
     return Plan({"compile": cxx_command(f"-O3 -ffp-contract=fast {openmp()}{has}"), "link": cxx_link()}, units)
 
 

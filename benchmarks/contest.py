@@ -1,7 +1,7 @@
 """A contest: several ways of doing the same work, checked against each other, then timed in turns.
 
 pytest-benchmark times one function after another, and on a shared machine whatever slows it for a minute would then
-fall on one of them. So one benchmark is one whole contest: a round runs every way once, each round starting with
+fall on one of them. So one benchmark is one whole contest: in a round every way has a turn, each round starting with
 another one, and it is the ways' own times that the report is made of. They go where pytest-benchmark has room for what
 it does not know, `benchmark.extra_info`; its own statistics are those of a round.
 
@@ -144,7 +144,8 @@ def hold(benchmark: Any, contest: Contest, *, seconds: float, most: int, quick: 
             begin = time.perf_counter()
             contest.round(times, False)
             passed = time.perf_counter() - begin
-            twice = min(times.counted[e.name][0] for e in contest.entries if e.role != RULER) < TWICE_BELOW
+            compared = [entry.name for entry in contest.entries if entry.role in (OURS, ALTERNATIVE)]
+            twice = min(times.counted[name][0] for name in compared) < TWICE_BELOW
             rounds = min(most, max(3, int(seconds / (passed * (2 if twice else 1))))) - (0 if twice else 1)
             times = Times.of(contest.entries) if twice else times
         gc.collect()

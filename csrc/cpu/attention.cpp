@@ -63,10 +63,10 @@ void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes
   call.workspace_bytes = isa.attention_forward_workspace(problem);
   call.merges = plan.merges.data();
   call.merge_count = static_cast<int64_t>(plan.merges.size());
-  const int64_t workspaces = problem.threads * call.workspace_bytes;
-  const Scratch scratch(workspaces + plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * kFloat);
-  call.workspace = scratch.get();
-  call.partial = reinterpret_cast<float*>(scratch.get() + workspaces);
+  const Scratch<2> scratch({problem.threads * call.workspace_bytes,
+                            plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * kFloat});
+  call.workspace = scratch[0];
+  call.partial = reinterpret_cast<float*>(scratch[1]);
 
   parallel(problem.threads, [&](int thread) { isa.attention_forward(call, thread); });
   if (call.merge_count > 0) parallel(problem.threads, [&](int thread) { isa.attention_merge(call, thread); });
@@ -103,14 +103,13 @@ void run_attention_backward(AttentionProblem problem, const AttentionSizes& size
   call.prompt.shared_count = static_cast<int64_t>(prompts.shared.size());
   call.prompt_keys = sizes.prompt_keys;
   call.workspace_bytes = isa.attention_backward_workspace(problem);
-  const int64_t workspaces = problem.threads * call.workspace_bytes;
-  const int64_t own_sums = problem.threads * 2 * call.own.buffer_floats * kFloat;
-  const int64_t prompt_sums = problem.threads * 2 * call.prompt.buffer_floats * kFloat;
-  const Scratch scratch(workspaces + own_sums + prompt_sums);
+  const Scratch<3> scratch({problem.threads * call.workspace_bytes,
+                            problem.threads * 2 * call.own.buffer_floats * kFloat,
+                            problem.threads * 2 * call.prompt.buffer_floats * kFloat});
   std::vector<double> grad_sinks(outputs.grad_sinks == nullptr ? 0 : problem.threads * problem.heads, 0.0);
-  call.workspace = scratch.get();
-  call.own.buffers = reinterpret_cast<float*>(scratch.get() + workspaces);
-  call.prompt.buffers = reinterpret_cast<float*>(scratch.get() + workspaces + own_sums);
+  call.workspace = scratch[0];
+  call.own.buffers = reinterpret_cast<float*>(scratch[1]);
+  call.prompt.buffers = reinterpret_cast<float*>(scratch[2]);
   call.grad_sinks = grad_sinks.empty() ? nullptr : grad_sinks.data();
 
   parallel(problem.threads, [&](int thread) { isa.attention_backward(call, thread); });

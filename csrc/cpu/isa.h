@@ -22,6 +22,7 @@ struct Kernels {
   void (*expectation_rows)(const ExpectationRows& call, int thread);
   void (*kl_tile)(const KlTile& call, int thread);
   bool has_matrix_unit;
+  int64_t most_product_depth;  // of a part of a product
   // nullptr where there are none
   int64_t (*product_left_bytes)(const Product& part);
   int64_t (*product_workspace)(const Product& part);

@@ -9,9 +9,11 @@ namespace softprompt::SPK_ISA {
 
 #ifdef SPK_AMX
 constexpr bool kHasMatrixUnit = true;
+constexpr int64_t kMostProductDepth = INT32_MAX;
 constexpr int64_t kBackwardRowAlign = 32;  // that one instruction sums over
 #else
 constexpr bool kHasMatrixUnit = false;
+constexpr int64_t kMostProductDepth = 2048;
 constexpr int64_t kBackwardRowAlign = 1;
 #endif
 
@@ -29,7 +31,7 @@ void kl_logits(const KlLogits& call, int thread);
 void expectation_rows(const ExpectationRows& call, int thread);
 void kl_tile(const KlTile& call, int thread);
 
-#ifdef __AVX512F__
+#ifdef SPK_PRODUCTS
 // Of a part with as many rows and as much depth as any.
 int64_t product_left_bytes(const Product& part);
 int64_t product_workspace(const Product& part);

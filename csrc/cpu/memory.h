@@ -1,12 +1,15 @@
 // Memory that a call works in.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
+
+#include "integers.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -28,32 +31,53 @@ inline Memory allocate(int64_t bytes) {
   return Memory(static_cast<char*>(memory));
 }
 
-// Uninitialised bytes for a call to work in, of which a thread has one at a time. The thread keeps them for its next call:
-// an allocator that hands the end of its heap back to the system as soon as it is free, as glibc's does, would take longer
-// over that, and over the new pages of the next call, than a call over a small batch takes. Throws std::bad_alloc.
+// At least so many bytes, which are the calling thread's until it asks again. Throws std::bad_alloc.
+inline char* keep(int64_t bytes) {
+  thread_local Memory kept;
+  thread_local int64_t kept_bytes = 0;
+  if (bytes > kept_bytes) {
+    kept.reset();
+    kept_bytes = 0;
+    kept = allocate(bytes);
+    kept_bytes = bytes;
+  }
+  return kept.get();
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+#define SPK_KEEPS_MEMORY false
+#elif defined(__has_feature)
+#define SPK_KEEPS_MEMORY !__has_feature(address_sanitizer)
+#else
+#define SPK_KEEPS_MEMORY true
+#endif
+
+// Uninitialised memory for a call to work in, in some parts, of which a thread has one at a time. The thread keeps it for
+// its next call: an allocator that hands the end of its heap back to the system as soon as it is free, as glibc's does,
+// would take longer over that, and over the new pages of the next call, than a call over a small batch takes.
+// AddressSanitizer sees parts of their own, each of its own size.
+template <size_t parts>
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) {
-    constexpr int64_t kMostKept = int64_t{32} << 20;
-    thread_local Memory kept;
-    thread_local int64_t kept_bytes = 0;
-    if (bytes > kMostKept) {
-      large_ = allocate(bytes);
+  // Throws std::bad_alloc.
+  explicit Scratch(const int64_t (&bytes)[parts]) {
+    if (!SPK_KEEPS_MEMORY) {
+      for (size_t i = 0; i < parts; ++i) own_[i] = allocate(bytes[i]), data_[i] = own_[i].get();
       return;
     }
-    if (bytes > kept_bytes) {
-      kept.reset();
-      kept_bytes = 0;
-      kept = allocate(bytes);
-      kept_bytes = bytes;
-    }
-    kept_ = kept.get();
+    int64_t total = 0;
+    for (const int64_t part : bytes) total += round_up(part, kLine);
+    if (total > kMostKept) own_[0] = allocate(total);
+    char* next = total > kMostKept ? own_[0].get() : keep(total);
+    for (size_t i = 0; i < parts; ++i) data_[i] = next, next += round_up(bytes[i], kLine);
   }
-  char* get() const { return large_ ? large_.get() : kept_; }
+  char* operator[](size_t part) const { return data_[part]; }
 
  private:
-  Memory large_;
-  char* kept_ = nullptr;
+  static constexpr int64_t kMostKept = int64_t{32} << 20, kLine = 64;
+
+  std::array<Memory, parts> own_;
+  std::array<char*, parts> data_;
 };
 
 // Asks for large pages in memory that will be written to from end to end. What malloc cannot take from what was freed,

@@ -21,7 +21,7 @@ struct Product {
   int threads;
 };
 
-// A part of a product whose left side is packed as a whole, for all threads, before any of them multiplies.
+// A part of a product. What is packed of its left side is packed for all threads, before any of them multiplies.
 struct ProductPart {
   Product product;  // of some rows and some of the depth
   char* left;       // product_left_bytes

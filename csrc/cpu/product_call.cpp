@@ -1,4 +1,4 @@
-// Dense products on all threads, in parts whose left side is packed in a bounded memory.
+// Dense products on all threads, in parts small enough for what is packed of them to take a bounded memory.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kMostRows = 1024;
 constexpr int64_t kMostElements = 640 * kMostRows;  // of the left side of a part
-constexpr int64_t kGrain = 32;                      // rows and depth are packed in multiples of it
+constexpr int64_t kGrain = 32;                      // parts are multiples of it
 
 // `count` in parts of nearly equal size, multiples of kGrain, of at most `limit`.
 int64_t even_part(int64_t count, int64_t limit) {
@@ -39,16 +39,16 @@ void run(const Product& call) {
   if (chosen.product == nullptr) {
     throw std::invalid_argument(std::string("the instruction set must be amx or avx512; it is ") + chosen.name);
   }
-  const int64_t rows = even_part(call.rows, kMostRows), depth = even_part(call.depth, kMostElements / rows);
+  const int64_t rows = even_part(call.rows, kMostRows);
+  const int64_t depth = even_part(call.depth, least(kMostElements / rows, chosen.most_product_depth));
   ProductPart part = {};
   part.product = call;
   part.product.rows = std::min(rows, call.rows);
   part.product.depth = std::min(depth, call.depth);
   part.workspace_bytes = chosen.product_workspace(part.product);
-  const int64_t left_bytes = round_up(chosen.product_left_bytes(part.product), 64);
-  const Scratch scratch(left_bytes + call.threads * part.workspace_bytes);
-  part.left = scratch.get();
-  part.workspace = scratch.get() + left_bytes;
+  const Scratch<2> scratch({chosen.product_left_bytes(part.product), call.threads * part.workspace_bytes});
+  part.left = scratch[0];
+  part.workspace = scratch[1];
   const int64_t element = kBytes[static_cast<int>(call.right_dtype)];
   for (int64_t row = 0; row < call.rows; row += rows) {
     for (int64_t deep = 0; deep == 0 || deep < call.depth; deep += depth) {

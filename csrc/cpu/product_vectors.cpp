@@ -3,8 +3,8 @@
 // The lanes of a vector run along the columns of `right` where its rows lie densely, or along the rows of `left` where it
 // is `right` that lies along the depth; then the product is computed as its own transpose, as in product_tiles.cpp. What
 // the lanes run along is packed, in panels of as many lanes as a register tile has; the other side is read where it lies,
-// an element at a time, unless it has 16 bits. So the weight of a language model's head is never packed for logits, and
-// once for what logits are multiplied with.
+// an element at a time, or, where it has 16 bits, from a copy in fp32. So of the weight of a language model's head in fp32
+// nothing is packed for logits, and each part once for what multiplies it.
 #include "arena.h"
 #include "gemm.h"
 #include "kernels.h"

@@ -98,4 +98,5 @@ def empty_token_major(like: Tensor, batch: int, heads: int, tokens: int, size: i
 
 def token_major(tensor: Tensor) -> Tensor:
     """The same [batch, heads, tokens, size], in memory [batch, tokens, heads, size]; no copy if it is so already."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    moved = tensor.transpose(1, 2)
+    return tensor if moved.is_contiguous() else moved.contiguous().transpose(1, 2)

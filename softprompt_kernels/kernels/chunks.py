@@ -1,10 +1,10 @@
 """Which tokens and words are worked on at a time, in how much memory, and the parts of a head's weight.
 
 All buffers of a loss together stay within 64 MiB (and never below one token's logits), those of the library that
-multiplies included, which on AMX are 4 MiB and one for each of up to 28 threads: the logits and copied hidden states of
-a chunk of tokens, scratch for a block of rows that fits the cache, and for a 16-bit head the fp32 copy of a part of it
-where the library needs one, since a product in 16 bits would
-round the logits. (Row work in C++ from given logits takes 2 V numbers a thread.)
+multiplies included, which, where that is our own, are 4 MiB and one for each of up to 28 threads: the logits and copied
+hidden states of a chunk of tokens, scratch for a block of rows that fits the cache, and for a 16-bit head the fp32 copy
+of a part of it where the library needs one, since a product in 16 bits would round the logits. (Row work in C++ from
+given logits takes 2 V numbers a thread.)
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,9 @@
 """Run a model behind a prefix: last hidden states or logits of a batch of inputs.
 
-Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere and
-never runs through the model: what is real of a padded batch goes through it as one packed sequence, which no part of a
-causal model notices but the attention, and that is told where sequences begin.
+Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere.
+Where the attention's kernels are as good at packed sequences it does not run through the model: what is real of a batch
+goes through it as one sequence, which no part of a causal model notices but the attention, and that is told where each
+row begins. Elsewhere rows are brought into the form of right-padded ones, one gather of ids and one of hidden states.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_window
 from softprompt_kernels.models.head import head_of
-from softprompt_kernels.models.padding import Packing
+from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.ops.prompt_attention import packs_sequences
 from softprompt_kernels.prompts.prefix import Prefix
 
 
@@ -38,8 +40,8 @@ def prompted_hidden(
         model: a prepared model, or the base model of one.
         input_ids: `[B, M]` int64.
         prefix: R rows of keys and values, None for no prompt.
-        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. On the CPU, nothing waits for the
-            device. What comes out at padding is 0.
+        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. Best on the CPU, where it is looked at.
+            What comes out at padding is finite and means nothing.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
             sequence b where R = B.
 
@@ -56,11 +58,24 @@ def prompted_hidden(
     if attention_mask is None or bool(attention_mask.all()):
         positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
         return run_base(model, call, positions, input_ids=input_ids)
+    mask = attention_mask.bool()
+    if packs_sequences(_head_size(model), model.dtype, model.device):
+        return _packed_hidden(model, call, first, input_ids, mask)
+    call = replace(call, key_lengths=mask.sum(dim=1).to(input_ids.device))
+    inverse = None
+    if not is_right_padded(mask):
+        order, inverse = (index.to(input_ids.device) for index in compaction(mask))
+        input_ids = input_ids.gather(1, order)
+    positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
+    hidden = run_base(model, call, positions, input_ids=input_ids)
+    return hidden if inverse is None else hidden.take_along_dim(inverse.to(hidden.device)[..., None], dim=1)
+
+
+def _packed_hidden(model: PreTrainedModel, call: Call, first: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
     batch, width = input_ids.shape
-    packing = Packing.of(attention_mask, input_ids.device)
-    call = replace(call, packing=packing)
+    packing = Packing.of(mask, input_ids.device)
     positions = packing.pack(first + packing.own_positions)
-    hidden = run_base(model, call, positions, input_ids=packing.pack(input_ids))
+    hidden = run_base(model, replace(call, packing=packing), positions, input_ids=packing.pack(input_ids))
     padded = hidden.new_zeros(batch * width, hidden.shape[2])
     return padded.index_copy(0, packing.real.to(hidden.device), hidden[0]).unflatten(0, (batch, width))
 
@@ -149,7 +164,7 @@ def longest(prefix: Prefix | None) -> int:
 def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = _head_size(model)
     key = prefix.layers[0][0]
     got, accepted = (prefix.num_layers, key.shape[1], key.shape[3]), (config.num_hidden_layers, heads, dim)
     if got != accepted:
@@ -157,3 +172,8 @@ def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
             f"prefix: got {got[0]} layers, {got[1]} key heads of size {got[2]}, "
             f"the model has {accepted[0]}, {accepted[1]} and {accepted[2]}"
         )
+
+
+def _head_size(model: PreTrainedModel) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,8 +1,8 @@
 """Own-token padding in the forms that the attention op knows.
 
-Where nothing but the batch at hand matters, what is real of it is packed: `Packing`. With a cache, rows stay rows, real
-keys first, `key_lengths` of them. Batches come padded on the left (generation), on the right, or with holes; all are
-brought into that form by moving tokens, never by a mask in the kernel:
+Where nothing but the batch at hand matters and the kernels are good at it, what is real of it is packed: `Packing`.
+Else rows stay rows, real keys first, `key_lengths` of them. Batches come padded on the right (training), on the left
+(generation), or with holes; all are brought into that form by moving tokens, never by a mask in the kernel:
 
     order [B, N]     columns of a row, real ones first, each group in its old order
     inverse [B, N]   where each column went; `x.gather(order).gather(inverse) = x`
@@ -41,12 +41,12 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor, device: torch.device) -> Packing:
-        """That of `mask [B, M]`, non-zero for a real token. Waits for the mask's device, and for no other.
+        """That of `mask [B, M]` (bool, True for a real token), on a device. Waits for the mask's.
 
         Raises:
             SoftPromptError: nothing is real.
         """
-        counts = (mask != 0).to(torch.int64)
+        counts = mask.to(torch.int64)
         real = counts.flatten().nonzero().squeeze(1)
         if real.numel() == 0:
             raise SoftPromptError("attention_mask: got padding alone, accepted is at least one real token")

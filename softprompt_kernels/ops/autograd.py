@@ -1,6 +1,6 @@
 """What the registered ops share around their kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +20,33 @@ def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any
         return kernel(*arguments)
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_PLAIN_KEYS = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"):
+    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
 
 
-def are_plain(inputs: tuple[Any, ...]) -> bool:
-    """Whether these are a tensor with memory, other tensors, and Python's own constants."""
-    return _PLAIN.issuperset(map(type, inputs)) and not inputs[0].is_meta
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are tensors whose numbers are what lies in their memory, on the CPU or a GPU, or None.
+
+    Not so are subclasses, tensors without memory, negated or conjugated views, and what transforms wrap.
+    """
+    given = tuple(tensors)
+    if not _PLAIN_TYPES.issuperset(map(type, given)):
+        return False
+    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in given if tensor is not None]
+    return not any(key & ~_PLAIN_KEYS for key in keys)
 
 
 def is_watched() -> bool:
-    """Whether anything but autograd looks at the calls of ops: a compiler, tracer, profiler, mode or transform."""
+    """Whether this thread has a compiler, tracer, profiler, mode or transform that would see an op that is called."""
     return bool(
         torch.compiler.is_dynamo_compiling()
         or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -56,11 +56,6 @@ def positive(name: str, number: float | None) -> None:
         raise ValueError(f"{name} must be None or a finite number above 0; got {number}")
 
 
-def as_int64(tensor: Tensor | None) -> Tensor | None:
-    """Kernels take indices and lengths as int64."""
-    return None if tensor is None else tensor.to(torch.int64)
-
-
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what a matrix multiplication would make of its inputs: the autocast dtype, float64 kept."""
     if not torch._C._is_any_autocast_enabled():

@@ -64,6 +64,7 @@ class Backend:
     kernels: Mapping[str, Any]  # op -> Kernel
     missing: Callable[[], str | None] = field(default=lambda: None)  # why it cannot run here, and how to get it
     by_name_only: bool = False  # never chosen for a call that names no backend
+    packs: bool = False  # its attention over packed sequences is as fast as over padded ones without their padding
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,21 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(sorted(names))}; got {name!r}")
 
 
+def packs(op: str, problem: Any) -> bool:
+    """Whether what would serve a problem, if anything, `packs`. Says nothing to anybody."""
+    requested = os.environ.get("SOFTPROMPT_BACKEND") or None
+    for backend in _candidates(requested):
+        if op in backend.kernels and backend.missing() is None and backend.kernels[op].unsupported(problem) is None:
+            return backend.packs
+    return False
+
+
+def _candidates(requested: str | None) -> list[Backend]:
+    if requested is not None:
+        return [backend for backend in _backends if backend.name == requested]
+    return [backend for backend in _backends if not backend.by_name_only]
+
+
 def select(op: str, problem: Any, requested: str | None, device: torch.device) -> Any:
     """The kernel module that serves `problem`.
 
@@ -112,9 +128,7 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
     requested = requested or os.environ.get("SOFTPROMPT_BACKEND") or None
     check_backend(requested)
     refused: list[str] = []
-    for backend in _backends:
-        if backend.name != requested and (requested is not None or backend.by_name_only):
-            continue
+    for backend in _candidates(requested):
         reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
         missing = backend.missing()
         if reason is None and missing is None:
@@ -231,6 +245,7 @@ register(
             "linear_kl_div_from_moments": triton_expectation,
         },
         missing=triton_runtime.missing,
+        packs=True,
     )
 )
 register(
@@ -258,5 +273,6 @@ register(
             "linear_kl_div_from_moments": cpu_expectation,
         },
         missing=native.missing,
+        packs=True,
     )
 )

@@ -87,13 +87,23 @@ def prompt_attention(
     """
     query, key, value, prompt_key, prompt_value = checks.autocast(query, key, value, prompt_key, prompt_value)
     tensors = query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks
-    direct = not is_watched() and are_plain((*tensors, window, softcap, scale))
+    direct = not is_watched() and are_plain(tensors) and _are_numbers(causal, window, softcap, scale)
     _check(tensors, window, softcap, scale, known=direct)
     dispatch.check_backend(backend)
     indices = [None if t is None else t.to(torch.int64) for t in tensors[5:9]]
     options = causal, window, softcap, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend
     out, lse = (_op.direct if direct else _op.dispatched)(*tensors[:5], *indices, sinks, *options)
     return (out, lse) if return_lse else out
+
+
+def packs_sequences(size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether what serves attention with heads of `size` takes packed sequences, and is as fast with them.
+
+    Then a padded batch is better packed. Other backends refuse them, or see every token from every other.
+    """
+    one, ends = torch.empty(1, 1, 1, size, dtype=dtype, device=device), torch.tensor([0, 1], device=device)
+    options = None, None, None, ends, None, True, None, None, 1.0
+    return dispatch.packs(OP, AttentionProblem(one, one, one, one, one, *options))
 
 
 # --- the registered ops -----------------------------------------------------------------------------------------------
@@ -146,14 +156,15 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tu
 def _differentiate(
     grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any, needs: list[bool]
 ) -> Gradients:
-    """The kernel's gradients, for the inputs of `_forward`."""
+    """The kernel's gradients, for the inputs of `_forward`, laid out as `attention_problem` says."""
     *arguments, backend = inputs
     problem = AttentionProblem(*arguments)
     kernel = dispatch.select(OP, problem, backend, out.device)
     if grad_out is None:
         grad_out = empty_output(problem).zero_()
-    gradients: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
-    return gradients
+    found: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
+    own = (None if g is None else token_major(g) for g in found[:3])
+    return Gradients(*own, *(None if g is None else g.contiguous() for g in found[3:]))
 
 
 @torch.library.custom_op(f"softprompt_kernels::{OP}_backward", mutates_args=())
@@ -182,8 +193,7 @@ def _backward_op(
     tensors = query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks
     options = causal, window, softcap, scale, backend
     gradients = _differentiate(grad_out, grad_lse, out, lse, *tensors, *options, needs=needs)
-    own = [token_major(g) for g in gradients[:3] if g is not None]
-    return own + [g.contiguous() for g in gradients[3:] if g is not None]
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 @_backward_op.register_fake
@@ -224,8 +234,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     needs = [ctx.needs_input_grad[1 + i] for i in (0, 1, 2, 3, 4, 9)]
     if grad_out is None and grad_lse is None:
         return (None,) * 15
-    inputs = grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
-    if ctx.direct and not torch.is_grad_enabled() and not is_watched():
+    tensors = grad_out, grad_lse, *ctx.saved_tensors
+    inputs = *tensors, *ctx.options
+    if ctx.direct and not torch.is_grad_enabled() and not is_watched() and are_plain(tensors):
         *by_tensors, by_sinks = _differentiate(*inputs, needs=needs)
     else:
         found = iter(_backward_op(*inputs, needs))
@@ -240,6 +251,11 @@ forbid_double_backward(_backward_op, OP)
 # --- argument checks --------------------------------------------------------------------------------------------------
 
 
+def _are_numbers(causal: bool, window: int | None, softcap: float | None, scale: float | None) -> bool:
+    return type(causal) is bool and type(window) in (int, type(None)) and {type(softcap), type(scale)} <= _NUMBERS
+
+
+_NUMBERS = {int, float, type(None)}
 _known: set[tuple[Any, ...]] = set()  # what the checks look at, of calls that passed them
 _MOST_KNOWN = 4096
 
@@ -247,7 +263,7 @@ _MOST_KNOWN = 4096
 def _check(
     tensors: tuple[Any, ...], window: int | None, softcap: float | None, scale: float | None, known: bool
 ) -> None:
-    """All checks; with `known`, unless a call like it has passed them: in a model each has been made before."""
+    """All checks; with `known`, unless a call like it has passed them: a model's layers are alike."""
     if known:
         signature = window, softcap, scale, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
         if signature in _known:

@@ -197,7 +197,31 @@ def test_padding_never_runs_through_the_model(side, build, tokens, padded, monke
     hidden = prompted_hidden(model, ids, prefix, attention_mask=mask)
     own = [5 + i for n in (3, 9, 1) for i in range(n)]
     assert seen == [([ids[mask.bool()].tolist()], [own])]
-    assert (hidden[~mask.bool()] == 0).all() and (hidden[mask.bool()] != 0).any(dim=1).all()
+    assert hidden.isfinite().all() and (hidden[mask.bool()] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ["composed", "reference", "cpu"])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_every_backend_serves_padded_batches(name, side, build, tokens, alone, padded, monkeypatch):
+    """Those that are not good at packed sequences get padded ones."""
+    model = build("llama")
+    prepare(model)
+    rows, context = [tokens(n, seed=n) for n in (3, 9, 1)], tokens(5)
+    prefix = capture(model, context[None])
+    ids, mask = padded(rows, side)
+    expected = [prompted_logits(model, row[None], prefix)[0] for row in rows]
+    monkeypatch.setenv("SOFTPROMPT_BACKEND", name)
+    shapes = []
+    run = model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model,
+        "forward",
+        lambda input_ids, **others: shapes.append(input_ids.shape) or run(input_ids, **others),
+    )
+    got = prompted_logits(model, ids, prefix, attention_mask=mask)
+    assert shapes == [(1, 13) if name == "cpu" else ids.shape]
+    for one, real, want in zip(got, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
 
 
 def test_padding_alone_is_refused(build, tokens):

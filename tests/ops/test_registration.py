@@ -1,8 +1,12 @@
 """The ops as PyTorch sees them: opcheck, torch.compile, autocast, second derivatives, what costs nothing."""
 
+import dataclasses
+import sys
+
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
 from softprompt_kernels.ops.autograd import _scale_rows
@@ -130,7 +134,84 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class SeenFunctions(torch.overrides.TorchFunctionMode):
+    """Names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 OPS = {"softprompt_kernels::prompt_attention", "softprompt_kernels::prompt_attention_backward"}
+
+
+@pytest.fixture
+def no_dispatcher(monkeypatch):
+    """Attention that fails where it goes through the dispatcher."""
+    module = sys.modules["softprompt_kernels.ops.prompt_attention"]
+
+    def fail(*_):
+        pytest.fail("a call went through the dispatcher")
+
+    monkeypatch.setattr(module, "_op", dataclasses.replace(attention, dispatched=fail))
+    monkeypatch.setattr(module, "_backward_op", fail)
+
+
+def test_where_nobody_watches_calls_go_past_the_dispatcher(attention_tensors, no_dispatcher, monkeypatch):
+    inputs = attention_tensors(dtype=torch.float32, grad=True)
+    module = sys.modules["softprompt_kernels.ops.prompt_attention"]
+    monkeypatch.setattr(module, "_known", set())
+    torch.autograd.grad(attention_sum(*inputs), inputs)
+    with torch.no_grad():
+        attention_sum(*inputs)
+    monkeypatch.setattr(module, "_check_tensors", lambda *_: pytest.fail("a call like one before was checked again"))
+    attention_sum(*inputs)
+
+
+def test_what_is_remembered_of_checked_calls_is_bounded(monkeypatch):
+    module = sys.modules["softprompt_kernels.ops.prompt_attention"]
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_MOST_KNOWN", 3)
+    for tokens in range(1, 8):
+        own, prompt = torch.randn(1, 1, tokens, 4), torch.randn(1, 1, 2, 4)
+        prompt_attention(own, own, own, prompt, prompt)
+        assert 1 <= len(module._known) <= 3
+
+
+def test_gradients_lie_in_memory_as_the_dispatched_ones_do(attention_tensors, backend):
+    if backend in ("simt", "triton"):
+        pytest.skip("one shape is enough for those that are slow here")
+    inputs = attention_tensors(dtype=torch.float32, grad=True)
+    out = prompt_attention(*inputs, backend=backend)
+    direct = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
+    with Seen():
+        dispatched = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    for one, other in zip(direct, dispatched, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+        assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
+
+
+def test_negated_views_and_other_gradients_are_what_they_say(attention_tensors):
+    inputs = attention_tensors(dtype=torch.float32, grad=True)
+    out = prompt_attention(*inputs)
+    upstream = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, inputs[0], -upstream, retain_graph=True)
+    (found,) = torch.autograd.grad(out, inputs[0], torch._neg_view(upstream), retain_graph=True)
+    assert torch.equal(found, expected)
+    (zero,) = torch.autograd.grad(out, inputs[0], torch._efficientzerotensor(out.shape), retain_graph=True)
+    assert (zero == 0).all()
+    twice = TwoTensor(upstream, 2 * upstream)
+    (found,) = torch.autograd.grad(out, inputs[0], twice)
+    assert torch.equal(found.a, -expected)
+    with torch.no_grad():
+        assert torch.equal(
+            prompt_attention(torch._neg_view(inputs[0]), *inputs[1:]), prompt_attention(-inputs[0], *inputs[1:])
+        )
 
 
 def test_who_watches_sees_attention_and_its_backward(attention_tensors):
@@ -142,8 +223,15 @@ def test_who_watches_sees_attention_and_its_backward(attention_tensors):
     with torch.profiler.profile() as profile:
         profiled = torch.autograd.grad(attention_sum(*inputs), inputs)
     assert {event.key for event in profile.key_averages()} >= OPS
-    traced = torch.fx.experimental.proxy_tensor.make_fx(attention_sum)(*inputs)
-    assert any("softprompt_kernels.prompt_attention" in str(node.target) for node in traced.graph.nodes)
+    for before_dispatch in (False, True):
+        make_fx = torch.fx.experimental.proxy_tensor.make_fx
+        traced = make_fx(attention_sum, pre_dispatch=before_dispatch)(*[tensor.detach() for tensor in inputs])
+        assert any("softprompt_kernels.prompt_attention" in str(node.target) for node in traced.graph.nodes)
+    traced = torch.jit.trace(attention_sum, [tensor.detach() for tensor in inputs], check_trace=False)
+    assert "softprompt_kernels::prompt_attention" in str(traced.graph)
+    with SeenFunctions() as functions:
+        attention_sum(*inputs)
+    assert any("prompt_attention" in name for name in functions.names)
     for one, other, third in zip(alone, watched, profiled, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
 
@@ -174,6 +262,22 @@ def test_a_call_like_one_that_passed_the_checks_is_checked_where_it_differs(atte
             prompt_attention(query, key, value[:, :, 1:], prompt_key, prompt_value, softcap=3.0)
         with pytest.raises(TypeError, match="prompt_key must be a tensor; got list"):
             prompt_attention(query, key, value, [prompt_key], prompt_value, softcap=3.0)
+        with pytest.raises(TypeError, match="query must be a tensor; got NoneType"):
+            prompt_attention(None, key, value, prompt_key, prompt_value, softcap=3.0)
+        with pytest.raises(TypeError, match="key must be a tensor; got float"):
+            prompt_attention(query, 3.0, value, prompt_key, prompt_value, softcap=3.0)
+        for name in ("prompt_index", "prompt_lengths", "key_lengths"):
+            with pytest.raises(TypeError, match=f"{name} must be None or a tensor; got int"):
+                prompt_attention(query, key, value, prompt_key, prompt_value, **{name: 3})
+        with pytest.raises(TypeError, match="sinks must be a tensor; got float"):
+            prompt_attention(query, key, value, prompt_key, prompt_value, sinks=0.5)
+        softcap = torch.tensor(2.0)
+        prompt_attention(query, key, value, prompt_key, prompt_value, softcap=softcap)
+        with pytest.raises(ValueError, match=r"softcap must be None or a finite number above 0; got -2\.0"):
+            prompt_attention(query, key, value, prompt_key, prompt_value, softcap=softcap.neg_())
+        for option in ({"window": 2.5}, {"causal": "no"}):
+            with pytest.raises((RuntimeError, TypeError)):
+                prompt_attention(query, key, value, prompt_key, prompt_value, **option)
         with pytest.raises(ValueError, match="backend must be None or one of"):
             prompt_attention(query, key, value, prompt_key, prompt_value, softcap=3.0, backend="fast")
 
