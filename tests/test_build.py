@@ -68,6 +68,10 @@ def check_that_no_instruction_set_shares_code(build):
         names = [line.split(maxsplit=2)[2] for line in listing.splitlines()]
         own = f"softprompt::{path.parent.name}::"
         assert names and all(own in name for name in names), (path, names)
+    modules = [path for path in build.rglob("_native*.so") if path.parent.name == "cpu"]
+    assert modules
+    for path in modules:
+        assert "softprompt::" not in run(["nm", "-C", "-D", "--undefined-only", path], build).stdout
 
 
 @pytest.mark.skipif(
