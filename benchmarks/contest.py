@@ -31,7 +31,7 @@ FLOOR = "floor"  # the bare products
 TWIN = "twin"  # ours on another problem, for a ratio
 RULER = "ruler"
 RULER_SIZE, QUICK_RULER_SIZE = 1024, 64
-TWICE_BELOW = 0.02  # seconds that the fastest way takes
+TWICE_BELOW = 0.02  # seconds that the fastest way takes, floors aside
 
 Results = Sequence[Tensor]
 
@@ -144,7 +144,7 @@ def hold(benchmark: Any, contest: Contest, *, seconds: float, most: int, quick: 
             begin = time.perf_counter()
             contest.round(times, False)
             passed = time.perf_counter() - begin
-            compared = [entry.name for entry in contest.entries if entry.role in (OURS, ALTERNATIVE)]
+            compared = [entry.name for entry in contest.entries if entry.role not in (FLOOR, RULER)]
             twice = min(times.counted[name][0] for name in compared) < TWICE_BELOW
             rounds = min(most, max(3, int(seconds / (passed * (2 if twice else 1))))) - (0 if twice else 1)
             times = Times.of(contest.entries) if twice else times
