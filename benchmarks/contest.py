@@ -7,7 +7,8 @@ it does not know, `benchmark.extra_info`; its own statistics are those of a roun
 
 Where a way takes milliseconds, what the one before left of the caches, of its own code among them, and in the allocator
 is a good part of that. So in such a contest each way runs twice in its turn, and the second time counts; the first is
-kept beside it, as it is what one call costs in the midst of other work.
+kept beside it, as it is what one call costs in the midst of other work. (One way at growing sizes runs once: what the
+cache holds of the small ones would bend the line.)
 
 Floors take part in each round too, as does a product of two square matrices, `RULER`: its rate is what "% of mm" means.
 """
@@ -15,6 +16,7 @@ Floors take part in each round too, as does a product of two square matrices, `R
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +33,7 @@ FLOOR = "floor"  # the bare products
 TWIN = "twin"  # ours on another problem, for a ratio
 RULER = "ruler"
 RULER_SIZE, QUICK_RULER_SIZE = 1024, 64
-TWICE_BELOW = 0.02  # seconds that the fastest way takes, floors aside
+TWICE_BELOW = 0.02  # seconds that the fastest way takes
 
 Results = Sequence[Tensor]
 
@@ -144,8 +146,8 @@ def hold(benchmark: Any, contest: Contest, *, seconds: float, most: int, quick: 
             begin = time.perf_counter()
             contest.round(times, False)
             passed = time.perf_counter() - begin
-            compared = [entry.name for entry in contest.entries if entry.role not in (FLOOR, RULER)]
-            twice = min(times.counted[name][0] for name in compared) < TWICE_BELOW
+            compared = [entry.name for entry in contest.entries if entry.role in (OURS, ALTERNATIVE)]
+            twice = min((times.counted[name][0] for name in compared), default=math.inf) < TWICE_BELOW
             rounds = min(most, max(3, int(seconds / (passed * (2 if twice else 1))))) - (0 if twice else 1)
             times = Times.of(contest.entries) if twice else times
         gc.collect()
