@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = ("ms", "min..max", "after others", "GFLOP/s", "% of mm", "× ours", "× floor", "peak MiB")
-WIDTH = 165
+WIDTH = 172
 
 
 def show(path: Path) -> None:
