@@ -100,9 +100,13 @@ def compiler() -> str | None:
 
 
 def is_clang() -> bool:
-    """Whether the C++ compiler says that it is Clang; else it is taken for GCC."""
-    version = subprocess.run([*shlex.split(compiler() or ""), "--version"], capture_output=True, text=True)
-    return "clang" in version.stdout.lower()
+    """Whether the C++ compiler says that it is Clang, or is named so and does not run; else it is taken for GCC."""
+    command = shlex.split(compiler() or "")
+    try:
+        said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        said = " ".join(command)
+    return "clang" in said.lower()
 
 
 def openmp() -> str:

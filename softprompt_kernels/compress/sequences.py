@@ -42,7 +42,7 @@ class Batch:
 
     Args:
         input_ids: `[B, M]` int64.
-        attention_mask: `[B, M]` int64, None when no row is padded.
+        attention_mask: `[B, M]` int64 on the CPU, where it is looked at; None when no row is padded.
         target_rows: `[n]` int64: the rows of the flattened `[B·M]` hidden states that predict, example by example.
         labels: `[n]` int64: what they predict.
     """
@@ -67,7 +67,7 @@ class Batch:
             start = index * width + len(example.input_ids) - 1
             rows.append(torch.arange(start, start + example.targets))
             labels.extend(example.output_ids)
-        padded = None if bool(mask.all()) else mask.to(device)
+        padded = None if bool(mask.all()) else mask
         return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
 
     def hidden(self, model: PreTrainedModel, prefix: Prefix | None) -> Tensor:

@@ -92,11 +92,15 @@ def empty_output(problem: AttentionProblem) -> Tensor:
 
 def empty_token_major(like: Tensor, batch: int, heads: int, tokens: int, size: int) -> Tensor:
     """Uninitialised [batch, heads, tokens, size], in memory [batch, tokens, heads, size]."""
-    strides = tokens * heads * size, size, heads * size, 1
-    return like.new_empty_strided((batch, heads, tokens, size), strides)
+    return like.new_empty_strided((batch, heads, tokens, size), _token_major_strides(heads, tokens, size))
 
 
 def token_major(tensor: Tensor) -> Tensor:
     """The same [batch, heads, tokens, size], in memory [batch, tokens, heads, size]; no copy if it is so already."""
-    moved = tensor.transpose(1, 2)
-    return tensor if moved.is_contiguous() else moved.contiguous().transpose(1, 2)
+    if tensor.stride() == _token_major_strides(*tensor.shape[1:]):
+        return tensor
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _token_major_strides(heads: int, tokens: int, size: int) -> tuple[int, int, int, int]:
+    return tokens * heads * size, size, heads * size, 1

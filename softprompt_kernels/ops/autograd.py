@@ -8,18 +8,31 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.ops.checks import any_autocast
 
 NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be differentiated"
 
 
 def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a kernel with autocast off: the op has already chosen its dtypes."""
-    if not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device.type)):
+    if not (any_autocast() and torch.is_autocast_enabled(device.type)):
         return kernel(*arguments)
     with torch.autocast(device.type, enabled=False):
         return kernel(*arguments)
 
 
+# What torch has to tell about itself for a call to go past its dispatcher; it promises none of it.
+_CAN_TELL = hasattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch") and all(
+    hasattr(torch._C, f"_{name}")
+    for name in (
+        "any_requires_grad",
+        "are_functorch_transforms_active",
+        "dispatch_keys",
+        "get_tracing_state",
+        "len_torch_dispatch_stack",
+        "len_torch_function_stack",
+    )
+)
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 _PLAIN_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"):
@@ -41,7 +54,8 @@ def are_plain(tensors: Iterable[Tensor | None]) -> bool:
 def is_watched() -> bool:
     """Whether this thread has a compiler, tracer, profiler, mode or transform that would see an op that is called."""
     return bool(
-        torch.compiler.is_dynamo_compiling()
+        not _CAN_TELL
+        or torch.compiler.is_dynamo_compiling()
         or torch._C._get_tracing_state()
         or torch.autograd.profiler._is_profiler_enabled
         or torch._C._len_torch_dispatch_stack()

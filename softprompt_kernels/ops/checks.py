@@ -1,12 +1,17 @@
 """Argument checks shared by the ops. They look at shapes, dtypes and devices only, so no check waits for a device."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
+
+
+# Of any device. Where torch cannot tell, each device is asked.
+any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def floating(name: str, tensor: Tensor) -> None:
@@ -58,7 +63,7 @@ def positive(name: str, number: float | None) -> None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, what a matrix multiplication would make of its inputs: the autocast dtype, float64 kept."""
-    if not torch._C._is_any_autocast_enabled():
+    if not any_autocast():
         return tensors
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
