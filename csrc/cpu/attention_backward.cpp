@@ -218,7 +218,6 @@ void attention_backward(const AttentionBackward& call, int thread) {
     ahead.add(problem.query, problem.size);
     ahead.add(call.grad_out, problem.value_size);
     ahead.add(call.out, problem.value_size);
-    ahead.add(call.grad_query, problem.size);
     with_products(problem, unit.row_align > 1, [&](auto products) {
       backward_unit<typename decltype(products)::Backward>(call, ws, unit, prompt_sums, own_sums, grad_sinks, ahead, arena);
     });

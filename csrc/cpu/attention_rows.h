@@ -72,7 +72,7 @@ SPK_INLINE void for_each_row(const AttentionProblem& problem, const Unit& unit, 
   }
 }
 
-// Fetches rows that a thread reads and writes next while it computes: short sequences have about as many rows as keys, and
+// Fetches rows that a thread reads next while it computes: short sequences have about as many rows as keys, and
 // each row of a group's heads lies elsewhere, so that the processor foresees few of them by itself.
 class RowsAhead {
  public:
@@ -81,9 +81,8 @@ class RowsAhead {
       : problem_(problem),
         cursor_(problem, unit + 1 < problem.thread_units[thread + 1] ? problem.units[unit + 1] : Unit{}) {}
 
-  // In a tensor with rows of `size`, if it is there.
+  // In a tensor with rows of `size`.
   void add(const Strided& tensor, int64_t size) {
-    if (tensor.data == nullptr) return;
     tensors_[count_] = &tensor;
     bytes_[count_++] = size * kBytes[static_cast<int>(problem_.dtype)];
   }
@@ -100,8 +99,8 @@ class RowsAhead {
  private:
   const AttentionProblem& problem_;
   RowCursor cursor_;
-  const Strided* tensors_[4];
-  int64_t bytes_[4];
+  const Strided* tensors_[3];
+  int64_t bytes_[3];
   int count_ = 0;
 };
 
