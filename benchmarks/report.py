@@ -4,8 +4,8 @@
 
 Seconds are medians over rounds in which all ways of a case took turns; "after others" is the time right after another
 way, where a second run is the one that counts. GFLOP/s counts useful FLOP only; "% of mm" is of the rate of a large
-fp32 product in the same rounds. "× ours" is the way's time over ours, "× floor" over the bare products of the same sizes
-(attention: its useful FLOP at the mm rate). Memory is the peak above the inputs.
+fp32 product in the same rounds. "× ours" is the way's time over ours, "× floor" over the bare products of the same
+sizes (attention: its useful FLOP at the mm rate). Memory is the peak above the inputs.
 """
 
 from __future__ import annotations
