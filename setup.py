@@ -61,25 +61,25 @@ class Plan:
 # --- CPU --------------------------------------------------------------------------------------------------------------
 
 CPU_COMMON = (
-    "bindings_cpu.cpp",
-    "bindings_cpu_attention.cpp",
-    "bindings_cpu_kl.cpp",
-    "bindings_cpu_product.cpp",
-    "cpu/attention.cpp",
-    "cpu/attention_plan.cpp",
-    "cpu/isa.cpp",
-    "cpu/kl.cpp",
-    "cpu/parallel.cpp",
-    "cpu/product_call.cpp",
+    "bindings/cpu.cpp",
+    "bindings/cpu_attention.cpp",
+    "bindings/cpu_losses.cpp",
+    "bindings/cpu_gemm.cpp",
+    "cpu/attention/attention.cpp",
+    "cpu/attention/plan.cpp",
+    "cpu/platform/instruction_set.cpp",
+    "cpu/losses/kl.cpp",
+    "cpu/platform/parallel.cpp",
+    "cpu/gemm/gemm.cpp",
 )
 CPU_FOR_EACH_INSTRUCTION_SET = (
-    "cpu/attention_backward.cpp",
-    "cpu/attention_forward.cpp",
-    "cpu/kl_rows.cpp",
-    "cpu/kl_tile.cpp",
-    "cpu/table.cpp",
+    "cpu/attention/backward.cpp",
+    "cpu/attention/forward.cpp",
+    "cpu/losses/kl_rows.cpp",
+    "cpu/losses/kl_tile.cpp",
+    "cpu/kernel_table.cpp",
 )
-CPU_PRODUCTS = {"amx": "cpu/product_tiles.cpp", "avx512": "cpu/product_vectors.cpp"}
+CPU_PRODUCTS = {"amx": "cpu/gemm/gemm_amx.cpp", "avx512": "cpu/gemm/gemm_avx512.cpp"}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -110,7 +110,7 @@ def is_clang() -> bool:
 
 
 def openmp() -> str:
-    """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see csrc/cpu/parallel.cpp)."""
+    """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see csrc/cpu/platform/parallel.cpp)."""
     return "" if is_clang() else "-fopenmp"
 
 
@@ -212,12 +212,12 @@ def cuda_archs() -> list[str]:
 
 def cuda_sources() -> list[str]:
     """Kernels and what launches them."""
-    return sorted(str(path.relative_to(CSRC)) for path in (CSRC / "cuda").glob("*.cu"))
+    return sorted(str(path.relative_to(CSRC)) for path in (CSRC / "cuda").rglob("*.cu"))
 
 
 def cuda_bindings() -> list[str]:
     """What Python sees of them."""
-    return sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("bindings_cuda*.cpp"))
+    return sorted(str(path.relative_to(CSRC)) for path in (CSRC / "bindings").glob("cuda*.cpp"))
 
 
 def cuda_plan() -> Plan:
@@ -251,7 +251,7 @@ def simt_plan() -> Plan:
     twin = f"-O1 -g -DSPK_SIMT -I{shlex.quote(str(CSRC / 'simt' / 'include'))}"
     rules = {"compile": cxx_command(twin), "link": cxx_link()}
     units = [Unit(source, "kernels", "compile", f"{checks} -Wno-unknown-pragmas -x c++") for source in cuda_sources()]
-    runtime = sorted(str(path.relative_to(CSRC)) for path in (CSRC / "simt").glob("*.cpp"))
+    runtime = sorted(str(path.relative_to(CSRC)) for path in (CSRC / "simt").rglob("*.cpp"))
     units += [Unit(source, "runtime", "compile", "-O3") for source in runtime]
     units += [Unit(source, "neutral", "compile") for source in cuda_bindings()]
     return Plan(rules, units)
@@ -373,7 +373,7 @@ def ninja_file(plan: Plan, target: Path) -> str:
             lines += ["  depfile = $out.d", "  deps = gcc"]
     objects = []
     for unit in plan.units:
-        objects.append(f"{unit.folder}/{Path(unit.source).stem}.o")
+        objects.append(f"{unit.folder}/{Path(unit.source).with_suffix('').as_posix()}.o")
         lines += [f"build {objects[-1]}: {unit.rule} {_path(CSRC / unit.source)}", f"  options = {unit.options}"]
     lines += [f"build {_path(target)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 // What a translation unit compiled for one instruction set defines: the work of one thread of each op.
 #pragma once
 
-#include "attention.h"
-#include "kl.h"
-#include "product.h"
+#include "cpu/attention/problem.h"
+#include "cpu/losses/kl.h"
+#include "cpu/gemm/gemm.h"
 
 namespace softprompt::SPK_ISA {
 

@@ -4,9 +4,9 @@
 
 #include <cstring>
 
-#include "simt/counters.h"
-#include "simt/fault.h"
-#include "simt/memory.h"
+#include "simt/checks/counters.h"
+#include "simt/checks/fault.h"
+#include "simt/checks/memory.h"
 
 namespace softprompt::simt {
 namespace {

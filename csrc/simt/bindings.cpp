@@ -1,10 +1,10 @@
 // The checks and counters of csrc/simt for Python, beside the kernels that they are of.
 #include <pybind11/pybind11.h>
 
-#include "simt/counters.h"
-#include "simt/fault.h"
-#include "simt/grid.h"
-#include "simt/memory.h"
+#include "simt/checks/counters.h"
+#include "simt/checks/fault.h"
+#include "simt/runtime/grid.h"
+#include "simt/checks/memory.h"
 
 namespace py = pybind11;
 

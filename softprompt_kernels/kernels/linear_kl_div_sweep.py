@@ -10,7 +10,7 @@ teacher, reverse: the student) and q the other, m the largest z_p so far and c a
     KL(p‖q) = X/S + log1p(C/S) − C/S                           (or log(R/S) − Y/S, where C/S is not small)
     ∂ KL / ∂ (W h) · W = (U − (C/S) T) / R  forward,   −(U − (Y/S) T) / S  reverse
 
-which keep their relative accuracy as q goes to p. How they follow m and c is told in `csrc/cpu/kl_tile.cpp`.
+which keep their relative accuracy as q goes to p. How they follow m and c is told in `csrc/cpu/losses/kl_tile.cpp`.
 
 A tile costs two products for the logits and two for the sums, which is one more than where logits are kept, over far
 more tokens at a time. The sums of some rows mean nothing, as of those with −inf logits on one side: they are left out.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent.parent / "csrc"
-SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted(path.relative_to(CSRC / "cuda").as_posix() for path in (CSRC / "cuda").rglob("*.cu"))
 ARCHS = (80, 86, 89, 90, 100, 120)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = {"exponentials": 256}  # of a block; 128 elsewhere
@@ -28,8 +28,8 @@ def kernels(tmp_path_factory):
     """PTX for sm_80 by kernel; names as the compiler mangles them."""
     folder, found = tmp_path_factory.mktemp("ptx"), {}
     for source in SOURCES:
-        nvcc(source, "-ptx", "-arch=compute_80", "-o", str(folder / source))
-        text = (folder / source).read_text()
+        nvcc(source, "-ptx", "-arch=compute_80", "-o", str(folder / source.replace("/", "_")))
+        text = (folder / source.replace("/", "_")).read_text()
         found |= dict(re.findall(r"\.entry (\w+)\((.*?)^\}", text, re.DOTALL | re.MULTILINE))
     return found
 

@@ -34,7 +34,7 @@ def toys(tmp_path_factory):
     system = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     flags = [*FLAGS, *system, f"-I{CSRC / 'simt' / 'include'}", f"-I{CSRC}", f"-I{HERE}"]
     kernels = [(path, CHECKED) for path in sorted(HERE.glob("*.cu"))]
-    runtime = [(path, ["-O2"]) for path in (*sorted((CSRC / "simt").glob("*.cpp")), HERE / "toys.cpp")]
+    runtime = [(path, ["-O2"]) for path in (*sorted((CSRC / "simt").rglob("*.cpp")), HERE / "toys.cpp")]
     objects = []
     for path, options in (*kernels, *runtime):
         objects.append(folder / f"{path.stem}.o")

@@ -9,10 +9,10 @@
 #include <tuple>
 #include <utility>
 
-#include "simt/device.h"
-#include "simt/grid.h"
+#include "simt/runtime/device.h"
+#include "simt/runtime/grid.h"
 #include "simt/vector_types.h"
-#include "simt/warp.h"
+#include "simt/runtime/warp.h"
 
 #define __global__
 #define __device__

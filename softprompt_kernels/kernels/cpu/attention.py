@@ -2,8 +2,8 @@
 
 Arithmetic is fp32, whatever the dtype of the tensors; where the processor has a matrix unit (AMX), its products are as
 accurate as fp32, or, of weights with tensors of 16 bits, as those. Everything of the op is served: banks, ragged and
-packed sequences, windows, softcap, sinks, a differentiable lse. The kernels stand in `csrc/cpu/attention_forward.cpp`
-and `attention_backward.cpp`; the sums of dK and dV over the batch are made in fp32 in an order that the number of
+packed sequences, windows, softcap, sinks, a differentiable lse. The kernels stand in `csrc/cpu/attention/forward.cpp`
+and `backward.cpp`; the sums of dK and dV over the batch are made in fp32 in an order that the number of
 threads alone decides.
 """
 

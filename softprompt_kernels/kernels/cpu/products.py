@@ -4,7 +4,7 @@ On the matrix unit of processors that have one (AMX) they take about 0.6 of the 
 run on vectors, and less than half of it with a right side of 16 bits; an infinity in a row or column makes NaN of its
 sums. On vectors (AVX-512) they are faster on processors of other makers than Intel, where MKL leaves them unused:
 about half of its time on AMD's Zen 5, the only one tried. A right side of 16 bits is read as it lies, and never copied
-to fp32 as a whole. The kernels stand in `csrc/cpu/product_tiles.cpp` and `product_vectors.cpp`.
+to fp32 as a whole. The kernels stand in `csrc/cpu/gemm/gemm_amx.cpp` and `gemm_avx512.cpp`.
 """
 
 import torch

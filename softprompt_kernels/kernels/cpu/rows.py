@@ -1,4 +1,4 @@
-"""Row work of the losses in C++: kernels in `csrc/cpu/kl_rows.cpp` and `kl_tile.cpp`, on all threads of torch."""
+"""Row work of the losses in C++: kernels in `csrc/cpu/losses/kl_rows.cpp` and `kl_tile.cpp`, on all threads of torch."""
 
 import threading
 

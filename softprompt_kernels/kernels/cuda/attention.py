@@ -2,7 +2,7 @@
 
 It serves bf16 and fp16, heads of 64, 96 and 128, banks, ragged lengths, windows and softcap; the Triton backend serves
 the rest. A forward is 1 launch; a backward is 2, and a third adds up what blocks that shared a prompt's rows have left.
-The kernels stand in `csrc/cuda/attention_forward.cu`, `attention_query_gradient.cu` and `attention_key_gradients.cu`.
+The kernels stand in `csrc/cuda/attention/forward.cu`, `backward_dq.cu` and `backward_dkdv.cu`.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Divergence between given logits, row work in CUDA C++. See `kernels/device/kl_div.py` and `csrc/cuda/kl_rows.cu`."""
+"""Divergence between given logits, row work in CUDA C++. See `kernels/device/kl_div.py` and `csrc/cuda/losses/kl_rows.cu`."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Row work of the losses in CUDA C++: `csrc/cuda/kl_rows.cu` and `expectation_rows.cu`."""
+"""Row work of the losses in CUDA C++: `csrc/cuda/losses/kl_rows.cu` and `expectation_rows.cu`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

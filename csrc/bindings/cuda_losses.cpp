@@ -1,0 +1,147 @@
+// Python functions of the losses' row work on GPUs. Pointers and the stream are given as integers, strides in elements;
+// everything that can be checked without looking at memory is checked before a launch.
+#include <pybind11/stl.h>
+
+#include <cstdio>
+#include <optional>
+#include <tuple>
+
+#include "bindings/checks.h"
+#include "cuda/losses/kl.h"
+
+namespace softprompt {
+namespace {
+
+using Matrix = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, strides of rows and columns
+
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // blocks of a grid
+
+std::string brief(double value) {
+  char words[32];
+  std::snprintf(words, sizeof words, "%g", value);
+  return words;
+}
+
+float finite(const char* name, double value, double least) {
+  const double most = std::numeric_limits<float>::max();
+  require(value >= least && value <= most, name, "in [" + brief(least) + ", " + brief(most) + "]", brief(value));
+  return static_cast<float>(value);
+}
+
+// Of numbers of a dtype: at a multiple of their size.
+void check_address(const char* name, Address address, Dtype dtype) {
+  const int64_t bytes = kBytes[static_cast<int>(dtype)];
+  require(address % bytes == 0, std::string(name) + "'s address", "a multiple of " + std::to_string(bytes),
+          std::to_string(address));
+}
+
+float finite(const char* name, double value) { return finite(name, value, -std::numeric_limits<float>::max()); }
+
+cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// A matrix that is written to: rows apart, columns beside each other.
+template <class T>
+T* written(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
+  require(columns <= 1 || std::get<3>(matrix) == 1, name, "a matrix with a last stride of 1",
+          std::to_string(std::get<3>(matrix)));
+  check_stride((std::string(name) + "'s row stride").c_str(), std::get<2>(matrix), rows, columns, true);
+  check_address(name, std::get<0>(matrix), dtype_of(name, std::get<1>(matrix)));
+  return pointer<T>(name, std::get<0>(matrix), rows * columns);
+}
+
+LogitRows logits_of(const char* name, const Matrix& matrix, Address bias, int64_t rows, int64_t vocab) {
+  const auto [address, dtype, stride, column_stride] = matrix;
+  check_stride((std::string(name) + "'s row stride").c_str(), stride, rows, vocab, false);
+  check_stride((std::string(name) + "'s column stride").c_str(), column_stride, vocab, 1, false);
+  check_address(name, address, dtype_of(name, dtype));
+  return {pointer<const void>(name, address, rows * vocab), dtype_of(name, dtype), stride, column_stride,
+          optional_pointer<const float>(bias)};
+}
+
+void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teacher, Address student_bias,
+                           Address teacher_bias, Address weights, Address row_scale, Address statistics, Address loss,
+                           const std::optional<Matrix>& gradient, int64_t rows, int64_t vocab, int64_t columns, double scale,
+                           double inner, bool capped, bool negated, double beta, double loss_scale, double gradient_scale,
+                           Address stream) {
+  check_range("kind", kind, 0, 2);
+  check_range("rows", rows, 0, kMostRows);
+  check_range("vocab", vocab, 1, std::numeric_limits<int32_t>::max());
+  require(beta >= 0 && beta <= 1, "beta", "in [0, 1]", std::to_string(beta));
+  require(loss != 0 || statistics != 0 || rows == 0, "statistics", "given where no loss is measured", "0");
+  DivergenceRows call = {};
+  call.student = logits_of("student", student, student_bias, rows, vocab);
+  call.teacher = logits_of("teacher", teacher, teacher_bias, rows, vocab);
+  call.weights = optional_pointer<const float>(weights);
+  call.row_scale = optional_pointer<const float>(row_scale);
+  call.statistics = optional_pointer<float>(statistics);
+  call.loss = optional_pointer<float>(loss);
+  if (gradient) {
+    check_range("columns", columns, vocab, std::numeric_limits<int32_t>::max());
+    call.gradient = written<void>("gradient", *gradient, rows, columns);
+    call.gradient_dtype = dtype_of("gradient", std::get<1>(*gradient));
+    call.gradient_stride = std::get<2>(*gradient);
+  }
+  call.rows = rows, call.vocab = vocab, call.columns = columns;
+  call.scale = finite("scale", scale, std::numeric_limits<float>::min()), call.inner = finite("inner", inner);
+  call.beta = static_cast<float>(beta), call.capped = capped, call.negated = negated;
+  call.loss_scale = finite("loss_scale", loss_scale), call.gradient_scale = finite("gradient_scale", gradient_scale);
+  const py::gil_scoped_release released;
+  divergence_rows(static_cast<Divergence>(kind), call, stream_of(stream));
+}
+
+void bound_exponential_rows(const Matrix& products, Address bias, Address weights, Address labels, Address largest,
+                            Address total, Address bias_total, Address label_logit, Address mean, int64_t mean_stride,
+                            int64_t size, const std::optional<Matrix>& high, const std::optional<Matrix>& low, int64_t rows,
+                            int64_t columns, int64_t first, double scale, double part_scale, Address stream) {
+  check_range("rows", rows, 0, kMostRows);
+  check_range("columns", columns, 1, std::numeric_limits<int32_t>::max());
+  check_count("size", size);
+  check_count("first", first);
+  require(std::get<1>(products) == static_cast<int>(Dtype::float32), "products", "fp32", "another dtype");
+  require(labels != 0 || label_logit == 0, "labels", "given for their logits", "0");
+  ExponentialRows call = {};
+  call.products = written<const float>("products", products, rows, columns);
+  call.products_stride = std::get<2>(products);
+  call.bias = optional_pointer<const float>(bias);
+  call.weights = optional_pointer<const float>(weights);
+  call.labels = optional_pointer<const int64_t>(labels);
+  call.largest = pointer<float>("largest", largest, rows);
+  call.total = pointer<double>("total", total, rows);
+  call.bias_total = optional_pointer<double>(bias_total);
+  call.label_logit = optional_pointer<float>(label_logit);
+  if (mean != 0) {
+    check_stride("mean_stride", mean_stride, rows, size, true);
+    call.mean = optional_pointer<float>(mean);
+  }
+  if (high) {
+    call.high = written<void>("high", *high, rows, columns);
+    call.high_stride = std::get<2>(*high);
+    call.part_dtype = dtype_of("high", std::get<1>(*high));
+  }
+  if (low) {
+    require(high && std::get<1>(*low) == std::get<1>(*high) && std::get<1>(*low) != 0, "low",
+            "of 16 bits, beside a `high` of the same dtype", "another dtype");
+    call.low = written<void>("low", *low, rows, columns);
+    call.low_stride = std::get<2>(*low);
+  }
+  call.rows = rows, call.columns = columns, call.size = size, call.mean_stride = mean_stride, call.first = first;
+  call.scale = finite("scale", scale), call.part_scale = finite("part_scale", part_scale, 0);
+  const py::gil_scoped_release released;
+  exponential_rows(call, stream_of(stream));
+}
+
+}  // namespace
+
+void bind_kl(py::module_& module) {
+  using namespace pybind11::literals;
+  module.def("divergence_rows", &bound_divergence_rows, py::kw_only(), "kind"_a, "student"_a, "teacher"_a,
+             "student_bias"_a, "teacher_bias"_a, "weights"_a, "row_scale"_a, "statistics"_a, "loss"_a, "gradient"_a.none(true),
+             "rows"_a, "vocab"_a, "columns"_a, "scale"_a, "inner"_a, "capped"_a, "negated"_a, "beta"_a, "loss_scale"_a,
+             "gradient_scale"_a, "stream"_a);
+  module.def("exponential_rows", &bound_exponential_rows, py::kw_only(), "products"_a, "bias"_a, "weights"_a, "labels"_a,
+             "largest"_a, "total"_a, "bias_total"_a, "label_logit"_a, "mean"_a, "mean_stride"_a, "size"_a,
+             "high"_a.none(true), "low"_a.none(true), "rows"_a, "columns"_a, "first"_a, "scale"_a, "part_scale"_a,
+             "stream"_a);
+}
+
+}  // namespace softprompt
