@@ -37,7 +37,7 @@ from torch import Tensor
 from traffic import Traffic
 
 from softprompt_kernels import kl_div, prompt_attention
-from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadProblem
+from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.triton import targets
 
 MULTIPROCESSORS = 16

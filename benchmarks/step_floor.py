@@ -18,7 +18,7 @@ from step_profile import breakdown
 from step_sides import Side
 from watch import watched
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference.visibility import visibility
 
 REPEATS = 3

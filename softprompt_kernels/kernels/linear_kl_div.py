@@ -21,7 +21,7 @@ from softprompt_kernels.kernels import linear_kl_div_sweep as swept
 from softprompt_kernels.kernels.chunks import kept_tokens
 from softprompt_kernels.kernels.linear_kl_div_chunks import Allocate, ChunkWork, RowWork
 from softprompt_kernels.kernels.linear_kl_div_sweep import SweepWork, TileWork
-from softprompt_kernels.kernels.loss_problem import JSD, HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import JSD, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.products import Products
 
 

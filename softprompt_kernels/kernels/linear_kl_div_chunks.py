@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.chunks import chunk_size, pull_back, token_chunks, weight_parts
-from softprompt_kernels.kernels.loss_problem import Divergence, HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.products import Products
 from softprompt_kernels.kernels.two_heads import Activation, ScaledHidden, activations, gradient_factor, weights_of
 

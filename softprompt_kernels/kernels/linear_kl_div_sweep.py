@@ -24,7 +24,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.chunks import chunk_size, token_chunks, weight_parts
 from softprompt_kernels.kernels.linear_kl_div_chunks import Allocate
-from softprompt_kernels.kernels.loss_problem import FORWARD, Divergence, HeadProblem
+from softprompt_kernels.kernels.problems.loss import FORWARD, Divergence, HeadProblem
 from softprompt_kernels.kernels.products import Products
 from softprompt_kernels.kernels.two_heads import Activation, ScaledHidden, activations, gradient_factor, weights_of
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem, Head
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, Head
 
 ExpectationKernel = Callable[[ExpectationProblem], Expectation]
 

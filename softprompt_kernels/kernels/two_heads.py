@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import Head, HeadProblem
+from softprompt_kernels.kernels.problems.loss import Head, HeadProblem
 from softprompt_kernels.kernels.products import Products
 
 

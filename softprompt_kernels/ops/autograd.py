@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 from softprompt_kernels.ops.checks import any_autocast
 
 NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be differentiated"

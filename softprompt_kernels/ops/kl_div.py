@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
-from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence, LogitsProblem
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, LogitsProblem
 from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows

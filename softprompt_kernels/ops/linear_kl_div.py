@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
-from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
+from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadNeeds, HeadProblem
 from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import forbid_double_backward, row_gradient_dtype, run_kernel, scale_rows
 from softprompt_kernels.ops.kl_div import check_divergence

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels import moments as kernels
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
-from softprompt_kernels.kernels.loss_problem import ExpectationProblem, Head
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
+from softprompt_kernels.kernels.problems.loss import ExpectationProblem, Head
 from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import row_gradient_dtype, run_kernel, scale_rows
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows

@@ -192,7 +192,7 @@ def test_the_attention_floor_of_a_step_counts_what_is_seen_and_needed() -> None:
     import torch
     from step_floor import attention_flop
 
-    from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
+    from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 
     own, prompt = torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 5, 4)
     none: tuple[None, ...] = (None,) * 5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softprompt_kernels.kernels.loss_problem import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 

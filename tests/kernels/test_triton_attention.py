@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs, empty_output
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs, empty_output
 from softprompt_kernels.kernels.triton import attention, runtime, shipped
 from softprompt_kernels.kernels.triton.targets import TARGETS
 from softprompt_kernels.ops import prompt_attention

@@ -16,7 +16,7 @@ pytestmark = [
 CODE = """
 import torch
 from ttsem import sanitize
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference import attention as reference
 from softprompt_kernels.kernels.triton.attention_plan import plan_backward, plan_forward
 from softprompt_kernels.kernels.triton.targets import TARGETS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt_kernels.kernels.device import expectation as tiled
-from softprompt_kernels.kernels.loss_problem import Divergence, LogitsProblem
+from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.triton import kl_div, rows, runtime
 from softprompt_kernels.ops import kl_div as op

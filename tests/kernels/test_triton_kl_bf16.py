@@ -20,7 +20,7 @@ pytestmark = [
 PRELUDE = """
 import torch
 from ttsem import sanitize
-from softprompt_kernels.kernels.loss_problem import *
+from softprompt_kernels.kernels.problems.loss import *
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.device import expectation as tiled
 from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div

@@ -9,14 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softprompt_kernels.kernels.device import memory, products
 from softprompt_kernels.kernels.device.rows import STATISTICS
-from softprompt_kernels.kernels.loss_problem import (
-    Divergence,
-    ExpectationProblem,
-    Head,
-    HeadNeeds,
-    HeadProblem,
-    LogitsProblem,
-)
+from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationProblem, Head, HeadNeeds, HeadProblem, LogitsProblem
 from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, rows, runtime
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import TARGETS

@@ -8,7 +8,7 @@ import torch
 
 from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.loss_problem import Divergence, LogitsProblem
+from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import attention as reference_attention
 from softprompt_kernels.kernels.triton import kl_div as triton_kl_div
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention

@@ -160,7 +160,7 @@ def test_nothing_of_the_size_of_the_logits_is_made():
     student, teacher, weight = (made(*s, dtype=torch.float32) for s in ((64, 4), (64, 4), (1000, 4)))
     with Largest() as seen:
         from softprompt_kernels.kernels.composed import linear_kl_div as kernel
-        from softprompt_kernels.kernels.loss_problem import Divergence, Head, HeadProblem
+        from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 
         head = Head(weight, None, None, 1.0)
         kernel.forward(HeadProblem(student, teacher, head, head, None, Divergence("forward", 0.5, 1.0), 8), True)

@@ -1,6 +1,6 @@
 // Calls of the attention kernels, as launchers take them. Pointers are on the device, strides in elements.
 //
-// Notation as in kernels/attention_problem.py: B sequences of M queries and N own keys, R prompts of P keys, Hq query
+// Notation as in kernels/problems/attention.py: B sequences of M queries and N own keys, R prompts of P keys, Hq query
 // heads on Hkv key heads, g = Hq / Hkv, head size D for queries, keys and values.
 //
 // The rows of a sequence and a key head are its M g queries, the g heads of a token next to each other (row r is query

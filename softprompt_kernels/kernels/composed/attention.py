@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -6,7 +6,7 @@ from torch import Tensor
 from softprompt_kernels.kernels import expectation as tiled
 from softprompt_kernels.kernels.chunks import block_size
 from softprompt_kernels.kernels.expectation import State
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.products import TORCH
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.chunks import block_size, kept_tokens, token_chunks
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
-from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
+from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 
 STATISTICS = 0
 

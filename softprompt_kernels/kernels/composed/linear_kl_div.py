@@ -6,7 +6,7 @@ from torch import Tensor
 from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.chunks import block_size
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
-from softprompt_kernels.kernels.loss_problem import Divergence, HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.products import TORCH
 from softprompt_kernels.kernels.two_heads import Activation
 

@@ -13,7 +13,7 @@ range; other rows go to the reference.
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import FORWARD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, Divergence
 from softprompt_kernels.kernels.reference import divergence as reference
 
 # e^48 times the smallest normal fp32, 1.2e-38, is 1e-17: what underflow takes from p · e^D is nothing.

@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import (
-    AttentionProblem,
-    Gradients,
-    Needs,
-    empty_output,
-    empty_token_major,
-)
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
 from softprompt_kernels.kernels.cpu import native
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides

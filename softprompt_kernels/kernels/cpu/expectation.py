@@ -7,7 +7,7 @@ from softprompt_kernels.kernels import expectation as tiled
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.products import products
 from softprompt_kernels.kernels.cpu.rows import exponentials_
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 
 def unsupported(problem: ExpectationProblem) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.rows import KINDS, address
-from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
+from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 
 STATISTICS = 0
 

@@ -9,7 +9,7 @@ from softprompt_kernels.kernels import linear_kl_div as driver
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.products import products
 from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
-from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
 def backend() -> driver.Backend:

@@ -9,7 +9,7 @@ from softprompt_kernels.kernels.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.expectation import State
 from softprompt_kernels.kernels.linear_kl_div_sweep import State as SweepState
-from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
 from softprompt_kernels.kernels.two_heads import Activation
 
 _kept = threading.local()

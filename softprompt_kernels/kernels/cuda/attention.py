@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import (
-    AttentionProblem,
-    Gradients,
-    Needs,
-    empty_output,
-    empty_token_major,
-)
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 
 HEAD_SIZES = (64, 96, 128)

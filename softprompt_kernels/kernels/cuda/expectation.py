@@ -3,7 +3,7 @@
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
 from softprompt_kernels.kernels.device import expectation as driver
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 
 class HeadExpectation:

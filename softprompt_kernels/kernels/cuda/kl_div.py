@@ -6,7 +6,7 @@ from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
 from softprompt_kernels.kernels.device import kl_div as driver
 from softprompt_kernels.kernels.device.rows import STATISTICS
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.problems.loss import LogitsProblem
 
 
 class KlDiv:

@@ -5,7 +5,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
 from softprompt_kernels.kernels.device import linear_kl_div as driver
-from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
 class LinearKlDiv:

@@ -11,7 +11,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.expectation import State
-from softprompt_kernels.kernels.loss_problem import FORWARD, JSD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
 
 KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.device.rows import STATISTICS, Gradient, Launch, Logits, RowWork, device_rows
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.problems.loss import LogitsProblem
 
 
 def forward(problem: LogitsProblem, row_work: RowWork[Any]) -> tuple[Tensor, Tensor]:

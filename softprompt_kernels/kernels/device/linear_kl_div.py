@@ -25,7 +25,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.device import products
 from softprompt_kernels.kernels.device.memory import aligned, chunk_size
 from softprompt_kernels.kernels.device.rows import Gradient, Launch, Logits, RowWork, device_rows
-from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 _FP16_SCALE = 1024.0  # of the gradient by the logits
 _SMALLEST = 2.0**-126  # normal number of fp32: words that are not there are -inf at any scale but 0

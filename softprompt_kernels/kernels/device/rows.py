@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.expectation import State
-from softprompt_kernels.kernels.loss_problem import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence
 
 STATISTICS = 5  # numbers of a row that a gradient can be computed from
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs, empty_output
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output
 from softprompt_kernels.kernels.reference.visibility import Visibility, prompt_rows, visibility
 
 

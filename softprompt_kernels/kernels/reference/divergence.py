@@ -18,7 +18,7 @@ says nothing: loss 0, gradient 0. A student row without any gives loss +inf, gra
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import FORWARD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, Divergence
 
 
 def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:

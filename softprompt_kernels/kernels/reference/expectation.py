@@ -2,7 +2,7 @@
 
 import torch
 
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.reference.linear_kl_div import kept_rows, logits
 
 

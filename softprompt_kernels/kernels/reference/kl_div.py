@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import LogitsProblem, no_statistics
+from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 from softprompt_kernels.kernels.reference import divergence
 
 STATISTICS = 0

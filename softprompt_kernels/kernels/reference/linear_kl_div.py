@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.loss_problem import Head, HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import Head, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.reference import divergence
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem
+from softprompt_kernels.kernels.problems.attention import AttentionProblem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ up what programs that shared a prompt's rows have left. The kernels stand in `at
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Gradients, Needs
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs
 from softprompt_kernels.kernels.triton.launch import run_all
 from softprompt_kernels.kernels.triton.runtime import float32_precision, unsupported_tensor
 from softprompt_kernels.kernels.triton.targets import target_of

@@ -8,13 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import (
-    AttentionProblem,
-    Gradients,
-    Needs,
-    empty_output,
-    empty_token_major,
-)
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
 from softprompt_kernels.kernels.triton import attention_configs as configs
 from softprompt_kernels.kernels.triton import tuning
 from softprompt_kernels.kernels.triton.attention_configs import Tiles

@@ -1,7 +1,7 @@
 """What a head's distribution expects of its own weights, row work in Triton. See `kernels/device/expectation.py`."""
 
 from softprompt_kernels.kernels.device import expectation as driver
-from softprompt_kernels.kernels.loss_problem import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.rows import TritonRows

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.device import kl_div as driver
 from softprompt_kernels.kernels.device.rows import STATISTICS
-from softprompt_kernels.kernels.loss_problem import LogitsProblem
+from softprompt_kernels.kernels.problems.loss import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.rows import TritonRows

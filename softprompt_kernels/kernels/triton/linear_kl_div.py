@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from softprompt_kernels.kernels.device import linear_kl_div as driver
-from softprompt_kernels.kernels.loss_problem import HeadGradients, HeadNeeds, HeadProblem
+from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.rows import TritonRows

@@ -14,17 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import AttentionProblem, Needs
-from softprompt_kernels.kernels.loss_problem import (
-    FORWARD,
-    JSD,
-    REVERSE,
-    Divergence,
-    ExpectationProblem,
-    Head,
-    HeadProblem,
-    LogitsProblem,
-)
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, ExpectationProblem, Head, HeadProblem, LogitsProblem
 from softprompt_kernels.kernels.triton.ahead_of_time import Request
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import Target

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.attention_problem import accumulate_dtype
+from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 
