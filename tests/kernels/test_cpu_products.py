@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softprompt_kernels.kernels.cpu.products import has_fast_products, has_products, product_, products
-from softprompt_kernels.kernels.products import TORCH
+from softprompt_kernels.kernels.cpu.gemm import has_fast_products, has_products, product_, products
+from softprompt_kernels.kernels.host.gemm import TORCH
 
 pytestmark = pytest.mark.usefixtures("some_products")
 

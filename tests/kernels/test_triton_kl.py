@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from softprompt_kernels.kernels.device import expectation as tiled
+from softprompt_kernels.kernels.device import head_expectation as tiled
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.triton import kl_div, rows, runtime

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softprompt_kernels.kernels.device import memory, products
+from softprompt_kernels.kernels.device import memory
+from softprompt_kernels.kernels.device import gemm as products
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationProblem, Head, HeadNeeds, HeadProblem, LogitsProblem
 from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, rows, runtime

@@ -1,14 +1,14 @@
-"""Divergence between the logits of two heads, with row work by PyTorch. See `kernels/linear_kl_div.py`."""
+"""Divergence between the logits of two heads, with row work by PyTorch. See `kernels/host/fused_linear.py`."""
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels import linear_kl_div as driver
-from softprompt_kernels.kernels.chunks import block_size
+from softprompt_kernels.kernels.host import fused_linear as driver
+from softprompt_kernels.kernels.host.chunks import block_size
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
 from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
-from softprompt_kernels.kernels.products import TORCH
-from softprompt_kernels.kernels.two_heads import Activation
+from softprompt_kernels.kernels.host.gemm import TORCH
+from softprompt_kernels.kernels.host.head_logits import Activation
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -35,7 +35,7 @@ def _row_work_(
     divergence: Divergence,
     need_gradient: bool,
 ) -> Tensor:
-    """See `RowWork` of `kernels/linear_kl_div_chunks.py`.
+    """See `RowWork` of `kernels/host/chunked_logits.py`.
 
     In cache-sized blocks of rows, and with the gradient whether it is needed or not.
     """

@@ -1,11 +1,11 @@
 """What a head's distribution expects of its own weights, with row work and, where they are faster, products in C++.
 
-See `kernels/expectation.py`.
+See `kernels/host/head_expectation.py`.
 """
 
-from softprompt_kernels.kernels import expectation as tiled
+from softprompt_kernels.kernels.host import head_expectation as tiled
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.cpu.products import products
+from softprompt_kernels.kernels.cpu.gemm import products
 from softprompt_kernels.kernels.cpu.rows import exponentials_
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 

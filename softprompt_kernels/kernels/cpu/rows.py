@@ -5,12 +5,12 @@ import threading
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.chunks import BUDGET
+from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.expectation import State
-from softprompt_kernels.kernels.linear_kl_div_sweep import State as SweepState
+from softprompt_kernels.kernels.host.head_expectation import State
+from softprompt_kernels.kernels.host.streamed_vocabulary import State as SweepState
 from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
-from softprompt_kernels.kernels.two_heads import Activation
+from softprompt_kernels.kernels.host.head_logits import Activation
 
 _kept = threading.local()
 
@@ -30,7 +30,7 @@ def divergence_(
     divergence: Divergence,
     need_gradient: bool,
 ) -> Tensor:
-    """See `RowWork` of `kernels/linear_kl_div_chunks.py`."""
+    """See `RowWork` of `kernels/host/chunked_logits.py`."""
     loss = student.new_empty(student.shape[0])
     native.module().kl_rows(
         student=address(student),
@@ -59,7 +59,7 @@ def add_tile_(
     divergence: Divergence,
     state: SweepState,
 ) -> None:
-    """See `TileWork` of `kernels/linear_kl_div_sweep.py`."""
+    """See `TileWork` of `kernels/host/streamed_vocabulary.py`."""
     weighted, plain = (None, None) if state.sums is None else state.sums.chunk(2)
     native.module().kl_tile(
         student=address(student),
@@ -83,7 +83,7 @@ def add_tile_(
 
 
 def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
-    """See `RowWork` of `kernels/expectation.py`."""
+    """See `RowWork` of `kernels/host/head_expectation.py`."""
     mean = state.mean
     native.module().expectation_rows(
         logits=address(logits),

@@ -1,8 +1,8 @@
-"""What a head's distribution expects of its own weights, row work in CUDA C++. See `kernels/device/expectation.py`."""
+"""What a head's distribution expects of its own weights, row work in CUDA C++. See `kernels/device/head_expectation.py`."""
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import expectation as driver
+from softprompt_kernels.kernels.device import head_expectation as driver
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 

@@ -1,10 +1,10 @@
-"""Divergence between given logits, row work in CUDA C++. See `kernels/device/kl_div.py` and `csrc/cuda/losses/kl_rows.cu`."""
+"""Divergence between given logits, row work in CUDA C++. See `kernels/device/given_logits.py` and `csrc/cuda/losses/kl_rows.cu`."""
 
 from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import kl_div as driver
+from softprompt_kernels.kernels.device import given_logits as driver
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 

@@ -1,10 +1,10 @@
-"""Divergence between the logits of two heads, row work in CUDA C++. See `kernels/device/linear_kl_div.py`."""
+"""Divergence between the logits of two heads, row work in CUDA C++. See `kernels/device/chunked_logits.py`."""
 
 from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import linear_kl_div as driver
+from softprompt_kernels.kernels.device import chunked_logits as driver
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
-from softprompt_kernels.kernels.expectation import State
+from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
 
 KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.expectation import State
+from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.problems.loss import Divergence
 
 STATISTICS = 5  # numbers of a row that a gradient can be computed from

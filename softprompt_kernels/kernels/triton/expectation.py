@@ -1,6 +1,6 @@
-"""What a head's distribution expects of its own weights, row work in Triton. See `kernels/device/expectation.py`."""
+"""What a head's distribution expects of its own weights, row work in Triton. See `kernels/device/head_expectation.py`."""
 
-from softprompt_kernels.kernels.device import expectation as driver
+from softprompt_kernels.kernels.device import head_expectation as driver
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch

@@ -1,8 +1,8 @@
-"""Divergence between given logits, row work in Triton. See `kernels/device/kl_div.py`, and `kl_rows.py` for that."""
+"""Divergence between given logits, row work in Triton. See `kernels/device/given_logits.py`, and `kl_rows.py` for that."""
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import kl_div as driver
+from softprompt_kernels.kernels.device import given_logits as driver
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime

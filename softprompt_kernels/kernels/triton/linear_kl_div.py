@@ -1,8 +1,8 @@
-"""Divergence between the logits of two heads, row work in Triton. See `kernels/device/linear_kl_div.py`."""
+"""Divergence between the logits of two heads, row work in Triton. See `kernels/device/chunked_logits.py`."""
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import linear_kl_div as driver
+from softprompt_kernels.kernels.device import chunked_logits as driver
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch

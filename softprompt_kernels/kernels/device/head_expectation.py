@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import products
+from softprompt_kernels.kernels.device import gemm as products
 from softprompt_kernels.kernels.device.memory import aligned, chunk_size
 from softprompt_kernels.kernels.device.rows import Launch, Parts, RowWork, device_rows
-from softprompt_kernels.kernels.expectation import State
+from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 # Words. A tile adds each of its parts to the mean, 8 bytes for 2 · _TILE FLOP: 5 % of an H100's time for the product.

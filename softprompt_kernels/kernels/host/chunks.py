@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.products import Products
+from softprompt_kernels.kernels.host.gemm import Products
 
 BUDGET = 56 * 2**20  # bytes, all but scratch, row gradients that wait for the backward, and what allocators lose
 _COPY = 6 * 2**20  # bytes of it, parts of weights in fp32

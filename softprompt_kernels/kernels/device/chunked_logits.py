@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import products
+from softprompt_kernels.kernels.device import gemm as products
 from softprompt_kernels.kernels.device.memory import aligned, chunk_size
 from softprompt_kernels.kernels.device.rows import Gradient, Launch, Logits, RowWork, device_rows
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem

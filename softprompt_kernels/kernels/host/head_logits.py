@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.loss import Head, HeadProblem
-from softprompt_kernels.kernels.products import Products
+from softprompt_kernels.kernels.host.gemm import Products
 
 
 @dataclass(frozen=True)

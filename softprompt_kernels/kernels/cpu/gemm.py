@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.products import TORCH, Products
+from softprompt_kernels.kernels.host.gemm import TORCH, Products
 
 
 def has_products() -> bool:

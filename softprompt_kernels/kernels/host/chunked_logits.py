@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.chunks import chunk_size, pull_back, token_chunks, weight_parts
+from softprompt_kernels.kernels.host.chunks import chunk_size, pull_back, token_chunks, weight_parts
 from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
-from softprompt_kernels.kernels.products import Products
-from softprompt_kernels.kernels.two_heads import Activation, ScaledHidden, activations, gradient_factor, weights_of
+from softprompt_kernels.kernels.host.gemm import Products
+from softprompt_kernels.kernels.host.head_logits import Activation, ScaledHidden, activations, gradient_factor, weights_of
 
 Allocate = Callable[[int, int, torch.dtype], Tensor]  # an uninitialised matrix, large and soon given back
 
