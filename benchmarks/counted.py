@@ -287,7 +287,7 @@ def count_moments(case: HeadCase) -> list[Count]:
 
 def live(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
     """The driver itself: on tensors without data the op would be simulated."""
-    from softprompt_kernels.kernels.triton import linear_kl_div
+    from softprompt_kernels.kernels.triton.losses import linear_kl_div
 
     head = Head(weight, None, None, 1.0)
     problem = HeadProblem(student, teacher, head, head, None, Divergence("forward", 0.5, 1.0), None)
@@ -297,7 +297,7 @@ def live(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
 def from_moments(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
     """The driver; moments are made before."""
     from softprompt_kernels.kernels import moments
-    from softprompt_kernels.kernels.triton import expectation
+    from softprompt_kernels.kernels.triton.losses import expectation
 
     mean, entropy = torch.empty_like(teacher, dtype=torch.float32), student.new_empty(len(student), dtype=torch.float32)
     head = Head(weight, None, None, 1.0)

@@ -13,7 +13,7 @@ import typer
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
-    from softprompt_kernels.kernels.triton.ahead_of_time import Report
+    from softprompt_kernels.kernels.triton.compile.ahead_of_time import Report
 
 HEADER = (
     "kernel", "target", "tile", "types", "registers", "spilled", "shared", "blocks/SM", "matrix", "copies", "load B",
@@ -30,7 +30,8 @@ def check(targets: Sequence[str], file: Path | None) -> None:
     """
     from softprompt_kernels.cli.display import show_table
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.kernels.triton import ahead_of_time, shipped
+    from softprompt_kernels.kernels.triton.compile import ahead_of_time
+    from softprompt_kernels.kernels.triton.compile import shipped
     from softprompt_kernels.kernels.triton.targets import TARGETS
 
     if unknown := [name for name in targets if name not in TARGETS]:

@@ -18,7 +18,7 @@ import torch
 from ttsem import sanitize
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference import attention as reference
-from softprompt_kernels.kernels.triton.attention_plan import plan_backward, plan_forward
+from softprompt_kernels.kernels.triton.attention.plan import plan_backward, plan_forward
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
 torch.manual_seed(0)

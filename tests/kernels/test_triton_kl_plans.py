@@ -11,7 +11,11 @@ from softprompt_kernels.kernels.device import memory
 from softprompt_kernels.kernels.device import gemm as products
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationProblem, Head, HeadNeeds, HeadProblem, LogitsProblem
-from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div, rows, runtime
+from softprompt_kernels.kernels.triton import runtime
+from softprompt_kernels.kernels.triton.losses import expectation
+from softprompt_kernels.kernels.triton.losses import kl_div
+from softprompt_kernels.kernels.triton.losses import linear_kl_div
+from softprompt_kernels.kernels.triton.losses import rows
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
@@ -179,7 +183,7 @@ def test_products_are_made_in_fp32_by_every_build_of_torch(dtypes, part, sums, m
 def test_every_operation_plans_its_launches_for_a_target_that_is_not_here(target):
     logits = empty(TOKENS, VOCAB)
     problem = LogitsProblem(logits, logits, None, Divergence("jsd", 0.5, 1.0), VOCAB)
-    from softprompt_kernels.kernels.triton import kl_rows
+    from softprompt_kernels.kernels.triton.losses import kl_rows
 
     assert kl_rows.STATISTICS.value == STATISTICS
     (loss, statistics), forward = kl_div.plan_forward(problem, target)

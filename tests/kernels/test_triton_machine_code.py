@@ -2,7 +2,7 @@
 
 import pytest
 
-from softprompt_kernels.kernels.triton.machine_code import Product, amd, expected, nvidia, products
+from softprompt_kernels.kernels.triton.compile.machine_code import Product, amd, expected, nvidia, products
 
 USAGE = " Function mm:\n  REG:108 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:592 TEXTURE:0 SURFACE:0 SAMPLER:0"
 PTX = """

@@ -2,7 +2,7 @@
 
 import pytest
 
-from softprompt_kernels.kernels.triton.occupancy import MULTIPROCESSORS, blocks_at_once
+from softprompt_kernels.kernels.triton.compile.occupancy import MULTIPROCESSORS, blocks_at_once
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
 KIB = 1024

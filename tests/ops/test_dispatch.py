@@ -10,7 +10,7 @@ from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import attention as reference_attention
-from softprompt_kernels.kernels.triton import kl_div as triton_kl_div
+from softprompt_kernels.kernels.triton.losses import kl_div as triton_kl_div
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
 
 BUILT = list(dispatch._backends)

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt_kernels.kernels.triton import machine_code, runtime
+from softprompt_kernels.kernels.triton import runtime
+from softprompt_kernels.kernels.triton.compile import machine_code
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.machine_code import Code
-from softprompt_kernels.kernels.triton.occupancy import MULTIPROCESSORS, blocks_at_once
+from softprompt_kernels.kernels.triton.compile.machine_code import Code
+from softprompt_kernels.kernels.triton.compile.occupancy import MULTIPROCESSORS, blocks_at_once
 from softprompt_kernels.kernels.triton.targets import Target
 
 

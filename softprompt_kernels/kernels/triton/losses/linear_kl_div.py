@@ -6,7 +6,7 @@ from softprompt_kernels.kernels.device import chunked_logits as driver
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.rows import TritonRows
+from softprompt_kernels.kernels.triton.losses.rows import TritonRows
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
 

@@ -4,7 +4,7 @@ from softprompt_kernels.kernels.device import head_expectation as driver
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.rows import TritonRows
+from softprompt_kernels.kernels.triton.losses.rows import TritonRows
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, ExpectationProblem, Head, HeadProblem, LogitsProblem
-from softprompt_kernels.kernels.triton.ahead_of_time import Request
+from softprompt_kernels.kernels.triton.compile.ahead_of_time import Request
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import Target
 
@@ -208,7 +208,7 @@ def _attention() -> Iterator[Example]:
 
 
 def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, target: Target) -> list[Launch]:
-    from softprompt_kernels.kernels.triton import attention_plan
+    from softprompt_kernels.kernels.triton.attention.prompt_attention import plan as attention_plan
 
     launches = []
     with float32_products(tf32):
@@ -234,7 +234,7 @@ def _kl_div() -> Iterator[Example]:
 
 
 def _kl_div_launches(problem: LogitsProblem, target: Target) -> list[Launch]:
-    from softprompt_kernels.kernels.triton import kl_div
+    from softprompt_kernels.kernels.triton.losses import kl_div
 
     (loss, statistics), forward = kl_div.plan_forward(problem, target)
     return forward + kl_div.plan_backward(problem, loss, statistics, target)[1]
@@ -252,7 +252,7 @@ def _heads() -> Iterator[Example]:
 
 
 def _head_launches(problem: HeadProblem, target: Target) -> list[Launch]:
-    from softprompt_kernels.kernels.triton import linear_kl_div
+    from softprompt_kernels.kernels.triton.losses import linear_kl_div
 
     return [launch for need in (True, False) for launch in linear_kl_div.plan(problem, need, target)]
 
@@ -270,6 +270,6 @@ def _expectations() -> Iterator[Example]:
 
 
 def _expectation_launches(problem: ExpectationProblem, target: Target) -> list[Launch]:
-    from softprompt_kernels.kernels.triton import expectation
+    from softprompt_kernels.kernels.triton.losses import expectation
 
     return expectation.plan(problem, target)

@@ -36,7 +36,7 @@ class TritonRows:
         gradient: Gradient | None = None,
     ) -> Launch:
         """See `device.rows.RowWork`."""
-        from softprompt_kernels.kernels.triton.kl_rows import divergence_kernel
+        from softprompt_kernels.kernels.triton.losses.kl_rows import divergence_kernel
 
         student, teacher, rows = logits.student, logits.teacher, logits.student.shape[0]
         tile = _divergence_tile(rows, vocab, self.target)
@@ -88,7 +88,7 @@ class TritonRows:
         parts: Parts,
     ) -> Launch:
         """See `device.rows.RowWork`."""
-        from softprompt_kernels.kernels.triton.expectation_rows import exponentials_kernel
+        from softprompt_kernels.kernels.triton.losses.expectation_rows import exponentials_kernel
 
         rows, columns = products.shape
         mean = state.mean

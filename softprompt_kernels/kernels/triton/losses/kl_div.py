@@ -7,7 +7,7 @@ from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.rows import TritonRows
+from softprompt_kernels.kernels.triton.losses.rows import TritonRows
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
 __all__ = ["STATISTICS", "backward", "forward", "plan_backward", "plan_forward", "unsupported"]

@@ -1,0 +1,1 @@
+"""Attention kernels in Triton and the launches that run them."""

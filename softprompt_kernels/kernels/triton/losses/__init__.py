@@ -1,0 +1,1 @@
+"""Loss kernels in Triton and the launches that run them."""
