@@ -74,8 +74,8 @@ def _problem(config: pytest.Config, model: Path, settings: Settings, folder: Pat
     from step_problem import make_problem
 
     from softprompt_kernels.compress import load_model
-    from softprompt_kernels.compress.queries import load_queries
-    from softprompt_kernels.compress.setup import read_text
+    from softprompt_kernels.compress.sources.queries import load_queries
+    from softprompt_kernels.compress.sources.inputs import read_text
 
     loaded, tokenizer = load_model(str(model), "float32", "cpu")
     problem, _ = make_problem(

@@ -34,8 +34,8 @@ from step_profile import breakdown
 from step_sides import SIDES, Side
 
 from softprompt_kernels.compress import load_model
-from softprompt_kernels.compress.queries import load_queries, write_text
-from softprompt_kernels.compress.setup import read_text
+from softprompt_kernels.compress.sources.queries import load_queries, write_text
+from softprompt_kernels.compress.sources.inputs import read_text
 from softprompt_kernels.errors import SoftPromptError
 
 LOSS_TOLERANCE = 1e-4

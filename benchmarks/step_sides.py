@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels.compress import load_model
-from softprompt_kernels.compress.objective import Objective
-from softprompt_kernels.compress.trainer import BETAS, Schedule, Trainer
+from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.distill.trainer import BETAS, Schedule, Trainer
 from softprompt_kernels.models import head_of
 from softprompt_kernels.prompts import KVPrompt
 from softprompt_kernels.prompts.layout import flatten

@@ -11,7 +11,7 @@ import typer
 from softprompt_kernels.cli.display import show_table
 from softprompt_kernels.cli.libraries import quiet_libraries
 from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
-from softprompt_kernels.compress.report import evaluation_table
+from softprompt_kernels.compress.report.report.report import evaluation_table
 from softprompt_kernels.errors import SoftPromptError
 
 ContextFile = Annotated[Path, typer.Option("--context", help="The text that was compressed, a UTF-8 file.")]
@@ -40,7 +40,7 @@ def evaluate(
     """Evaluate a saved prompt: full-vocabulary KL of the model with the full text against it, and the baselines."""
     from softprompt_kernels.cli.progress import terminal_reporter
     from softprompt_kernels.compress import evaluate_prompt
-    from softprompt_kernels.compress.queries import write_text
+    from softprompt_kernels.compress.sources.queries import write_text
 
     if json_file is not None and not json_file.parent.is_dir():
         raise SoftPromptError(f"--json: {json_file.parent} is no folder, so {json_file.name} cannot be written there")

@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt_kernels.compress.chat import ChatFormat
+    from softprompt_kernels.compress.sources.chat import ChatFormat
     from softprompt_kernels.compress.config import CompressConfig, load_config
     from softprompt_kernels.compress.forecast import Plan, plan
-    from softprompt_kernels.compress.loading import load_model
+    from softprompt_kernels.compress.sources.model import load_model
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
     from softprompt_kernels.compress.run import Interrupted, compress, evaluate_prompt
 
@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ChatFormat": "softprompt_kernels.compress.chat",
+    "ChatFormat": "softprompt_kernels.compress.sources.chat",
     "CompressConfig": "softprompt_kernels.compress.config",
     "load_config": "softprompt_kernels.compress.config",
     "Plan": "softprompt_kernels.compress.forecast",
     "plan": "softprompt_kernels.compress.forecast",
-    "load_model": "softprompt_kernels.compress.loading",
+    "load_model": "softprompt_kernels.compress.sources.model",
     "Advance": "softprompt_kernels.compress.reporter",
     "Reporter": "softprompt_kernels.compress.reporter",
     "SilentReporter": "softprompt_kernels.compress.reporter",

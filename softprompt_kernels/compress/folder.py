@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt_kernels.compress.queries import write_text
+from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
 
 

@@ -23,7 +23,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.prompts import folder
+from softprompt_kernels.prompts import atomic_folder as folder
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint, tokenizer_fingerprint
 from softprompt_kernels.prompts.json_file import dump, integer, plain, read_object

@@ -5,7 +5,7 @@ import json
 import yaml
 
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.trainer import Trainer
+from softprompt_kernels.compress.distill.trainer import Trainer
 
 
 def test_a_compression_ends_with_the_table_and_says_where_things_are(finished):

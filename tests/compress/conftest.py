@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import CompressConfig, load_model
-from softprompt_kernels.compress.sequences import Example
+from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.models import capture
 from softprompt_kernels.prompts import Prefix
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from softprompt_kernels.compress.chat import INSTRUCTION, ChatFormat
+from softprompt_kernels.compress.sources.chat import INSTRUCTION, ChatFormat
 from softprompt_kernels.errors import SoftPromptError
 
 CONTEXT, QUERY = "The mill is blue.", "Which colour?"

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress import SilentReporter
-from softprompt_kernels.compress.objective import Objective
-from softprompt_kernels.compress.sequences import Batch, Example
-from softprompt_kernels.compress.targets import cached_targets
+from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.sources.sequences import Batch, Example
+from softprompt_kernels.compress.teacher.answers.moments_cache import cached_targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.prompts import Prefix

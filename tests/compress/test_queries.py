@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_kernels.compress.queries import Query, hold_out, load_queries, save_queries, without, write_text
+from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, save_queries, without, write_text
 from softprompt_kernels.errors import SoftPromptError
 
 

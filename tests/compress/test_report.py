@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from softprompt_kernels.compress.report import evaluation_table, read_metrics, save_curves, table_text
+from softprompt_kernels.compress.report.report.report import evaluation_table, read_metrics, save_curves, table_text
 from softprompt_kernels.errors import SoftPromptError
 
 HELDOUT = {

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
 from softprompt_kernels.compress import run as module
-from softprompt_kernels.compress.queries import load_queries
-from softprompt_kernels.compress.report import save_curves
-from softprompt_kernels.compress.trainer import Trainer
+from softprompt_kernels.compress.sources.queries import load_queries
+from softprompt_kernels.compress.report.report.report import save_curves
+from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
 
@@ -399,7 +399,7 @@ def test_the_longest_prompt_is_one_below_the_context(make_config: Make) -> None:
 def test_a_context_that_does_not_matter_is_refused_before_training(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softprompt_kernels.compress.evaluate.MEANINGLESS_KL", 1e9)
+    monkeypatch.setattr("softprompt_kernels.compress.evaluate.distance.MEANINGLESS_KL", 1e9)
     config = make_config()
     with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
         compress(config)
@@ -413,7 +413,7 @@ def test_a_start_that_the_model_cannot_have_is_refused_before_the_teacher_is_ask
     def refuse(*_: Any) -> None:
         raise SoftPromptError("cannot be moved")
 
-    monkeypatch.setattr("softprompt_kernels.compress.start.shift_keys", refuse)
+    monkeypatch.setattr("softprompt_kernels.compress.distill.initial_prompt.shift_keys", refuse)
     monkeypatch.setattr(module, "answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
         compress(make_config())

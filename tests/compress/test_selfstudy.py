@@ -2,7 +2,7 @@
 
 import pytest
 
-from softprompt_kernels.compress.selfstudy import GENERAL, find_phrases, self_study, split_sentences
+from softprompt_kernels.compress.sources.self_study import GENERAL, find_phrases, self_study, split_sentences
 
 SENTENCES = [
     "Mira Vale keeps the blue mill.",

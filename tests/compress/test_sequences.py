@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.sequences import Batch, Example, in_batches, total_targets
+from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches, total_targets
 from softprompt_kernels.prompts import Prefix
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import ChatFormat, SilentReporter
-from softprompt_kernels.compress.queries import Query
-from softprompt_kernels.compress.sequences import Batch, Example
-from softprompt_kernels.compress.teacher import answer, end_tokens, hidden_states
+from softprompt_kernels.compress.sources.queries import Query
+from softprompt_kernels.compress.sources.sequences import Batch, Example
+from softprompt_kernels.compress.teacher.answers.answers import answer, end_tokens, hidden_states
 from softprompt_kernels.models import prompted_logits
 from softprompt_kernels.prompts import Prefix
 
@@ -106,7 +106,7 @@ def test_sampling_takes_the_whole_distribution(
 def test_hidden_states_come_in_the_order_of_the_examples(
     model: PreTrainedModel, context: Prefix, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softprompt_kernels.compress.teacher.TOKENS_PER_BATCH", 12)
+    monkeypatch.setattr("softprompt_kernels.compress.teacher.answers.TOKENS_PER_BATCH", 12)
     found = hidden_states(model, context, examples, SilentReporter(), "")
     for example, rows in zip(examples, found, strict=True):
         expected = Batch.of([example], torch.device("cpu")).hidden(model, context)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, check_destination, describe, folder, load, save
+from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, check_destination, describe, load, save
+from softprompt_kernels.prompts import atomic_folder as folder
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeKV = Callable[..., KVPrompt]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.prompts import folder
+from softprompt_kernels.prompts import atomic_folder as folder
 
 OLD = {"mark": b"old", "data": b"1"}
 NEW = {"mark": b"new", "data": b"2"}

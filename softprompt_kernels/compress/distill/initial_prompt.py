@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.chat import ChatFormat
+from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.setup import Setup, read_text
+from softprompt_kernels.compress.sources.inputs import Setup, read_text
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, prefix_of, shift_keys
 from softprompt_kernels.models.families import rope_parameters

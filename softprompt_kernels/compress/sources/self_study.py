@@ -16,7 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
-from softprompt_kernels.compress.queries import Query
+from softprompt_kernels.compress.sources.queries import Query
 
 GENERAL = (
     "Summarise the text in one sentence.",

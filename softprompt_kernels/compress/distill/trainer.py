@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softprompt_kernels.compress.objective import Objective
-from softprompt_kernels.compress.sequences import Batch, Example, total_targets
-from softprompt_kernels.compress.targets import Targets
+from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
+from softprompt_kernels.compress.teacher.answers.moments_cache import Targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix

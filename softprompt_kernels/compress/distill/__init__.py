@@ -1,0 +1,1 @@
+"""Training of the prompt end to end: where it starts, the objective and the trainer."""

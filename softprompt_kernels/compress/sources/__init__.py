@@ -1,0 +1,1 @@
+"""What a run reads: context, queries, self-study, chat format, model and tokenizer."""
