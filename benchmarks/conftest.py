@@ -15,10 +15,10 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the processes that memory is measured in import from here too
 
-import case  # noqa: E402
-import machine  # noqa: E402
-import report  # noqa: E402
-import scaling  # noqa: E402
+from benchmarks.harness import case
+from benchmarks.harness import machine
+from benchmarks.harness import report
+from benchmarks.suites import scaling_cases as scaling
 
 LEFT_OUT = pytest.StashKey[set[str]]()
 

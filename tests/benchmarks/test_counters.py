@@ -58,7 +58,7 @@ if not runtime.missing():
 
 
 def test_loads_and_stores_count_by_lane_program_and_group(interpreter: None) -> None:
-    from traffic import Traffic
+    from benchmarks.counted.triton_traffic import Traffic
 
     left, right, bias = torch.randn(40, 24), torch.randn(24, 56), torch.randn(56)
     out = torch.empty(40, 56)
@@ -81,7 +81,7 @@ def test_loads_and_stores_count_by_lane_program_and_group(interpreter: None) -> 
 
 
 def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(interpreter: None) -> None:
-    from traffic import Traffic
+    from benchmarks.counted.triton_traffic import Traffic
 
     left, right, bias, out = torch.randn(32, 16), torch.randn(16, 32), torch.randn(32), torch.empty(32, 32)
     with Traffic(group=1) as traffic:
@@ -93,7 +93,7 @@ def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(interpret
 
 
 def test_exponentials_and_atomics(interpreter: None) -> None:
-    from traffic import Traffic
+    from benchmarks.counted.triton_traffic import Traffic
 
     values, out = torch.randn(100), torch.zeros(1)
     with Traffic() as traffic:
@@ -106,7 +106,7 @@ def test_exponentials_and_atomics(interpreter: None) -> None:
 
 
 def test_tensors_that_overlap_are_one(interpreter: None) -> None:
-    from traffic import Traffic
+    from benchmarks.counted.triton_traffic import Traffic
 
     values = torch.randn(64, 64)
     with Traffic() as traffic:
@@ -115,7 +115,7 @@ def test_tensors_that_overlap_are_one(interpreter: None) -> None:
 
 
 def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> None:
-    from traffic import Traffic
+    from benchmarks.counted.triton_traffic import Traffic
     from triton.runtime.interpreter import InterpreterBuilder
 
     before = InterpreterBuilder.create_masked_load
@@ -126,7 +126,7 @@ def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> Non
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_operations_of_pytorch_count_what_they_read_write_and_multiply(device: str) -> None:
-    from aten_traffic import AtenTraffic
+    from benchmarks.counted.aten_traffic import AtenTraffic
 
     left, right = torch.zeros(8, 4, device=device), torch.zeros(4, 16, device=device)
     out = torch.empty(8, 16, device=device)
@@ -149,7 +149,7 @@ def test_operations_of_pytorch_count_what_they_read_write_and_multiply(device: s
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_memory_is_that_of_what_is_alive_together(device: str) -> None:
-    from aten_traffic import AtenTraffic
+    from benchmarks.counted.aten_traffic import AtenTraffic
 
     given = torch.zeros(1000, device=device)
     with AtenTraffic() as traffic:
@@ -169,7 +169,7 @@ def test_memory_is_that_of_what_is_alive_together(device: str) -> None:
 def test_kernels_are_noted_and_not_run_where_there_is_no_data() -> None:
     if runtime.missing():
         pytest.skip(str(runtime.missing()))
-    from aten_traffic import unlaunched
+    from benchmarks.counted.aten_traffic import unlaunched
 
     values = torch.zeros(100, device="meta")
     with unlaunched() as noted:
@@ -178,7 +178,7 @@ def test_kernels_are_noted_and_not_run_where_there_is_no_data() -> None:
 
 
 def test_a_bound_is_of_the_scarcest_resource() -> None:
-    from roofline import bound
+    from benchmarks.counted.roofline import bound
 
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=1.0).seconds == pytest.approx(1e-3)
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=989e9 * 2).by == "products"
@@ -187,8 +187,8 @@ def test_a_bound_is_of_the_scarcest_resource() -> None:
 
 
 def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
-    from counted import AttentionCase, HeadCase, LogitsCase, count_attention, count_head, count_logits
-    from counted_requirements import judge
+    from benchmarks.counted.problems import AttentionCase, HeadCase, LogitsCase, count_attention, count_head, count_logits
+    from benchmarks.counted.requirements import judge
 
     tiny = {"heads": 2, "kv_heads": 1, "size": 16}
     counts = [count for batch in (2, 4) for count in count_attention(AttentionCase(batch=batch, **tiny))]

@@ -39,7 +39,7 @@ class FakeDevice:
 
 
 def test_medians_are_of_cold_runs_in_turns() -> None:
-    from device_clock import medians
+    from benchmarks.device.clock import medians
 
     device, order = FakeDevice(), []
     slow_once = iter([5.0, 1.0, 100.0, 1.0])
@@ -89,7 +89,7 @@ class Case:
 
 
 def test_ways_are_checked_measured_and_left_out_with_a_reason() -> None:
-    from device import measure
+    from benchmarks.device.__main__ import measure
 
     device = FakeDevice()
     record = measure(Case(device), device, rounds=3)
@@ -100,7 +100,7 @@ def test_ways_are_checked_measured_and_left_out_with_a_reason() -> None:
 
 
 def test_a_failure_of_ours_is_an_error() -> None:
-    from device import measure
+    from benchmarks.device.__main__ import measure
 
     case = Case(FakeDevice())
     ways = case.ways()
@@ -110,7 +110,7 @@ def test_a_failure_of_ours_is_an_error() -> None:
 
 
 def test_figures_are_shares_of_published_peaks_where_the_device_is_known() -> None:
-    from device import cells, peaks
+    from benchmarks.device.__main__ import cells, peaks
 
     record = {"bytes": 3.35e9, "flop": 98.9e9, "dtype": "bf16"}
     entry = {"ms": 2.0, "peak": 3 * 2**20, "error": 0.001}
@@ -119,7 +119,7 @@ def test_figures_are_shares_of_published_peaks_where_the_device_is_known() -> No
 
 
 def test_cases_know_their_work() -> None:
-    from device_cases import CASES, Attention, Loss
+    from benchmarks.device.cases import CASES, Attention, Loss
 
     case = Attention(2, 3, 5, backward=False, heads=4, kv_heads=2, size=8)
     assert case.flop == 4 * 8 * 2 * 4 * (3 * 5 + 6)
@@ -131,7 +131,7 @@ def test_cases_know_their_work() -> None:
 
 
 def test_the_ways_of_a_case_agree_on_the_processor() -> None:
-    from device_cases import Attention, Loss, distance
+    from benchmarks.device.cases import Attention, Loss, distance
 
     cases = [
         Attention(2, 6, 4, backward=True, heads=4, kv_heads=2, size=16),
@@ -148,7 +148,7 @@ def test_the_ways_of_a_case_agree_on_the_processor() -> None:
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import device
+    from benchmarks.device import __main__ as device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

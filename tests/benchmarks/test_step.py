@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(FOLDER)
-    import step
+    from benchmarks.step import comparison as step
 
     return step
 
@@ -62,7 +62,7 @@ def test_other_losses_are_refused(step: ModuleType) -> None:
 def test_a_peak_that_is_gone_at_the_end_is_seen(
     step: ModuleType, monkeypatch: pytest.MonkeyPatch, by_kernel: bool
 ) -> None:
-    import memory
+    from benchmarks.harness import memory
 
     if not by_kernel:
         monkeypatch.setattr(memory, "_reset_high_water", lambda: False)

@@ -86,7 +86,7 @@ def test_the_report_names_machine_ways_and_plots(run: tuple[str, dict[str, Any],
 @pytest.mark.usefixtures("benchmarks")
 def test_a_wrong_result_is_not_timed() -> None:
     import torch
-    from contest import ALTERNATIVE, OURS, Contest, Entry
+    from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry
 
     ours = Entry("ours", OURS, lambda: (torch.ones(3),))
     for wrong in (torch.full((3,), 1.01), torch.tensor([1.0, 1.0, float("nan")])):
@@ -98,7 +98,7 @@ def test_a_wrong_result_is_not_timed() -> None:
 
 @pytest.mark.usefixtures("benchmarks")
 def test_useful_flop_leave_out_what_is_masked() -> None:
-    from attention_cases import AttentionCase
+    from benchmarks.suites.attention_cases import AttentionCase
 
     forward = AttentionCase(1, 1, 1, queries=3, prompt=2, size=1, backward=False)
     assert forward.flop == 4 * (3 * 2 + 1 + 2 + 3)
@@ -107,7 +107,7 @@ def test_useful_flop_leave_out_what_is_masked() -> None:
 
 @pytest.mark.usefixtures("benchmarks")
 def test_growth_beyond_the_work_is_flagged() -> None:
-    import scaling
+    from benchmarks.suites import scaling_cases as scaling
 
     assert scaling.excess([1, 2, 4], [1, 2, 4]) == [1, 1]
     assert scaling.excess([1, 2, 4], [2, 4, 10]) == [1, 1.25]
@@ -118,7 +118,7 @@ def test_growth_beyond_the_work_is_flagged() -> None:
 @pytest.mark.usefixtures("benchmarks")
 @pytest.mark.parametrize("seconds", [0.001, 0.03])
 def test_short_ways_run_twice_in_their_turn_and_the_second_counts(seconds: float) -> None:
-    import contest
+    from benchmarks.harness import comparison as contest
 
     ran: list[str] = []
 
@@ -150,7 +150,7 @@ def test_short_ways_run_twice_in_their_turn_and_the_second_counts(seconds: float
 
 @pytest.mark.usefixtures("benchmarks")
 def test_requirements_are_judged_from_the_medians() -> None:
-    from requirements import verdicts
+    from benchmarks.harness.requirements import verdicts
 
     def entry(name: str, role: str, seconds: float, **more: Any) -> dict[str, Any]:
         return {"name": name, "role": role, "median": seconds, "flop": None, **more}
@@ -190,7 +190,7 @@ def test_requirements_are_judged_from_the_medians() -> None:
 @pytest.mark.usefixtures("benchmarks")
 def test_the_attention_floor_of_a_step_counts_what_is_seen_and_needed() -> None:
     import torch
-    from step_floor import attention_flop
+    from benchmarks.step.floor import attention_flop
 
     from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 

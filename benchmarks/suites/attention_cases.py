@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import attention_ways as ways
+from benchmarks.suites import attention_implementations as ways
 import torch
-from attention_ways import Inputs
-from case import COMPOSED, Rule, Way
-from contest import ALTERNATIVE, OURS
+from benchmarks.suites.attention_implementations import Inputs
+from benchmarks.harness.case import COMPOSED, Rule, Way
+from benchmarks.harness.comparison import ALTERNATIVE, OURS
 from torch import Tensor
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # of the mm rate, required

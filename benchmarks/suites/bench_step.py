@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from case import Settings
-from contest import ALTERNATIVE, OURS, Contest, Entry, Results, hold
-from watch import served_by
+from benchmarks.harness.case import Settings
+from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry, Results, hold
+from benchmarks.harness.recorded_calls import served_by
 
 BATCH, MICRO_BATCH, NEW_TOKENS = 8, 4, 48
 QUICK_NEW_TOKENS = 6
@@ -25,10 +25,10 @@ def bench_step(benchmark: Any, pytestconfig: pytest.Config, settings: Settings, 
     if model is None:
         pytest.skip("it needs --model")
     pytest.importorskip("peft")
-    from step import describe, first_steps
-    from step_floor import cost
-    from step_memory import peak_of
-    from step_sides import SIDES
+    from benchmarks.step.comparison import describe, first_steps
+    from benchmarks.step.floor import cost
+    from benchmarks.step.memory import peak_of
+    from benchmarks.step.implementations import SIDES
 
     problem = _problem(pytestconfig, model, settings, tmp_path)
     measured = list(SIDES)[: 1 if settings.quick else None]
@@ -71,7 +71,7 @@ def _stepping(step: Callable[[], float]) -> Callable[[], Results]:
 
 
 def _problem(config: pytest.Config, model: Path, settings: Settings, folder: Path) -> Any:
-    from step_problem import make_problem
+    from benchmarks.step.problem import make_problem
 
     from softprompt_kernels.compress import load_model
     from softprompt_kernels.compress.sources.queries import load_queries

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from case import compile_afresh
+from benchmarks.harness.case import compile_afresh
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 

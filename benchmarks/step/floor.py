@@ -12,11 +12,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from contest import ruler
-from step_problem import timed
-from step_profile import breakdown
-from step_sides import Side
-from watch import watched
+from benchmarks.harness.comparison import ruler
+from benchmarks.step.problem import timed
+from benchmarks.step.profile import breakdown
+from benchmarks.step.implementations import Side
+from benchmarks.harness.recorded_calls import watched
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference.visibility import visibility

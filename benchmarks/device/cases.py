@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import attention_ways
-import kl_ways
-import peers
+from benchmarks.suites import attention_implementations as attention_ways
+from benchmarks.suites import kl_implementations as kl_ways
+from benchmarks.counted import peers
 import torch
 from torch import Tensor
 

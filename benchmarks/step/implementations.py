@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from step_problem import FROZEN_TOKENS, Problem
+from benchmarks.step.problem import FROZEN_TOKENS, Problem
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -26,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from device_cases import CASES, DeviceCase, distance
-from device_clock import Cuda, Device, medians
+from benchmarks.device.cases import CASES, DeviceCase, distance
+from benchmarks.device.clock import Cuda, Device, medians
 from rich.console import Console
 from rich.table import Table
-from roofline import GPUS, Gpu
+from benchmarks.counted.roofline import GPUS, Gpu
 
 COLUMNS = ("ms", "× ours", "% bandwidth", "% FLOP", "peak MiB", "error")
 WIDTH = 120

@@ -1,6 +1,6 @@
 """A training step with cached moments against the obvious way of writing it: seconds, peak memory, and the same loss.
 
-    python benchmarks/step.py --model .cache/SmolLM2-135M-Instruct --context demo/handbook.txt
+    python benchmarks/step/comparison.py --model .cache/SmolLM2-135M-Instruct --context demo/handbook.txt
 
 Ours is `compress.Trainer.train_step` with a KV prompt, on the backend that the ops choose and on `composed`. The
 obvious way is transformers and PEFT: a CARTRIDGE of the same size, the teacher run over context + query + output in
@@ -25,13 +25,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import processor
+from benchmarks.harness.machine import processor
 from rich.console import Console
 from rich.table import Table
-from step_memory import peak_of
-from step_problem import Preparation, Problem, make_problem, timed
-from step_profile import breakdown
-from step_sides import SIDES, Side
+from benchmarks.step.memory import peak_of
+from benchmarks.step.problem import Preparation, Problem, make_problem, timed
+from benchmarks.step.profile import breakdown
+from benchmarks.step.implementations import SIDES, Side
 
 from softprompt_kernels.compress import load_model
 from softprompt_kernels.compress.sources.queries import load_queries, write_text

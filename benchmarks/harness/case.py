@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from contest import ALTERNATIVE, OURS, Contest, Entry, Results, hold
-from memory import PeakResident, give_back_freed, in_fresh_process
-from watch import served_by
+from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry, Results, hold
+from benchmarks.harness.memory import PeakResident, give_back_freed, in_fresh_process
+from benchmarks.harness.recorded_calls import served_by
 
 Way = Callable[[Any], Callable[[], Results]]
 Rule = tuple[str, float]  # see requirements.py

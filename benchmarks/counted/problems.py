@@ -29,12 +29,12 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import peers
+from benchmarks.counted import peers
 import torch
 import torch.nn.functional as F
-from aten_traffic import AtenTraffic, bytes_of, unlaunched
+from benchmarks.counted.aten_traffic import AtenTraffic, bytes_of, unlaunched
 from torch import Tensor
-from traffic import Traffic
+from benchmarks.counted.triton_traffic import Traffic
 
 from softprompt_kernels import kl_div, prompt_attention
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from case import Settings
-from contest import OURS, TWIN, Contest, Entry, hold
-from scaling import AXES, Axis, note
-from watch import served_by
+from benchmarks.harness.case import Settings
+from benchmarks.harness.comparison import OURS, TWIN, Contest, Entry, hold
+from benchmarks.suites.scaling_cases import AXES, Axis, note
+from benchmarks.harness.recorded_calls import served_by
 
 SECONDS, ROUNDS = 5, 15
 QUICK_POINTS = 2

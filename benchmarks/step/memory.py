@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import peft  # noqa: F401  imported before memory is looked at: all sides have it loaded
 import torch
-from memory import PeakResident, give_back_freed, in_fresh_process
-from step_problem import Problem
-from step_sides import SIDES
+from benchmarks.harness.memory import PeakResident, give_back_freed, in_fresh_process
+from benchmarks.step.problem import Problem
+from benchmarks.step.implementations import SIDES
 
 STEPS = 2  # the second one finds the optimiser's state
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BF16_TIME, CASES, ODD, ODD_COST, AttentionCase
-from attention_ways import ours
-from case import Rule, Settings, measure
-from contest import TWIN, Entry
+from benchmarks.suites.attention_cases import BF16_TIME, CASES, ODD, ODD_COST, AttentionCase
+from benchmarks.suites.attention_implementations import ours
+from benchmarks.harness.case import Rule, Settings, measure
+from benchmarks.harness.comparison import TWIN, Entry
 
 SECONDS, ROUNDS = 4, 25
 

@@ -18,13 +18,13 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 sys.path.insert(0, str(Path(__file__).parent))
 
-import counted
+from benchmarks.counted import problems as counted
 import torch
-import traffic
-from counted_requirements import Record, judge
+from benchmarks.counted import triton_traffic as traffic
+from benchmarks.counted.requirements import Record, judge
 from rich.console import Console
 from rich.table import Table
-from roofline import GPUS, bound
+from benchmarks.counted.roofline import GPUS, bound
 
 WIDTH = 200
 COLUMNS = (

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import OtherLoad
+from benchmarks.harness.machine import OtherLoad
 from torch import Tensor
 
 OURS = "ours"

@@ -6,8 +6,8 @@ from typing import Any
 
 import psutil
 import pytest
-from case import Settings, measure
-from kl_cases import CASES, KlCase
+from benchmarks.harness.case import Settings, measure
+from benchmarks.suites.kl_cases import CASES, KlCase
 
 SECONDS, ROUNDS = 20, 7
 LOGITS_AT_ONCE = 12  # tensors of that size that F.kl_div, the floor and a kept teacher take together, and some room

@@ -1,6 +1,6 @@
 """The report of the suites, from the JSON that pytest-benchmark wrote.
 
-    python benchmarks/report.py runs/bench/bench.json
+    python benchmarks/harness/report.py runs/bench/bench.json
 
 Seconds are medians over rounds in which all ways of a case took turns; "after others" is the time right after another
 way, where a second run is the one that counts. GFLOP/s counts useful FLOP only; "% of mm" is of the rate of a large
@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import describe
-from requirements import Record, Verdict, busy, floor_seconds, one, verdicts
+from benchmarks.harness.machine import describe
+from benchmarks.harness.requirements import Record, Verdict, busy, floor_seconds, one, verdicts
 from rich.console import Console
 from rich.table import Table
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import kl_ways as ways
+from benchmarks.suites import kl_implementations as ways
 import torch
-from case import COMPOSED, Rule, Way
-from contest import ALTERNATIVE, FLOOR, OURS
-from kl_ways import Inputs
+from benchmarks.harness.case import COMPOSED, Rule, Way
+from benchmarks.harness.comparison import ALTERNATIVE, FLOOR, OURS
+from benchmarks.suites.kl_implementations import Inputs
 
 LIVE, MOMENTS, LOGITS = "live", "moments", "logits"
 GEMMS = {LIVE: 3, MOMENTS: 2, LOGITS: 0}

@@ -1,0 +1,1 @@
+"""`make gpu`: times on a CUDA device."""

@@ -1,0 +1,1 @@
+"""Comparisons of implementations: cases, timing, memory, the machine, requirements and the report."""

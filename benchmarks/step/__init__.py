@@ -1,0 +1,1 @@
+"""A whole training step: implementations, memory, profile and floor."""

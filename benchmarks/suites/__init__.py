@@ -1,0 +1,1 @@
+"""The suites of `make bench`: attention, KL, scaling and the training step."""
