@@ -13,11 +13,11 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-_ATTENTION = "tests/kernels/test_cuda_attention.py"
-TILES = ("tests/kernels/test_cuda_attention_backward.py", "-k", "four_tiles and 0-64")
+_ATTENTION = "tests/kernels/cuda/test_attention.py"
+TILES = ("tests/kernels/cuda/test_attention_backward.py", "-k", "four_tiles and 0-64")
 KINDS = (_ATTENTION, "-k", "every_kind")
 ENDS = (_ATTENTION, "-k", "ends_of_tiles")
-LOSSES = ("tests/kernels/test_cuda_kl.py", "-k", "dtypes or lengths or anywhere")
+LOSSES = ("tests/kernels/cuda/test_kl.py", "-k", "dtypes or lengths or anywhere")
 
 MUTANTS = (
     Mutant(

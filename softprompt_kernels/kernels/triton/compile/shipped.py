@@ -2,7 +2,7 @@
 
 The problems are made of meta tensors, which have shapes and no memory, and the drivers are asked what they would launch
 for each on a target. A configuration that a driver gets is compiled and checked from then on, if an example reaches it;
-tests/kernels/test_triton_compile.py fails for one that none does.
+tests/kernels/triton/test_compile.py fails for one that none does.
 """
 
 import itertools
