@@ -50,7 +50,7 @@ compile: $(VENV)/test
 # The other packages are for comparison alone, and are not to bring their own torch.
 counters: $(VENV)/test
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel flash-linear-attention fla-core einops
-	$(BIN)/python -m benchmarks.counters
+	$(BIN)/python -m benchmarks.counted
 
 gpu: $(VENV)/test
 	$(BIN)/python -m pytest -m gpu tests

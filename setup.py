@@ -110,7 +110,7 @@ def is_clang() -> bool:
 
 
 def openmp() -> str:
-    """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see csrc/cpu/platform/parallel.cpp)."""
+    """The flag for GCC, whose OpenMP symbols torch's runtime has; nothing for Clang (see cpu/platform/parallel.cpp)."""
     return "" if is_clang() else "-fopenmp"
 
 

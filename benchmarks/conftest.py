@@ -5,21 +5,16 @@ python -m pytest -c benchmarks/pytest.ini benchmarks --benchmark-json runs/bench
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # the processes that memory is measured in import from here too
-
-from benchmarks.harness import case
-from benchmarks.harness import machine
-from benchmarks.harness import report
+from benchmarks.harness import case, machine, report
 from benchmarks.suites import scaling_cases as scaling
 
+HERE = Path(__file__).parent
 LEFT_OUT = pytest.StashKey[set[str]]()
 
 

@@ -91,7 +91,9 @@ def test_a_compiler_that_does_not_know_the_matrix_unit_builds_the_rest(tmp_path,
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     run(command, ROOT, CXX=str(compiler), SOFTPROMPT_CPU="auto")
     rules = (tmp_path / "cpu" / "_native" / "build.ninja").read_text()
-    assert ("amx/cpu/gemm/gemm_amx.o" in rules) == ("-DSPK_HAS_AMX" in rules) == knows and "avx512/cpu/kernel_table.o" in rules
+    assert ("amx/cpu/gemm/gemm_amx.o" in rules) == (
+        "-DSPK_HAS_AMX" in rules
+    ) == knows and "avx512/cpu/kernel_table.o" in rules
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")

@@ -1,6 +1,6 @@
 """Bytes, FLOP, exponentials, launches and memory of our GPU kernels, of peers' kernels and of their floors, counted.
 
-    python -m benchmarks.counters [attention kl linear moments] [--json runs/bench/counters.json]
+    python -m benchmarks.counted [attention kl linear moments] [--json runs/bench/counters.json]
 
 No GPU is needed, and no time is measured: see traffic.py for what is counted and by which model, counted.py for the
 problems and their floors, roofline.py for what the last column is a bound of. Two minutes.
@@ -18,12 +18,13 @@ from typing import Any
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.counted import problems as counted
 import torch
-from benchmarks.counted import triton_traffic as traffic
-from benchmarks.counted.requirements import Record, judge
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.counted import problems as counted
+from benchmarks.counted import triton_traffic as traffic
+from benchmarks.counted.requirements import Record, judge
 from benchmarks.counted.roofline import GPUS, bound
 
 WIDTH = 200

@@ -29,13 +29,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.counted import peers
 import torch
 import torch.nn.functional as F
-from benchmarks.counted.aten_traffic import AtenTraffic, bytes_of, unlaunched
 from torch import Tensor
-from benchmarks.counted.triton_traffic import Traffic
 
+from benchmarks.counted import peers
+from benchmarks.counted.aten_traffic import AtenTraffic, bytes_of, unlaunched
+from benchmarks.counted.triton_traffic import Traffic
 from softprompt_kernels import kl_div, prompt_attention
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.triton import targets

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.counted.problems import OURS
 from benchmarks.counted.peers import LIGER_HIDDEN
+from benchmarks.counted.problems import OURS
 
 Record = dict[str, Any]
 LOGITS = ("student", "teacher")

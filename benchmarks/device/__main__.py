@@ -26,11 +26,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from benchmarks.device.cases import CASES, DeviceCase, distance
-from benchmarks.device.clock import Cuda, Device, medians
 from rich.console import Console
 from rich.table import Table
+
 from benchmarks.counted.roofline import GPUS, Gpu
+from benchmarks.device.cases import CASES, DeviceCase, distance
+from benchmarks.device.clock import Cuda, Device, medians
 
 COLUMNS = ("ms", "× ours", "% bandwidth", "% FLOP", "peak MiB", "error")
 WIDTH = 120

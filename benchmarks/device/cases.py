@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.suites import attention_implementations as attention_ways
-from benchmarks.suites import kl_implementations as kl_ways
-from benchmarks.counted import peers
 import torch
 from torch import Tensor
 
+from benchmarks.counted import peers
+from benchmarks.suites import attention_implementations as attention_ways
+from benchmarks.suites import kl_implementations as kl_ways
 from softprompt_kernels.ops import prompt_attention
 
 Results = tuple[Tensor, ...]

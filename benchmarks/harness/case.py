@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
 from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry, Results, hold
 from benchmarks.harness.memory import PeakResident, give_back_freed, in_fresh_process
 from benchmarks.harness.recorded_calls import served_by

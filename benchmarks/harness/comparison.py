@@ -24,8 +24,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks.harness.machine import OtherLoad
 from torch import Tensor
+
+from benchmarks.harness.machine import OtherLoad
 
 OURS = "ours"
 ALTERNATIVE = "alternative"  # another way to the same results

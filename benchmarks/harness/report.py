@@ -17,10 +17,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.machine import describe
-from benchmarks.harness.requirements import Record, Verdict, busy, floor_seconds, one, verdicts
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.harness.machine import describe
+from benchmarks.harness.requirements import Record, Verdict, busy, floor_seconds, one, verdicts
 
 COLUMNS = ("ms", "min..max", "after others", "GFLOP/s", "% of mm", "× ours", "× floor", "peak MiB")
 WIDTH = 172

@@ -25,21 +25,21 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from benchmarks.harness.machine import processor
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.harness.machine import processor
+from benchmarks.step.implementations import SIDES, Side
 from benchmarks.step.memory import peak_of
 from benchmarks.step.problem import Preparation, Problem, make_problem, timed
 from benchmarks.step.profile import breakdown
-from benchmarks.step.implementations import SIDES, Side
-
 from softprompt_kernels.compress import load_model
-from softprompt_kernels.compress.sources.queries import load_queries, write_text
 from softprompt_kernels.compress.sources.inputs import read_text
+from softprompt_kernels.compress.sources.queries import load_queries, write_text
 from softprompt_kernels.errors import SoftPromptError
 
 LOSS_TOLERANCE = 1e-4
-QUERIES = Path(__file__).parent.parent / "demo" / "queries.jsonl"
+QUERIES = Path(__file__).parents[2] / "demo" / "queries.jsonl"
 
 
 @dataclass(frozen=True)

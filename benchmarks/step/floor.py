@@ -12,12 +12,12 @@ from statistics import median
 from typing import Any
 
 import torch
+
 from benchmarks.harness.comparison import ruler
+from benchmarks.harness.recorded_calls import watched
+from benchmarks.step.implementations import Side
 from benchmarks.step.problem import timed
 from benchmarks.step.profile import breakdown
-from benchmarks.step.implementations import Side
-from benchmarks.harness.recorded_calls import watched
-
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference.visibility import visibility
 

@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from benchmarks.step.problem import FROZEN_TOKENS, Problem
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.step.problem import FROZEN_TOKENS, Problem
 from softprompt_kernels.compress import load_model
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import BETAS, Schedule, Trainer

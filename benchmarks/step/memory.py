@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import peft  # noqa: F401  imported before memory is looked at: all sides have it loaded
 import torch
+
 from benchmarks.harness.memory import PeakResident, give_back_freed, in_fresh_process
-from benchmarks.step.problem import Problem
 from benchmarks.step.implementations import SIDES
+from benchmarks.step.problem import Problem
 
 STEPS = 2  # the second one finds the optimiser's state
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt_kernels.compress import ChatFormat, SilentReporter
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers.moments_cache import EXAMPLES_PER_SHARD, Targets
-from softprompt_kernels.compress.teacher.answers.answers import answer, hidden_states
+from softprompt_kernels.compress.teacher.answers import answer, hidden_states
+from softprompt_kernels.compress.teacher.moments_cache import EXAMPLES_PER_SHARD, Targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of
 from softprompt_kernels.ops import teacher_moments

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from benchmarks.step.implementations import Side
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.step.implementations import Side
 
 GEMMS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::addmv_"}
 GEMMS |= {"softprompt_kernels::product"}

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.suites import attention_implementations as ways
 import torch
-from benchmarks.suites.attention_implementations import Inputs
+from torch import Tensor
+
 from benchmarks.harness.case import COMPOSED, Rule, Way
 from benchmarks.harness.comparison import ALTERNATIVE, OURS
-from torch import Tensor
+from benchmarks.suites import attention_implementations as ways
+from benchmarks.suites.attention_implementations import Inputs
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # of the mm rate, required
 BF16_TIME = 1.3  # times that of fp32, required

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from benchmarks.harness.case import compile_afresh
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from benchmarks.harness.case import compile_afresh
 from softprompt_kernels.ops import prompt_attention
 
 Forward = Callable[[], Tensor]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.suites.attention_cases import BF16_TIME, CASES, ODD, ODD_COST, AttentionCase
-from benchmarks.suites.attention_implementations import ours
+
 from benchmarks.harness.case import Rule, Settings, measure
 from benchmarks.harness.comparison import TWIN, Entry
+from benchmarks.suites.attention_cases import BF16_TIME, CASES, ODD, ODD_COST, AttentionCase
+from benchmarks.suites.attention_implementations import ours
 
 SECONDS, ROUNDS = 4, 25
 

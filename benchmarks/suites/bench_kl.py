@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from benchmarks.harness.case import Settings, measure
 from benchmarks.suites.kl_cases import CASES, KlCase
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from benchmarks.harness.case import Settings
 from benchmarks.harness.comparison import OURS, TWIN, Contest, Entry, hold
-from benchmarks.suites.scaling_cases import AXES, Axis, note
 from benchmarks.harness.recorded_calls import served_by
+from benchmarks.suites.scaling_cases import AXES, Axis, note
 
 SECONDS, ROUNDS = 5, 15
 QUICK_POINTS = 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from benchmarks.harness.case import Settings
 from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry, Results, hold
 from benchmarks.harness.recorded_calls import served_by
@@ -27,8 +28,8 @@ def bench_step(benchmark: Any, pytestconfig: pytest.Config, settings: Settings, 
     pytest.importorskip("peft")
     from benchmarks.step.comparison import describe, first_steps
     from benchmarks.step.floor import cost
-    from benchmarks.step.memory import peak_of
     from benchmarks.step.implementations import SIDES
+    from benchmarks.step.memory import peak_of
 
     problem = _problem(pytestconfig, model, settings, tmp_path)
     measured = list(SIDES)[: 1 if settings.quick else None]
@@ -72,10 +73,9 @@ def _stepping(step: Callable[[], float]) -> Callable[[], Results]:
 
 def _problem(config: pytest.Config, model: Path, settings: Settings, folder: Path) -> Any:
     from benchmarks.step.problem import make_problem
-
     from softprompt_kernels.compress import load_model
-    from softprompt_kernels.compress.sources.queries import load_queries
     from softprompt_kernels.compress.sources.inputs import read_text
+    from softprompt_kernels.compress.sources.queries import load_queries
 
     loaded, tokenizer = load_model(str(model), "float32", "cpu")
     problem, _ = make_problem(

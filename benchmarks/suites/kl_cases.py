@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.suites import kl_implementations as ways
 import torch
+
 from benchmarks.harness.case import COMPOSED, Rule, Way
 from benchmarks.harness.comparison import ALTERNATIVE, FLOOR, OURS
+from benchmarks.suites import kl_implementations as ways
 from benchmarks.suites.kl_implementations import Inputs
 
 LIVE, MOMENTS, LOGITS = "live", "moments", "logits"

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from benchmarks.harness.case import compile_afresh
-from benchmarks.harness.comparison import Results
 from torch import Tensor
 
+from benchmarks.harness.case import compile_afresh
+from benchmarks.harness.comparison import Results
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
 CHUNK = 128  # tokens

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites.attention_cases import AttentionCase
 from benchmarks.harness.case import Case
+from benchmarks.suites.attention_cases import AttentionCase
 from benchmarks.suites.kl_cases import LIVE, LOGITS, MOMENTS, KlCase
 
 MOST_EXCESS = 1.25

@@ -30,8 +30,7 @@ def check(targets: Sequence[str], file: Path | None) -> None:
     """
     from softprompt_kernels.cli.display import show_table
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.kernels.triton.compile import ahead_of_time
-    from softprompt_kernels.kernels.triton.compile import shipped
+    from softprompt_kernels.kernels.triton.compile import ahead_of_time, shipped
     from softprompt_kernels.kernels.triton.targets import TARGETS
 
     if unknown := [name for name in targets if name not in TARGETS]:

@@ -12,7 +12,7 @@ from softprompt_kernels.cli.display import duration, show_pairs, show_table, siz
 from softprompt_kernels.cli.libraries import quiet_libraries
 from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.compress.config import CompressConfig, load_config
-from softprompt_kernels.compress.report.report.report import evaluation_table
+from softprompt_kernels.compress.report.table import evaluation_table
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress import Plan

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from softprompt_kernels.compress.report.report.report import table_text
+from softprompt_kernels.compress.report.table import table_text
 
 
 def on_terminal() -> bool:

@@ -11,7 +11,7 @@ import typer
 from softprompt_kernels.cli.display import show_table
 from softprompt_kernels.cli.libraries import quiet_libraries
 from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
-from softprompt_kernels.compress.report.report.report import evaluation_table
+from softprompt_kernels.compress.report.table import evaluation_table
 from softprompt_kernels.errors import SoftPromptError
 
 ContextFile = Annotated[Path, typer.Option("--context", help="The text that was compressed, a UTF-8 file.")]

@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt_kernels.compress.sources.chat import ChatFormat
     from softprompt_kernels.compress.config import CompressConfig, load_config
     from softprompt_kernels.compress.forecast import Plan, plan
-    from softprompt_kernels.compress.sources.model import load_model
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
     from softprompt_kernels.compress.run import Interrupted, compress, evaluate_prompt
+    from softprompt_kernels.compress.sources.chat import ChatFormat
+    from softprompt_kernels.compress.sources.model import load_model
 
 __all__ = [
     "Advance",

@@ -39,11 +39,11 @@ from softprompt_kernels.kernels.reference import attention as reference_attentio
 from softprompt_kernels.kernels.reference import expectation as reference_expectation
 from softprompt_kernels.kernels.reference import kl_div as reference_kl_div
 from softprompt_kernels.kernels.reference import linear_kl_div as reference_linear_kl_div
-from softprompt_kernels.kernels.triton.attention.prompt_attention import prompt_attention as triton_attention
+from softprompt_kernels.kernels.triton import runtime as triton_runtime
+from softprompt_kernels.kernels.triton.attention import prompt_attention as triton_attention
 from softprompt_kernels.kernels.triton.losses import expectation as triton_expectation
 from softprompt_kernels.kernels.triton.losses import kl_div as triton_kl_div
 from softprompt_kernels.kernels.triton.losses import linear_kl_div as triton_linear_kl_div
-from softprompt_kernels.kernels.triton import runtime as triton_runtime
 
 REFERENCE = "reference"
 

@@ -2,7 +2,7 @@
 
 For a linear head, KL(p_t‖p_h) needs of the teacher only m = E_{p_t}[W] and its entropy (derivation in
 `kernels/moments.py`). `teacher_moments` makes them once, 2 products of the head's size; each step then costs 2 as well,
-forward and backward together; both are 3 where the products have 16-bit operands (`kernels/device/head_expectation.py`).
+forward and backward together; both are 3 where the products have 16-bit operands (`device/head_expectation.py`).
 Labels are moments too (W_y, entropy 0), so NLL and mixtures are the same op.
 """
 

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, accumulate_dtype, empty_output, token_major
+from softprompt_kernels.kernels.problems.attention import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    accumulate_dtype,
+    empty_output,
+    token_major,
+)
 from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import are_plain, define_op, forbid_double_backward, is_watched, run_kernel
 

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    monkeypatch.syspath_prepend(REPOSITORY)
 
 
 @pytest.fixture
@@ -115,8 +115,9 @@ def test_tensors_that_overlap_are_one(interpreter: None) -> None:
 
 
 def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> None:
-    from benchmarks.counted.triton_traffic import Traffic
     from triton.runtime.interpreter import InterpreterBuilder
+
+    from benchmarks.counted.triton_traffic import Traffic
 
     before = InterpreterBuilder.create_masked_load
     with pytest.raises(ZeroDivisionError), Traffic():
@@ -187,7 +188,14 @@ def test_a_bound_is_of_the_scarcest_resource() -> None:
 
 
 def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
-    from benchmarks.counted.problems import AttentionCase, HeadCase, LogitsCase, count_attention, count_head, count_logits
+    from benchmarks.counted.problems import (
+        AttentionCase,
+        HeadCase,
+        LogitsCase,
+        count_attention,
+        count_head,
+        count_logits,
+    )
     from benchmarks.counted.requirements import judge
 
     tiny = {"heads": 2, "kv_heads": 1, "size": 16}
@@ -200,7 +208,7 @@ def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
 
 def test_the_table_names_ways_floors_and_what_is_required(interpreter: None, tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
-    command = [sys.executable, "-m", "benchmarks.counters", "kl", "--json", str(written)]
+    command = [sys.executable, "-m", "benchmarks.counted", "kl", "--json", str(written)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,12 +10,12 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("psutil")
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.syspath_prepend(REPOSITORY)
     from benchmarks.step import comparison as step
 
     return step

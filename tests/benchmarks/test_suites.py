@@ -43,7 +43,7 @@ def run(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    monkeypatch.syspath_prepend(REPOSITORY)
 
 
 def records(written: dict[str, Any], suite: str) -> list[dict[str, Any]]:
@@ -86,6 +86,7 @@ def test_the_report_names_machine_ways_and_plots(run: tuple[str, dict[str, Any],
 @pytest.mark.usefixtures("benchmarks")
 def test_a_wrong_result_is_not_timed() -> None:
     import torch
+
     from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry
 
     ours = Entry("ours", OURS, lambda: (torch.ones(3),))
@@ -190,8 +191,8 @@ def test_requirements_are_judged_from_the_medians() -> None:
 @pytest.mark.usefixtures("benchmarks")
 def test_the_attention_floor_of_a_step_counts_what_is_seen_and_needed() -> None:
     import torch
-    from benchmarks.step.floor import attention_flop
 
+    from benchmarks.step.floor import attention_flop
     from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 
     own, prompt = torch.zeros(2, 1, 3, 4), torch.zeros(1, 1, 5, 4)

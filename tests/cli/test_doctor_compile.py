@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from softprompt_kernels.kernels.triton.compile import ahead_of_time
-from softprompt_kernels.kernels.triton.compile import shipped
+from softprompt_kernels.kernels.triton.compile import ahead_of_time, shipped
 from softprompt_kernels.kernels.triton.compile.ahead_of_time import Request
 from softprompt_kernels.kernels.triton.launch import Launch, Options
 from softprompt_kernels.kernels.triton.targets import TARGETS

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
 from softprompt_kernels.compress import run as module
-from softprompt_kernels.compress.sources.queries import load_queries
-from softprompt_kernels.compress.report.report.report import save_curves
 from softprompt_kernels.compress.distill.trainer import Trainer
+from softprompt_kernels.compress.report.curves import save_curves
+from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
 

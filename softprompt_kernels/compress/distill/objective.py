@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompt_kernels.compress.teacher.answers.moments_cache import Form, Targets
+from softprompt_kernels.compress.teacher.moments_cache import Form, Targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, linear_kl_div, linear_kl_div_from_moments

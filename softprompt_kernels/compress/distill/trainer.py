@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
-from softprompt_kernels.compress.teacher.answers.moments_cache import Targets
+from softprompt_kernels.compress.teacher.moments_cache import Targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.report.report.report import ROWS
+from softprompt_kernels.compress.evaluate.baselines import ROWS
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.ops import linear_kl_div

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.sources.model import load_model, resolve_device
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.sources.chat import ChatFormat
+from softprompt_kernels.compress.sources.model import load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, without
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.errors import SoftPromptError

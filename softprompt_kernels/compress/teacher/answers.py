@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
-from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
 from softprompt_kernels.models import generate
 from softprompt_kernels.prompts import Prefix

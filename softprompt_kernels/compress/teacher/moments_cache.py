@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.reporter import Reporter
+from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, teacher_moments
 from softprompt_kernels.prompts import Prefix

@@ -1,13 +1,13 @@
-"""What a head's distribution expects of its own weights, with row work by PyTorch. See `kernels/host/head_expectation.py`."""
+"""What a head's distribution expects of its own weights, with row work by PyTorch. See `host/head_expectation.py`."""
 
 import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.host import head_expectation as tiled
 from softprompt_kernels.kernels.host.chunks import block_size
+from softprompt_kernels.kernels.host.gemm import TORCH
 from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
-from softprompt_kernels.kernels.host.gemm import TORCH
 
 
 def unsupported(problem: ExpectationProblem) -> str | None:

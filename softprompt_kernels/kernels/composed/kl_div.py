@@ -6,8 +6,8 @@ Forward and backward both compute from the logits, so nothing of size [N, V] is 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host.chunks import block_size, kept_tokens, token_chunks
 from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
+from softprompt_kernels.kernels.host.chunks import block_size, kept_tokens, token_chunks
 from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 
 STATISTICS = 0

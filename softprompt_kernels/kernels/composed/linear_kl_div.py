@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
 from softprompt_kernels.kernels.host import fused_linear as driver
 from softprompt_kernels.kernels.host.chunks import block_size
-from softprompt_kernels.kernels.composed.rows import SCRATCH_BUFFERS, divergence_
-from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.host.gemm import TORCH
 from softprompt_kernels.kernels.host.head_logits import Activation
+from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 
 
 def unsupported(problem: HeadProblem) -> str | None:

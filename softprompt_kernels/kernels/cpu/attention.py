@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.problems.attention import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 Vector = tuple[int, int]  # address, length

@@ -3,10 +3,10 @@
 See `kernels/host/head_expectation.py`.
 """
 
-from softprompt_kernels.kernels.host import head_expectation as tiled
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.gemm import products
 from softprompt_kernels.kernels.cpu.rows import exponentials_
+from softprompt_kernels.kernels.host import head_expectation as tiled
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 

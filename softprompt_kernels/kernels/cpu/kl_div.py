@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.rows import KINDS, address
+from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 
 STATISTICS = 0

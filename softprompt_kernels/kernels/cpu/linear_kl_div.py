@@ -5,10 +5,10 @@ See `kernels/host/fused_linear.py`.
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.host import fused_linear as driver
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.gemm import products
 from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
+from softprompt_kernels.kernels.host import fused_linear as driver
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 

@@ -1,16 +1,16 @@
-"""Row work of the losses in C++: kernels in `csrc/cpu/losses/kl_rows.cpp` and `kl_tile.cpp`, on all threads of torch."""
+"""Row work of the losses in C++: kernels in `csrc/cpu/losses/kl_rows.cpp` and `kl_tile.cpp`, on torch's threads."""
 
 import threading
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.cpu import native
+from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.host.head_expectation import State
+from softprompt_kernels.kernels.host.head_logits import Activation
 from softprompt_kernels.kernels.host.streamed_vocabulary import State as SweepState
 from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
-from softprompt_kernels.kernels.host.head_logits import Activation
 
 _kept = threading.local()
 

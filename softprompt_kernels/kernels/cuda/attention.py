@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
+from softprompt_kernels.kernels.problems.attention import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
 
 HEAD_SIZES = (64, 96, 128)
 _ALIGNMENT = 16  # bytes, of rows: they are copied 16 at a time

@@ -1,4 +1,4 @@
-"""What a head's distribution expects of its own weights, row work in CUDA C++. See `kernels/device/head_expectation.py`."""
+"""What a head's distribution expects of its own weights, row work in CUDA C++. See `device/head_expectation.py`."""
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows

@@ -1,4 +1,4 @@
-"""Divergence between given logits, row work in CUDA C++. See `kernels/device/given_logits.py` and `csrc/cuda/losses/kl_rows.cu`."""
+"""Divergence between given logits, row work in CUDA C++. See `device/given_logits.py`, `cuda/losses/kl_rows.cu`."""
 
 from torch import Tensor
 

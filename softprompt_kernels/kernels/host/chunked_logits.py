@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.host.chunks import chunk_size, pull_back, token_chunks, weight_parts
-from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.host.gemm import Products
-from softprompt_kernels.kernels.host.head_logits import Activation, ScaledHidden, activations, gradient_factor, weights_of
+from softprompt_kernels.kernels.host.head_logits import (
+    Activation,
+    ScaledHidden,
+    activations,
+    gradient_factor,
+    weights_of,
+)
+from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 
 Allocate = Callable[[int, int, torch.dtype], Tensor]  # an uninitialised matrix, large and soon given back
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.host import chunked_logits as chunked
 from softprompt_kernels.kernels.host import streamed_vocabulary as swept
-from softprompt_kernels.kernels.host.chunks import kept_tokens
 from softprompt_kernels.kernels.host.chunked_logits import Allocate, ChunkWork, RowWork
+from softprompt_kernels.kernels.host.chunks import kept_tokens
+from softprompt_kernels.kernels.host.gemm import Products
 from softprompt_kernels.kernels.host.streamed_vocabulary import SweepWork, TileWork
 from softprompt_kernels.kernels.problems.loss import JSD, HeadGradients, HeadNeeds, HeadProblem
-from softprompt_kernels.kernels.host.gemm import Products
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.host.chunks import chunk_size, kept_tokens, token_chunks, weight_parts
-from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 from softprompt_kernels.kernels.host.gemm import Products
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 _TILE = 4096  # words; between 1024 and 8192 all take the same time within 5 %, at d = 576 and 896
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.loss import Head, HeadProblem
 from softprompt_kernels.kernels.host.gemm import Products
+from softprompt_kernels.kernels.problems.loss import Head, HeadProblem
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host.chunks import chunk_size, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.chunked_logits import Allocate
-from softprompt_kernels.kernels.problems.loss import FORWARD, Divergence, HeadProblem
+from softprompt_kernels.kernels.host.chunks import chunk_size, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.gemm import Products
-from softprompt_kernels.kernels.host.head_logits import Activation, ScaledHidden, activations, gradient_factor, weights_of
+from softprompt_kernels.kernels.host.head_logits import (
+    Activation,
+    ScaledHidden,
+    activations,
+    gradient_factor,
+    weights_of,
+)
+from softprompt_kernels.kernels.problems.loss import FORWARD, Divergence, HeadProblem
 
 _TILE = 2048  # words; 1024 takes 3 % longer, and 4096 twice the memory
 _SCALARS = 8  # m, c, S, R, C, X, Y, and 1 for a row that is left out

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.sequences import Batch, Example
-from softprompt_kernels.compress.teacher.answers.moments_cache import cached_targets
+from softprompt_kernels.compress.teacher.moments_cache import cached_targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.prompts import Prefix

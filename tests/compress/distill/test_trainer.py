@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.distill.objective import Objective
-from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
-from softprompt_kernels.compress.teacher.answers.moments_cache import cached_targets
 from softprompt_kernels.compress.distill.trainer import Schedule, StepReport, Trainer
+from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
+from softprompt_kernels.compress.teacher.moments_cache import cached_targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of, prefix_of, prepare
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix

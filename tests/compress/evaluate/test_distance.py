@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress import SilentReporter
-from softprompt_kernels.compress.evaluate.distance import distance as module
-from softprompt_kernels.compress.evaluate.distance.distance import Distance, check_context_matters, distance, measure, summary
+from softprompt_kernels.compress.evaluate import distance as module
+from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of

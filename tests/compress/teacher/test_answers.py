@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt_kernels.compress import ChatFormat, SilentReporter
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example
-from softprompt_kernels.compress.teacher.answers.answers import answer, end_tokens, hidden_states
+from softprompt_kernels.compress.teacher.answers import answer, end_tokens, hidden_states
 from softprompt_kernels.models import prompted_logits
 from softprompt_kernels.prompts import Prefix
 

@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress import SilentReporter
-from softprompt_kernels.compress.teacher.answers import moments_cache as module
 from softprompt_kernels.compress.sources.sequences import Batch, Example
-from softprompt_kernels.compress.teacher.answers.moments_cache import Targets, cached_targets
+from softprompt_kernels.compress.teacher import moments_cache as module
+from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.prompts import Prefix
 

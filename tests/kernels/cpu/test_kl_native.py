@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("module")
 
 PROBE = """
 import torch
-from softprompt_kernels.kernels import linear_kl_div as driver
+from softprompt_kernels.kernels.host import fused_linear as driver
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 torch.manual_seed(0)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from softprompt_kernels.kernels.host import fused_linear as driver
-from softprompt_kernels.kernels.host import streamed_vocabulary as swept
 from softprompt_kernels.kernels.cpu import linear_kl_div as cpu
 from softprompt_kernels.kernels.cpu.rows import add_tile_
+from softprompt_kernels.kernels.host import fused_linear as driver
+from softprompt_kernels.kernels.host import streamed_vocabulary as swept
+from softprompt_kernels.kernels.host.head_logits import Activation
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.reference import divergence as reference
-from softprompt_kernels.kernels.host.head_logits import Activation
 from softprompt_kernels.ops import linear_kl_div
 
 pytestmark = pytest.mark.usefixtures("module")

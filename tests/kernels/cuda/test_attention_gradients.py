@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, token_major
 from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES, Attention
 from softprompt_kernels.kernels.cuda.native import HOST
+from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, token_major
 from softprompt_kernels.kernels.reference import attention as reference
 from softprompt_kernels.kernels.reference.visibility import visibility
 

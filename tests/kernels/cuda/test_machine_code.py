@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parent.parent.parent / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 SOURCES = sorted(path.relative_to(CSRC / "cuda").as_posix() for path in (CSRC / "cuda").rglob("*.cu"))
 ARCHS = (80, 86, 89, 90, 100, 120)
 REGISTERS = 65536  # of a multiprocessor

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs, empty_output
 from softprompt_kernels.kernels.triton import runtime
-from softprompt_kernels.kernels.triton.attention.prompt_attention import prompt_attention as attention
+from softprompt_kernels.kernels.triton.attention import prompt_attention as attention
 from softprompt_kernels.kernels.triton.compile import shipped
 from softprompt_kernels.kernels.triton.targets import TARGETS
 from softprompt_kernels.ops import prompt_attention
@@ -222,7 +222,7 @@ def test_prompt_gradients_of_a_batch_are_summed_in_fp32():
 
 def plan(given: dict[str, Tensor], target="sm_80", needs=(True,) * 5, **options):
     """Launches of forward and backward."""
-    from softprompt_kernels.kernels.triton.attention.prompt_attention.plan import plan_backward, plan_forward
+    from softprompt_kernels.kernels.triton.attention.plan import plan_backward, plan_forward
 
     arguments = dict.fromkeys(("prompt_index", "prompt_lengths", "key_lengths", "cu_seqlens", "sinks"))
     problem = AttentionProblem(

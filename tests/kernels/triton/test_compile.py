@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from softprompt_kernels.kernels.triton.compile import ahead_of_time
-from softprompt_kernels.kernels.triton.compile import shipped
+from softprompt_kernels.kernels.triton.compile import ahead_of_time, shipped
 from softprompt_kernels.kernels.triton.compile.ahead_of_time import Report, Request
 from softprompt_kernels.kernels.triton.launch import Launch, Options
 from softprompt_kernels.kernels.triton.targets import TARGETS
@@ -223,7 +222,7 @@ def test_16_bit_attention_is_wgmma_on_sm_90_and_row_work_has_no_products(compile
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_attention_configuration_is_reached_by_an_example(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softprompt_kernels.kernels.triton.attention.prompt_attention import configs as attention_configs
+    from softprompt_kernels.kernels.triton.attention import configs as attention_configs
 
     reached: set[int] = set()
     find = attention_configs.candidates

@@ -9,8 +9,7 @@ from softprompt_kernels.kernels.device import head_expectation as tiled
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.triton import runtime
-from softprompt_kernels.kernels.triton.losses import kl_div
-from softprompt_kernels.kernels.triton.losses import rows
+from softprompt_kernels.kernels.triton.losses import kl_div, rows
 from softprompt_kernels.ops import kl_div as op
 from softprompt_kernels.ops import linear_kl_div, linear_kl_div_from_moments, teacher_moments
 

@@ -22,8 +22,8 @@ import torch
 from ttsem import sanitize
 from softprompt_kernels.kernels.problems.loss import *
 from softprompt_kernels.kernels.reference import divergence as reference
-from softprompt_kernels.kernels.device import expectation as tiled
-from softprompt_kernels.kernels.triton import expectation, kl_div, linear_kl_div
+from softprompt_kernels.kernels.device import head_expectation as tiled
+from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear_kl_div
 torch.manual_seed(0)
 """
 

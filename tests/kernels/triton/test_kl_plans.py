@@ -7,16 +7,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softprompt_kernels.kernels.device import memory
 from softprompt_kernels.kernels.device import gemm as products
+from softprompt_kernels.kernels.device import memory
 from softprompt_kernels.kernels.device.rows import STATISTICS
-from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationProblem, Head, HeadNeeds, HeadProblem, LogitsProblem
+from softprompt_kernels.kernels.problems.loss import (
+    Divergence,
+    ExpectationProblem,
+    Head,
+    HeadNeeds,
+    HeadProblem,
+    LogitsProblem,
+)
 from softprompt_kernels.kernels.triton import runtime
-from softprompt_kernels.kernels.triton.losses import expectation
-from softprompt_kernels.kernels.triton.losses import kl_div
-from softprompt_kernels.kernels.triton.losses import linear_kl_div
-from softprompt_kernels.kernels.triton.losses import rows
 from softprompt_kernels.kernels.triton.launch import Launch
+from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear_kl_div, rows
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
 pytestmark = [

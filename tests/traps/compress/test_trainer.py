@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from softprompt_kernels.compress.distill.objective import Objective
-from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
+from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.models import capture, head_of, prepare
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt
 

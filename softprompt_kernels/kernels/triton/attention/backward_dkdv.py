@@ -19,11 +19,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.attention.prompt_attention.backward_dq import score_gradient
-from softprompt_kernels.kernels.triton.attention.prompt_attention.records import Sequence
-from softprompt_kernels.kernels.triton.attention.prompt_attention.rows import key_pointers, load_tile, locate, pointer_to, prompt_length, prompt_of, row_index, row_pointers, rows_of, sequence_of, store_tile
-from softprompt_kernels.kernels.triton.attention.prompt_attention.scores import LOG2E, score, visible
-from softprompt_kernels.kernels.triton.attention.prompt_attention.key_loop import own_keys, prompt_keys, share_of
+from softprompt_kernels.kernels.triton.attention.backward_dq import score_gradient
+from softprompt_kernels.kernels.triton.attention.key_loop import own_keys, prompt_keys, share_of
+from softprompt_kernels.kernels.triton.attention.records import Sequence
+from softprompt_kernels.kernels.triton.attention.rows import (
+    key_pointers,
+    load_tile,
+    locate,
+    pointer_to,
+    prompt_length,
+    prompt_of,
+    row_index,
+    row_pointers,
+    rows_of,
+    sequence_of,
+    store_tile,
+)
+from softprompt_kernels.kernels.triton.attention.scores import LOG2E, score, visible
 
 
 class KeyTile(NamedTuple):

@@ -16,9 +16,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.attention.prompt_attention.rows import load_tile, locate, row_index, row_pointers, rows_of, sequence_of, store_tile, whole_batch
-from softprompt_kernels.kernels.triton.attention.prompt_attention.scores import LOG2E, score, score_slope
-from softprompt_kernels.kernels.triton.attention.prompt_attention.key_loop import sweep_all
+from softprompt_kernels.kernels.triton.attention.key_loop import sweep_all
+from softprompt_kernels.kernels.triton.attention.rows import (
+    load_tile,
+    locate,
+    row_index,
+    row_pointers,
+    rows_of,
+    sequence_of,
+    store_tile,
+    whole_batch,
+)
+from softprompt_kernels.kernels.triton.attention.scores import LOG2E, score, score_slope
 
 
 class RowTile(NamedTuple):

@@ -6,9 +6,9 @@ Tiles of keys that no row sees are not touched; those that every row sees whole,
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.attention.prompt_attention.records import Keys
-from softprompt_kernels.kernels.triton.attention.prompt_attention.rows import key_pointers, load_tile, pointer_to, row_span, sequence_of
-from softprompt_kernels.kernels.triton.attention.prompt_attention.scores import visible
+from softprompt_kernels.kernels.triton.attention.records import Keys
+from softprompt_kernels.kernels.triton.attention.rows import key_pointers, load_tile, pointer_to, row_span, sequence_of
+from softprompt_kernels.kernels.triton.attention.scores import visible
 
 
 @triton.jit

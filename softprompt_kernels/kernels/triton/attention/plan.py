@@ -8,14 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs, empty_output, empty_token_major
-from softprompt_kernels.kernels.triton.attention.prompt_attention import configs
+from softprompt_kernels.kernels.problems.attention import (
+    AttentionProblem,
+    Gradients,
+    Needs,
+    empty_output,
+    empty_token_major,
+)
+from softprompt_kernels.kernels.triton.attention import configs
+from softprompt_kernels.kernels.triton.attention.backward_dkdv import RowTensors, fold_kernel, key_gradients_kernel
+from softprompt_kernels.kernels.triton.attention.backward_dq import query_gradient_kernel
+from softprompt_kernels.kernels.triton.attention.configs import Tiles
+from softprompt_kernels.kernels.triton.attention.forward import forward_kernel, merge_kernel
+from softprompt_kernels.kernels.triton.attention.records import Inputs, Layout, Scoring, Strided, Variant
 from softprompt_kernels.kernels.triton.compile import tuning
-from softprompt_kernels.kernels.triton.attention.prompt_attention.configs import Tiles
-from softprompt_kernels.kernels.triton.attention.prompt_attention.forward import forward_kernel, merge_kernel
-from softprompt_kernels.kernels.triton.attention.prompt_attention.backward_dkdv import RowTensors, fold_kernel, key_gradients_kernel
-from softprompt_kernels.kernels.triton.attention.prompt_attention.backward_dq import query_gradient_kernel
-from softprompt_kernels.kernels.triton.attention.prompt_attention.records import Inputs, Layout, Scoring, Strided, Variant
 from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2
 from softprompt_kernels.kernels.triton.runtime import float32_precision
 from softprompt_kernels.kernels.triton.targets import Target

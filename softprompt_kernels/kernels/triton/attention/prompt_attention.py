@@ -33,7 +33,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
-    from softprompt_kernels.kernels.triton.attention.prompt_attention.plan import plan_forward
+    from softprompt_kernels.kernels.triton.attention.plan import plan_forward
 
     out, lse, launches = plan_forward(problem, target_of(problem.query.device))
     run_all(launches, problem.query.device)
@@ -44,7 +44,7 @@ def backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
 ) -> Gradients:
     """Gradients of the inputs named in `needs`; those of prompts are summed in fp32, in the same order at every run."""
-    from softprompt_kernels.kernels.triton.attention.prompt_attention.plan import plan_backward
+    from softprompt_kernels.kernels.triton.attention.plan import plan_backward
 
     target = target_of(problem.query.device)
     gradients, launches = plan_backward(problem, out, lse, grad_out, grad_lse, needs, target)

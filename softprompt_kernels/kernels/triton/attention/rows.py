@@ -7,7 +7,7 @@ index becomes int64 before it meets a stride.
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.attention.prompt_attention.records import Rows, Sequence
+from softprompt_kernels.kernels.triton.attention.records import Rows, Sequence
 
 
 @triton.jit

@@ -18,9 +18,9 @@ from typing import Any
 
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.compile import machine_code
-from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.compile.machine_code import Code
 from softprompt_kernels.kernels.triton.compile.occupancy import MULTIPROCESSORS, blocks_at_once
+from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import Target
 
 

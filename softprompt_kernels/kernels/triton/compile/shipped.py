@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
-from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, ExpectationProblem, Head, HeadProblem, LogitsProblem
+from softprompt_kernels.kernels.problems.loss import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    Divergence,
+    ExpectationProblem,
+    Head,
+    HeadProblem,
+    LogitsProblem,
+)
 from softprompt_kernels.kernels.triton.compile.ahead_of_time import Request
 from softprompt_kernels.kernels.triton.launch import Launch
 from softprompt_kernels.kernels.triton.targets import Target
@@ -208,7 +217,7 @@ def _attention() -> Iterator[Example]:
 
 
 def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, target: Target) -> list[Launch]:
-    from softprompt_kernels.kernels.triton.attention.prompt_attention import plan as attention_plan
+    from softprompt_kernels.kernels.triton.attention import plan as attention_plan
 
     launches = []
     with float32_products(tf32):

@@ -1,4 +1,4 @@
-"""What a head's distribution expects of its own weights, row work in Triton. See `kernels/device/head_expectation.py`."""
+"""What a head's distribution expects of its own weights, row work in Triton. See `device/head_expectation.py`."""
 
 from softprompt_kernels.kernels.device import head_expectation as driver
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem

@@ -1,4 +1,4 @@
-"""Divergence between given logits, row work in Triton. See `kernels/device/given_logits.py`, and `kl_rows.py` for that."""
+"""Divergence between given logits, row work in Triton. See `device/given_logits.py`, and `kl_rows.py` for that."""
 
 from torch import Tensor
 
