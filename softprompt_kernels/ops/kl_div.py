@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import accumulate_dtype
-from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, LogitsProblem
+from softprompt_kernels.kernels.problems.loss import DIVERGENCES, Divergence, LogitsProblem, unknown_divergence
 from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
 
 OP = "kl_div"
-KINDS = (FORWARD, REVERSE, JSD)
 BETA_MARGIN = 1e-4  # nearer to its ends, the smaller share of a mixture in fp32 is mostly rounding
 
 
@@ -83,8 +82,8 @@ def kl_div(
 
 def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     """Raises ValueError for a divergence that does not exist."""
-    if divergence not in KINDS:
-        raise ValueError(f"divergence must be one of {', '.join(KINDS)}; got {divergence!r}")
+    if divergence not in DIVERGENCES:
+        raise unknown_divergence(divergence)
     if not BETA_MARGIN <= beta <= 1 - BETA_MARGIN:
         raise ValueError(
             f"beta must be in [{BETA_MARGIN}, 1 - {BETA_MARGIN}] ('forward' and 'reverse' are the ends); got {beta}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.cpu.rows import KINDS, address
+from softprompt_kernels.kernels.cpu.rows import address
 from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 
@@ -58,7 +58,7 @@ def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, 
             gradient_stride=problem.student.shape[1],
             student_dtype=native.DTYPES[student.dtype],
             teacher_dtype=native.DTYPES[teacher.dtype],
-            divergence=KINDS[divergence.kind],
+            divergence=divergence.code,
             beta=divergence.beta,
             temperature=divergence.temperature,
             threads=torch.get_num_threads(),

@@ -10,11 +10,9 @@ from softprompt_kernels.kernels.host.chunks import BUDGET
 from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.host.head_logits import Activation
 from softprompt_kernels.kernels.host.streamed_vocabulary import State as SweepState
-from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence
 
 _kept = threading.local()
-
-KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}
 
 
 def address(tensor: Tensor | None) -> int:
@@ -42,7 +40,7 @@ def divergence_(
         vocab=student.shape[1],
         student_stride=student.stride(0),
         teacher_stride=teacher.stride(0),
-        divergence=KINDS[divergence.kind],
+        divergence=divergence.code,
         beta=divergence.beta,
         softcap=student_activation.softcap or 0.0,
         gradient=need_gradient,
@@ -76,7 +74,7 @@ def add_tile_(
         teacher_stride=teacher.stride(0),
         sum_stride=0 if weighted is None else weighted.stride(0),
         total_stride=0 if plain is None else plain.stride(0),
-        divergence=KINDS[divergence.kind],
+        divergence=divergence.code,
         softcap=student_activation.softcap or 0.0,
         threads=torch.get_num_threads(),
     )

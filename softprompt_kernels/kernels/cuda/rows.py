@@ -11,9 +11,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence
-
-KINDS = {FORWARD: 0, REVERSE: 1, JSD: 2}
+from softprompt_kernels.kernels.problems.loss import Divergence
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class CudaRows:
         out = None if gradient is None else gradient.out
         row_scale = None if gradient is None else gradient.row_scale
         arguments = {
-            "kind": KINDS[divergence.kind],
+            "kind": divergence.code,
             "student": _matrix(student),
             "teacher": _matrix(teacher),
             "student_bias": _address(logits.student_bias),

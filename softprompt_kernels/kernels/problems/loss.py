@@ -21,6 +21,14 @@ from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 
+DIVERGENCES = {FORWARD: 0, REVERSE: 1, JSD: 2}
+"""Every kind of divergence, with its number in `csrc/tensor.h`. A kind that is not here raises wherever it is used."""
+
+
+def unknown_divergence(kind: str) -> ValueError:
+    """The error of a kind that is not in DIVERGENCES, or that a kernel has no code for."""
+    return ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {kind!r}")
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -29,9 +37,18 @@ class Divergence:
     forward KL(t‖s), reverse KL(s‖t), jsd β KL(t‖m) + (1−β) KL(s‖m) with m = β t + (1−β) s
     """
 
-    kind: str
+    kind: str  # one of DIVERGENCES
     beta: float
     temperature: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise unknown_divergence(self.kind)
+
+    @property
+    def code(self) -> int:
+        """The kind's number in C++."""
+        return DIVERGENCES[self.kind]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.problems.loss import (
+    DIVERGENCES,
     FORWARD,
-    JSD,
-    REVERSE,
     Divergence,
     ExpectationProblem,
     Head,
@@ -72,7 +71,6 @@ PROMPT = Needs(False, False, False, True, True, False)
 VOCABULARIES = (50257, 128256, 262144)  # the first is no multiple of anything
 TOKENS, FEW_TOKENS = 1024, 32
 HIDDEN = 4096  # d
-KINDS = (FORWARD, REVERSE, JSD)
 MOST_CANDIDATES = 3  # of an attention kernel's configurations: the shipped one, and what tuning may choose instead
 HEAD_FEATURES = ("bias", "softcap", "negative scale", "weights")
 
@@ -232,10 +230,10 @@ def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, tar
 
 
 def _kl_div() -> Iterator[Example]:
-    cases = [(TOKENS, VOCABULARIES[1], dtype, kind, False) for dtype in ("bf16", "fp16", "fp32") for kind in KINDS]
-    cases += [(TOKENS, vocab, "bf16", kind, False) for vocab in (VOCABULARIES[0], VOCABULARIES[2]) for kind in KINDS]
+    cases = [(TOKENS, VOCABULARIES[1], dtype, kind, False) for dtype in ("bf16", "fp16", "fp32") for kind in DIVERGENCES]
+    cases += [(TOKENS, vocab, "bf16", kind, False) for vocab in (VOCABULARIES[0], VOCABULARIES[2]) for kind in DIVERGENCES]
     cases += [(FEW_TOKENS, VOCABULARIES[1], "bf16", FORWARD, False)]
-    cases += [(TOKENS, 1000, "fp32", kind, True) for kind in KINDS]
+    cases += [(TOKENS, 1000, "fp32", kind, True) for kind in DIVERGENCES]
     for tokens, vocab, dtype, kind, weighted in cases:
         name = f"kl_div {kind} N{tokens} V{vocab} {dtype}" + (" weights" if weighted else "")
         problem = logits_problem(tokens, vocab, DTYPES[dtype][0], kind, weighted)
@@ -250,7 +248,7 @@ def _kl_div_launches(problem: LogitsProblem, target: Target) -> list[Launch]:
 
 
 def _heads() -> Iterator[Example]:
-    cases = [(VOCABULARIES[1], dtype, kind, TOKENS, None) for dtype in ("bf16", "fp16", "fp32") for kind in KINDS]
+    cases = [(VOCABULARIES[1], dtype, kind, TOKENS, None) for dtype in ("bf16", "fp16", "fp32") for kind in DIVERGENCES]
     cases += [(vocab, "bf16", FORWARD, TOKENS, None) for vocab in (VOCABULARIES[0], VOCABULARIES[2])]
     cases += [(VOCABULARIES[1], "bf16", FORWARD, FEW_TOKENS, None)]
     special = [(VOCABULARIES[1], "bf16", FORWARD, TOKENS, feature) for feature in HEAD_FEATURES]
