@@ -34,7 +34,7 @@ from benchmarks.step.memory import peak_of
 from benchmarks.step.problem import Preparation, Problem, make_problem, timed
 from benchmarks.step.profile import breakdown
 from softprompt_kernels.compress import load_model
-from softprompt_kernels.compress.sources.inputs import read_text
+from softprompt_kernels.compress.inputs import read_text
 from softprompt_kernels.compress.sources.queries import load_queries, write_text
 from softprompt_kernels.errors import SoftPromptError
 

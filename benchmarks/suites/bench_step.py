@@ -74,7 +74,7 @@ def _stepping(step: Callable[[], float]) -> Callable[[], Results]:
 def _problem(config: pytest.Config, model: Path, settings: Settings, folder: Path) -> Any:
     from benchmarks.step.problem import make_problem
     from softprompt_kernels.compress import load_model
-    from softprompt_kernels.compress.sources.inputs import read_text
+    from softprompt_kernels.compress.inputs import read_text
     from softprompt_kernels.compress.sources.queries import load_queries
 
     loaded, tokenizer = load_model(str(model), "float32", "cpu")

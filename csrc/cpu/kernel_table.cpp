@@ -1,6 +1,8 @@
 // The kernels of one instruction set, as `instruction_set.cpp` finds them.
+#include "cpu/attention/kernels.h"
+#include "cpu/gemm/kernels.h"
+#include "cpu/losses/kernels.h"
 #include "cpu/platform/instruction_set.h"
-#include "cpu/kernels.h"
 
 #define SPK_NAME_(x) #x
 #define SPK_NAME(x) SPK_NAME_(x)

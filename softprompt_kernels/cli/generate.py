@@ -53,8 +53,8 @@ def generate(
     import torch
 
     from softprompt_kernels.compress import ChatFormat, load_model
-    from softprompt_kernels.compress.distill.initial_prompt import nothing
-    from softprompt_kernels.compress.sources.inputs import read_text
+    from softprompt_kernels.compress.initial_prompt import nothing
+    from softprompt_kernels.compress.inputs import read_text
     from softprompt_kernels.prompts.adapter import describe
 
     text = None if context is None else read_text(context, "context")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.distill.initial_prompt import initial_prompt, nothing
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
+from softprompt_kernels.compress.initial_prompt import initial_prompt, nothing
+from softprompt_kernels.compress.inputs import set_up
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.run import CAPTURE_TOKENS
-from softprompt_kernels.compress.sources.inputs import set_up
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.models import capture, prefix_of

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.distill.initial_prompt import baselines, cut, initial_prompt, nothing, start_row
 from softprompt_kernels.compress.distill.trainer import Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.distance import check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.compress.initial_prompt import baselines, cut, initial_prompt, nothing, start_row
+from softprompt_kernels.compress.inputs import Setup, check_fits, identity, read_text, set_up, sha256
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
-from softprompt_kernels.compress.sources.inputs import Setup, check_fits, identity, read_text, set_up, sha256
 from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.sources.queries import Query, load_queries, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example

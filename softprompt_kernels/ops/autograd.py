@@ -152,11 +152,11 @@ def row_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("softprompt_kernels::scale_rows", mutates_args=())
-def _scale_rows(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
+def scale_rows_op(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
     return (stored * scale[:, None].to(accumulate_dtype(stored.dtype))).to(hidden.dtype)
 
 
-@_scale_rows.register_fake
+@scale_rows_op.register_fake
 def _(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
     return stored.new_empty(stored.shape, dtype=hidden.dtype)
 
@@ -167,7 +167,7 @@ def scale_rows(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor
     An op of its own that also takes the hidden states, so that a second derivative by either is an error rather than
     one that takes the stored gradient for a constant.
     """
-    scaled: Tensor = _scale_rows(stored, scale, hidden, op)
+    scaled: Tensor = scale_rows_op(stored, scale, hidden, op)
     return scaled
 
 
@@ -179,4 +179,4 @@ def _backward_scale_rows(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(NO_SECOND_DERIVATIVE.format(ctx.op))
 
 
-_scale_rows.register_autograd(_backward_scale_rows, setup_context=_setup_scale_rows)
+scale_rows_op.register_autograd(_backward_scale_rows, setup_context=_setup_scale_rows)

@@ -76,7 +76,7 @@ def kl_div(
     weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
     dispatch.check_backend(backend)
     options = (divergence, float(beta), float(temperature), vocab, backend)
-    rows, _ = _forward_op(student, teacher.detach(), weights, *options)
+    rows, _ = forward_op(student, teacher.detach(), weights, *options)
     return reduce_rows(rows, weights, reduction)
 
 
@@ -92,7 +92,7 @@ def check_divergence(divergence: str, beta: float, temperature: float) -> None:
 
 
 @torch.library.custom_op("softprompt_kernels::kl_div", mutates_args=())
-def _forward_op(
+def forward_op(
     student: Tensor,
     teacher: Tensor,
     weights: Tensor | None,
@@ -108,7 +108,7 @@ def _forward_op(
     return rows, statistics
 
 
-@_forward_op.register_fake
+@forward_op.register_fake
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -126,7 +126,7 @@ def _(
 
 
 @torch.library.custom_op("softprompt_kernels::kl_div_backward", mutates_args=())
-def _backward_op(
+def backward_op(
     row_scale: Tensor,
     statistics: Tensor,
     student: Tensor,
@@ -144,7 +144,7 @@ def _backward_op(
     return gradient.contiguous()
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(row_scale: Tensor, statistics: Tensor, student: Tensor, *others: Any) -> Tensor:
     return student.new_empty(student.shape)
 
@@ -156,9 +156,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    gradient = _backward_op(grad_rows, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+    gradient = backward_op(grad_rows, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
     return gradient, *[None] * 7
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-forbid_double_backward(_backward_op, OP)
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(backward_op, OP)

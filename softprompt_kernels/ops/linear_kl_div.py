@@ -90,7 +90,7 @@ def linear_kl_div(
     weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
     dispatch.check_backend(backend)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    rows, _ = _forward_op(
+    rows, _ = forward_op(
         student,
         weight,
         bias,
@@ -135,7 +135,7 @@ def _problem(
 
 
 @torch.library.custom_op("softprompt_kernels::linear_kl_div", mutates_args=())
-def _forward_op(
+def forward_op(
     student: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -173,7 +173,7 @@ def _forward_op(
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 
 
-@_forward_op.register_fake
+@forward_op.register_fake
 def _(
     student: Tensor,
     weight: Tensor,
@@ -189,7 +189,7 @@ def _(
 
 
 @torch.library.custom_op("softprompt_kernels::linear_kl_div_backward", mutates_args=())
-def _backward_op(
+def backward_op(
     row_scale: Tensor,
     student: Tensor,
     weight: Tensor,
@@ -235,7 +235,7 @@ def _backward_op(
     return found
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(row_scale: Tensor, student: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> list[Tensor]:
     needs = others[-1]
     inputs = zip((student, weight, bias), needs, strict=True)
@@ -259,12 +259,12 @@ def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         stored, student, _weight = ctx.saved_tensors
         gradients[0] = scale_rows(stored, grad_rows, student, OP)
         return tuple(gradients)
-    found = iter(_backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
+    found = iter(backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
     for slot, need in enumerate(needs):
         if need:
             gradients[slot] = next(found)
     return tuple(gradients)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-forbid_double_backward(_backward_op, OP)
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+forbid_double_backward(backward_op, OP)

@@ -72,7 +72,7 @@ def teacher_moments(
     _check_head("teacher_hidden", teacher_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
     vocab = checks.vocabulary(valid_vocab, weight.shape[0])
     dispatch.check_backend(backend)
-    mean, entropy, bias_mean = _teacher_op(
+    mean, entropy, bias_mean = teacher_op(
         teacher_hidden.detach().flatten(0, -2),
         weight.detach(),
         None if bias is None else bias.detach(),
@@ -152,7 +152,7 @@ def linear_kl_div_from_moments(
         labelled = (labels >= 0).to(accumulate_dtype(student.dtype))
         weights = labelled if weights is None else weights * labelled
     dispatch.check_backend(backend)
-    rows, _ = _student_op(
+    rows, _ = student_op(
         student,
         weight,
         bias,
@@ -176,7 +176,7 @@ def linear_kl_div_from_moments(
 
 
 @torch.library.custom_op("softprompt_kernels::teacher_moments", mutates_args=())
-def _teacher_op(
+def teacher_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -195,7 +195,7 @@ def _teacher_op(
     return mean, entropy, mean.new_empty(0) if bias_mean is None else bias_mean
 
 
-@_teacher_op.register_fake
+@teacher_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean = hidden.new_empty(hidden.shape, dtype=accumulate_dtype(hidden.dtype))
     tokens = hidden.shape[0]
@@ -203,7 +203,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tup
 
 
 @torch.library.custom_op("softprompt_kernels::linear_kl_div_from_moments", mutates_args=())
-def _student_op(
+def student_op(
     student: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -231,7 +231,7 @@ def _student_op(
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 
 
-@_student_op.register_fake
+@student_op.register_fake
 def _(
     student: Tensor,
     weight: Tensor,
@@ -259,7 +259,7 @@ def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return scale_rows(stored, grad_rows, student, STUDENT_OP), *[None] * 14
 
 
-_student_op.register_autograd(_backward, setup_context=_setup_context)
+student_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def prompt_attention(
     dispatch.check_backend(backend)
     indices = [None if t is None else t.to(torch.int64) for t in tensors[5:9]]
     options = causal, window, softcap, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend
-    out, lse = (_op.direct if direct else _op.dispatched)(*tensors[:5], *indices, sinks, *options)
+    out, lse = (attention_op.direct if direct else attention_op.dispatched)(*tensors[:5], *indices, sinks, *options)
     return (out, lse) if return_lse else out
 
 
@@ -168,7 +168,7 @@ def _differentiate(
 
 
 @torch.library.custom_op(f"softprompt_kernels::{OP}_backward", mutates_args=())
-def _backward_op(
+def backward_op(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -196,7 +196,7 @@ def _backward_op(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -239,13 +239,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if ctx.direct and not torch.is_grad_enabled() and not is_watched() and are_plain(tensors):
         *by_tensors, by_sinks = _differentiate(*inputs, needs=needs)
     else:
-        found = iter(_backward_op(*inputs, needs))
+        found = iter(backward_op(*inputs, needs))
         *by_tensors, by_sinks = [next(found) if need else None for need in needs]
     return *by_tensors, None, None, None, None, by_sinks, *(None,) * 5
 
 
-_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
-forbid_double_backward(_backward_op, OP)
+attention_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
+forbid_double_backward(backward_op, OP)
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------

@@ -413,7 +413,7 @@ def test_a_start_that_the_model_cannot_have_is_refused_before_the_teacher_is_ask
     def refuse(*_: Any) -> None:
         raise SoftPromptError("cannot be moved")
 
-    monkeypatch.setattr("softprompt_kernels.compress.distill.initial_prompt.shift_keys", refuse)
+    monkeypatch.setattr("softprompt_kernels.compress.initial_prompt.shift_keys", refuse)
     monkeypatch.setattr(module, "answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
         compress(make_config())

@@ -9,14 +9,14 @@ import torch.fx.experimental.proxy_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
-from softprompt_kernels.ops.autograd import _scale_rows
-from softprompt_kernels.ops.kl_div import _backward_op as kl_div_backward
-from softprompt_kernels.ops.kl_div import _forward_op as kl_div_forward
-from softprompt_kernels.ops.linear_kl_div import _backward_op as linear_backward
-from softprompt_kernels.ops.linear_kl_div import _forward_op as linear_forward
-from softprompt_kernels.ops.moments import _student_op, _teacher_op
-from softprompt_kernels.ops.prompt_attention import _backward_op as attention_backward
-from softprompt_kernels.ops.prompt_attention import _op as attention
+from softprompt_kernels.ops.autograd import scale_rows_op
+from softprompt_kernels.ops.kl_div import backward_op as kl_div_backward
+from softprompt_kernels.ops.kl_div import forward_op as kl_div_forward
+from softprompt_kernels.ops.linear_kl_div import backward_op as linear_backward
+from softprompt_kernels.ops.linear_kl_div import forward_op as linear_forward
+from softprompt_kernels.ops.moments import student_op, teacher_op
+from softprompt_kernels.ops.prompt_attention import attention_op as attention
+from softprompt_kernels.ops.prompt_attention import backward_op as attention_backward
 
 TOKENS, SIZE, VOCAB = 6, 4, 30
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -73,15 +73,15 @@ def test_linear_kl_div_passes_opcheck(backend):
 def test_moments_pass_opcheck(backend):
     student, weight, bias, teacher, _, weights = head_inputs()
     options = (0.9, 2.0, 28, 4, backend)
-    torch.library.opcheck(_teacher_op, (teacher, weight, bias, *options), test_utils=FORWARD_ONLY)
-    mean, entropy, bias_mean = _teacher_op(teacher, weight, bias, *options)
+    torch.library.opcheck(teacher_op, (teacher, weight, bias, *options), test_utils=FORWARD_ONLY)
+    mean, entropy, bias_mean = teacher_op(teacher, weight, bias, *options)
     labels = torch.tensor([1, -100, 3, 0, 2, 9])
     inputs = (student.requires_grad_(), weight, bias, mean, entropy, bias_mean, labels, weights, True, 0.3, *options)
-    torch.library.opcheck(_student_op, inputs, test_utils=ALL)
+    torch.library.opcheck(student_op, inputs, test_utils=ALL)
 
 
 def test_scale_rows_passes_opcheck():
-    torch.library.opcheck(_scale_rows, (made(5, 3), made(5), made(5, 3).double(), "op"), test_utils=FORWARD_ONLY)
+    torch.library.opcheck(scale_rows_op, (made(5, 3), made(5), made(5, 3).double(), "op"), test_utils=FORWARD_ONLY)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def no_dispatcher(monkeypatch):
         pytest.fail("a call went through the dispatcher")
 
     monkeypatch.setattr(module, "_op", dataclasses.replace(attention, dispatched=fail))
-    monkeypatch.setattr(module, "_backward_op", fail)
+    monkeypatch.setattr(module, "backward_op", fail)
 
 
 def test_where_nobody_watches_calls_go_past_the_dispatcher(attention_tensors, no_dispatcher, monkeypatch):

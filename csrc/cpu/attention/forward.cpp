@@ -13,7 +13,7 @@
 #include "cpu/attention/problem.h"
 #include "cpu/attention/tile_gemm.h"
 #include "cpu/attention/rows.h"
-#include "cpu/kernels.h"
+#include "cpu/attention/kernels.h"
 #include "cpu/gemm/pack.h"
 
 namespace softprompt::SPK_ISA {

@@ -12,7 +12,7 @@
 #include "cpu/gemm/amx.h"
 #include "cpu/platform/arena.h"
 #include "cpu/gemm/micro_kernel.h"
-#include "cpu/kernels.h"
+#include "cpu/gemm/kernels.h"
 #include "cpu/platform/row_reductions.h"
 
 namespace softprompt::SPK_ISA {

@@ -7,7 +7,7 @@
 // nothing is packed for logits, and each part once for what multiplies it.
 #include "cpu/platform/arena.h"
 #include "cpu/gemm/micro_kernel.h"
-#include "cpu/kernels.h"
+#include "cpu/gemm/kernels.h"
 #include "cpu/gemm/pack.h"
 #include "cpu/platform/row_reductions.h"
 

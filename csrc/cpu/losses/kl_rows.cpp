@@ -2,7 +2,7 @@
 // expectation. A row is worked on from its first sweep to its last while it is in the cache.
 #include "cpu/losses/divergence_fallback.h"
 #include "cpu/losses/kl.h"
-#include "cpu/kernels.h"
+#include "cpu/losses/kernels.h"
 
 namespace softprompt::SPK_ISA {
 namespace {

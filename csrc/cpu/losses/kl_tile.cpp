@@ -30,7 +30,7 @@
 // It needs what the formulas of `divergence.h` need, D finite and at most kMaxDifference. Rows where that fails are
 // left out: they are marked, and give zeros to the sums from then on.
 #include "cpu/losses/divergence.h"
-#include "cpu/kernels.h"
+#include "cpu/losses/kernels.h"
 #include "cpu/losses/kl.h"
 
 namespace softprompt::SPK_ISA {

@@ -16,7 +16,7 @@ struct KlTile;
 struct Product;
 struct ProductPart;
 
-// The functions of `kernels.h`, compiled for one instruction set.
+// The functions of each folder's kernels.h, compiled for one instruction set.
 struct Kernels {
   const char* name;
   int64_t backward_row_align;  // see AttentionProblem

@@ -11,7 +11,7 @@
 #include "cuda/arch.cuh"
 #include "cuda/block_reduce.cuh"
 #include "cuda/losses/kl.h"
-#include "cuda/losses/kl_functions.cuh"
+#include "cuda/elementwise.cuh"
 #include "cuda/launch.h"
 #include "cuda/vector_io.cuh"
 

@@ -18,7 +18,7 @@
 // with e_q, which is never above 1.
 #pragma once
 
-#include "cuda/losses/kl_functions.cuh"
+#include "cuda/elementwise.cuh"
 #include "tensor.h"
 
 namespace softprompt {

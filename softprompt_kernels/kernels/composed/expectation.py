@@ -6,8 +6,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.host import head_expectation as tiled
 from softprompt_kernels.kernels.host.chunks import block_size
 from softprompt_kernels.kernels.host.gemm import TORCH
-from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, ExpectationState
 
 
 def unsupported(problem: ExpectationProblem) -> str | None:
@@ -21,7 +20,7 @@ def forward(problem: ExpectationProblem) -> Expectation:
     return tiled.forward(problem, _row_work_, TORCH)
 
 
-def _row_work_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+def _row_work_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
     """See `RowWork`; in cache-sized blocks of rows."""
     step = block_size(logits.shape[1])
     for start in range(0, logits.shape[0], step):
@@ -29,12 +28,12 @@ def _row_work_(logits: Tensor, bias: Tensor | None, scale: float, first: int, st
         _exponentials_(logits[rows], bias, scale, first, _part(state, rows))
 
 
-def _part(state: State, rows: slice) -> State:
+def _part(state: ExpectationState, rows: slice) -> ExpectationState:
     fields = (state.largest, state.total, state.mean, state.bias_total, state.labels, state.label_logit)
-    return State(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
+    return ExpectationState(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
 
 
-def _exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+def _exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
     if bias is not None:
         logits.add_(bias, alpha=scale)
     if state.labels is not None and state.label_logit is not None:

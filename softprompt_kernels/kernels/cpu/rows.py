@@ -7,10 +7,9 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.host.chunks import BUDGET
-from softprompt_kernels.kernels.host.head_expectation import State
 from softprompt_kernels.kernels.host.head_logits import Activation
 from softprompt_kernels.kernels.host.streamed_vocabulary import State as SweepState
-from softprompt_kernels.kernels.problems.loss import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
 _kept = threading.local()
 
@@ -80,7 +79,7 @@ def add_tile_(
     )
 
 
-def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None:
+def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
     """See `RowWork` of `kernels/host/head_expectation.py`."""
     mean = state.mean
     native.module().expectation_rows(

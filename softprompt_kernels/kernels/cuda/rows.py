@@ -10,8 +10,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
-from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class CudaRows:
         scale: float,
         first: int,
         weights: Tensor | None,
-        state: State,
+        state: ExpectationState,
         parts: Parts,
     ) -> CudaLaunch:
         """See `device.rows.RowWork`."""

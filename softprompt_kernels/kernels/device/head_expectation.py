@@ -24,8 +24,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.device import gemm as products
 from softprompt_kernels.kernels.device.memory import aligned, chunk_size
 from softprompt_kernels.kernels.device.rows import Launch, Parts, RowWork, device_rows
-from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, ExpectationState
 
 # Words. A tile adds each of its parts to the mean, 8 bytes for 2 · _TILE FLOP: 5 % of an H100's time for the product.
 _TILE = 16384
@@ -91,7 +90,7 @@ class Workspace:
 def plan_tile(
     problem: ExpectationProblem,
     workspace: Workspace,
-    state: State,
+    state: ExpectationState,
     tokens: slice,
     words: slice,
     row_work: RowWork[Launch],
@@ -121,14 +120,14 @@ def _slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _initial_state(problem: ExpectationProblem) -> State:
+def _initial_state(problem: ExpectationProblem) -> ExpectationState:
     hidden = problem.hidden
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape, dtype=dtype)
 
     tokens = hidden.shape[0]
-    return State(
+    return ExpectationState(
         hidden.new_full((tokens,), -torch.inf, dtype=torch.float32),
         zeros(tokens, dtype=torch.float64),
         zeros(*hidden.shape, dtype=torch.float32) if problem.need_mean else None,
@@ -138,12 +137,12 @@ def _initial_state(problem: ExpectationProblem) -> State:
     )
 
 
-def _part(state: State, rows: slice) -> State:
+def _part(state: ExpectationState, rows: slice) -> ExpectationState:
     fields = (state.largest, state.total, state.mean, state.bias_total, state.labels, state.label_logit)
-    return State(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
+    return ExpectationState(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
 
 
-def _expectation(problem: ExpectationProblem, state: State, part_scale: float) -> Expectation:
+def _expectation(problem: ExpectationProblem, state: ExpectationState, part_scale: float) -> Expectation:
     log_partition = state.largest.double() + state.total.log()
     total = state.total
     if problem.weights is not None:

@@ -11,8 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
 STATISTICS = 5  # numbers of a row that a gradient can be computed from
 
@@ -80,7 +79,7 @@ class RowWork(Protocol[Launch]):
         scale: float,  # logits are scale · (products + bias)
         first: int,  # the tile's first word
         weights: Tensor | None,  # [n]
-        state: State,
+        state: ExpectationState,
         parts: Parts,
     ) -> Launch:
         """e = exp(z − the largest z so far) of a tile, and the state after it, its mean only rescaled."""

@@ -10,7 +10,6 @@ All tokens of a chunk see a tile while it is in the cache; the logits of the who
 A backend supplies the row work and the products.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,21 +17,9 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.host.chunks import chunk_size, kept_tokens, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.gemm import Products
-from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
+from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, ExpectationState
 
 _TILE = 4096  # words; between 1024 and 8192 all take the same time within 5 %, at d = 576 and 896
-
-
-@dataclass(frozen=True)
-class State:
-    """Of the n tokens of a chunk, after some tiles."""
-
-    largest: Tensor  # [n] m
-    total: Tensor  # [n] float64, Σ e
-    mean: Tensor | None  # [n, d] Σ e W
-    bias_total: Tensor | None  # [n] float64, Σ e · bias
-    labels: Tensor | None  # [n]
-    label_logit: Tensor | None  # [n]
 
 
 class RowWork(Protocol):
@@ -41,7 +28,9 @@ class RowWork(Protocol):
     The mean is only rescaled. `scale` · `bias` [columns] is added to the products; −inf removes a word.
     """
 
-    def __call__(self, logits: Tensor, bias: Tensor | None, scale: float, first: int, state: State) -> None: ...
+    def __call__(
+        self, logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState
+    ) -> None: ...
 
 
 def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) -> Expectation:
@@ -84,12 +73,12 @@ def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) 
 
 def _state(
     problem: ExpectationProblem, hidden: Tensor, bias: Tensor | None, rows: slice | Tensor, mean: Tensor | None
-) -> State:
+) -> ExpectationState:
     tokens, dtype = hidden.shape[0], hidden.dtype
     if mean is not None:
         mean = mean[rows]
     labels = None if problem.labels is None else problem.labels[rows].contiguous()
-    return State(
+    return ExpectationState(
         torch.full((tokens,), -torch.inf, dtype=dtype),
         torch.zeros(tokens, dtype=torch.float64),
         mean,

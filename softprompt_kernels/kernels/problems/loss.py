@@ -146,3 +146,15 @@ class Expectation(NamedTuple):
     label_logit: Tensor | None  # [N] z of the label, 0 where there is none
     mean: Tensor | None  # [N, d] E_p[W]
     bias_mean: Tensor | None  # [N] E_p[bias]
+
+
+@dataclass(frozen=True)
+class ExpectationState:
+    """The online softmax of the n tokens of a chunk, after some tiles of the vocabulary."""
+
+    largest: Tensor  # [n] m
+    total: Tensor  # [n] float64, Σ e
+    mean: Tensor | None  # [n, d] Σ e W
+    bias_total: Tensor | None  # [n] float64, Σ e · bias
+    labels: Tensor | None  # [n]
+    label_logit: Tensor | None  # [n]

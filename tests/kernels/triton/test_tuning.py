@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from softprompt_kernels.kernels.triton.compile import tuning
+from softprompt_kernels.kernels.triton import tuning
 
 CUDA = torch.device("cuda", 0)
 

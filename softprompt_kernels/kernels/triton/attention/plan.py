@@ -15,13 +15,13 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_output,
     empty_token_major,
 )
+from softprompt_kernels.kernels.triton import tuning
 from softprompt_kernels.kernels.triton.attention import configs
 from softprompt_kernels.kernels.triton.attention.backward_dkdv import RowTensors, fold_kernel, key_gradients_kernel
 from softprompt_kernels.kernels.triton.attention.backward_dq import query_gradient_kernel
 from softprompt_kernels.kernels.triton.attention.configs import Tiles
 from softprompt_kernels.kernels.triton.attention.forward import forward_kernel, merge_kernel
 from softprompt_kernels.kernels.triton.attention.records import Inputs, Layout, Scoring, Strided, Variant
-from softprompt_kernels.kernels.triton.compile import tuning
 from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2
 from softprompt_kernels.kernels.triton.runtime import float32_precision
 from softprompt_kernels.kernels.triton.targets import Target

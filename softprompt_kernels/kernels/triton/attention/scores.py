@@ -13,7 +13,7 @@ serves prompt and own keys alike.
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.losses.kl_functions import LOG2E, tanh
+from softprompt_kernels.kernels.triton.elementwise import LOG2E, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -230,9 +230,10 @@ def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, tar
 
 
 def _kl_div() -> Iterator[Example]:
-    cases = [(TOKENS, VOCABULARIES[1], dtype, kind, False) for dtype in ("bf16", "fp16", "fp32") for kind in DIVERGENCES]
-    cases += [(TOKENS, vocab, "bf16", kind, False) for vocab in (VOCABULARIES[0], VOCABULARIES[2]) for kind in DIVERGENCES]
-    cases += [(FEW_TOKENS, VOCABULARIES[1], "bf16", FORWARD, False)]
+    small, middle, large = VOCABULARIES
+    cases = [(TOKENS, middle, dtype, kind, False) for dtype in ("bf16", "fp16", "fp32") for kind in DIVERGENCES]
+    cases += [(TOKENS, vocab, "bf16", kind, False) for vocab in (small, large) for kind in DIVERGENCES]
+    cases += [(FEW_TOKENS, middle, "bf16", FORWARD, False)]
     cases += [(TOKENS, 1000, "fp32", kind, True) for kind in DIVERGENCES]
     for tokens, vocab, dtype, kind, weighted in cases:
         name = f"kl_div {kind} N{tokens} V{vocab} {dtype}" + (" weights" if weighted else "")

@@ -13,7 +13,7 @@ L1 or L2 cache, and rescales the row's mean only where m has moved. One exponent
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.losses.kl_functions import INFINITY, LOG2E
+from softprompt_kernels.kernels.triton.elementwise import INFINITY, LOG2E
 
 
 @triton.jit(do_not_specialize=["rows", "first"])  # which change from call to call

@@ -40,14 +40,7 @@ with about 60 instructions a word in the first sweep and 35 in the last, of jsd 
 import triton
 import triton.language as tl
 
-from softprompt_kernels.kernels.triton.losses.kl_functions import (
-    INFINITY,
-    LOG2E,
-    excess_near,
-    log1p_minus,
-    log1p_near,
-    tanh,
-)
+from softprompt_kernels.kernels.triton.elementwise import INFINITY, LOG2E, excess_near, log1p_minus, log1p_near, tanh
 
 FORWARD = tl.constexpr("forward")
 REVERSE = tl.constexpr("reverse")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
-from softprompt_kernels.kernels.host.head_expectation import State
-from softprompt_kernels.kernels.problems.loss import Divergence
+from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2, run_all
 from softprompt_kernels.kernels.triton.runtime import interpreting
 from softprompt_kernels.kernels.triton.targets import Target
@@ -84,7 +83,7 @@ class TritonRows:
         scale: float,  # logits are scale · (products + bias)
         first: int,  # the tile's first word
         weights: Tensor | None,  # [n]
-        state: State,
+        state: ExpectationState,
         parts: Parts,
     ) -> Launch:
         """See `device.rows.RowWork`."""

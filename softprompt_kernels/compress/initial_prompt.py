@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.inputs import Setup, read_text
 from softprompt_kernels.compress.sources.chat import ChatFormat
-from softprompt_kernels.compress.sources.inputs import Setup, read_text
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, prefix_of, shift_keys
 from softprompt_kernels.models.families import rope_parameters

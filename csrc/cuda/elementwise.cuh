@@ -1,6 +1,6 @@
 // Functions of one number that the losses need with relative accuracy at 0.
 //
-// Fits are those of kernels/triton/losses/kl_functions.py, at Chebyshev's points; errors named are of the formula.
+// Fits are those of kernels/triton/elementwise.py, at Chebyshev's points; errors named are of the formula.
 #pragma once
 
 #include <limits>
