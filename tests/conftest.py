@@ -1,14 +1,17 @@
-"""The backends that every op is tested on, and a tiny model on the disk for everything that starts from a folder."""
+"""Which backends a test runs on, the list of skipped tests, and a tiny model on disk for what starts from a folder."""
 
 import os
 import re
-from collections.abc import Generator, Iterator
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES
@@ -16,33 +19,78 @@ from softprompt_kernels.kernels.cuda.native import DEVICE, HOST
 from softprompt_kernels.kernels.triton import runtime as triton
 from softprompt_kernels.ops import prompt_attention
 
+# --- backends ---------------------------------------------------------------------------------------------------------
+
 BACKENDS = ("reference", "composed", "cpu", "triton", "simt")
-FP32_BACKENDS = ("cpu", "triton", "simt", "cuda")
-CUDA_KERNELS = ("simt", "cuda")  # on the host, and on a GPU
-GPU = "triton on a GPU"
-CUDA_GPU = "cuda on a GPU"
-ON_A_GPU = {GPU: "triton", CUDA_GPU: "cuda"}
-_REFUSED = (
-    "backend='triton' cannot serve.*("
-    "which Triton's interpreter computes wrongly|is 256 in float32, and it serves up to 128 there)"
-)
-_REFUSED_BY_CUDA = (
-    "backend='(simt|cuda)' cannot serve this prompt_attention call: (simt|cuda): "
-    "(sinks is given|cu_seqlens is given|the head sizes of query and value are (16|256)|"
-    "query is torch.(float32|bfloat16))"
-)
+CUDA_KERNELS = ("simt", "cuda")  # on the CPU, and on a GPU
+ON_A_GPU = {"triton-gpu": "triton", "cuda": "cuda"}  # "triton" alone is Triton's interpreter
+
+
+def backends_of_this_run() -> set[str]:
+    """What this process can test. Triton's interpreter needs a process of its own; simt must have been built."""
+    if triton.interpreting():
+        return {"triton", *ON_A_GPU}
+    return {"reference", "composed", "cpu", *ON_A_GPU} | ({"simt"} if not HOST.missing() else set())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what belongs to another run: other backends, and the tests inside or outside Triton's interpreter."""
+    here, interpreting = backends_of_this_run(), triton.interpreting()
+
+    def belongs(item: pytest.Item) -> bool:
+        name = _backend_of(item)
+        if name in (*BACKENDS, *ON_A_GPU) and name not in here:
+            return False
+        if item.get_closest_marker("interpreter") and not interpreting:
+            return False
+        if item.get_closest_marker("simt") and HOST.missing():
+            return False
+        return not (item.get_closest_marker("no_interpreter") and interpreting)
+
+    kept = [item for item in items if belongs(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not belongs(item)])
+    items[:] = kept
+
+
+def _backend_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("backend")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """What Triton's interpreter or CUDA's kernels cannot run is skipped, with the reason that the dispatcher gives."""
-    try:
+    """A test marked `refused` on its backend must be refused by the dispatcher, and fails if it is not."""
+    name = _backend_of(item)
+    if not any(name in mark.args for mark in item.iter_markers("refused")):
         return (yield)
-    except Exception as error:  # opcheck wraps them
-        reason = str(error)
-        if (triton.interpreting() and re.search(_REFUSED, reason)) or re.search(_REFUSED_BY_CUDA, reason):
-            pytest.skip(reason)
+    try:
+        yield
+    except Exception as error:  # opcheck wraps the dispatcher's ValueError
+        if re.search(rf"backend='{ON_A_GPU.get(str(name), name)}' cannot serve", str(error)):
+            return None
         raise
+    pytest.fail(f"{name} is marked as refusing this test, and ran it: remove the mark")
+
+
+@pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend of this run."""
+    name = request.param
+    if name == "cpu" and native.missing():
+        pytest.skip(f"the cpu backend: {native.missing()}")
+    if name == "triton" and triton.missing():
+        pytest.skip(f"the triton backend: {triton.missing()}")
+    if name in ON_A_GPU and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda finds none")
+    if name == "triton-gpu" and (triton.missing() or triton.interpreting()):
+        pytest.skip(f"the triton backend: {triton.missing() or 'TRITON_INTERPRET is set'}")
+    if name == "cuda" and DEVICE.missing():
+        pytest.skip(f"the cuda backend: {DEVICE.missing()}")
+    if name == "simt":
+        HOST.module().seed(int(os.environ.get("SOFTPROMPT_SIMT_SEED", "0")))
+    torch.manual_seed(0)
+    with torch.device("cuda") if name in ON_A_GPU else nullcontext():  # where a test makes its tensors
+        yield ON_A_GPU.get(name, name)
 
 
 class Precision(NamedTuple):
@@ -52,57 +100,81 @@ class Precision(NamedTuple):
     tolerance: float
 
 
-@pytest.fixture(params=[*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_A_GPU)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backends that run here: in Triton's interpreter, which is a process of its own, that one alone."""
-    name = request.param
-    if name == "cpu" and native.missing():
-        pytest.skip(f"the cpu backend: {native.missing()}")
-    if name == "simt" and HOST.missing():
-        pytest.skip(f"the simt backend: {HOST.missing()}")
-    if name == "triton" and not triton.interpreting():
-        pytest.skip("the triton backend: set TRITON_INTERPRET=1 to run it on a CPU, in a process of its own")
-    if name in ("triton", GPU) and triton.missing():
-        pytest.skip(f"the triton backend: {triton.missing()}")
-    if name in ON_A_GPU and not torch.cuda.is_available():
-        pytest.skip("no GPU: torch.cuda finds none")
-    if name == CUDA_GPU and DEVICE.missing():
-        pytest.skip(f"the cuda backend: {DEVICE.missing()}")
-    if name != "triton" and triton.interpreting():
-        pytest.skip("tested without TRITON_INTERPRET")
-    if name == "simt":
-        HOST.module().seed(int(os.environ.get("SOFTPROMPT_SIMT_SEED", "0")))
-    if name in ("simt", CUDA_GPU) and hasattr(request.module, "prompt_attention"):
-        request.getfixturevalue("monkeypatch").setattr(request.module, "prompt_attention", _padded_attention)
-    torch.manual_seed(0)
-    with torch.device("cuda") if name in ON_A_GPU else nullcontext():  # where a test makes its tensors
-        yield ON_A_GPU.get(name, name)
+@pytest.fixture
+def precision(backend: str) -> Precision:
+    """Of the losses."""
+    return Precision(torch.float64, 1e-10) if backend in ("reference", "composed") else Precision(torch.float32, 2e-5)
 
 
-def _padded_attention(query, key, value, prompt_key, prompt_value, *, backend, scale=None, **options):
-    """prompt_attention for tests of CUDA's kernels: heads padded to what they serve, and fp32 rounded to fp16."""
-    if backend not in CUDA_KERNELS or not torch.is_tensor(query) or query.dtype not in (torch.float32, torch.float16):
-        return prompt_attention(query, key, value, prompt_key, prompt_value, backend=backend, scale=scale, **options)
+@pytest.fixture
+def attention_precision(backend: str, precision: Precision) -> Precision:
+    """Of attention, which the CUDA C++ kernels compute in 16 bits."""
+    return Precision(torch.float16, 4e-3) if backend in CUDA_KERNELS else precision
+
+
+@pytest.fixture
+def attention(backend: str) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """`prompt_attention` for small heads: on the CUDA C++ kernels, in fp16 and padded to a head size that they have."""
+    return _padded_attention if backend in CUDA_KERNELS else prompt_attention
+
+
+def _padded_attention(query, key, value, prompt_key, prompt_value, *, scale=None, **options):
     size, value_size = query.shape[3], value.shape[3]
-    if query.dtype == torch.float16 and size == value_size and size in HEAD_SIZES:
-        return prompt_attention(query, key, value, prompt_key, prompt_value, backend=backend, scale=scale, **options)
-    served = next((s for s in HEAD_SIZES if s >= max(size, value_size)), max(size, value_size))
+    if query.dtype == torch.bfloat16:
+        return prompt_attention(query, key, value, prompt_key, prompt_value, scale=scale, **options)
+    head_size = next((s for s in HEAD_SIZES if s >= max(size, value_size)), max(size, value_size))
     padded = [
-        torch.nn.functional.pad(t.half(), (0, served - t.shape[3]))
+        torch.nn.functional.pad(t.half(), (0, head_size - t.shape[3]))
         for t in (query, key, value, prompt_key, prompt_value)
     ]
-    result = prompt_attention(*padded, backend=backend, scale=size**-0.5 if scale is None else scale, **options)
+    result = prompt_attention(*padded, scale=size**-0.5 if scale is None else scale, **options)
     out, *rest = result if isinstance(result, tuple) else (result,)
     out = out[..., :value_size].to(query.dtype)
     return (out, *rest) if rest else out
 
 
-@pytest.fixture
-def precision(backend: str, request: pytest.FixtureRequest) -> Precision:
-    if backend in CUDA_KERNELS and hasattr(request.module, "prompt_attention"):
-        return Precision(torch.float16, 4e-3)
-    return Precision(torch.float32, 2e-5) if backend in FP32_BACKENDS else Precision(torch.float64, 1e-10)
+# --- the list of skipped tests ----------------------------------------------------------------------------------------
 
+SKIPS = Path(__file__).parent / "skips.toml"
+UNLISTED = pytest.StashKey[list[str]]()
+
+
+def unlisted_skips(reasons: list[str]) -> list[str]:
+    """What is wrong with these skips: reasons that skips.toml does not have, and more of one than it allows."""
+    listed = tomllib.loads(SKIPS.read_text(encoding="utf-8"))["skip"]
+    found: Counter[str] = Counter()
+    wrong = []
+    for reason in reasons:
+        entry = next((entry for entry in listed if re.search(entry["reason"], reason)), None)
+        if entry is None:
+            wrong.append(f"a test is skipped for a reason that is not in tests/skips.toml: {reason}")
+        else:
+            found[entry["reason"]] += 1
+    for entry in listed:
+        if found[entry["reason"]] > entry["at_most"]:
+            count = f"{found[entry['reason']]} tests are skipped, and tests/skips.toml allows {entry['at_most']}"
+            wrong.append(f"{count}: {entry['reason']}")
+    return list(dict.fromkeys(wrong))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run that skips more than the list allows."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if hasattr(session.config, "workerinput") or reporter is None:
+        return
+    reasons = [report.longrepr[2] for report in reporter.stats.get("skipped", ()) if isinstance(report.longrepr, tuple)]
+    session.config.stash[UNLISTED] = unlisted_skips(reasons)
+    if session.config.stash[UNLISTED] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(UNLISTED, []):
+        terminalreporter.write_line(line, red=True)
+
+
+# --- a tiny model -----------------------------------------------------------------------------------------------------
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

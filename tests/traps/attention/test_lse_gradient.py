@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from softprompt_kernels.ops import prompt_attention
-
 
 @pytest.mark.parametrize("with_out", [False, True])
-def test_lse_is_differentiable_alone_and_beside_out(with_out, backend, precision):
+def test_lse_is_differentiable_alone_and_beside_out(with_out, backend, attention, precision):
     query, key, prompt = (torch.randn(1, 2, n, 4, dtype=precision.dtype, requires_grad=True) for n in (3, 3, 2))
-    out, lse = prompt_attention(query, key, key, prompt, prompt, causal=False, return_lse=True, backend=backend)
+    out, lse = attention(query, key, key, prompt, prompt, causal=False, return_lse=True, backend=backend)
     keys = torch.cat([prompt, key], 2)
     scores = query @ keys.mT / 2
     expected, expected_out = torch.logsumexp(scores, -1), torch.softmax(scores, -1) @ keys

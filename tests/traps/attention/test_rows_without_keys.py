@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from softprompt_kernels.ops import prompt_attention
-
 CASES = {
     "no own key is valid and the prompt is empty": {"key_lengths": torch.tensor([0, 3])},
     "with sinks": {"key_lengths": torch.tensor([0, 3]), "sinks": torch.tensor([1.0, -1.0])},
@@ -12,14 +10,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_out_lse_and_gradient_of_a_row_without_keys(name, backend):
+WITH_SINKS = pytest.param("with sinks", marks=pytest.mark.refused("simt", "cuda", reason="sinks"))
+
+
+@pytest.mark.parametrize("name", [WITH_SINKS if name == "with sinks" else name for name in CASES])
+def test_out_lse_and_gradient_of_a_row_without_keys(name, backend, attention):
     torch.manual_seed(0)
     options = CASES[name]
     prompt = 2 if "prompt_lengths" in options else 0
     query, key = torch.randn(2, 2, 3, 4, requires_grad=True), torch.randn(2, 1, 3, 4, requires_grad=True)
     bank = torch.randn(1, 1, prompt, 4, requires_grad=True)
-    out, lse = prompt_attention(query, key, key, bank, bank, **options, return_lse=True, backend=backend)
+    out, lse = attention(query, key, key, bank, bank, **options, return_lse=True, backend=backend)
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
     assert lse[1].isfinite().all() and (out[1] != 0).any()
     loss = out.square().sum() + out.sum() + torch.where(lse == -torch.inf, 0, lse).sum()
@@ -28,8 +29,8 @@ def test_out_lse_and_gradient_of_a_row_without_keys(name, backend):
     assert by_query[1].isfinite().all() and (by_query[1, :, 1:] != 0).any()
 
 
-def test_lse_is_the_natural_logarithm_of_the_denominator(backend):
+def test_lse_is_the_natural_logarithm_of_the_denominator(backend, attention):
     query = torch.zeros(1, 1, 1, 4)
     keys = torch.zeros(1, 1, 3, 4)
-    _, lse = prompt_attention(query, keys, keys, keys, keys, return_lse=True, backend=backend)
+    _, lse = attention(query, keys, keys, keys, keys, return_lse=True, backend=backend)
     torch.testing.assert_close(lse, torch.tensor(6.0).log().view(1, 1, 1))

@@ -1,4 +1,4 @@
-"""Trap 18: the last state kept by a name that matches another, steps that never end, a loss whose scale depends on
+"""The last state kept by a name that matches another, steps that never end, a loss whose scale depends on
 the prompt's length or on how the batch is cut, accumulated gradients that are not those of the big batch."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Trap 17: registering an attention function alone makes transformers drop padding masks without a word.
+"""Registering an attention function alone makes transformers drop padding masks without a word.
 
 `AttentionMaskInterface` has to know the name too; where it does not, every model under that name gets no mask.
 """

@@ -1,4 +1,4 @@
-"""Trap 20: left padding. Three things go wrong with it elsewhere: the prompt is put in front of the padding and seen
+"""Left padding. Three things go wrong with it elsewhere: the prompt is put in front of the padding and seen
 at the wrong distance, positions count the padding, and a window counts it too.
 """
 

@@ -1,62 +1,93 @@
-"""Queries continue at position k, as in PEFT, and do not restart at 0: recorded in the file, honoured by the model."""
+"""Queries continue at position P, as in PEFT; some cartridges restart them at 0. The saved prompt records it.
+
+With rotary positions the two differ in every score, with learned positions in every token. The prompt's own length
+counts, not the length that a bank was padded to.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import prefix_of, prepare, prompted_logits
+from softprompt_kernels.models import capture, generate, prefix_of, prepare, prompted_logits
 from softprompt_kernels.prompts import KVPrompt, load, save
+from softprompt_kernels.prompts.prefix import Prefix
 
-K = 4
-
-
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=61, n_embd=32, n_head=4, n_layer=2, n_positions=64, bos_token_id=None, eos_token_id=None
+    ),
+}
+CONTEXT, IDS = torch.arange(2, 11)[None], torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
-@torch.no_grad()
-def logits_at(prompt: KVPrompt, ids: torch.Tensor, first: int) -> torch.Tensor:
-    """transformers alone, with the prompt in its cache and the queries from position `first` on."""
+@pytest.fixture(params=CONFIGS)
+def models(request):
+    """The same random model twice, prepared and not."""
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+        pair.append(model)
+    prepare(pair[0])
+    return pair
+
+
+def logits_at(plain, prefix: Prefix, first: int) -> torch.Tensor:
+    """The plain model's logits behind the prefix as a cache, with queries from position `first`."""
     cache = DynamicCache()
-    for layer, (key, value) in enumerate(prompt.prefix().layers):
-        cache.update(key, value, layer)
-    positions = torch.arange(first, first + ids.shape[1])[None]
-    return model()(ids, past_key_values=cache, position_ids=positions).logits
+    for layer, (key, value) in enumerate(prefix.layers):
+        cache.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), layer)
+    positions = torch.arange(first, first + IDS.shape[1])[None]
+    return plain(IDS, past_key_values=cache, position_ids=positions).logits
 
 
-def test_queries_continue_behind_the_prompt_and_the_file_says_so(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    prompt = KVPrompt(*torch.randn(2, 2, 2, K, 8, generator=generator))
-    ids = torch.randint(0, 31, (1, 6), generator=generator)
-    save(tmp_path / "prompt", prompt, model=model())
+def test_queries_continue_at_the_length_of_the_prompt(models):
+    model, plain = models
+    prefix = capture(model, CONTEXT)
+    got = prompted_logits(model, IDS, prefix)
+    torch.testing.assert_close(got, logits_at(plain, prefix, 9), atol=1e-5, rtol=0)
+    assert (got - logits_at(plain, prefix, 0)).abs().max() > 1e-2
+
+
+def test_padding_of_a_bank_does_not_move_the_queries(models):
+    model, plain = models
+    prefix = capture(model, CONTEXT)
+    padded = Prefix(prefix.layers, torch.tensor([6]))
+    got = prompted_logits(model, IDS, padded)
+    torch.testing.assert_close(got, logits_at(plain, prefix.slice(0, 6), 6), atol=1e-5, rtol=0)
+
+
+def test_generation_continues_there_too(models):
+    model, plain = models
+    got = generate(model, IDS, capture(model, CONTEXT), max_new_tokens=6, do_sample=False)
+    expected = plain.generate(torch.cat([CONTEXT.expand(2, -1), IDS], dim=1), max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected[:, 9:])
+
+
+def test_a_saved_prompt_records_the_positions_and_continues_there(models, tmp_path: Path) -> None:
+    model, plain = models
+    save(tmp_path / "prompt", KVPrompt.from_prefix(capture(model, CONTEXT)), model=model)
     record = json.loads((tmp_path / "prompt" / "softprompt.json").read_text())
     assert record["positions"] == "prompt at 0..k-1, the sequence continues at k"
-
-    mine = model()
-    prepare(mine)
-    loaded, _ = load(tmp_path / "prompt", mine)
+    prefix = prefix_of(model, load(tmp_path / "prompt", model)[0])
     with torch.no_grad():
-        logits = prompted_logits(mine, ids, prefix_of(mine, loaded))
-    assert (logits - logits_at(prompt, ids, K)).abs().max() < 1e-5
-    assert (logits - logits_at(prompt, ids, 0)).abs().max() > 1e-2
+        got = prompted_logits(model, IDS, prefix)
+        torch.testing.assert_close(got, logits_at(plain, prefix, 9), atol=1e-5, rtol=0)
 
 
-def test_a_prompt_of_the_other_convention_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "prompt", KVPrompt(*torch.zeros(2, 2, 2, K, 8)), model=model())
+def test_a_saved_prompt_of_the_other_convention_is_refused(models, tmp_path: Path) -> None:
+    model, _ = models
+    save(tmp_path / "prompt", KVPrompt.from_prefix(capture(model, CONTEXT)), model=model)
     file = tmp_path / "prompt" / "softprompt.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"positions": "the sequence restarts at 0"}))
     with pytest.raises(SoftPromptError, match="positions are 'the sequence restarts at 0'"):
-        load(tmp_path / "prompt", model())
+        load(tmp_path / "prompt", model)

@@ -31,10 +31,10 @@ def test_a_weight_that_changed_before_the_backward_raises(tensors, backend):
             loss.backward()
 
 
-def test_a_prompt_that_changed_before_the_backward_raises(backend, precision):
-    query, key, prompt = (torch.randn(1, 2, 3, 64, dtype=precision.dtype) for _ in range(3))
+def test_a_prompt_that_changed_before_the_backward_raises(backend, attention, attention_precision):
+    query, key, prompt = (torch.randn(1, 2, 3, 64, dtype=attention_precision.dtype) for _ in range(3))
     prompt.requires_grad_()
-    out = prompt_attention(query, key, key, prompt, prompt, backend=backend)
+    out = attention(query, key, key, prompt, prompt, backend=backend)
     with torch.no_grad():
         prompt.mul_(0.9)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from softprompt_kernels.ops import kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
+from softprompt_kernels.ops import kl_div, linear_kl_div_from_moments, teacher_moments
 
 FAR = 2**31 + 64  # elements between neighbours
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux: pages count when they are touched
@@ -35,14 +35,14 @@ def _room():
         pytest.skip(f"the system does not lend {12 * FAR} bytes of address space: {error}")
 
 
-def test_attention_over_tensors_that_are_far_apart(backend):
+def test_attention_over_tensors_that_are_far_apart(backend, attention):
     torch.manual_seed(0)
     query, key, value = (far_apart(2, *s) for s in ((2, 3, 4), (1, 3, 4), (1, 3, 4)))
     prompt = far_apart(2, 1, 2, 4)
     inputs = [query, key, value, prompt, prompt]
     index = torch.tensor([1, 0])
-    out = prompt_attention(*inputs, prompt_index=index, backend=backend)
-    near = prompt_attention(*(t.contiguous() for t in inputs), prompt_index=index, backend=backend)
+    out = attention(*inputs, prompt_index=index, backend=backend)
+    near = attention(*(t.contiguous() for t in inputs), prompt_index=index, backend=backend)
     assert torch.equal(out, near)
 
 

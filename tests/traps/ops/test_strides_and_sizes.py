@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, prompt_attention, teacher_moments
+from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
 
 def tensors(dtype, batch=2, queries=3, own=3, prompt=2, rows=1):
@@ -11,16 +11,18 @@ def tensors(dtype, batch=2, queries=3, own=3, prompt=2, rows=1):
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-def outputs_and_gradients(inputs, weight=None, **options):
-    out = prompt_attention(*inputs, **options)
+def outputs_and_gradients(attention, inputs, weight=None, **options):
+    out = attention(*inputs, **options)
     loss = out.sum() if weight is None else (out * weight).sum()
     return [out, *torch.autograd.grad(loss, inputs)]
 
 
-def test_a_gradient_of_stride_zero(backend, precision):
-    inputs = tensors(precision.dtype)
-    expanded = outputs_and_gradients(inputs, backend=backend)
-    dense = outputs_and_gradients(inputs, torch.ones(2, 4, 3, 8, dtype=precision.dtype), backend=backend)
+def test_a_gradient_of_stride_zero(backend, attention, attention_precision):
+    inputs = tensors(attention_precision.dtype)
+    expanded = outputs_and_gradients(attention, inputs, backend=backend)
+    dense = outputs_and_gradients(
+        attention, inputs, torch.ones(2, 4, 3, 8, dtype=attention_precision.dtype), backend=backend
+    )
     for a, b in zip(expanded, dense, strict=True):
         assert torch.equal(a, b)
     hidden, teacher, weight = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(9, 4)
@@ -33,13 +35,13 @@ def test_a_gradient_of_stride_zero(backend, precision):
         assert torch.equal(by_sum[0], by_ones[0])
 
 
-def test_views_of_packed_qkv_and_transposed_inputs(backend, precision):
-    packed = torch.randn(2, 3, 8 * (4 + 2 + 2), dtype=precision.dtype)
+def test_views_of_packed_qkv_and_transposed_inputs(backend, attention, attention_precision):
+    packed = torch.randn(2, 3, 8 * (4 + 2 + 2), dtype=attention_precision.dtype)
     query, key, value = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in packed.split([32, 16, 16], 2))
-    prompt = torch.randn(1, 2, 8, 5, dtype=precision.dtype).transpose(2, 3)  # no unit last stride
+    prompt = torch.randn(1, 2, 8, 5, dtype=attention_precision.dtype).transpose(2, 3)  # no unit last stride
     views = [query, key, value, prompt, prompt]
-    expected = prompt_attention(*(t.contiguous() for t in views), backend=backend)
-    torch.testing.assert_close(prompt_attention(*views, backend=backend), expected, rtol=0, atol=0)
+    expected = attention(*(t.contiguous() for t in views), backend=backend)
+    torch.testing.assert_close(attention(*views, backend=backend), expected, rtol=0, atol=0)
 
 
 def test_hidden_states_and_weights_of_any_stride(backend, precision):
@@ -63,18 +65,18 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_empty_and_single_sizes(name, backend, precision):
-    inputs = tensors(precision.dtype, **EMPTY[name])
+def test_empty_and_single_sizes(name, backend, attention, attention_precision):
+    inputs = tensors(attention_precision.dtype, **EMPTY[name])
     options = {"causal": name != "no own key", "backend": backend}
-    out, *gradients = outputs_and_gradients(inputs, **options)
+    out, *gradients = outputs_and_gradients(attention, inputs, **options)
     assert out.shape == (*inputs[0].shape[:3], 8)
     assert [g.shape for g in gradients] == [t.shape for t in inputs]
     assert all(g.isfinite().all() for g in (out, *gradients))
 
 
-def test_no_key_at_all(backend, precision):
-    inputs = tensors(precision.dtype, own=0, prompt=0)
-    out, lse = prompt_attention(*inputs, causal=False, return_lse=True, backend=backend)
+def test_no_key_at_all(backend, attention, attention_precision):
+    inputs = tensors(attention_precision.dtype, own=0, prompt=0)
+    out, lse = attention(*inputs, causal=False, return_lse=True, backend=backend)
     assert (out == 0).all() and (lse == -torch.inf).all()
     (gradient,) = torch.autograd.grad(out.sum() + torch.where(lse.isinf(), 0, lse).sum(), inputs[0])
     assert (gradient == 0).all()

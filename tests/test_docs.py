@@ -1,0 +1,115 @@
+"""Every command and every Python block of the README and of docs/ runs as it stands there, in the order of the page."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FAST = ["--steps", "2", "--selfstudy", "6", "--new-tokens", "4"]  # of a compression
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", text(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    return [line for language, block in blocks(page) if language == "console" for line in block.splitlines() if line]
+
+
+def test_the_readme_runs_from_top_to_bottom(tiny_model_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """In an empty folder that has the files it speaks of. Make targets and pip run elsewhere."""
+    from softprompt_kernels.cli.app import app
+
+    (tmp_path / "my-model").symlink_to(tiny_model_folder)
+    (tmp_path / "my-text.txt").write_text("the cat sat on the mat and the dog ran to the red house " * 3)
+    (tmp_path / "my-questions.jsonl").write_text('{"input": "where is the dog?"}\n{"input": "what is red?"}\n')
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    ran = {"softprompt": 0, "python": 0}
+    for language, block in blocks(ROOT / "README.md"):
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), namespace)
+            ran["python"] += 1
+        elif language == "console":
+            for line in block.splitlines():
+                if line.startswith("softprompt "):
+                    arguments = shlex.split(line)[1:]
+                    result = CliRunner().invoke(app, arguments + (FAST if arguments[0] == "compress" else []))
+                    assert result.exit_code == 0, f"{line}\n{result.output}"
+                    ran["softprompt"] += 1
+    assert ran["softprompt"] >= 5 and ran["python"] >= 4
+    assert (tmp_path / "my-run" / "evaluation.json").exists()
+
+
+def test_other_pages_have_python_that_compiles_and_softprompt_commands_that_exist() -> None:
+    from softprompt_kernels.cli.app import app
+
+    for page in PAGES[1:]:
+        for language, block in blocks(page):
+            if language == "python":
+                compile(block, page.name, "exec")
+        for line in commands(page):
+            if line.startswith("softprompt "):
+                result = CliRunner().invoke(app, [shlex.split(line)[1], "--help"])
+                assert result.exit_code == 0, f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    makefile = text(ROOT / "Makefile")
+    for target in set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join([*commands(page), *code_spans(page)]))):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page.name}: make {target}"
+
+
+def code_spans(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text(page), flags=re.DOTALL | re.MULTILINE))
+
+
+def test_every_command_is_of_a_known_kind() -> None:
+    known = {"make", "pip", "softprompt", "python", "git", "pre-commit"}
+    for page in PAGES:
+        assert {line.split()[0] for line in commands(page)} <= known, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Paths in code spans that start with a folder of the repository, and Python blocks of CONTRIBUTING aside."""
+    for span in code_spans(page):
+        if re.fullmatch(r"(softprompt_kernels|csrc|tests|benchmarks|docs|demo)/[\w./-]+", span):
+            assert (ROOT / span).exists(), f"{page.name}: {span}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", text(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings(linked)}
+            assert anchor in anchors, f"{page.name}: {target}"
+
+
+def headings(page: Path) -> list[str]:
+    return re.findall(r"^#+ (.+)$", text(page), flags=re.MULTILINE)
+
+
+def test_installs_without_pulling_a_torch(tmp_path: Path) -> None:
+    assert "pip install ." in commands(ROOT / "README.md")
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", ".", "--dry-run", "--quiet", "--report", str(report)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert re.search(r'"name": "torch"', report.read_text()) is None

@@ -1,0 +1,8 @@
+"""In this folder `precision` is that of attention."""
+
+import pytest
+
+
+@pytest.fixture
+def precision(attention_precision):
+    return attention_precision
