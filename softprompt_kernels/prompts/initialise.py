@@ -25,9 +25,6 @@ from torch import Tensor
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts.prefix import Prefix
 
-METHODS = ("first", "strided", "text", "vocabulary", "random")
-"""The names of the five starts."""
-
 Rotate = Callable[[Prefix, int], Prefix]
 """`rotate(prefix, delta)` moves all keys by `delta` positions; only the model knows its rotary embedding."""
 

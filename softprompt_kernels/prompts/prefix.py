@@ -96,12 +96,6 @@ class Prefix:
         """Bytes of all keys and values."""
         return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
 
-    def row_lengths(self) -> Tensor:
-        """`[R]` int64: `lengths`, or P for every row where there are none."""
-        if self.lengths is not None:
-            return self.lengths
-        return torch.full((self.rows,), self.length, dtype=torch.int64, device=self.device)
-
     def detach(self) -> Prefix:
         """The same memory without its graph."""
         return Prefix(tuple((key.detach(), value.detach()) for key, value in self.layers), self.lengths)

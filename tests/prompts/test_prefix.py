@@ -20,11 +20,6 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert bank.nbytes == 4 * (2 * 3 * 5 * (8 + 4) + 2 * 5 * (6 + 6))
 
 
-def test_row_lengths_default_to_the_whole_length() -> None:
-    assert prefix().row_lengths().tolist() == [5, 5]
-    assert prefix(lengths=[3, 0]).row_lengths().tolist() == [3, 0]
-
-
 def test_an_empty_prefix_is_legal() -> None:
     assert prefix(length=0).length == 0
 
