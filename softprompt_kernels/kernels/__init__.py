@@ -1,0 +1,1 @@
+"""The kernels: one package per backend, the drivers that backends share, and the problems that kernels are given."""

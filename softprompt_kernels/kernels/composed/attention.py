@@ -1,19 +1,19 @@
-"""Attention over [prompt ; own tokens] from PyTorch's own CPU flash kernels, one call a segment.
+"""Attention over [prompt ; own tokens] from PyTorch's CPU flash kernels, one call per segment.
 
-A segment is a run of keys that a run of queries sees in the same way: a prompt by all tokens that see it, the own keys
-before the first query, the square of own keys and queries under the causal rule. Tokens are kept flat,
-[T = B·M, Hq, D], so that the prompt is one call over the whole batch, with no copy of the prompt or of the queries.
-Forward: each segment's (out_i, lse_i) are joined,
+A segment is a range of keys and the queries that see them in the same way. There are three: a prompt, with all tokens
+that see it; the own keys before the first query; the square of own keys and queries under the causal rule. Tokens are
+kept flat, [T = B·M, Hq, D], so that a shared prompt is one call over the whole batch, without a copy of the prompt or
+of the queries. The forward merges the (out_i, lse_i) of all segments,
 
     lse = log( Σ_i exp(lse_i) + exp(sink) ),    out = Σ_i exp(lse_i − lse) out_i.
 
-Backward: with the *joint* out and lse, each segment's ordinary flash backward is exact, since its
-exp(S − lse) and rowsum(dO ∘ out) are those of the joined softmax; the gradients of queries add up. A gradient of lse
-enters as one more column, of 1 in the values and in dO and of 1 − dlse in out, which turns rowsum(dO ∘ out) into
+Backward: with the *joint* out and lse, the ordinary flash backward of each segment is exact, since exp(S − lse) and
+rowsum(dO ∘ out) are then those of the joint softmax. The gradients of the queries add up. A gradient of lse is passed
+as one more column: 1 in the values and in dO, and 1 − dlse in out. This turns rowsum(dO ∘ out) into
 rowsum(dO ∘ out) − dlse.
 
-fp16 and bf16 are computed in fp32, because the flash backward sums in the dtype of its inputs.
-Cost: 2 flash calls forward and 2 backward; memory beyond the outputs is one more out and dQ.
+fp16 and bf16 are computed in fp32, because the flash backward accumulates in the dtype of its inputs.
+Cost: 2 flash calls forward and 2 backward. Memory beyond the outputs: one more out and dQ.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Gradients, Needs
+from softprompt_kernels.kernels.problems.tensors import unit_stride
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,7 +34,7 @@ EVERYTHING = slice(None)
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
-    """The flash kernels know the causal rule and padding, but no softcap and no window."""
+    """The flash kernels support the causal rule and padding, but no softcap and no window."""
     queries, own, prompt = problem.query.shape[2], problem.key.shape[2], problem.prompt_key.shape[2]
     if problem.query.device.type != "cpu":
         return f"query is on {problem.query.device}, and it serves the CPU"
@@ -50,17 +51,17 @@ def unsupported(problem: AttentionProblem) -> str | None:
 class _Segment:
     """Some keys and the tokens that see them."""
 
-    rows: Rows  # which of the T tokens
+    rows: Rows  # the tokens, of T
     batch: int  # these tokens are `batch` sequences of equal length
-    of_prompt: bool  # keys come from the bank, else they are own keys
-    where: tuple[slice, slice, slice]  # ... from this part [sequence or prompt, head, position] of them
-    causal: bool = False  # key j is seen from query j on
+    is_prompt: bool  # the keys are of the bank, else own keys
+    where: tuple[slice, slice, slice]  # which of these keys [prompt or sequence, head, position]
+    causal: bool = False  # query i sees key j if j <= i
     padding: Tensor | None = None  # [batch, 1, 1, keys], −inf at padding
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The problem's tensors in the dtype of the computation, tokens flat."""
+    """The problem's tensors in the compute dtype, with flat tokens."""
 
     query: Tensor  # [T, Hq, D]
     key: tuple[Tensor, Tensor]  # own [B, Hkv, N, D], bank [R, Hkv, P, D]
@@ -74,16 +75,16 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     batch, heads, queries, size = problem.query.shape
     value_size = problem.value.shape[3]
     width = max(size, value_size)
-    joined = _Joined(inputs.query, value_size)
+    merged = _Merged(inputs.query, value_size)
     for segment in inputs.segments:
         query, key, value = _operands(inputs, segment, width)
-        part, part_lse = _flash(
+        segment_out, segment_lse = _flash(
             query, key, value, is_causal=segment.causal, attn_mask=segment.padding, scale=problem.scale
         )
-        if segment.padding is not None:  # the kernel says 0 where no key is left
-            part_lse = part_lse.masked_fill((segment.padding == -torch.inf).all(-1), -torch.inf)
-        joined.add(segment.rows, _flat(part)[..., :value_size], part_lse.transpose(1, 2).flatten(0, 1))
-    out, lse = joined.out.contiguous(), joined.lse
+        if segment.padding is not None:  # the kernel returns an lse of 0 where all keys are padding
+            segment_lse = segment_lse.masked_fill((segment.padding == -torch.inf).all(-1), -torch.inf)
+        merged.add(segment.rows, _flat(segment_out)[..., :value_size], segment_lse.transpose(1, 2).flatten(0, 1))
+    out, lse = merged.out.contiguous(), merged.lse
     if problem.sinks is not None:
         with_sinks = torch.logaddexp(lse, problem.sinks.to(lse.dtype))
         out = out * torch.exp(torch.where(lse == -torch.inf, 0, lse - with_sinks))[..., None]
@@ -95,7 +96,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    """Gradients of the inputs named in `needs`; a segment that none of them depends on is left out."""
+    """Gradients of the inputs named in `needs`. A segment that none of them depends on is not computed."""
     inputs = _inputs(problem)
     dtype = inputs.query.dtype
     out, grad_out = _flat(out.to(dtype)), _flat(grad_out.to(dtype))
@@ -103,24 +104,24 @@ def backward(
     grad_sinks = _grad_sinks(problem, out, lse, grad_out, grad_lse) if needs.sinks else None
     size, value_size = inputs.query.shape[2], out.shape[2]
     width = max(size, value_size)
-    ones = None
+    ones_column = None
     if grad_lse is not None:
-        ones = width
+        ones_column = width
         width += 1
         column = 1 - grad_lse.transpose(1, 2).flatten(0, 1)[..., None].to(dtype)
         out = torch.cat([_pad(out, width - 1), column], -1)
         grad_out = torch.cat([_pad(grad_out, width - 1), torch.ones_like(column)], -1)
-    # exp(S − inf) = 0: rows that saw no key give nothing.
+    # exp(S − inf) = 0: rows that see no key have gradient 0.
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
 
     grad_query = torch.zeros_like(inputs.query)
     grad_key, grad_value = (tuple(torch.zeros_like(t) for t in pair) for pair in (inputs.key, inputs.value))
     for segment in _needed(inputs.segments, needs):
         query, key, value = _operands(inputs, segment, width)
-        if ones is not None:
-            value[..., ones] = 1  # padded to a new tensor, as `ones` is past its last column
+        if ones_column is not None:
+            value[..., ones_column] = 1  # in the padding that `_operands` added, so in a tensor of its own
         rows = segment.rows
-        of_query, of_key, of_value = _flash_backward(
+        segment_grad_query, segment_grad_key, segment_grad_value = _flash_backward(
             _sequences(_pad(grad_out[rows], width), segment.batch),
             query,
             key,
@@ -132,9 +133,9 @@ def backward(
             attn_mask=segment.padding,
             scale=problem.scale,
         )
-        grad_query[rows] += _flat(of_query)[..., :size]
-        grad_key[segment.of_prompt][segment.where] = of_key[..., :size]
-        grad_value[segment.of_prompt][segment.where] = of_value[..., :value_size]
+        grad_query[rows] += _flat(segment_grad_query)[..., :size]
+        grad_key[segment.is_prompt][segment.where] = segment_grad_key[..., :size]
+        grad_value[segment.is_prompt][segment.where] = segment_grad_value[..., :value_size]
     dtype = problem.query.dtype
     batch, heads, queries, _ = problem.query.shape
     return Gradients(
@@ -151,7 +152,7 @@ def backward(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """[b, H, m, X] -> [b·m, H, X], a view of token-major memory with a unit last stride (the kernels need one)."""
+    """[b, H, m, X] -> [b·m, H, X], a view of token-major memory with the last stride 1 that the kernels need."""
     return tensor.transpose(1, 2).contiguous().flatten(0, 1)
 
 
@@ -161,7 +162,7 @@ def _sequences(tokens: Tensor, batch: int) -> Tensor:
 
 
 def _pad(tensor: Tensor, width: int) -> Tensor:
-    """Zeros after the last column, up to `width`: the kernels want keys and values of one size."""
+    """Zeros after the last column, up to `width`: the kernels need keys and values of the same size."""
     missing = width - tensor.shape[-1]
     return F.pad(tensor, (0, missing)) if missing else tensor
 
@@ -169,33 +170,33 @@ def _pad(tensor: Tensor, width: int) -> Tensor:
 def _operands(inputs: _Inputs, segment: _Segment, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """query [b, Hq, m, width], key and value [b, Hkv, n, width] of a segment."""
     query = _sequences(_pad(inputs.query[segment.rows], width), segment.batch)
-    key = inputs.key[segment.of_prompt][segment.where]
-    value = inputs.value[segment.of_prompt][segment.where]
+    key = inputs.key[segment.is_prompt][segment.where]
+    value = inputs.value[segment.is_prompt][segment.where]
     return query, _pad(key, width), _pad(value, width)
 
 
-class _Joined:
-    """The running out [T, Hq, Dv] and lse [T, Hq] of the segments so far; 0 and −inf for tokens without any."""
+class _Merged:
+    """out [T, Hq, Dv] and lse [T, Hq] of the segments so far; 0 and −inf for tokens without a segment."""
 
     def __init__(self, query: Tensor, value_size: int) -> None:
         self.out = query.new_zeros(1, 1, 1).expand(*query.shape[:2], value_size)
         self.lse = query.new_full((1, 1), -torch.inf).expand(query.shape[:2])
         self._empty = True
 
-    def add(self, rows: Rows, part: Tensor, part_lse: Tensor) -> None:
-        """Joins a segment to the tokens that it has."""
-        if self._empty and part.shape == self.out.shape:
-            self.out, self.lse, self._empty = part.contiguous(), part_lse.contiguous(), False
+    def add(self, rows: Rows, segment_out: Tensor, segment_lse: Tensor) -> None:
+        """Merges a segment into the rows of its tokens."""
+        if self._empty and segment_out.shape == self.out.shape:
+            self.out, self.lse, self._empty = segment_out.contiguous(), segment_lse.contiguous(), False
             return
         if self._empty:
             self.out, self.lse, self._empty = self.out.contiguous(), self.lse.contiguous(), False
         old = self.lse[rows]
-        share = torch.sigmoid(part_lse - old).nan_to_num_(0)[..., None]  # both empty: −inf − −inf
+        share = torch.sigmoid(segment_lse - old).nan_to_num_(0)[..., None]  # NaN: both are −inf
         if isinstance(rows, slice):
-            self.out[rows].lerp_(part, share)
+            self.out[rows].lerp_(segment_out, share)
         else:
-            self.out[rows] = self.out[rows].lerp_(part, share)
-        self.lse[rows] = torch.logaddexp(old, part_lse)
+            self.out[rows] = self.out[rows].lerp_(segment_out, share)
+        self.lse[rows] = torch.logaddexp(old, segment_lse)
 
 
 def _grad_sinks(
@@ -216,7 +217,7 @@ def _grad_sinks(
 def _inputs(problem: AttentionProblem) -> _Inputs:
     dtype = problem.compute_dtype
     own = (problem.key.to(dtype), problem.value.to(dtype))
-    if problem.key_lengths is not None:  # 0 · NaN is NaN: what padding holds must not reach the kernels
+    if problem.key_lengths is not None:  # 0 · NaN is NaN: the contents of padding must not reach the kernels
         exists = torch.arange(problem.key.shape[2]) < problem.key_lengths[:, None]
         own = tuple(torch.where(exists[:, None, :, None], t, 0) for t in own)  # type: ignore[assignment]
     bank = (problem.prompt_key.to(dtype), problem.prompt_value.to(dtype))
@@ -225,30 +226,26 @@ def _inputs(problem: AttentionProblem) -> _Inputs:
         segments = [*_prompt_segments(problem), *_own_segments(problem)]
     return _Inputs(
         _flat(problem.query.to(dtype)),
-        (_unit_stride(own[0]), _unit_stride(bank[0])),
-        (_unit_stride(own[1]), _unit_stride(bank[1])),
+        (unit_stride(own[0]), unit_stride(bank[0])),
+        (unit_stride(own[1]), unit_stride(bank[1])),
         segments,
     )
-
-
-def _unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _needed(segments: list[_Segment], needs: Needs) -> list[_Segment]:
     """The segments that a needed gradient depends on."""
     own, prompt = needs.key or needs.value, needs.prompt_key or needs.prompt_value
-    return [s for s in segments if needs.query or (prompt if s.of_prompt else own)]
+    return [s for s in segments if needs.query or (prompt if s.is_prompt else own)]
 
 
 def _prompt_segments(problem: AttentionProblem) -> list[_Segment]:
-    """One segment for each prompt that is seen."""
+    """One segment per prompt that any sequence sees."""
     rows, _, length, _ = problem.prompt_key.shape
     sequences = _sequence_tokens(problem)
-    one_each = problem.prompt_index is None and rows > 1
-    if one_each and problem.prompt_lengths is None and problem.cu_seqlens is None:
+    own_prompts = problem.prompt_index is None and rows > 1  # sequence s sees prompt s
+    if own_prompts and problem.prompt_lengths is None and problem.cu_seqlens is None:
         return [_Segment(EVERYTHING, rows, True, (EVERYTHING,) * 3)] if length else []
-    index = [s if one_each else 0 for s in range(len(sequences))]
+    index = [s if own_prompts else 0 for s in range(len(sequences))]
     if problem.prompt_index is not None:
         index = problem.prompt_index.tolist()
     lengths = [length] * rows if problem.prompt_lengths is None else problem.prompt_lengths.tolist()
@@ -270,13 +267,13 @@ def _own_segments(problem: AttentionProblem) -> list[_Segment]:
             for s in _sequence_tokens(problem)
             if len(s)
         ]
-    # Bottom-right alignment: the first own − queries keys are before all queries, the others meet them in a square.
+    # Bottom-right alignment: the first own − queries keys are before all queries, the others form a causal square.
     before = own - queries if causal and queries > 1 else own
     segments = []
-    for start, stop, square in ((0, before, False), (before, own, True)):
+    for start, stop, is_square in ((0, before, False), (before, own, True)):
         if stop > start:
             where = (EVERYTHING, EVERYTHING, slice(start, stop))
-            segments.append(_Segment(EVERYTHING, batch, False, where, square, _padding(problem, start, stop)))
+            segments.append(_Segment(EVERYTHING, batch, False, where, is_square, _padding(problem, start, stop)))
     return segments
 
 
@@ -298,11 +295,11 @@ def _sequence_tokens(problem: AttentionProblem) -> list[range]:
     return [range(b * queries, (b + 1) * queries) for b in range(batch)]
 
 
-def _union(runs: list[range]) -> Rows | None:
-    """The tokens of several runs: a slice where they are one run, None where there are none."""
-    runs = [r for r in runs if len(r)]
-    if not runs:
+def _union(ranges: list[range]) -> Rows | None:
+    """The tokens of several ranges: a slice where they are contiguous, None where there are none."""
+    ranges = [r for r in ranges if len(r)]
+    if not ranges:
         return None
-    if all(a.stop == b.start for a, b in pairwise(runs)):
-        return slice(runs[0].start, runs[-1].stop)
-    return torch.cat([torch.arange(r.start, r.stop) for r in runs])
+    if all(a.stop == b.start for a, b in pairwise(ranges)):
+        return slice(ranges[0].start, ranges[-1].stop)
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges])

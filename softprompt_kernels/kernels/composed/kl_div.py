@@ -1,6 +1,6 @@
-"""Divergence between given logits, a block of rows at a time.
+"""Divergence between given logits in PyTorch, one block of rows at a time.
 
-Forward and backward both compute from the logits, so nothing of size [N, V] is kept but the inputs.
+Forward and backward both compute from the logits. Nothing of size [N, V] is kept between them but the inputs.
 """
 
 import torch
@@ -14,19 +14,19 @@ STATISTICS = 0
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
-    """It skips rows by looking at the weights, which would stop another device."""
+    """It serves the CPU: to skip rows it reads the weights, and on other devices the host would wait for them."""
     device = problem.student.device
     return None if device.type == "cpu" else f"student_logits are on {device}, and it serves the CPU"
 
 
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
-    """Loss of each row, [N]; no statistics."""
+    """Loss of each row [N], and no statistics [N, 0]."""
     loss = _run(problem, None, None)
     return loss, no_statistics(loss)
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
-    """Σ_n row_scale[n] · loss[n], derived by the student's logits."""
+    """Gradient of Σ_n row_scale[n] · loss[n] by the student's logits; 0 in vocabulary entries that are cut."""
     gradient = torch.zeros(problem.student.shape, dtype=problem.student.dtype)
     _run(problem, row_scale, gradient)
     return gradient
@@ -39,9 +39,9 @@ def _run(problem: LogitsProblem, row_scale: Tensor | None, gradient: Tensor | No
     buffers = torch.empty(2 + SCRATCH_BUFFERS, block, vocab, dtype=problem.compute_dtype)
     loss = buffers.new_zeros(tokens)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), block):
-        taken = problem.student[rows, :vocab]
-        student, teacher, *scratch = buffers[:, : taken.shape[0]]
-        student.copy_(taken)
+        selected = problem.student[rows, :vocab]
+        student, teacher, *scratch = buffers[:, : selected.shape[0]]
+        student.copy_(selected)
         teacher.copy_(problem.teacher[rows, :vocab])
         if temperature != 1:
             student.div_(temperature)

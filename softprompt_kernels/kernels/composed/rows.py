@@ -1,50 +1,52 @@
-"""Divergences of rows of logits in place: few passes, in buffers that stay in the cache.
+"""Divergences of rows of logits, in place: few passes over buffers that stay in the cache.
 
-The same losses and gradients as `kernels/reference/divergence.py`, from unnormalised exponentials. For KL(p‖q), with
-e = exp(z_p − max z_p), S = Σ e and the centred difference D = (z_q − max z_q) − (z_p − max z_p),
+Losses and gradients are those of `kernels/reference/divergence.py`, computed from unnormalised exponentials. For
+KL(p‖q), with e = exp(z_p − max z_p), S = Σ e and the centred difference D = (z_q − max z_q) − (z_p − max z_p),
 
     E = E_p[expm1(D)],   KL = E_p[expm1(D) − D] + (log1p(E) − E),   q − p = p (expm1(D) − E) / (1 + E)
 
-keeps the relative accuracy as q goes to p: the first term is a sum of terms of the size of D², and so is the second.
-It needs no exponential of z_q, but D must be finite and below MAX_DIFFERENCE, or p · e^D meets the ends of the fp32
-range; other rows go to the reference.
+These keep their relative accuracy as q goes to p: the first term is a sum of terms of the size of D², and so is the
+second. No exponential of z_q is needed. But D must be finite and at most MAX_DIFFERENCE, so that p · e^D stays in the
+range of fp32. All other rows are computed by the reference.
 """
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, unknown_divergence
 from softprompt_kernels.kernels.reference import divergence as reference
 
-# e^48 times the smallest normal fp32, 1.2e-38, is 1e-17: what underflow takes from p · e^D is nothing.
+# e^48 times the smallest normal fp32 number, 1.2e-38, is 1e-17: underflow of p takes nothing from p · e^D.
 MAX_DIFFERENCE = 48.0
 SCRATCH_BUFFERS = 2
 
 
 def divergence_(student: Tensor, teacher: Tensor, divergence: Divergence, scratch: tuple[Tensor, Tensor]) -> Tensor:
-    """Loss [b] of rows [b, V]; leaves its gradient by the student's logits in `student`, and overwrites the others."""
-    difference, other = scratch
+    """Loss [b] of rows [b, V]. `student` becomes the gradient by the student's logits; the others are overwritten."""
+    kind, (difference, spare) = divergence.kind, scratch
     student_max, teacher_max = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
     shift = student_max - teacher_max
-    if divergence.kind == REVERSE:
+    if kind in (FORWARD, JSD):
+        torch.sub(student, teacher, out=difference).sub_(shift)
+    elif kind == REVERSE:
         torch.sub(teacher, student, out=difference).add_(shift)
     else:
-        torch.sub(student, teacher, out=difference).sub_(shift)
+        raise unknown_divergence(kind)
     smallest, largest = torch.aminmax(difference)
-    if not (smallest > -torch.inf and largest <= MAX_DIFFERENCE):  # NaN, of −inf on both sides, fails both
+    if not (smallest > -torch.inf and largest <= MAX_DIFFERENCE):  # NaN (−inf − −inf) fails both
         loss, gradient = reference.rows(student, teacher, divergence)
         student.copy_(gradient)
         return loss
-    if divergence.kind == FORWARD:
+    if kind == FORWARD:
         return _forward_(student, teacher.sub_(teacher_max).exp_(), difference)
     student.sub_(student_max).exp_()
-    if divergence.kind == REVERSE:
-        return _reverse_(student, difference, teacher, other)
-    return _jsd_(student, teacher.sub_(teacher_max).exp_(), difference, divergence.beta, other)
+    if kind == REVERSE:
+        return _reverse_(student, difference, teacher, spare)
+    return _jsd_(student, teacher.sub_(teacher_max).exp_(), difference, divergence.beta, spare)
 
 
 def _forward_(gradient: Tensor, teacher: Tensor, difference: Tensor) -> Tensor:
-    """`teacher` is e of p_t, `difference` D = z_s − z_t; the old contents of `gradient` are not read."""
+    """`teacher` holds e of p_t, `difference` D = z_s − z_t; `gradient` is written only."""
     total = teacher.sum(1, keepdim=True)
     change = torch.expm1(difference, out=gradient)
     excess = torch.sub(change, difference, out=difference).mul_(teacher).sum(1, keepdim=True).div_(total)
@@ -53,11 +55,11 @@ def _forward_(gradient: Tensor, teacher: Tensor, difference: Tensor) -> Tensor:
     return _loss(excess, mean_change)
 
 
-def _reverse_(student: Tensor, difference: Tensor, scratch: Tensor, other: Tensor) -> Tensor:
-    """`student` is e of p_s, `difference` D = z_t − z_s. The gradient p_s (log p_s/p_t − KL) is p_s (E_s[D] − D)."""
+def _reverse_(student: Tensor, difference: Tensor, scratch: Tensor, spare: Tensor) -> Tensor:
+    """`student` holds e of p_s, `difference` D = z_t − z_s. The gradient p_s (log p_s/p_t − KL) is p_s (E_s[D] − D)."""
     total = student.sum(1, keepdim=True)
     change = torch.expm1(difference, out=scratch)
-    mean_change = torch.mul(change, student, out=other).sum(1, keepdim=True).div_(total)  # E
+    mean_change = torch.mul(change, student, out=spare).sum(1, keepdim=True).div_(total)  # E
     excess = change.sub_(difference).mul_(student).sum(1, keepdim=True).div_(total)
     student.mul_(difference.sub_(mean_change - excess)).mul_(-1 / total)
     return _loss(excess, mean_change)
@@ -70,9 +72,9 @@ def _loss(excess: Tensor, mean_change: Tensor) -> Tensor:
 
 
 def _jsd_(student: Tensor, teacher: Tensor, difference: Tensor, beta: float, scratch: Tensor) -> Tensor:
-    """e of p_s and of p_t. With l = log m/p_t and r = log p_s/m: loss (1−β) E_s[r] − β E_t[l].
+    """`student` and `teacher` hold e of p_s and p_t. With l = log m/p_t, r = log p_s/m: loss (1−β) E_s[r] − β E_t[l].
 
-    An error in the normalisers of δ = l + r changes this loss only to second order.
+    An error in the normalisers of δ = l + r changes this loss only in second order.
     """
     student_total, teacher_total = student.sum(1, keepdim=True), teacher.sum(1, keepdim=True)
     delta = difference.sub_(torch.log(student_total / teacher_total))

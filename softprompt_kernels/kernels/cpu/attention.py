@@ -20,6 +20,7 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_output,
     empty_token_major,
 )
+from softprompt_kernels.kernels.problems.tensors import DTYPES, unit_stride
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 Vector = tuple[int, int]  # address, length
@@ -44,7 +45,7 @@ def backward(
 ) -> Gradients:
     """Gradients of the inputs named in `needs`; what none of them depends on is not computed."""
     _kept, native_problem = _problem(problem)
-    out, grad_out = native.unit_stride(out), native.unit_stride(grad_out)
+    out, grad_out = unit_stride(out), unit_stride(grad_out)
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     query, key, value = (
@@ -77,7 +78,7 @@ def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
     for i, tensor in enumerate(strided):
         view = _view(tensor)
         if view[2][3] != 1 or 0 in view[1]:
-            strided[i] = native.unit_stride(tensor)
+            strided[i] = unit_stride(tensor)
             view = _view(strided[i])
         views.append(view)
     vectors: list[Vector | None] = [None] * 5
@@ -86,7 +87,7 @@ def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
             dense[i] = vector = vector.to(torch.float32 if i == 4 else torch.int64).contiguous()
             vectors[i] = _vector(vector)
     native_problem = native.module().AttentionProblem(
-        native.DTYPES[problem.query.dtype],
+        DTYPES[problem.query.dtype],
         *views,
         *vectors,
         problem.causal,

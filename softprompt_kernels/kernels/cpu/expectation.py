@@ -6,7 +6,7 @@ See `kernels/host/head_expectation.py`.
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.gemm import products
 from softprompt_kernels.kernels.cpu.rows import exponentials_
-from softprompt_kernels.kernels.host import head_expectation as tiled
+from softprompt_kernels.kernels.host import head_expectation
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 
@@ -17,4 +17,4 @@ def unsupported(problem: ExpectationProblem) -> str | None:
 
 def forward(problem: ExpectationProblem) -> Expectation:
     """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
-    return tiled.forward(problem, exponentials_, products())
+    return head_expectation.forward(problem, exponentials_, products())

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.host.gemm import TORCH, Products
+from softprompt_kernels.kernels.host.gemm import TORCH, Gemm
+from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 
 def has_products() -> bool:
@@ -25,21 +26,21 @@ def has_fast_products() -> bool:
     return not native.missing() and bool(native.module().has_fast_products())
 
 
-def products() -> Products:
+def products() -> Gemm:
     """For the losses: the fastest here."""
     if not has_fast_products():
         return TORCH
     on_tiles = native.instruction_set() == "amx"
     # The weight's rows were measured on tiles with whole losses (chunks of 128 tokens and sweeps of 512 take the same
     # time at d = 576), on vectors with 24 to 160 rows of d = 576 and 896.
-    return Products(
+    return Gemm(
         _multiply,
-        narrow=True,
-        weight_rows=90 if on_tiles else 25,
-        columns=2048,
-        depth=2048,
+        mixed=True,
+        weight_cost=90 if on_tiles else 25,
+        max_columns=2048,
+        max_depth=2048,
         copies_result=False,
-        buffer=(4 + torch.get_num_threads()) * 2**20,
+        workspace=(4 + torch.get_num_threads()) * 2**20,
     )
 
 
@@ -62,7 +63,7 @@ def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False)
     columns = right.shape[1]
     if right.shape[0] != depth or out.shape != (rows, columns):
         raise ValueError(f"out must be [n, m] for [n, k] and [k, m]; got {out.shape}, {left.shape} and {right.shape}")
-    if out.dtype != torch.float32 or left.dtype != torch.float32 or right.dtype not in native.DTYPES:
+    if out.dtype != torch.float32 or left.dtype != torch.float32 or right.dtype not in DTYPES:
         raise ValueError(
             f"out and left must be float32 and right of 16 or 32 bits; got {out.dtype}, {left.dtype}, {right.dtype}"
         )
@@ -82,7 +83,7 @@ def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False)
         out_stride=out.stride(0),
         left_stride=left.stride(0),
         right_stride=right.stride(1 if transposed else 0),
-        right_dtype=native.DTYPES[right.dtype],
+        right_dtype=DTYPES[right.dtype],
         right_transposed=transposed,
         accumulate=accumulate,
         threads=torch.get_num_threads(),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.rows import address
-from softprompt_kernels.kernels.host.chunks import BUDGET
+from softprompt_kernels.kernels.host.chunks import CPU_WORKSPACE_BYTES
 from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
+from softprompt_kernels.kernels.problems.tensors import DTYPES, unit_stride
 
 STATISTICS = 0
 
@@ -42,7 +43,7 @@ def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, 
     divergence = problem.divergence
     weights = None if problem.weights is None else problem.weights.contiguous()
     for rows in _parts(problem):
-        student, teacher = native.unit_stride(problem.student[rows]), native.unit_stride(problem.teacher[rows])
+        student, teacher = unit_stride(problem.student[rows]), unit_stride(problem.teacher[rows])
         native.module().kl_logits(
             student=address(student),
             teacher=address(teacher),
@@ -56,8 +57,8 @@ def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, 
             student_stride=student.stride(0),
             teacher_stride=teacher.stride(0),
             gradient_stride=problem.student.shape[1],
-            student_dtype=native.DTYPES[student.dtype],
-            teacher_dtype=native.DTYPES[teacher.dtype],
+            student_dtype=DTYPES[student.dtype],
+            teacher_dtype=DTYPES[teacher.dtype],
             divergence=divergence.code,
             beta=divergence.beta,
             temperature=divergence.temperature,
@@ -70,5 +71,5 @@ def _parts(problem: LogitsProblem) -> Iterator[slice]:
     tokens, step = problem.student.shape[0], problem.student.shape[0]
     if any(t.stride(1) != 1 for t in (problem.student, problem.teacher)):
         columns = problem.student.shape[1] + problem.teacher.shape[1]
-        step = max(1, BUDGET // (columns * 4))
+        step = max(1, CPU_WORKSPACE_BYTES // (columns * 4))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, max(1, step)))

@@ -8,13 +8,14 @@ from torch import Tensor
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.gemm import products
 from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
-from softprompt_kernels.kernels.host import fused_linear as driver
+from softprompt_kernels.kernels.host import fused_linear
+from softprompt_kernels.kernels.host.rows import Backend
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
-def backend() -> driver.Backend:
+def backend() -> Backend:
     """What the driver is given."""
-    return driver.Backend(products(), workspace, divergence_, add_tile_)
+    return Backend(products(), workspace, divergence_, add_tile_)
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -24,9 +25,9 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    return driver.forward(problem, need_gradient, backend())
+    return fused_linear.forward(problem, need_gradient, backend())
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
-    return driver.backward(problem, row_scale, needs, backend())
+    return fused_linear.backward(problem, row_scale, needs, backend())

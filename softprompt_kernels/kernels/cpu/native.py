@@ -3,8 +3,10 @@
 import importlib
 from types import ModuleType
 
-import torch  # before the module: it runs on the threads of torch's OpenMP runtime and brings none of its own
+# Torch is imported before the module, which runs on the threads of torch's OpenMP runtime and brings none of its own.
 from torch import Tensor
+
+from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 _why_missing: str | None = None
 _module: ModuleType | None = None
@@ -42,9 +44,6 @@ def instruction_set() -> str:
         return str(error)
 
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
     """Why a tensor cannot be given to the kernels, which take fp32, bf16 and fp16 on the CPU."""
     if tensor.device.type != "cpu":
@@ -52,10 +51,3 @@ def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         return f"{name} is {tensor.dtype}, and it computes in fp32"
     return None
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where neighbours in the last dimension are not neighbours in memory."""
-    if tensor.numel() == 0:
-        return tensor.new_empty(tensor.shape)  # which may have been expanded from something with any strides
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.kernels.host.chunks import BUDGET
+from softprompt_kernels.kernels.host.chunks import CPU_WORKSPACE_BYTES
 from softprompt_kernels.kernels.host.head_logits import Activation
-from softprompt_kernels.kernels.host.streamed_vocabulary import State as SweepState
+from softprompt_kernels.kernels.host.rows import TileState
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
 _kept = threading.local()
@@ -27,7 +27,7 @@ def divergence_(
     divergence: Divergence,
     need_gradient: bool,
 ) -> Tensor:
-    """See `RowWork` of `kernels/host/chunked_logits.py`."""
+    """See `DivergenceKernel` in `kernels/host/rows.py`."""
     loss = student.new_empty(student.shape[0])
     native.module().kl_rows(
         student=address(student),
@@ -54,9 +54,9 @@ def add_tile_(
     student_activation: Activation,
     teacher_activation: Activation,
     divergence: Divergence,
-    state: SweepState,
+    state: TileState,
 ) -> None:
-    """See `TileWork` of `kernels/host/streamed_vocabulary.py`."""
+    """See `DivergenceTileKernel` in `kernels/host/rows.py`."""
     weighted, plain = (None, None) if state.sums is None else state.sums.chunk(2)
     native.module().kl_tile(
         student=address(student),
@@ -80,7 +80,7 @@ def add_tile_(
 
 
 def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
-    """See `RowWork` of `kernels/host/head_expectation.py`."""
+    """See `ExponentialsKernel` in `kernels/host/rows.py`."""
     mean = state.mean
     native.module().expectation_rows(
         logits=address(logits),
@@ -109,7 +109,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     larger than the budget, which only an explicit chunk_tokens or a huge vocabulary can ask for, is not kept.
     """
     size = rows * columns
-    if size * dtype.itemsize > BUDGET:
+    if size * dtype.itemsize > CPU_WORKSPACE_BYTES:
         return torch.empty(rows, columns, dtype=dtype)
     kept: Tensor | None = getattr(_kept, "workspace", None)
     if kept is None or kept.numel() < size or kept.dtype != dtype:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
+from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.problems.attention import (
     AttentionProblem,
     Gradients,
@@ -18,6 +18,7 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_output,
     empty_token_major,
 )
+from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 HEAD_SIZES = (64, 96, 128)
 _ALIGNMENT = 16  # bytes, of rows: they are copied 16 at a time

@@ -2,7 +2,7 @@
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import head_expectation as driver
+from softprompt_kernels.kernels.device import head_expectation
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem
 
 
@@ -19,4 +19,4 @@ class HeadExpectation:
 
     def forward(self, problem: ExpectationProblem) -> Expectation:
         """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
-        return driver.forward(problem, self._rows)
+        return head_expectation.forward(problem, self._rows)

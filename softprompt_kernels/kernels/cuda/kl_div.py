@@ -4,7 +4,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import given_logits as driver
+from softprompt_kernels.kernels.device import given_logits
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 
@@ -26,8 +26,8 @@ class KlDiv:
 
     def forward(self, problem: LogitsProblem) -> tuple[Tensor, Tensor]:
         """Loss of each row [N], and what the backward needs to know of it [N, STATISTICS]."""
-        return driver.forward(problem, self._rows)
+        return given_logits.forward(problem, self._rows)
 
     def backward(self, problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
         """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
-        return driver.backward(problem, row_scale, statistics, self._rows)
+        return given_logits.backward(problem, row_scale, statistics, self._rows)

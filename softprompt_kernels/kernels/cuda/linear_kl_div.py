@@ -4,7 +4,7 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.cuda.rows import CudaRows
-from softprompt_kernels.kernels.device import chunked_logits as driver
+from softprompt_kernels.kernels.device import chunked_logits
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
@@ -21,8 +21,8 @@ class LinearKlDiv:
 
     def forward(self, problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed, in the dtype it is kept in."""
-        return driver.forward(problem, need_gradient, self._rows)
+        return chunked_logits.forward(problem, need_gradient, self._rows)
 
     def backward(self, problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
         """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias, each in its input's dtype."""
-        return driver.backward(problem, row_scale, needs, self._rows)
+        return chunked_logits.backward(problem, row_scale, needs, self._rows)

@@ -16,9 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.problems.tensors import DTYPES
+
 Tensors = Iterable[Tensor | None]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TEGRA = (87, 101, 110)
 _HOST_MULTIPROCESSORS = 4  # few, so that small problems are cut as large ones are
 

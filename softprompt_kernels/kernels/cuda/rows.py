@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.cuda.native import DTYPES, Runner
+from softprompt_kernels.kernels.cuda.native import Runner
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
+from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class CudaRows:
         statistics: Tensor | None = None,
         gradient: Gradient | None = None,
     ) -> CudaLaunch:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         student, teacher = logits.student, logits.teacher
         out = None if gradient is None else gradient.out
         row_scale = None if gradient is None else gradient.row_scale
@@ -81,7 +82,7 @@ class CudaRows:
         state: ExpectationState,
         parts: Parts,
     ) -> CudaLaunch:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         mean, high, low = state.mean, parts.high, parts.low
         arguments = {
             "products": _matrix(products),
@@ -109,7 +110,7 @@ class CudaRows:
         )
 
     def run(self, launches: Iterable[CudaLaunch], device: torch.device) -> None:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         for launch in launches:
             with self.runner.launching(launch.reads, launch.writes) as module:
                 launch.function(module)(**launch.arguments, stream=self.runner.stream(device))

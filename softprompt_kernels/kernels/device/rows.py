@@ -1,6 +1,6 @@
-"""Row work of the losses on a GPU, as the drivers of this package ask a backend for it.
+"""The row kernels of the losses on a GPU: the interface between the drivers of this package and a backend.
 
-The drivers make matrix products and cut problems into chunks; what happens to a row of logits is the backend's, in
+The drivers cut problems into chunks and call the GEMMs. What happens to a row of logits is the backend's part, in
 Triton or in CUDA C++.
 """
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
-STATISTICS = 5  # numbers of a row that a gradient can be computed from
+STATISTICS = 5  # numbers per row, from which a later launch can compute the gradient
 
 
 @dataclass(frozen=True)
 class Logits:
-    """Both sides [n, V], and what makes logits over T of them.
+    """Student and teacher [n, V], and how logits over T follow from them.
 
-    scale · (side + bias), or scale · tanh(inner · (side + bias)) where `inner` is given.
+    scale · (x + bias), or scale · tanh(inner · (x + bias)) where `inner` is given.
     """
 
     student: Tensor
@@ -33,27 +33,27 @@ class Logits:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Where gradients by the sides' student go, [n, V or more]; 0 after V. It may be the student itself."""
+    """Where the gradient by `Logits.student` is written, times `scale` and `row_scale`; 0 in columns from V on."""
 
-    out: Tensor
+    out: Tensor  # [n, V or more]; may be Logits.student itself
     row_scale: Tensor | None = None  # [n] fp32
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where e goes, if anywhere: rounded to the matrix's dtype, and what that lost if there is a second matrix."""
+    """Where e = exp(z − m) is written: rounded to the dtype of `high`; its rounding error to `low`, if there is one."""
 
-    high: Tensor | None = None  # [n, columns]
+    high: Tensor | None = None  # [n, columns]; None: e is not written
     low: Tensor | None = None
-    scale: float = 1.0  # a power of 2 that both are multiplied by
+    scale: float = 1.0  # a power of 2 that multiplies both
 
 
-Launch = TypeVar("Launch")  # a backend's own: one kernel with its arguments
+Launch = TypeVar("Launch")  # a backend's own type: one kernel with its arguments
 
 
-class RowWork(Protocol[Launch]):
-    """A backend's row work. Launches hold tensors, and touch them when they are run."""
+class RowKernels(Protocol[Launch]):
+    """A backend's row kernels. A launch holds its tensors, and accesses their memory only when it is run."""
 
     def divergence(
         self,
@@ -67,27 +67,28 @@ class RowWork(Protocol[Launch]):
         statistics: Tensor | None = None,
         gradient: Gradient | None = None,
     ) -> Launch:
-        """With `loss` [n], measures the rows (into `statistics` where given); with `gradient`, writes that.
+        """With `loss` [n]: writes the losses, and the rows' statistics where given. With `gradient`: writes that.
 
-        A gradient without a loss is computed from the statistics that an earlier launch left.
+        Without `loss`, the gradient is computed from the statistics that an earlier launch wrote.
         """
 
     def exponentials(
         self,
-        products: Tensor,  # [n, columns] fp32
+        product: Tensor,  # [n, columns] fp32, h Wᵀ
         bias: Tensor | None,  # [columns] fp32
-        scale: float,  # logits are scale · (products + bias)
-        first: int,  # the tile's first word
+        scale: float,  # logits z are scale · (product + bias)
+        first: int,  # the first vocabulary entry of the tile
         weights: Tensor | None,  # [n]
         state: ExpectationState,
         parts: Parts,
+        /,
     ) -> Launch:
-        """e = exp(z − the largest z so far) of a tile, and the state after it, its mean only rescaled."""
+        """Writes e = exp(z − m) of a tile, and updates the state; the mean is only rescaled."""
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> None:
-        """Runs launches one after the other on a device's current stream, whichever device is the current one."""
+        """Runs launches in order on the current stream of `device`, which need not be the current device."""
 
 
 def device_rows(tensor: Tensor | None) -> Tensor | None:
-    """[n] in fp32 and in one piece, or None."""
+    """[n] in fp32 and contiguous, or None."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()

@@ -1,1 +1,1 @@
-"""Drivers of the losses on CPUs, which the `cpu` and `composed` backends share: chunks, GEMMs, row kernels."""
+"""Drivers of the losses on CPUs, shared by the `cpu` and `composed` backends: chunks, GEMMs, calls of row kernels."""

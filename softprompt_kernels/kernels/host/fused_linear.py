@@ -1,43 +1,33 @@
-"""Divergence between the logits of two heads, from hidden states: which of two forms serves which tokens.
+"""Divergence between the logits of two heads, from hidden states: chooses the driver for each token.
 
-`linear_kl_div_chunks.py` keeps the logits of a chunk of tokens, for any divergence; `linear_kl_div_sweep.py` keeps
-none, for forward and reverse KL, and leaves some rows to the other. Products are all that counts. One of n rows takes
-as long as n + k rows would if reading and packing the weight were free, with `Products.weight_rows` for k. So, in
-products of the head's size with rows that are many, a token costs
+    chunked_logits.py         stores the logits of a chunk of tokens; serves every divergence
+    streamed_vocabulary.py    stores no logits; serves forward and reverse KL, and leaves some rows to the other
 
-    chunks of n   2 + k/n for the logits, and 1 + k/n for the gradient
-    sweeps of n   2 + k/n for the logits, and 2 + k/n for the gradient
+Only the GEMMs matter for the time. A GEMM of n rows takes as long as n + k rows would if reading and packing the weight
+were free, where k is `Gemm.weight_cost`. The unit is a GEMM of the head's size with very many rows. A token costs
 
-and a sweep has many more tokens at a time.
+    chunks of n tokens, stored logits          2 + k/n for the logits, and 1 + k/n for the gradient
+    chunks of n tokens, streamed vocabulary    2 + k/n for the logits, and 2 + k/n for the gradient
+
+and n is much larger with a streamed vocabulary.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.host import chunked_logits as chunked
-from softprompt_kernels.kernels.host import streamed_vocabulary as swept
-from softprompt_kernels.kernels.host.chunked_logits import Allocate, ChunkWork, RowWork
+from softprompt_kernels.kernels.host import chunked_logits, streamed_vocabulary
 from softprompt_kernels.kernels.host.chunks import kept_tokens
-from softprompt_kernels.kernels.host.gemm import Products
-from softprompt_kernels.kernels.host.streamed_vocabulary import SweepWork, TileWork
-from softprompt_kernels.kernels.problems.loss import JSD, HeadGradients, HeadNeeds, HeadProblem
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a backend supplies."""
-
-    products: Products
-    allocate: Allocate
-    rows: RowWork
-    tile: TileWork | None  # None: it does not sweep
-
-    @property
-    def chunks(self) -> ChunkWork:
-        """For the form that keeps logits."""
-        return ChunkWork(self.rows, self.allocate, self.products)
+from softprompt_kernels.kernels.host.gemm import Gemm
+from softprompt_kernels.kernels.host.rows import Backend
+from softprompt_kernels.kernels.problems.loss import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    HeadGradients,
+    HeadNeeds,
+    HeadProblem,
+    unknown_divergence,
+)
 
 
 def forward(problem: HeadProblem, need_gradient: bool, backend: Backend) -> tuple[Tensor, Tensor | None]:
@@ -45,23 +35,25 @@ def forward(problem: HeadProblem, need_gradient: bool, backend: Backend) -> tupl
     loss = torch.zeros(problem.student.shape[0], dtype=problem.compute_dtype)
     gradient = torch.zeros(problem.student.shape, dtype=loss.dtype) if need_gradient else None
     kept = kept_tokens(problem.weights)
-    if backend.tile is not None and _sweep_is_cheaper(problem, kept, need_gradient, backend.products):
-        sweep = SweepWork(backend.tile, backend.allocate, backend.products)
-        kept = swept.forward(problem, kept, loss, gradient, sweep)
-    chunked.forward(problem, kept, loss, gradient, backend.chunks)
+    if backend.tile is not None and _streaming_is_faster(problem, kept, need_gradient, backend.gemm):
+        kept = streamed_vocabulary.forward(problem, kept, loss, gradient, backend)
+    chunked_logits.forward(problem, kept, loss, gradient, backend)
     return loss, gradient
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds, backend: Backend) -> HeadGradients:
-    """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias."""
-    return chunked.backward(problem, kept_tokens(problem.weights), row_scale, needs, backend.chunks)
+    """Gradients of Σ_n row_scale[n] · loss[n], by hidden states, weight and bias."""
+    return chunked_logits.backward(problem, kept_tokens(problem.weights), row_scale, needs, backend)
 
 
-def _sweep_is_cheaper(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, products: Products) -> bool:
+def _streaming_is_faster(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, gemm: Gemm) -> bool:
+    kind = problem.divergence.kind
+    if kind not in (FORWARD, REVERSE, JSD):
+        raise unknown_divergence(kind)
     tokens = problem.student.shape[0] if kept is None else kept.shape[0]
-    if problem.divergence.kind == JSD or tokens == 0:
+    if kind == JSD or tokens == 0:
         return False
-    weight = (2 if need_gradient else 1) * products.weight_rows
-    chunks = (3 if need_gradient else 2) + weight / chunked.tokens_at_once(problem, tokens, products)
-    sweeps = (4 if need_gradient else 2) + weight / swept.tokens_at_once(problem, tokens, products)
-    return sweeps < chunks
+    weight = (2 if need_gradient else 1) * gemm.weight_cost
+    chunked = (3 if need_gradient else 2) + weight / chunked_logits.tokens_at_once(problem, tokens, gemm)
+    streamed = (4 if need_gradient else 2) + weight / streamed_vocabulary.tokens_at_once(problem, tokens, gemm)
+    return streamed < chunked

@@ -1,4 +1,4 @@
-"""Products of hidden states with a head's weight, by the fastest that a backend has for them, and what they take."""
+"""The GEMM of hidden states with a head's weight on a CPU: which one a backend uses, and its limits and costs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Products:
-    """How to multiply.
+class Gemm:
+    """A GEMM implementation.
 
     Args:
-        multiply: `multiply(out, left, right, accumulate)` is out = left right, or out += left right. The right side has
-            neighbours in memory in its rows or in its columns.
-        narrow: whether the right side may be of 16 bits where the left one is not.
-        weight_rows: how many rows of the left side take as long as what a product does with the right side alone.
-        columns: of a product at most, None: as many as there are.
-        depth: the same of the summed dimension.
-        copies_result: whether there is a copy of the product's result in the library's own memory.
-        buffer: bytes of the library's own memory beside that.
+        multiply: `multiply(out, left, right, accumulate)` computes out = left right, or out += left right. One of the
+            two strides of `right` is 1.
+        mixed: `right` may have 16 bits while `left` has 32.
+        weight_cost: reading and packing `right` takes as long as this many rows of `left`.
+        max_columns: columns of `out` per call at most; None: no limit.
+        max_depth: length of the summed dimension per call at most; None: no limit.
+        copies_result: the library keeps a copy of `out` in its own memory.
+        workspace: bytes of the library's other memory.
     """
 
     multiply: Callable[[Tensor, Tensor, Tensor, bool], object]
-    narrow: bool
-    weight_rows: int
-    columns: int | None
-    depth: int | None
+    mixed: bool
+    weight_cost: int
+    max_columns: int | None
+    max_depth: int | None
     copies_result: bool
-    buffer: int
+    workspace: int
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
@@ -38,8 +38,14 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> Non
         torch.mm(left, right, out=out)
 
 
-# Measured with MKL in fp32, for 24 to 128 rows of d = 576 and 896. It makes a copy of a wide result, which would be as
-# large as all logits.
-TORCH = Products(
-    _multiply, narrow=False, weight_rows=40, columns=2**15, depth=None, copies_result=True, buffer=2 * 2**20
+# PyTorch's GEMM. Measured with MKL in fp32, for 24 to 128 rows of d = 576 and 896. MKL copies a wide result: without a
+# limit on the columns the copy would be as large as all logits.
+TORCH = Gemm(
+    _multiply,
+    mixed=False,
+    weight_cost=40,
+    max_columns=2**15,
+    max_depth=None,
+    copies_result=True,
+    workspace=2 * 2**20,
 )

@@ -1,40 +1,31 @@
-"""What a head's distribution expects of its own weights: one sweep over tiles of the vocabulary, as in flash attention.
+"""Expectations of a head's weights under its own distribution: one pass over tiles of the vocabulary.
 
-With m the largest logit of the tiles so far, a tile costs one product for its logits z, row work that turns them into
-e = exp(z − m) and rescales what was summed with an older m, and one product that adds e W to the sum:
+As in flash attention, let m be the largest logit of the tiles so far. A tile costs one GEMM for its logits z, a row
+kernel that turns them into e = exp(z − m) and rescales the sums when m grows, and one GEMM that adds e W to the mean:
 
     A = m + log Σ e,        E_p[W] = Σ e W / Σ e
 
-All tokens of a chunk see a tile while it is in the cache; the logits of the whole vocabulary never exist.
-
-A backend supplies the row work and the products.
+All tokens of a chunk use a tile while it is in the cache. The logits of the whole vocabulary never exist. The backend
+supplies the row kernel and the GEMM.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.host.chunks import chunk_size, kept_tokens, token_chunks, weight_parts
-from softprompt_kernels.kernels.host.gemm import Products
+from softprompt_kernels.kernels.host.gemm import Gemm
+from softprompt_kernels.kernels.host.rows import ExponentialsKernel
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, ExpectationState
 
-_TILE = 4096  # words; between 1024 and 8192 all take the same time within 5 %, at d = 576 and 896
+_TILE = 4096  # vocabulary entries; all sizes from 1024 to 8192 take the same time within 5 %, at d = 576 and 896
 
 
-class RowWork(Protocol):
-    """Turns products [n, columns] of a tile, from column `first` on, into e, and updates the state but for its mean.
+def forward(problem: ExpectationProblem, row_kernel: ExponentialsKernel, gemm: Gemm) -> Expectation:
+    """For each row: lse(z) in float64, z of the label, E_p[W] and E_p[bias].
 
-    The mean is only rescaled. `scale` · `bias` [columns] is added to the products; −inf removes a word.
+    Raises:
+        ValueError: a label is not below the vocabulary's size.
     """
-
-    def __call__(
-        self, logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState
-    ) -> None: ...
-
-
-def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) -> Expectation:
-    """lse(z) in float64, z of the label, E_p[W] and E_p[bias], row by row."""
     head, dtype = problem.head, problem.compute_dtype
     tokens, size = problem.hidden.shape
     scale = head.logit_scale / problem.temperature
@@ -48,19 +39,19 @@ def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) 
     bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype)
 
     tile = min(_TILE, head.weight.shape[0])
-    elements = tile * (2 if products.copies_result else 1) + 2 * size
-    chunk = chunk_size(tokens, problem.chunk_tokens, elements, [head.weight], dtype, products)
-    buffer = torch.empty(chunk * tile, dtype=dtype)
+    elements = tile * (2 if gemm.copies_result else 1) + 2 * size
+    chunk = chunk_size(tokens, problem.chunk_tokens, elements, [head.weight], dtype, gemm)
+    workspace = torch.empty(chunk * tile, dtype=dtype)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
         hidden = problem.hidden[rows].to(dtype).contiguous()
-        state = _state(problem, hidden, bias, rows, mean)
+        state = _initial_state(problem, hidden, bias, rows, mean)
         hidden = hidden if scale == 1 else hidden * scale
-        for columns, (weight,) in weight_parts([head.weight], dtype, products, tile):
-            logits = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
-            products.multiply(logits, hidden, weight.mT, False)
-            row_work(logits, None if bias is None else bias[columns], scale, columns.start, state)
+        for columns, (weight,) in weight_parts([head.weight], dtype, gemm, tile):
+            logits = workspace[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], weight.shape[0])
+            gemm.multiply(logits, hidden, weight.mT, False)
+            row_kernel(logits, None if bias is None else bias[columns], scale, columns.start, state)
             if state.mean is not None:
-                products.multiply(state.mean, logits, weight, True)
+                gemm.multiply(state.mean, logits, weight, True)
         log_partition[rows] = state.largest.double() + state.total.log()
         if mean is not None and state.mean is not None:
             mean[rows] = state.mean.div_(state.total[:, None])
@@ -71,7 +62,7 @@ def forward(problem: ExpectationProblem, row_work: RowWork, products: Products) 
     return Expectation(log_partition, label_logit, mean, bias_mean)
 
 
-def _state(
+def _initial_state(
     problem: ExpectationProblem, hidden: Tensor, bias: Tensor | None, rows: slice | Tensor, mean: Tensor | None
 ) -> ExpectationState:
     tokens, dtype = hidden.shape[0], hidden.dtype

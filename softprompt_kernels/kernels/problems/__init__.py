@@ -1,1 +1,1 @@
-"""What a kernel is given: frozen records of checked arguments, one module for attention and one for the losses."""
+"""What a kernel is given: frozen dataclasses of checked arguments, for attention and for the losses."""

@@ -1,23 +1,23 @@
-"""What every attention kernel is given: one frozen record, already checked by `ops.prompt_attention`.
+"""The problem that every attention kernel is given. `ops.prompt_attention` has checked its tensors.
 
-Notation used by all attention kernels:
+Notation of all attention kernels:
 
-    B  sequences (1 in the packed form)     S    sequences in the packed form, else B
-    M  queries a sequence                   N    own keys a sequence
-    R  prompts in the bank                  P    prompt keys (padded)
+    B  batch (1 in the packed form)         S    sequences: cu_seqlens has S + 1 entries; B in the padded form
+    M  queries per sequence                 N    own keys per sequence
+    R  prompts in the bank                  P    keys per prompt, padding included
     Hq query heads, Hkv key heads           g    Hq / Hkv
     D  head size of queries and keys        Dv   head size of values
 
-Positions: prompt key p is at p, own key j at `len + j`, query i at `len + (N - M) + i`, with `len` the length of the
-prompt that the sequence sees. In the packed form i and j count from the start of their sequence.
+Positions: prompt key p has position p, own key j has `len + j`, query i has `len + (N - M) + i`, where `len` is the
+length of the prompt that the sequence sees. In the packed form i and j count from the start of their sequence.
 
-A kernel pair is
+A kernel module has
 
     forward(problem) -> (out [B, Hq, M, Dv], lse [B, Hq, M])
     backward(problem, out, lse, grad_out, grad_lse, needs) -> Gradients
 
-`out` has query's dtype, `lse` is fp32 (float64 for float64 inputs). out and the gradients of query, key and value are
-laid out in memory as [batch, tokens, heads, size], which is what the projections beside an attention read and write.
+`out` has query's dtype, `lse` is fp32 (float64 for float64 inputs). In memory, out and the gradients of query, key and
+value are laid out as [batch, tokens, heads, size]: that is what the projections before and after attention use.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class AttentionProblem:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key head."""
+        """Query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
 
     @property
@@ -58,7 +58,7 @@ class AttentionProblem:
 
 
 class Needs(NamedTuple):
-    """Which gradients the backward must compute."""
+    """Which gradients the backward has to compute."""
 
     query: bool
     key: bool
@@ -69,7 +69,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """One gradient an input of `Needs`; None where it was not needed."""
+    """The gradients that `Needs` asked for, None for the others."""
 
     query: Tensor | None
     key: Tensor | None
@@ -80,7 +80,7 @@ class Gradients(NamedTuple):
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are made in."""
+    """The dtype of accumulators: float64 for float64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -96,7 +96,7 @@ def empty_token_major(like: Tensor, batch: int, heads: int, tokens: int, size: i
 
 
 def token_major(tensor: Tensor) -> Tensor:
-    """The same [batch, heads, tokens, size], in memory [batch, tokens, heads, size]; no copy if it is so already."""
+    """The same [batch, heads, tokens, size], in memory [batch, tokens, heads, size]; a copy only where needed."""
     if tensor.stride() == _token_major_strides(*tensor.shape[1:]):
         return tensor
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)

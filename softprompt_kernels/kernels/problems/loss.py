@@ -1,14 +1,14 @@
-"""What every loss kernel is given: frozen records, already checked by the ops.
+"""The problems that the loss kernels are given. The ops have checked their arguments.
 
-Notation used by all loss kernels:
+Notation of all loss kernels:
 
-    N  tokens      V  vocabulary rows that count (`valid_vocab` cuts the rest)      d  size of a hidden state
+    N  tokens      V  vocabulary entries that count (`valid_vocab` cuts the rest)      d  size of a hidden state
     z_s, z_t       logits of student and teacher, divided by the temperature T
     p_s, p_t       their softmax
 
 A head maps a hidden state to logits, `softcap(logit_scale · (W h + bias))`. Every loss is multiplied by T², so that
-its gradient has the same size at every temperature. Rows of weight 0 are skipped: whatever they hold, their loss and
-gradient are 0. The other weights are not applied by the kernels, but by the caller.
+its gradient has the same size at every temperature. Kernels skip rows of weight 0: their loss and gradient are 0,
+whatever they hold. The caller applies all other weights.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,22 @@ from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 
 DIVERGENCES = {FORWARD: 0, REVERSE: 1, JSD: 2}
-"""Every kind of divergence, with its number in `csrc/tensor.h`. A kind that is not here raises wherever it is used."""
+"""Every kind of divergence, with its number in `csrc/tensor.h`. Every use of a kind that is not here raises."""
 
 
 def unknown_divergence(kind: str) -> ValueError:
-    """The error of a kind that is not in DIVERGENCES, or that a kernel has no code for."""
+    """The error for a kind that is not in DIVERGENCES, or that a kernel does not implement."""
     return ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {kind!r}")
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Which divergence of teacher t and student s, and at which temperature.
+    """A divergence of teacher t and student s at a temperature.
 
     forward KL(t‖s), reverse KL(s‖t), jsd β KL(t‖m) + (1−β) KL(s‖m) with m = β t + (1−β) s
+
+    Raises:
+        ValueError: the kind is not in DIVERGENCES.
     """
 
     kind: str  # one of DIVERGENCES
@@ -61,7 +64,7 @@ class Head:
     logit_scale: float
 
     def cut(self, vocab: int) -> "Head":
-        """The head of the first `vocab` rows."""
+        """The head of the first `vocab` vocabulary entries."""
         bias = None if self.bias is None else self.bias[:vocab]
         return Head(self.weight[:vocab], bias, self.softcap, self.logit_scale)
 
@@ -102,7 +105,7 @@ class HeadProblem:
 
 @dataclass(frozen=True)
 class ExpectationProblem:
-    """What p(v) ∝ exp(z_v), z = logit_scale · (W h + bias) / T, expects of W and bias (no softcap)."""
+    """Expectations of W and bias under p(v) ∝ exp(z_v), with z = logit_scale · (W h + bias) / T (no softcap)."""
 
     hidden: Tensor  # [N, d]
     head: Head
@@ -119,12 +122,12 @@ class ExpectationProblem:
 
 
 def no_statistics(loss: Tensor) -> Tensor:
-    """[N, 0]: what the forward of a kernel leaves to its backward that computes all of it again."""
+    """Row statistics [N, 0] of a forward whose backward computes everything again."""
     return loss.new_empty(loss.shape[0], 0)
 
 
 class HeadNeeds(NamedTuple):
-    """Which gradients of a head problem are wanted."""
+    """Which gradients of a head problem the backward has to compute."""
 
     hidden: bool
     weight: bool
@@ -132,7 +135,7 @@ class HeadNeeds(NamedTuple):
 
 
 class HeadGradients(NamedTuple):
-    """The gradients of `HeadNeeds`, None where not wanted."""
+    """The gradients that `HeadNeeds` asked for, None for the others."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -140,19 +143,19 @@ class HeadGradients(NamedTuple):
 
 
 class Expectation(NamedTuple):
-    """Row by row, in the dtype of the computation; anything finite in skipped rows."""
+    """Results per row, in the compute dtype. Skipped rows may hold any finite number."""
 
-    log_partition: Tensor  # [N] lse(z), may be float64
-    label_logit: Tensor | None  # [N] z of the label, 0 where there is none
+    log_partition: Tensor  # [N] lse(z), possibly in float64
+    label_logit: Tensor | None  # [N] z of the label, 0 for rows without one
     mean: Tensor | None  # [N, d] E_p[W]
     bias_mean: Tensor | None  # [N] E_p[bias]
 
 
 @dataclass(frozen=True)
 class ExpectationState:
-    """The online softmax of the n tokens of a chunk, after some tiles of the vocabulary."""
+    """The online softmax of the n tokens of a chunk, after some tiles of the vocabulary; e = exp(z − m)."""
 
-    largest: Tensor  # [n] m
+    largest: Tensor  # [n] m, the largest z so far
     total: Tensor  # [n] float64, Σ e
     mean: Tensor | None  # [n, d] Σ e W
     bias_total: Tensor | None  # [n] float64, Σ e · bias

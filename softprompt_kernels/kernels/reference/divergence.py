@@ -1,24 +1,24 @@
 """Divergences of rows of logits and their gradients: the definition.
 
-With the log-ratio δ = log p_s − log p_t, and the excess φ(δ) = e^δ − 1 − δ ≥ 0, whose smallness near δ = 0 is what
-keeps the relative accuracy of a loss that goes to 0 (Σ p_s = Σ p_t makes the two first terms sum to nothing):
+Let δ = log p_s − log p_t be the log-ratio and φ(δ) = e^δ − 1 − δ ≥ 0 the excess. φ is small near δ = 0, which keeps the
+relative accuracy of a loss that goes to 0. (The terms e^δ − 1 sum to 0, since Σ p_s = Σ p_t.)
 
     kind     loss                                           ∂ loss / ∂ z_s
     forward  KL(p_t‖p_s) = Σ p_t φ(δ)                       p_s − p_t
     reverse  KL(p_s‖p_t) = Σ p_s φ(−δ)                      p_s (δ − KL)
     jsd      β Σ p_t φ(log m/p_t) + (1−β) Σ p_s φ(log m/p_s)   (1−β) p_s (log p_s/m − KL(p_s‖m)),  m = β p_t + (1−β) p_s
 
-An error ε in δ's normalisers changes Σ p_t φ(δ) only by ε²/2.
+An error ε in the normalisers of δ changes Σ p_t φ(δ) only by ε²/2.
 
-Logits of −inf are probabilities of 0. A term of probability 0 contributes nothing; a probability over one of 0 makes
-the divergence +inf (forward: the gradient stays p_s − p_t; reverse: it is 0). A teacher row without any finite logit
-says nothing: loss 0, gradient 0. A student row without any gives loss +inf, gradient 0.
+A logit of −inf is a probability of 0. A term p log(p/q) is 0 where p = 0. It is +inf where only q = 0; the divergence
+is then +inf, and its gradient is p_s − p_t for forward, as always, and 0 for reverse. A teacher row without a finite
+logit has loss 0 and gradient 0. A student row without one has loss +inf and gradient 0.
 """
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, Divergence
+from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, unknown_divergence
 
 
 def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tens
     no_student, no_teacher = student_sum == 0, teacher_sum == 0
     p_s = student_exp / torch.where(no_student, 1, student_sum)
     p_t = teacher_exp / torch.where(no_teacher, 1, teacher_sum)
-    # Differences before normalisers: equal logits give exactly 0, and close ones lose no digits.
+    # Differences first, normalisers after: equal logits give exactly 0, and close ones lose no digits.
     delta = student - teacher - (student_max - teacher_max) - torch.log(student_sum / teacher_sum)
     if divergence.kind == FORWARD:
         loss, gradient = _kl(p_t, p_s, delta), p_s - p_t
@@ -37,15 +37,17 @@ def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tens
         loss = _kl(p_s, p_t, -delta)
         gradient = torch.where(p_s == 0, 0, p_s * (delta - loss))
         gradient = torch.where(torch.isinf(loss), 0, gradient)
-    else:
+    elif divergence.kind == JSD:
         loss, gradient = _jsd(p_s, p_t, delta, divergence.beta)
+    else:
+        raise unknown_divergence(divergence.kind)
     loss = torch.where(no_student, torch.inf, loss)
     loss = torch.where(no_teacher, 0, loss)
     return loss.squeeze(-1), torch.where(no_student | no_teacher, 0, gradient)
 
 
 def _finite_max(logits: Tensor) -> Tensor:
-    """[N, 1]; 0 for rows of −inf (and for an empty vocabulary)."""
+    """The largest logit [N, 1]; 0 for rows of −inf, and for an empty vocabulary."""
     largest = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:-1], 1)
     return torch.where(torch.isinf(largest), 0, largest)
 

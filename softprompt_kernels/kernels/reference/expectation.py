@@ -1,4 +1,4 @@
-"""What a head's distribution expects of its own weights: the definition. Memory is O(N · V)."""
+"""Expectations of a head's weights under its own distribution: the definition. Memory is O(N · V)."""
 
 import torch
 
@@ -12,7 +12,7 @@ def unsupported(problem: ExpectationProblem) -> str | None:
 
 
 def forward(problem: ExpectationProblem) -> Expectation:
-    """lse(z), z of the label, E_p[W] and E_p[bias], row by row."""
+    """For each row: lse(z), z of the label, E_p[W] and E_p[bias], in the compute dtype."""
     dtype, head = problem.compute_dtype, problem.head
     hidden = kept_rows(problem.hidden, problem.weights).to(dtype)
     z, _ = logits(hidden, head, problem.temperature)
@@ -26,6 +26,6 @@ def forward(problem: ExpectationProblem) -> Expectation:
     if problem.need_mean:
         mean = p @ head.weight.to(dtype)
     if head.bias is not None:
-        # A bias of −inf has probability 0 and expects nothing.
+        # A bias of −inf has probability 0 and adds nothing to the expectation.
         bias_mean = p @ torch.where(head.bias == -torch.inf, 0, head.bias).to(dtype)
     return Expectation(log_partition, label_logit, mean, bias_mean)

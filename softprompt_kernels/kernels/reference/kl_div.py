@@ -15,19 +15,20 @@ def unsupported(problem: LogitsProblem) -> str | None:
 
 
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
-    """Loss of each row, [N], in the dtype of the computation; no statistics."""
+    """Loss of each row [N] in the compute dtype, and no statistics [N, 0]."""
     loss = _rows(problem)[0]
     return loss, no_statistics(loss)
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
-    """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
+    """Gradient of Σ_n row_scale[n] · loss[n] by the student's logits; 0 in vocabulary entries that are cut."""
     full = torch.zeros_like(problem.student)
     full[:, : problem.vocab] = (_rows(problem)[1] * row_scale[:, None]).to(full.dtype)
     return full
 
 
 def _rows(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
+    """Loss [N] and its gradient by the student's logits [N, vocab]."""
     temperature = problem.divergence.temperature
     student, teacher = (
         t[:, : problem.vocab].to(problem.compute_dtype) / temperature for t in (problem.student, problem.teacher)

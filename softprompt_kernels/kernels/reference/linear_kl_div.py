@@ -13,7 +13,7 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed, in the dtype of the computation."""
+    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed, in the compute dtype."""
     loss, by_linear = _rows(problem)
     if not need_gradient:
         return loss, None
@@ -21,7 +21,7 @@ def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor |
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
-    """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias, each in its input's dtype."""
+    """Gradients of Σ_n row_scale[n] · loss[n], by hidden states, weight and bias, each in its input's dtype."""
     _, by_linear = _rows(problem)
     by_linear = by_linear * row_scale[:, None].to(by_linear.dtype)
     head, dtype = problem.head, by_linear.dtype
@@ -36,7 +36,7 @@ def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadG
 
 
 def logits(hidden: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor | float]:
-    """Logits over T [N, V], and their derivative by W h + bias: [N, V] if there is a softcap, else a number."""
+    """Logits over T [N, V], and their derivative by W h + bias: [N, V] with a softcap, else one number."""
     raw = hidden @ head.weight.to(hidden.dtype).mT
     if head.bias is not None:
         raw = raw + head.bias.to(hidden.dtype)
@@ -61,5 +61,5 @@ def _rows(problem: HeadProblem) -> tuple[Tensor, Tensor]:
 
 
 def kept_rows(hidden: Tensor, weights: Tensor | None) -> Tensor:
-    """Skipped rows become 0, so that nothing they hold spreads through a matrix product."""
+    """The hidden states, with 0 in skipped rows, whose contents would spread through a GEMM."""
     return hidden if weights is None else torch.where(weights[:, None] == 0, 0, hidden)

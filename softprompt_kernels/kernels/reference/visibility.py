@@ -1,8 +1,8 @@
-"""Which key a query sees, as a boolean mask: the definition of causal, window, lengths and packing.
+"""Which keys a query sees, as a boolean mask: the definition of causal, window, lengths and packing.
 
-The prompt's keys come first, so a mask is [B or 1, M or 1, K] over K = (prompt keys + N) keys. In the plain form a
-sequence's prompt keys are the P keys of its own prompt; in the packed form they are all R·P keys of the bank, and
-the mask picks the prompt of the query's sequence.
+The prompt's keys come first: a mask is [B or 1, M or 1, K] over K = (prompt keys + N) keys. In the padded form, the
+prompt keys of a sequence are the P keys of its own prompt. In the packed form they are all R·P keys of the bank, and
+the mask selects the prompt of the query's sequence.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from softprompt_kernels.kernels.problems.attention import AttentionProblem
 
 @dataclass(frozen=True)
 class Visibility:
-    """`visible` [B|1, M, K]: the query sees the key. `key_exists` [B|1, K]: the key is no padding."""
+    """`visible` [B|1, M, K]: the query sees the key. `key_exists` [B|1, K]: the key is not padding."""
 
     visible: Tensor
     key_exists: Tensor
@@ -32,12 +32,12 @@ def prompt_rows(problem: AttentionProblem, sequences: int) -> Tensor:
 
 
 def visibility(problem: AttentionProblem) -> Visibility:
-    """The masks of a problem; padding is never visible."""
-    return _plain(problem) if problem.cu_seqlens is None else _packed(problem)
+    """The masks of a problem. Padding is never visible."""
+    return _padded(problem) if problem.cu_seqlens is None else _packed(problem)
 
 
 def _prompt_lengths(problem: AttentionProblem) -> Tensor:
-    """[R] int64."""
+    """Keys of each prompt without padding, [R] int64."""
     if problem.prompt_lengths is not None:
         return problem.prompt_lengths
     rows, _, length, _ = problem.prompt_key.shape
@@ -45,7 +45,7 @@ def _prompt_lengths(problem: AttentionProblem) -> Tensor:
 
 
 def _in_range(problem: AttentionProblem, query_position: Tensor, key_position: Tensor) -> Tensor:
-    """The causal rule and the window, on positions that broadcast."""
+    """Whether causal rule and window allow a pair of positions, which broadcast."""
     distance = query_position - key_position
     seen = torch.ones_like(distance, dtype=torch.bool)
     if problem.causal or problem.window is not None:
@@ -55,7 +55,7 @@ def _in_range(problem: AttentionProblem, query_position: Tensor, key_position: T
     return seen
 
 
-def _plain(problem: AttentionProblem) -> Visibility:
+def _padded(problem: AttentionProblem) -> Visibility:
     batch, _, queries, _ = problem.query.shape
     own, prompt = problem.key.shape[2], problem.prompt_key.shape[2]
     device = problem.query.device
@@ -80,11 +80,11 @@ def _packed(problem: AttentionProblem) -> Visibility:
     token = torch.arange(tokens, device=device)
     sequence = torch.searchsorted(starts[1:].contiguous(), token, right=True)  # [M], S past the last sequence
     exists = sequence < sequences
-    # One more entry stands for the tokens past the last sequence: no prompt, which no row of the bank equals.
+    # One more entry, for the tokens past the last sequence. They see no prompt: -1 equals no row of the bank.
     row_of = torch.cat([prompt_rows(problem, sequences), torch.full((1,), -1, device=device)])[sequence]  # [M]
     lengths = _prompt_lengths(problem)
     length = torch.cat([lengths, lengths.new_zeros(1)])[row_of]  # [M]
-    query_position = length + token - starts[sequence]  # own keys stand at the same positions
+    query_position = length + token - starts[sequence]  # the own keys have the same positions
 
     bank_row = torch.arange(rows, device=device).repeat_interleave(prompt)  # [R·P]
     bank_position = torch.arange(prompt, device=device).repeat(rows)  # [R·P]

@@ -7,9 +7,9 @@ import torch
 
 from softprompt_kernels.kernels.cpu import linear_kl_div as cpu
 from softprompt_kernels.kernels.cpu.rows import add_tile_
-from softprompt_kernels.kernels.host import fused_linear as driver
-from softprompt_kernels.kernels.host import streamed_vocabulary as swept
+from softprompt_kernels.kernels.host import fused_linear, streamed_vocabulary
 from softprompt_kernels.kernels.host.head_logits import Activation
+from softprompt_kernels.kernels.host.rows import TileState
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.ops import linear_kl_div
@@ -28,14 +28,14 @@ def _seed():
 @pytest.fixture
 def always(monkeypatch):
     """Sweeps serve all that they can, in small tiles."""
-    monkeypatch.setattr(driver, "_sweep_is_cheaper", lambda problem, *_: problem.divergence.kind != "jsd")
-    monkeypatch.setattr(swept, "_TILE", TILE)
+    monkeypatch.setattr(fused_linear, "_streaming_is_faster", lambda problem, *_: problem.divergence.kind != "jsd")
+    monkeypatch.setattr(streamed_vocabulary, "_TILE", TILE)
 
 
 def sweep(student, teacher, weight, kind, tile=TILE, softcap=None):
     """Loss [n], gradient [n, d] by the hidden states, and which rows are left out, of products [n, V] and W [V, d]."""
     count, vocab = student.shape
-    state = swept.State(
+    state = TileState(
         torch.zeros(count, 8, dtype=torch.float64), torch.zeros(2 * count, weight.shape[1], dtype=torch.float32)
     )
     activation = Activation(None, softcap)
@@ -44,8 +44,12 @@ def sweep(student, teacher, weight, kind, tile=TILE, softcap=None):
         both = torch.cat([student[:, columns], teacher[:, columns]])
         add_tile_(*both.chunk(2), activation, activation, Divergence(kind, 0.5, 1.0), state)
         state.sums.addmm_(both, weight[columns])
-    left_out = swept._left_out(state.scalars)
-    return swept._loss(state.scalars), swept._gradient_(state.sums, state.scalars, kind), left_out
+    left_out = streamed_vocabulary._left_out(state.scalars)
+    return (
+        streamed_vocabulary._loss(state.scalars),
+        streamed_vocabulary._gradient_(state.sums, state.scalars, kind),
+        left_out,
+    )
 
 
 def definition(student, teacher, weight, kind):
@@ -207,7 +211,7 @@ def test_a_row_depends_on_no_other_row_and_no_number_of_threads(threads, kind):
         threads(count)
         both = torch.cat([student[rows, :TILE], teacher[rows, :TILE]])
         n = both.shape[0] // 2
-        state = swept.State(torch.zeros(n, 8, dtype=torch.float64), torch.zeros(2 * n, SIZE))
+        state = TileState(torch.zeros(n, 8, dtype=torch.float64), torch.zeros(2 * n, SIZE))
         add_tile_(*both.chunk(2), Activation(None, None), Activation(None, None), Divergence(kind, 0.5, 1.0), state)
         states.append((state.scalars, *both.chunk(2)))
     for found in states[1:3]:
@@ -294,9 +298,9 @@ def test_rows_that_are_left_out_are_served_among_ordinary_ones(kind, chunk_token
     weights = torch.ones(21)
     weights[1] = 0
     kept_by_chunks = []
-    forward = driver.chunked.forward
+    forward = fused_linear.chunked_logits.forward
     monkeypatch.setattr(
-        driver.chunked,
+        fused_linear.chunked_logits,
         "forward",
         lambda p, kept, *rest: (kept_by_chunks.extend(kept.tolist()), forward(p, kept, *rest)),
     )
@@ -350,7 +354,7 @@ def test_sweeps_serve_vocabularies_of_which_few_logits_fit(threads):
     threads(2)
 
     def is_swept(*sizes, need_gradient=True, **options):
-        return driver._sweep_is_cheaper(problem(*sizes, **options), None, need_gradient, cpu.products())
+        return fused_linear._streaming_is_faster(problem(*sizes, **options), None, need_gradient, cpu.products())
 
     assert is_swept(1024, 896, 151936) and is_swept(1024, 896, 151936, need_gradient=False)
     assert not is_swept(1024, 896, 151936, kind="jsd")
@@ -363,9 +367,9 @@ def test_sweeps_serve_vocabularies_of_which_few_logits_fit(threads):
 def test_a_sweep_makes_nothing_of_the_size_of_the_logits(threads):
     threads(2)
     sizes = 1024, 896, 151936
-    tokens = swept.tokens_at_once(problem(*sizes), 1024, cpu.products())
+    tokens = streamed_vocabulary.tokens_at_once(problem(*sizes), 1024, cpu.products())
     assert tokens == 1024
-    assert math.prod((2 * tokens, swept._TILE)) * 4 <= 16 * 2**20
+    assert math.prod((2 * tokens, streamed_vocabulary._TILE)) * 4 <= 16 * 2**20
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse"])

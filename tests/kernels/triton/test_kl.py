@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from softprompt_kernels.kernels.device import head_expectation as tiled
+from softprompt_kernels.kernels.device import head_expectation
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.triton import runtime
@@ -332,7 +332,7 @@ def test_a_reverse_divergence_in_the_hundreds_does_not_overflow_fp16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_of_the_vocabulary_give_the_same_moments_and_losses(dtype, tile, monkeypatch):
     """The largest logit comes early, late, or in every tile; one tile has no word at all."""
-    monkeypatch.setattr(tiled, "_TILE", tile)
+    monkeypatch.setattr(head_expectation, "_TILE", tile)
     weight = torch.randn(9001, 16).to(dtype)
     weight[8999], weight[3] = weight[8999] * 4, weight[3] * 5
     hidden, student = torch.randn(50, 16).to(dtype), torch.randn(50, 16).to(dtype).requires_grad_()

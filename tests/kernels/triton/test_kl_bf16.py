@@ -22,7 +22,7 @@ import torch
 from ttsem import sanitize
 from softprompt_kernels.kernels.problems.loss import *
 from softprompt_kernels.kernels.reference import divergence as reference
-from softprompt_kernels.kernels.device import head_expectation as tiled
+from softprompt_kernels.kernels.device import head_expectation
 from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear_kl_div
 torch.manual_seed(0)
 """
@@ -46,7 +46,7 @@ for kind in ("forward", "reverse", "jsd"):
 """
 
 HEADS = """
-tiled._TILE = 256
+head_expectation._TILE = 256
 weight, teacher = (torch.randn(600, 64) / 4).bfloat16(), torch.randn(6, 64).bfloat16()
 student = (teacher.double() + 0.024 * torch.randn(6, 64).double()).bfloat16()
 p, q = (torch.softmax(h.double() @ weight.double().mT, -1) for h in (teacher, student))

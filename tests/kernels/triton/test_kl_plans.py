@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softprompt_kernels.kernels.device import gemm as products
-from softprompt_kernels.kernels.device import memory
+from softprompt_kernels.kernels.device import gemm, memory
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import (
     Divergence,
@@ -103,10 +102,10 @@ def test_a_live_teacher_takes_three_products_and_a_gigabyte_and_a_half(watched):
     assert watch.products == pytest.approx(2) and watch.peak < 1.1e9
 
 
-@pytest.mark.parametrize("sums", ["given", "added"])
+@pytest.mark.parametrize("sums", ["write", "accumulate"])
 def test_a_trained_head_pays_for_its_gradient_alone(sums, watched, monkeypatch):
     """Whether or not torch adds 16-bit products to fp32."""
-    monkeypatch.setattr(products, "_accumulators", lambda device: sums)
+    monkeypatch.setattr(gemm, "_fp32_results", lambda device: sums)
     watch, _ = watched(linear_kl_div.backward, live(), empty(TOKENS), HeadNeeds(True, True, False))
     assert watch.products == pytest.approx(4)
     gradients = VOCAB * SIZE * (4 + 2) + TOKENS * SIZE * 2
@@ -144,18 +143,18 @@ def test_chunks_are_as_large_as_memory_allows(each, tokens, size):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["none", "given", "added"])
+@pytest.fixture(params=["none", "write", "accumulate"])
 def sums(request, monkeypatch):
     """What builds of torch do with fp32 results of 16-bit operands, here in terms of fp32."""
     mm, addmm = torch.mm, torch.addmm
-    monkeypatch.setattr(products, "_accumulators", lambda device: request.param)
+    monkeypatch.setattr(gemm, "_fp32_results", lambda device: request.param)
 
     def given(left, right, *, out_dtype=None, out=None):
         assert out_dtype is None or request.param != "none"
         return mm(left.float(), right.float(), out=out)
 
     def added(total, left, right, *, out_dtype=None, out=None):
-        assert out_dtype is None or request.param == "added"
+        assert out_dtype is None or request.param == "accumulate"
         return addmm(total, left.float(), right.float(), out=out)
 
     monkeypatch.setattr(torch, "mm", given)
@@ -165,18 +164,18 @@ def sums(request, monkeypatch):
 @pytest.mark.parametrize("part", [64, 2**26], ids=["in parts", "at once"])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)])
 def test_products_are_made_in_fp32_by_every_build_of_torch(dtypes, part, sums, monkeypatch):
-    monkeypatch.setattr(products, "_COPY", part)
+    monkeypatch.setattr(gemm, "_COPY", part)
     hidden, weight, gradient = torch.randn(5, 8).to(dtypes[0]), torch.randn(20, 8).to(dtypes[1]), torch.randn(5, 20)
     out = torch.full((5, 32), torch.nan)[:, :20]
-    products.head_logits(out, hidden, weight)
+    gemm.head_logits(out, hidden, weight)
     torch.testing.assert_close(out, hidden.float() @ weight.float().mT)
     gradient = gradient.to(dtypes[1])
-    pulled = products.pull_back(gradient, weight)
+    pulled = gemm.pull_back(gradient, weight)
     torch.testing.assert_close(pulled, gradient.float() @ weight.float())
-    once_more = products.pull_back(gradient, weight, out=pulled.clone())
+    once_more = gemm.pull_back(gradient, weight, out=pulled.clone())
     torch.testing.assert_close(once_more, 2 * pulled)
     of_weight = torch.ones(20, 8)
-    products.add_outer(of_weight, gradient, hidden)
+    gemm.add_outer(of_weight, gradient, hidden)
     torch.testing.assert_close(of_weight, 1 + gradient.float().mT @ hidden.float())
 
 

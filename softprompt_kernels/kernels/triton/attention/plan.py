@@ -15,6 +15,7 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_output,
     empty_token_major,
 )
+from softprompt_kernels.kernels.problems.tensors import unit_stride
 from softprompt_kernels.kernels.triton import tuning
 from softprompt_kernels.kernels.triton.attention import configs
 from softprompt_kernels.kernels.triton.attention.backward_dkdv import RowTensors, fold_kernel, key_gradients_kernel
@@ -377,11 +378,6 @@ def _fold(
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where neighbours in the last dimension are not neighbours in memory."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def strided(tensor: Tensor) -> Strided:

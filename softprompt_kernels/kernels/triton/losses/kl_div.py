@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import given_logits as driver
+from softprompt_kernels.kernels.device import given_logits
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
@@ -22,21 +22,21 @@ def unsupported(problem: LogitsProblem) -> str | None:
 
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
     """Loss of each row [N], and what the backward needs to know of it [N, STATISTICS]."""
-    return driver.forward(problem, TritonRows(target_of(problem.student.device)))
+    return given_logits.forward(problem, TritonRows(target_of(problem.student.device)))
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
-    return driver.backward(problem, row_scale, statistics, TritonRows(target_of(problem.student.device)))
+    return given_logits.backward(problem, row_scale, statistics, TritonRows(target_of(problem.student.device)))
 
 
 def plan_forward(problem: LogitsProblem, target: Target) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Losses and statistics, and the launches that fill them."""
-    return driver.plan_forward(problem, TritonRows(target))
+    return given_logits.plan_forward(problem, TritonRows(target))
 
 
 def plan_backward(
     problem: LogitsProblem, row_scale: Tensor, statistics: Tensor, target: Target
 ) -> tuple[Tensor, list[Launch]]:
     """The gradient, and the launches that fill it."""
-    return driver.plan_backward(problem, row_scale, statistics, TritonRows(target))
+    return given_logits.plan_backward(problem, row_scale, statistics, TritonRows(target))

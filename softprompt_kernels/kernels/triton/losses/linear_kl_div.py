@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from softprompt_kernels.kernels.device import chunked_logits as driver
+from softprompt_kernels.kernels.device import chunked_logits
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
@@ -17,14 +17,14 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed, in the dtype it is kept in."""
-    return driver.forward(problem, need_gradient, TritonRows(target_of(problem.student.device)))
+    return chunked_logits.forward(problem, need_gradient, TritonRows(target_of(problem.student.device)))
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Σ_n row_scale[n] · loss[n], derived by hidden states, weight and bias, each in its input's dtype."""
-    return driver.backward(problem, row_scale, needs, TritonRows(target_of(problem.student.device)))
+    return chunked_logits.backward(problem, row_scale, needs, TritonRows(target_of(problem.student.device)))
 
 
 def plan(problem: HeadProblem, need_gradient: bool, target: Target) -> list[Launch]:
     """The launches for a problem's first chunk."""
-    return driver.plan(problem, need_gradient, TritonRows(target))
+    return chunked_logits.plan(problem, need_gradient, TritonRows(target))

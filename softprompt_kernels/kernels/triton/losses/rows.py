@@ -34,7 +34,7 @@ class TritonRows:
         statistics: Tensor | None = None,
         gradient: Gradient | None = None,
     ) -> Launch:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         from softprompt_kernels.kernels.triton.losses.kl_rows import divergence_kernel
 
         student, teacher, rows = logits.student, logits.teacher, logits.student.shape[0]
@@ -86,7 +86,7 @@ class TritonRows:
         state: ExpectationState,
         parts: Parts,
     ) -> Launch:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         from softprompt_kernels.kernels.triton.losses.expectation_rows import exponentials_kernel
 
         rows, columns = products.shape
@@ -119,7 +119,7 @@ class TritonRows:
         return Launch(exponentials_kernel, (ceil_div(rows, tile.block_m),), arguments, constants, tile.options)
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> None:
-        """See `device.rows.RowWork`."""
+        """See `device.rows.RowKernels`."""
         run_all(launches, device)
 
 
