@@ -1,4 +1,4 @@
-"""The ops: attention over a shared prompt, and KL divergences of language-model heads."""
+"""The ops: attention over [soft prompt ; own tokens], and KL divergences of language-model heads."""
 
 from softprompt_kernels.ops.kl_div import kl_div
 from softprompt_kernels.ops.linear_kl_div import linear_kl_div

@@ -1,4 +1,4 @@
-"""What the registered ops share around their kernels."""
+"""Registration of the ops with PyTorch: autograd, autocast, and calls that bypass the dispatcher."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any
         return kernel(*arguments)
 
 
-# What torch has to tell about itself for a call to go past its dispatcher; it promises none of it.
-_CAN_TELL = hasattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch") and all(
+# The private functions of torch that `is_intercepted` needs. Without them, no call bypasses the dispatcher.
+_HAS_PRIVATE_FUNCTIONS = hasattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch") and all(
     hasattr(torch._C, f"_{name}")
     for name in (
         "any_requires_grad",
@@ -33,28 +33,28 @@ _CAN_TELL = hasattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch") and al
         "len_torch_function_stack",
     )
 )
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
-_PLAIN_KEYS = 0
+_ORDINARY_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_ORDINARY_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"):
-    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+    _ORDINARY_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
 
 
-def are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether all are tensors whose numbers are what lies in their memory, on the CPU or a GPU, or None.
+def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether each is None or a tensor on the CPU or a GPU whose memory holds its values.
 
-    Not so are subclasses, tensors without memory, negated or conjugated views, and what transforms wrap.
+    Other tensors are subclasses, tensors without memory, negated or conjugated views, and those wrapped by transforms.
     """
-    given = tuple(tensors)
-    if not _PLAIN_TYPES.issuperset(map(type, given)):
+    tensors = tuple(tensors)
+    if not _ORDINARY_TYPES.issuperset(map(type, tensors)):
         return False
-    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in given if tensor is not None]
-    return not any(key & ~_PLAIN_KEYS for key in keys)
+    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors if tensor is not None]
+    return not any(key & ~_ORDINARY_KEYS for key in keys)
 
 
-def is_watched() -> bool:
-    """Whether this thread has a compiler, tracer, profiler, mode or transform that would see an op that is called."""
+def is_intercepted() -> bool:
+    """Whether a compiler, tracer, profiler, mode or transform of this thread has to see the ops that are called."""
     return bool(
-        not _CAN_TELL
+        not _HAS_PRIVATE_FUNCTIONS
         or torch.compiler.is_dynamo_compiling()
         or torch._C._get_tracing_state()
         or torch.autograd.profiler._is_profiler_enabled
@@ -71,17 +71,17 @@ _library = torch.library.Library("softprompt_kernels", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Op:
-    """An op that is differentiated by one `autograd.Function`.
+    """An op whose gradient is one `autograd.Function`.
 
     Args:
-        dispatched: as PyTorch's dispatcher has it.
-        direct: the same without the dispatcher, for `are_plain` inputs where the call `is_watched` by nobody: its code
-            and tables, with what leads there, are fetched anew after every large operation, and take as long then as
-            attention over a small batch.
+        through_dispatcher: the op that is registered with PyTorch's dispatcher.
+        bypassing_dispatcher: the same op without the dispatcher, for inputs that `are_ordinary`, in calls that nothing
+            intercepts (`is_intercepted`). The code and tables of the dispatcher leave the cache with every large
+            operation. To fetch them again takes as long as attention over a small batch.
     """
 
-    dispatched: Any
-    direct: Callable[..., Any]
+    through_dispatcher: Any
+    bypassing_dispatcher: Callable[..., Any]
 
 
 def define_op(
@@ -91,12 +91,13 @@ def define_op(
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Op:
-    """An op as `custom_op` and `register_autograd` would make it, which take 50 µs more for a call with a gradient.
+    """Defines an op as `custom_op` and `register_autograd` would. Those take 50 µs more for a call with a gradient.
 
     Args:
-        name: the op is `softprompt_kernels::<name>`; its schema is that of `kernel`.
-        kernel, fake: what it computes, and the same for tensors without memory.
-        setup_context, backward: as for `torch.library.register_autograd`; `ctx.direct` tells a direct call.
+        name: the op becomes `softprompt_kernels::<name>`, with the schema of `kernel`.
+        kernel, fake: the implementation, and the fake implementation for tensors without memory.
+        setup_context, backward: as for `torch.library.register_autograd`. `ctx.bypassed_dispatcher` says how the
+            forward was called.
     """
     schema = torch.library.infer_schema(kernel, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -106,9 +107,9 @@ def define_op(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, is_direct: bool, *inputs: Any) -> Any:
-            ctx.direct = is_direct
-            if is_direct:
+        def forward(ctx: Any, bypasses: bool, *inputs: Any) -> Any:
+            ctx.bypassed_dispatcher = bypasses
+            if bypasses:
                 output = kernel(*inputs)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
@@ -120,22 +121,22 @@ def define_op(
         def backward(ctx: Any, *gradients: Any) -> Any:
             return None, *backward(ctx, *gradients)
 
-    Function.__name__ = name  # what shows as grad_fn
+    Function.__name__ = name  # shown as grad_fn
 
-    def dispatched(*inputs: Any) -> Any:
+    def through_dispatcher(*inputs: Any) -> Any:
         return Function.apply(False, *inputs)
 
-    def direct(*inputs: Any) -> Any:
+    def bypassing_dispatcher(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Function.apply(True, *inputs)
         return kernel(*inputs)
 
-    _library.impl(name, dispatched, "Autograd")
-    return Op(op, direct)
+    _library.impl(name, through_dispatcher, "Autograd")
+    return Op(op, bypassing_dispatcher)
 
 
 def forbid_double_backward(backward_op: Any, name: str) -> None:
-    """Makes a derivative of the op's backward an error that says so."""
+    """Makes a second derivative of the op a RuntimeError that names the op."""
 
     def raise_error(ctx: Any, *gradients: Any) -> None:
         raise RuntimeError(NO_SECOND_DERIVATIVE.format(name))
@@ -144,9 +145,10 @@ def forbid_double_backward(backward_op: Any, name: str) -> None:
 
 
 def row_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that row gradients wait in between forward and backward.
+    """The dtype in which row gradients are stored from forward to backward.
 
-    That of the hidden states, except fp16: before they are multiplied by a loss scale, small gradients leave its range.
+    It is that of the hidden states, but fp32 for fp16: before the loss scale multiplies them, small gradients would
+    underflow in fp16.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -162,10 +164,10 @@ def _(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
 
 
 def scale_rows(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
-    """stored [N, d] times scale [N] in hidden's dtype, in a new tensor: a second backward finds the first one's input.
+    """stored [N, d] times scale [N], in hidden's dtype, in a new tensor: a second backward reads `stored` again.
 
-    An op of its own that also takes the hidden states, so that a second derivative by either is an error rather than
-    one that takes the stored gradient for a constant.
+    It is an op of its own that also takes the hidden states. So a second derivative by either of them is an error,
+    instead of a wrong result that treats the stored gradient as a constant.
     """
     scaled: Tensor = scale_rows_op(stored, scale, hidden, op)
     return scaled

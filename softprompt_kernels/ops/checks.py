@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops. They look at shapes, dtypes and devices only, so no check waits for a device."""
+"""Argument checks shared by the ops. They read shapes, dtypes and devices only, so no check waits for a device."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
 
-# Of any device. Where torch cannot tell, each device is asked.
+# Whether autocast is on for any device. A torch without this function: assume so, and ask for the device.
 any_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
@@ -35,14 +35,14 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
         raise ValueError(f"{name} must be on {expected}; got {tensor.device}")
 
 
-def shape(name: str, tensor: Tensor, words: str, expected: tuple[int, ...]) -> None:
+def shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
     """The tensor has the expected shape."""
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} must have shape {words} = {list(expected)}; got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {symbols} = {list(expected)}; got {list(tensor.shape)}")
 
 
-def integers(name: str, tensor: Tensor | None, length: int | None, words: str, expected: torch.device) -> None:
-    """The tensor is None or a vector of integers of the given length."""
+def integers(name: str, tensor: Tensor | None, length: int | None, symbol: str, expected: torch.device) -> None:
+    """The tensor is None, or a vector of integers of the given length (None: of any)."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
@@ -50,7 +50,7 @@ def integers(name: str, tensor: Tensor | None, length: int | None, words: str, e
     if tensor.dtype not in INTEGER:
         raise TypeError(f"{name} must be int32 or int64; got {tensor.dtype}")
     if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
-        size = words if length is None else f"{words} = {length}"
+        size = symbol if length is None else f"{symbol} = {length}"
         raise ValueError(f"{name} must have shape [{size}]; got {list(tensor.shape)}")
     device(name, tensor, expected)
 
@@ -62,7 +62,7 @@ def positive(name: str, number: float | None) -> None:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, what a matrix multiplication would make of its inputs: the autocast dtype, float64 kept."""
+    """Under autocast, the tensors in the autocast dtype, as a GEMM would cast them; float64 stays."""
     if not any_autocast():
         return tensors
     device_type = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
@@ -73,7 +73,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def rows_and_columns(name: str, tensor: Tensor) -> None:
-    """The tensor has a last dimension to work along, and rows."""
+    """The tensor has rows and columns: at least 2 dimensions."""
     if tensor.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions; got shape {list(tensor.shape)}")
 
@@ -100,7 +100,7 @@ def hidden_and_weight(hidden_name: str, hidden: Tensor, weight_name: str, weight
 
 
 def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, chunk_tokens: int | None) -> None:
-    """What else makes a head."""
+    """The other arguments of a head: bias, scale and chunk size."""
     if bias is not None:
         floating("bias", bias)
         shape("bias", bias, "[V]", (weight.shape[0],))
@@ -112,7 +112,7 @@ def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, chunk_
 
 
 def vocabulary(valid_vocab: int | None, *sizes: int) -> int:
-    """How many vocabulary rows count."""
+    """The number of vocabulary entries that count, at most the smallest of the sizes."""
     if valid_vocab is None:
         return min(sizes)
     if not 1 <= valid_vocab <= min(sizes):

@@ -1,14 +1,15 @@
-"""Which backend serves a call: a small registry, asked in order of preference.
+"""Chooses the backend that serves a call: the first of BACKENDS that can.
 
-A backend is a name and one kernel module for each op that it serves. A kernel module has
+A backend is a name and one kernel module per op that it serves. A kernel module has
 
     unsupported(problem) -> str | None      why it cannot serve this problem, None if it can
     forward(problem) ...                    as the op defines it (and `backward`, where the op has one)
 
-`backend=` of an op, or else the environment's SOFTPROMPT_BACKEND, names one backend, and then a problem that it cannot
-serve is an error. Otherwise the first that can serve the problem is taken. SOFTPROMPT_LOG=dispatch prints every new
-choice to stderr. The reference serves everything and is the last; being chosen for want of a faster one is announced
-once for each reason, and so is a backend that would have served a call but was not built or cannot run here.
+The argument `backend=` of an op, or else the environment variable SOFTPROMPT_BACKEND, names one backend. Then a problem
+that it cannot serve is an error. Without a name, the first backend that can serve the problem is chosen.
+SOFTPROMPT_LOG=dispatch prints every new choice to stderr. The reference is the last one and serves everything. Two
+cases are announced, once per reason: that the reference is chosen because no faster backend can serve the call, and
+that a preferred backend was not built or cannot run here.
 """
 
 import os
@@ -49,7 +50,7 @@ REFERENCE = "reference"
 
 
 class Kernel(Protocol):
-    """What dispatch asks of a kernel module; what else it has is between it and its op."""
+    """What dispatch needs of a kernel module. Its other functions are called by its op."""
 
     def unsupported(self, problem: Any) -> str | None:
         """Why this kernel cannot serve the problem, naming the argument in the way; None if it can."""
@@ -64,7 +65,7 @@ class Backend:
     kernels: Mapping[str, Any]  # op -> Kernel
     missing: Callable[[], str | None] = field(default=lambda: None)  # why it cannot run here, and how to get it
     by_name_only: bool = False  # never chosen for a call that names no backend
-    packs: bool = False  # its attention over packed sequences is as fast as over padded ones without their padding
+    prefers_packed: bool = False  # packed sequences cost it no more than padded ones without padding
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,88 @@ class BackendRecord:
     detail: str
 
 
-_backends: list[Backend] = []  # most preferred first
+def _cuda_kernels(runner: cuda_native.Runner) -> dict[str, Any]:
+    return {
+        "prompt_attention": Attention(runner),
+        "kl_div": KlDiv(runner),
+        "linear_kl_div": LinearKlDiv(runner),
+        "teacher_moments": HeadExpectation(runner),
+        "linear_kl_div_from_moments": HeadExpectation(runner),
+    }
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "cpu",
+        f"CPU: C++ kernels, fp32 arithmetic; {native.instruction_set()}",
+        {
+            "prompt_attention": cpu_attention,
+            "kl_div": cpu_kl_div,
+            "linear_kl_div": cpu_linear_kl_div,
+            "teacher_moments": cpu_expectation,
+            "linear_kl_div_from_moments": cpu_expectation,
+        },
+        missing=native.missing,
+        prefers_packed=True,
+    ),
+    Backend(
+        "composed",
+        "CPU: PyTorch's flash attention, and losses from its GEMMs in bounded memory",
+        {
+            "prompt_attention": composed_attention,
+            "kl_div": composed_kl_div,
+            "linear_kl_div": composed_linear_kl_div,
+            "teacher_moments": composed_expectation,
+            "linear_kl_div_from_moments": composed_expectation,
+        },
+    ),
+    Backend(
+        "triton",
+        "CUDA and ROCm: Triton kernels, fp32 arithmetic (TRITON_INTERPRET=1 runs them on CPU tensors, slowly)",
+        {
+            "prompt_attention": triton_attention,
+            "kl_div": triton_kl_div,
+            "linear_kl_div": triton_linear_kl_div,
+            "teacher_moments": triton_expectation,
+            "linear_kl_div_from_moments": triton_expectation,
+        },
+        missing=triton_runtime.missing,
+        prefers_packed=True,
+    ),
+    Backend(
+        "cuda",
+        "CUDA: C++ kernels, fp32 arithmetic, nothing compiled at run time",
+        _cuda_kernels(cuda_native.DEVICE),
+        missing=cuda_native.DEVICE.missing,
+    ),
+    Backend(
+        "simt",
+        "CPU, for tests: the CUDA C++ kernels, run and checked by csrc/simt",
+        _cuda_kernels(cuda_native.HOST),
+        missing=cuda_native.HOST.missing,
+        by_name_only=True,
+    ),
+    Backend(
+        REFERENCE,
+        "plain PyTorch, any device and dtype: the definition",
+        {
+            "prompt_attention": reference_attention,
+            "kl_div": reference_kl_div,
+            "linear_kl_div": reference_linear_kl_div,
+            "teacher_moments": reference_expectation,
+            "linear_kl_div_from_moments": reference_expectation,
+        },
+    ),
+)
+"""All backends, from most to least preferred."""
+
 _announced: set[str] = set()
-
-
-def register(backend: Backend) -> None:
-    """Adds a backend ahead of those already registered."""
-    _backends.insert(0, backend)
 
 
 def available_backends() -> list[BackendRecord]:
     """Every backend, most preferred first, with what it serves or why it cannot run here."""
     records = []
-    for backend in _backends:
+    for backend in BACKENDS:
         missing = backend.missing()
         records.append(BackendRecord(backend.name, tuple(backend.kernels), missing is None, missing or backend.summary))
     return records
@@ -99,24 +169,25 @@ def check_backend(name: str | None) -> None:
     """Raises ValueError for a name that no backend has."""
     if name is None:
         return
-    names = [b.name for b in _backends]
+    names = [b.name for b in BACKENDS]
     if name not in names:
         raise ValueError(f"backend must be None or one of {', '.join(sorted(names))}; got {name!r}")
 
 
-def packs(op: str, problem: Any) -> bool:
-    """Whether what would serve a problem, if anything, `packs`. Says nothing to anybody."""
+def prefers_packed(op: str, problem: Any) -> bool:
+    """`prefers_packed` of the backend that would serve a problem; False if none would. Logs and warns nothing."""
     requested = os.environ.get("SOFTPROMPT_BACKEND") or None
     for backend in _candidates(requested):
         if op in backend.kernels and backend.missing() is None and backend.kernels[op].unsupported(problem) is None:
-            return backend.packs
+            return backend.prefers_packed
     return False
 
 
 def _candidates(requested: str | None) -> list[Backend]:
+    """The backends that may serve a call, most preferred first."""
     if requested is not None:
-        return [backend for backend in _backends if backend.name == requested]
-    return [backend for backend in _backends if not backend.by_name_only]
+        return [backend for backend in BACKENDS if backend.name == requested]
+    return [backend for backend in BACKENDS if not backend.by_name_only]
 
 
 def select(op: str, problem: Any, requested: str | None, device: torch.device) -> Any:
@@ -140,14 +211,14 @@ def select(op: str, problem: Any, requested: str | None, device: torch.device) -
         if reason is None and requested is None:
             _announce_missing(backend.name, device, str(missing))
         refused.append(f"{backend.name}: {missing or reason}")
-    others = _others(op, problem, requested)
-    raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}. {others}")
+    alternatives = _alternatives(op, problem, requested)
+    raise ValueError(f"backend={requested!r} cannot serve this {op} call: {'; '.join(refused)}. {alternatives}")
 
 
-def _others(op: str, problem: Any, refused: str | None) -> str:
-    """Which backends can serve a call that one refused, and why the rest cannot."""
+def _alternatives(op: str, problem: Any, refused: str | None) -> str:
+    """A sentence: which backends can serve a call that one refused, and why the others cannot."""
     able, unable = [], []
-    for backend in _backends:
+    for backend in BACKENDS:
         if backend.name == refused or backend.by_name_only:
             continue
         reason = backend.kernels[op].unsupported(problem) if op in backend.kernels else f"it has no {op}"
@@ -166,7 +237,7 @@ def _log(op: str, name: str, device: torch.device, why: str) -> None:
 
 
 def _announce_reference(op: str, device: torch.device, refused: list[str]) -> None:
-    why = "; ".join(refused) or "no other backend is registered"
+    why = "; ".join(refused) or "there is no other backend"
     if _first_time(f"reference {op} {device.type} {why}"):
         warnings.warn(
             f"{op} on {device.type} runs on the reference backend, which is right but slow ({why}). "
@@ -185,94 +256,7 @@ def _announce_missing(name: str, device: torch.device, why: str) -> None:
 
 
 def _first_time(message: str) -> bool:
-    kind = re.sub(r"\d+", "#", message)  # each decoding step has other sizes than the one before
-    new = kind not in _announced
-    _announced.add(kind)
-    return new
-
-
-register(
-    Backend(
-        REFERENCE,
-        "plain PyTorch, any device and dtype: the definition",
-        {
-            "prompt_attention": reference_attention,
-            "kl_div": reference_kl_div,
-            "linear_kl_div": reference_linear_kl_div,
-            "teacher_moments": reference_expectation,
-            "linear_kl_div_from_moments": reference_expectation,
-        },
-    )
-)
-
-
-def _cuda_kernels(runner: cuda_native.Runner) -> dict[str, Any]:
-    return {
-        "prompt_attention": Attention(runner),
-        "kl_div": KlDiv(runner),
-        "linear_kl_div": LinearKlDiv(runner),
-        "teacher_moments": HeadExpectation(runner),
-        "linear_kl_div_from_moments": HeadExpectation(runner),
-    }
-
-
-register(
-    Backend(
-        "simt",
-        "CPU, for tests: the CUDA C++ kernels, run and checked by csrc/simt",
-        _cuda_kernels(cuda_native.HOST),
-        missing=cuda_native.HOST.missing,
-        by_name_only=True,
-    )
-)
-register(
-    Backend(
-        "cuda",
-        "CUDA: C++ kernels, fp32 arithmetic, nothing compiled at run time",
-        _cuda_kernels(cuda_native.DEVICE),
-        missing=cuda_native.DEVICE.missing,
-    )
-)
-register(
-    Backend(
-        "triton",
-        "CUDA and ROCm: Triton kernels, fp32 arithmetic (TRITON_INTERPRET=1 runs them on CPU tensors, slowly)",
-        {
-            "prompt_attention": triton_attention,
-            "kl_div": triton_kl_div,
-            "linear_kl_div": triton_linear_kl_div,
-            "teacher_moments": triton_expectation,
-            "linear_kl_div_from_moments": triton_expectation,
-        },
-        missing=triton_runtime.missing,
-        packs=True,
-    )
-)
-register(
-    Backend(
-        "composed",
-        "CPU: PyTorch's flash attention, and losses from its matrix products in bounded memory",
-        {
-            "prompt_attention": composed_attention,
-            "kl_div": composed_kl_div,
-            "linear_kl_div": composed_linear_kl_div,
-            "teacher_moments": composed_expectation,
-            "linear_kl_div_from_moments": composed_expectation,
-        },
-    )
-)
-register(
-    Backend(
-        "cpu",
-        f"CPU: C++ kernels, fp32 arithmetic; {native.instruction_set()}",
-        {
-            "prompt_attention": cpu_attention,
-            "kl_div": cpu_kl_div,
-            "linear_kl_div": cpu_linear_kl_div,
-            "teacher_moments": cpu_expectation,
-            "linear_kl_div_from_moments": cpu_expectation,
-        },
-        missing=native.missing,
-        packs=True,
-    )
-)
+    key = re.sub(r"\d+", "#", message)  # without sizes, which differ between decoding steps
+    is_new = key not in _announced
+    _announced.add(key)
+    return is_new

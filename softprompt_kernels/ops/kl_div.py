@@ -2,10 +2,10 @@
 
     forward  KL(p_t‖p_s)      reverse  KL(p_s‖p_t)      jsd  β KL(p_t‖m) + (1−β) KL(p_s‖m),  m = β p_t + (1−β) p_s
 
-with p = softmax(logits / T), each times T². The teacher is a constant: it gets no gradient. The gradient is computed
-from the logits in the backward, so that the only tensor of size [N, V] made here is the gradient itself. From forward
-to backward a kernel keeps as many numbers a row as its `STATISTICS` says, so as not to measure the row again; a kernel
-that keeps none does.
+with p = softmax(logits / T), each times T². The teacher is a constant: it gets no gradient. The backward computes the
+gradient from the logits, so the gradient itself is the only tensor of size [N, V] that is allocated. A kernel keeps
+`STATISTICS` numbers per row from forward to backward, such as a row's maximum and sum; with 0, its backward computes
+them again.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from softprompt_kernels.ops.autograd import forbid_double_backward, run_kernel
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
 
 OP = "kl_div"
-BETA_MARGIN = 1e-4  # nearer to its ends, the smaller share of a mixture in fp32 is mostly rounding
+BETA_MARGIN = 1e-4  # closer to 0 or 1, the smaller part of the mixture is mostly rounding error in fp32
 
 
 def kl_div(
@@ -45,12 +45,12 @@ def kl_div(
         temperature: divides both logits and multiplies the loss by its square.
         weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
         reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
-        valid_vocab: only the first `valid_vocab` logits of each side count; the sides may be padded differently.
-        backend: None chooses; a name insists on it.
+        valid_vocab: only the first `valid_vocab` logits of student and teacher count; these may be padded differently.
+        backend: the name of a backend; None chooses one.
 
-    A logit of −inf is a probability of 0: it contributes 0 on the side that weighs by it, and makes the loss +inf where
-    the other side gives probability to it (not in "jsd", which is bounded). A teacher row of −inf alone has loss 0,
-    such a student row loss +inf, both with gradient 0.
+    A logit of −inf is a probability of 0. In KL(p‖q), an entry with p = 0 contributes 0, and one with only q = 0 makes
+    the loss +inf ("jsd" is bounded, and stays finite). A teacher row of −inf only has loss 0, and such a student row
+    has loss +inf, both with gradient 0.
 
     Returns:
         The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
@@ -67,7 +67,7 @@ def kl_div(
     student, teacher = student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)
     if valid_vocab is None and student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"valid_vocab must be given where the sides have different vocabularies; got None with "
+            f"valid_vocab must be given where student and teacher have different vocabularies; got None with "
             f"{student.shape[1]} student and {teacher.shape[1]} teacher logits"
         )
     vocab = checks.vocabulary(valid_vocab, student.shape[1], teacher.shape[1])
@@ -81,7 +81,7 @@ def kl_div(
 
 
 def check_divergence(divergence: str, beta: float, temperature: float) -> None:
-    """Raises ValueError for a divergence that does not exist."""
+    """Raises ValueError for an unknown divergence, and for beta or a temperature out of range."""
     if divergence not in DIVERGENCES:
         raise unknown_divergence(divergence)
     if not BETA_MARGIN <= beta <= 1 - BETA_MARGIN:
@@ -120,7 +120,7 @@ def _(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
-    kernel = dispatch.select(OP, problem, backend, student.device)  # who is asked is who will run
+    kernel = dispatch.select(OP, problem, backend, student.device)  # the same kernel will run
     rows = student.new_empty(student.shape[0], dtype=accumulate_dtype(student.dtype))
     return rows, rows.new_empty(student.shape[0], kernel.STATISTICS)
 

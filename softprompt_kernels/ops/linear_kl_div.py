@@ -1,13 +1,13 @@
-"""Divergence of a student from a teacher, from the hidden states that their heads turn into logits.
+"""Divergence of a student from a teacher, from hidden states and the weight of a language-model head.
 
-The logits, softcap(logit_scale · (W h + bias)), are made chunk by chunk and never all at once. In units of one product
-of the head's size, U = 2·N·V·d FLOP:
+The logits, softcap(logit_scale · (W h + bias)), are computed chunk by chunk and never exist all at once. Cost, in units
+of one GEMM of the head's size, U = 2·N·V·d FLOP:
 
-    frozen head     3U   both logits and the student's gradient in the forward; the backward scales its rows
-    trained head    2U forward, 4U backward: logits again, gradient of hidden states and of the weight
+    frozen head     3U   the forward computes both logits and the student's gradient; the backward scales its rows
+    trained head    2U forward, 4U backward: both logits again, gradients of the hidden states and of the weight
     no gradient     2U
 
-The teacher is a constant: its hidden states and its head get no gradient from its side.
+The teacher is a constant: its logits give no gradient to its hidden states or to the head.
 """
 
 from typing import Any
@@ -49,20 +49,20 @@ def linear_kl_div(
         student_hidden: [N, d]; more leading dimensions are flattened. Differentiable.
         teacher_hidden: [N, d of the teacher]; a constant, any floating dtype.
         weight: [V, d], student_hidden's dtype; differentiable, and costs nothing where it needs no gradient.
-        teacher_weight: [V, d of the teacher]; a constant. Default: `weight`.
-        bias: [V], added to W h on both sides; differentiable as the student's.
-        softcap: logits become softcap · tanh(logits / softcap), after logit_scale, on both sides.
-        logit_scale: multiplies the logits of both sides.
+        teacher_weight: [V, d of the teacher]; a constant. None: `weight`.
+        bias: [V], added to W h of student and teacher; differentiable, through the student's logits.
+        softcap: all logits become softcap · tanh(logits / softcap), after logit_scale.
+        logit_scale: multiplies all logits.
         divergence, beta, temperature, weights, reduction, backend: as in `kl_div`.
         valid_vocab: only the first `valid_vocab` rows of weight, teacher_weight and bias count.
-        chunk_tokens: tokens whose logits exist at a time; default: what fits the memory budget.
+        chunk_tokens: tokens per chunk, whose logits exist at a time. None: as many as fit the workspace.
 
     Returns:
         The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it accepts.
-        RuntimeError: on a second derivative, or when a differentiated weight was changed before the backward.
+        RuntimeError: on a second derivative, or when the weight was changed in place before the backward.
     """
     student_hidden, weight = checks.autocast(student_hidden, weight)
     checks.hidden_and_weight("student_hidden", student_hidden, "weight", weight)
@@ -223,16 +223,16 @@ def backward_op(
         chunk_tokens,
     )
     kernel = dispatch.select(OP, problem, backend, student.device)
-    hidden, of_weight, of_bias = run_kernel(student.device, kernel.backward, problem, row_scale, HeadNeeds(*needs))
-    found = []
+    by_input = run_kernel(student.device, kernel.backward, problem, row_scale, HeadNeeds(*needs))
+    gradients = []
     if needs[0]:
-        found.append(hidden.contiguous())
-    for gradient, full, need in ((of_weight, weight, needs[1]), (of_bias, bias, needs[2])):
-        if need and full is not None:
-            padded = full.new_zeros(full.shape)  # cut vocabulary rows have no gradient
+        gradients.append(by_input.hidden.contiguous())
+    for gradient, tensor, need in ((by_input.weight, weight, needs[1]), (by_input.bias, bias, needs[2])):
+        if need and tensor is not None:
+            padded = tensor.new_zeros(tensor.shape)  # vocabulary entries that are cut have gradient 0
             padded[:vocab] = gradient
-            found.append(padded)
-    return found
+            gradients.append(padded)
+    return gradients
 
 
 @backward_op.register_fake
@@ -247,8 +247,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
     ctx.stored = inputs[6]
     ctx.options = inputs[7:]
-    # The weight is saved although a stored gradient no longer needs it: changing it in place before the backward is an
-    # error, as it is for a linear layer.
+    # With a stored gradient, the weight is saved only so that changing it in place before the backward is an error, as
+    # for a linear layer.
     ctx.save_for_backward(*((output[1], student, weight) if ctx.stored else (student, weight, bias, *constants)))
 
 
@@ -259,10 +259,10 @@ def _backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         stored, student, _weight = ctx.saved_tensors
         gradients[0] = scale_rows(stored, grad_rows, student, OP)
         return tuple(gradients)
-    found = iter(backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
+    computed = iter(backward_op(grad_rows, *ctx.saved_tensors, *ctx.options, needs))
     for slot, need in enumerate(needs):
         if need:
-            gradients[slot] = next(found)
+            gradients[slot] = next(computed)
     return tuple(gradients)
 
 

@@ -1,9 +1,10 @@
-"""The forward KL against a teacher that was reduced to its moments: d + 1 numbers a token instead of V logits, exact.
+"""The forward KL from the moments of a teacher: d + 1 numbers per token instead of V logits, exact.
 
-For a linear head, KL(p_t‖p_h) needs of the teacher only m = E_{p_t}[W] and its entropy (derivation in
-`kernels/moments.py`). `teacher_moments` makes them once, 2 products of the head's size; each step then costs 2 as well,
-forward and backward together; both are 3 where the products have 16-bit operands (`device/head_expectation.py`).
-Labels are moments too (W_y, entropy 0), so NLL and mixtures are the same op.
+For a linear head, KL(p_t‖p_h) needs only two things of the teacher: m = E_{p_t}[W] and its entropy (derivation in
+`kernels/moments.py`). `teacher_moments` computes them once, with 2 GEMMs of the head's size. Each step then costs 2
+such GEMMs, forward and backward together. Both numbers are 3 for 16-bit heads on a GPU
+(`kernels/device/head_expectation.py`). A label has moments too (W_y, entropy 0), so the NLL and mixtures with it are
+the same op.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels import moments as kernels
+from softprompt_kernels.kernels import moments
 from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 from softprompt_kernels.kernels.problems.loss import ExpectationProblem, Head
 from softprompt_kernels.ops import checks, dispatch
@@ -25,7 +26,7 @@ STUDENT_OP = "linear_kl_div_from_moments"
 
 @dataclass(frozen=True)
 class TeacherMoments:
-    """What the forward KL needs of a teacher, and the settings that it holds for."""
+    """What the forward KL needs of a teacher, and the settings that it was computed with."""
 
     mean: Tensor  # [N, d] fp32 (float64 for float64 teachers), E_p[W]
     entropy: Tensor  # [N], nats
@@ -35,7 +36,7 @@ class TeacherMoments:
     valid_vocab: int | None = None
 
     def __getitem__(self, rows: Any) -> "TeacherMoments":
-        """The moments of some rows: any index of a first dimension."""
+        """The moments of some rows; `rows` is any index of the first dimension."""
         bias_mean = None if self.bias_mean is None else self.bias_mean[rows]
         return TeacherMoments(
             self.mean[rows], self.entropy[rows], bias_mean, self.temperature, self.logit_scale, self.valid_vocab
@@ -53,17 +54,17 @@ def teacher_moments(
     chunk_tokens: int | None = None,
     backend: str | None = None,
 ) -> TeacherMoments:
-    """Reduces a teacher's distribution to what the forward KL needs of it. No gradient.
+    """The moments of a teacher's distribution, which are all that the forward KL needs of it. No gradient.
 
     Args:
         teacher_hidden: [N, d]; more leading dimensions are flattened.
         weight: [V, d], teacher_hidden's dtype.
-        bias: [V]; entries of −inf are probabilities of 0.
+        bias: [V]; −inf gives an entry the probability 0.
         logit_scale: multiplies the logits.
-        temperature: divides them.
-        valid_vocab: only the first `valid_vocab` rows of weight and bias count.
-        chunk_tokens: tokens whose logits exist at a time; default: what fits the memory budget.
-        backend: None chooses; a name insists on it.
+        temperature: divides the logits.
+        valid_vocab: only the first `valid_vocab` entries of weight and bias count.
+        chunk_tokens: tokens per chunk, whose logits exist at a time. None: as many as fit the workspace.
+        backend: the name of a backend; None chooses one.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it accepts.
@@ -107,26 +108,26 @@ def linear_kl_div_from_moments(
 
     Args:
         student_hidden: [N, d]; more leading dimensions are flattened. Differentiable.
-        moments: of the same N tokens, made with this weight, bias, logit_scale, temperature and valid_vocab. None with
-            label_weight = 1: plain cross-entropy, where rows without a label have weight 0.
+        moments: of the same N tokens, computed with this weight, bias, logit_scale, temperature and valid_vocab. With
+            label_weight = 1 it may be None: plain cross-entropy, in which rows without a label have weight 0.
         weight: [V, d], student_hidden's dtype, frozen.
-        labels: [N] integers in [0, V); negative (−100): no label, and the row's label_weight is 0.
-        label_weight: share of the labels' NLL, in [0, 1]. The NLL is that of softmax(logits / temperature).
-        bias: [V], frozen; entries of −inf are probabilities of 0.
+        labels: [N] integers in [0, V). A negative one (−100) means no label: the row's label_weight is then 0.
+        label_weight: weight of the labels' NLL, in [0, 1]. The NLL is that of softmax(logits / temperature).
+        bias: [V], frozen; −inf gives an entry the probability 0.
         logit_scale, temperature, valid_vocab, chunk_tokens, backend: as in `teacher_moments`.
         weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
         reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
 
-    The value is a difference of numbers of the size of a logit: its absolute error is about 1e-6 in fp32, and it is
-    never negative. The gradient is as good as that of the live form. Heads with a softcap are not linear and cannot be
-    served by moments; `linear_kl_div` serves them.
+    The loss is a difference of numbers of the size of a logit: its absolute error is about 1e-6 in fp32. It is never
+    negative. The gradient is as accurate as that of `linear_kl_div`. Heads with a softcap are not linear, so moments
+    cannot serve them; `linear_kl_div` does.
 
     Returns:
         The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it accepts.
-        RuntimeError: on a second derivative, or when the weight was changed before the backward.
+        RuntimeError: on a second derivative, or when the weight was changed in place before the backward.
     """
     student_hidden, weight = checks.autocast(student_hidden, weight)
     _check_head("student_hidden", student_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
@@ -190,7 +191,7 @@ def teacher_op(
     problem = ExpectationProblem(hidden, head, None, None, temperature, chunk_tokens, need_mean=True)
     kernel = dispatch.select(TEACHER_OP, problem, backend, hidden.device)
     mean, entropy, bias_mean = run_kernel(
-        hidden.device, kernels.teacher_moments, hidden, head, temperature, chunk_tokens, kernel.forward
+        hidden.device, moments.teacher_moments, hidden, head, temperature, chunk_tokens, kernel.forward
     )
     return mean, entropy, mean.new_empty(0) if bias_mean is None else bias_mean
 
@@ -221,12 +222,12 @@ def student_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     head = Head(weight, bias, None, logit_scale).cut(vocab)
-    problem = kernels.MomentsProblem(
+    problem = moments.MomentsProblem(
         student, mean, entropy, bias_mean, head, labels, label_weight, weights, temperature, chunk_tokens
     )
     expectation = ExpectationProblem(student, head, labels, weights, temperature, chunk_tokens, need_gradient)
     kernel = dispatch.select(STUDENT_OP, expectation, backend, student.device)
-    rows, gradient = run_kernel(student.device, kernels.forward, problem, need_gradient, kernel.forward)
+    rows, gradient = run_kernel(student.device, moments.forward, problem, need_gradient, kernel.forward)
     dtype = row_gradient_dtype(student.dtype)
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 

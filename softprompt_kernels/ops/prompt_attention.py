@@ -1,4 +1,4 @@
-"""Attention of a batch over [soft prompt ; own tokens], with prompts shared between sequences and never copied.
+"""Attention of a batch over [soft prompt ; own tokens]. Sequences may share prompts, which are never copied.
 
 For query i of sequence b, which sees prompt r = prompt_index[b] of length len_r:
 
@@ -6,10 +6,12 @@ For query i of sequence b, which sees prompt r = prompt_index[b] of length len_r
     lse = log( Σ exp(S_p) + Σ exp(S_j) + exp(sink) )
     out = Σ exp(S_p − lse) prompt_value[r, p] + Σ exp(S_j − lse) value[b, j]
 
-over the keys that it sees. Prompt key p stands at position p, own key j at len_r + j, query i at len_r + (N − M) + i.
-`causal` keeps keys at or before the query, `window=w` keeps `0 <= query position − key position < w`.
+where the sums are over the keys that the query sees. Prompt key p has position p, own key j has len_r + j, query i has
+len_r + (N − M) + i. `causal` keeps keys at or before the query. `window=w` keeps keys with
+`0 <= query position − key position < w`.
 
-Cost: 4 · B · Hq · M · (P + N) · D FLOP forward, 2.5 times that backward; dprompt is summed over the sequences in fp32.
+Cost: 4 · B · Hq · M · (P + N) · D FLOP forward, and 2.5 times that backward. The gradients of prompts are summed over
+the sequences in fp32.
 """
 
 import math
@@ -27,7 +29,7 @@ from softprompt_kernels.kernels.problems.attention import (
     token_major,
 )
 from softprompt_kernels.ops import checks, dispatch
-from softprompt_kernels.ops.autograd import are_plain, define_op, forbid_double_backward, is_watched, run_kernel
+from softprompt_kernels.ops.autograd import are_ordinary, define_op, forbid_double_backward, is_intercepted, run_kernel
 
 OP = "prompt_attention"
 
@@ -54,32 +56,32 @@ def prompt_attention(
     """Attention over a shared prompt and each sequence's own tokens.
 
     Args:
-        query: [B, Hq, M, D], any strides. All of query, key, value and the prompt share one dtype and device.
-        key: [B, Hkv, N, D], Hq a multiple of Hkv; taken as it is (after RoPE). N may be 0.
+        query: [B, Hq, M, D], any strides. query, key, value and the prompt have one dtype and device.
+        key: [B, Hkv, N, D], after RoPE; Hq is a multiple of Hkv. N may be 0.
         value: [B, Hkv, N, Dv].
         prompt_key: [R, Hkv, P, D], a bank of R prompts. P may be 0.
         prompt_value: [R, Hkv, P, Dv].
-        prompt_index: [B] (packed: [S]) integers in [0, R): which prompt a sequence sees. Default: R = 1 shared by all,
-            R = B one each.
-        prompt_lengths: [R] integers in [0, P]: keys of each prompt; what follows them is padding. Default: P.
-        key_lengths: [B] integers in [0, N]: own keys of each sequence; what follows them is padding. Positions still
-            count from N. Default: N.
-        cu_seqlens: [S + 1] integers, packed form: B = 1, M = N, sequence s owns tokens cu_seqlens[s] up to
-            cu_seqlens[s + 1]; starts at 0. Tokens past the last sequence give out 0.
-        causal: keys after the query are not seen.
-        window: keys `window` or more positions before the query are not seen, nor those after it.
+        prompt_index: [B] (packed: [S]) integers in [0, R): the prompt that each sequence sees. None: all share the one
+            prompt if R = 1, sequence s sees prompt s if R = B.
+        prompt_lengths: [R] integers in [0, P]: keys of each prompt; the rest is padding. None: P.
+        key_lengths: [B] integers in [0, N]: own keys of each sequence; the rest is padding. The positions of queries do
+            not change: they still follow from N. None: N.
+        cu_seqlens: [S + 1] integers from 0 on, for the packed form: B = 1, M = N, and sequence s owns the tokens from
+            cu_seqlens[s] to cu_seqlens[s + 1] − 1. Tokens after the last sequence have out 0.
+        causal: a query does not see keys after it.
+        window: a query does not see keys after it, nor keys `window` or more positions before it. None: no window.
         softcap: scores become softcap · tanh(scores / softcap).
-        sinks: [Hq] logits that join each row's denominator and carry no value.
-        scale: of the scores, default 1 / sqrt(D).
-        return_lse: also return the log-denominator, sinks included.
-        backend: None chooses; a name insists on it.
+        sinks: [Hq] logits, one more term of each row's denominator, without a value.
+        scale: multiplies the scores. None: 1 / sqrt(D).
+        return_lse: also return the logarithm of the denominator, sinks included.
+        backend: the name of a backend; None chooses one.
 
-    Padding keys may hold anything, NaN included; their gradient is 0.
+    Padding keys may hold anything, NaN included. Their gradient is 0.
 
     Returns:
         out [B, Hq, M, Dv] in query's dtype, in memory [B, M, Hq, Dv]; with `return_lse` also lse [B, Hq, M] in fp32
-        (float64 for float64 inputs), natural logarithm, differentiable. A query that sees no key has out 0 and
-        lse −inf, with gradient 0, also where there are sinks.
+        (float64 for float64 inputs), natural logarithm, differentiable. A query that sees no key has out 0, lse −inf
+        and gradient 0, also with sinks.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it accepts.
@@ -87,23 +89,25 @@ def prompt_attention(
     """
     query, key, value, prompt_key, prompt_value = checks.autocast(query, key, value, prompt_key, prompt_value)
     tensors = query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks
-    direct = not is_watched() and are_plain(tensors) and _are_numbers(causal, window, softcap, scale)
-    _check(tensors, window, softcap, scale, known=direct)
+    bypass = not is_intercepted() and are_ordinary(tensors) and _are_numbers(causal, window, softcap, scale)
+    _check(tensors, window, softcap, scale, skip_known=bypass)
     dispatch.check_backend(backend)
     indices = [None if t is None else t.to(torch.int64) for t in tensors[5:9]]
     options = causal, window, softcap, 1 / math.sqrt(query.shape[3]) if scale is None else float(scale), backend
-    out, lse = (attention_op.direct if direct else attention_op.dispatched)(*tensors[:5], *indices, sinks, *options)
+    op = attention_op.bypassing_dispatcher if bypass else attention_op.through_dispatcher
+    out, lse = op(*tensors[:5], *indices, sinks, *options)
     return (out, lse) if return_lse else out
 
 
 def packs_sequences(size: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether what serves attention with heads of `size` takes packed sequences, and is as fast with them.
+    """Whether a padded batch should be packed, for attention with heads of `size`.
 
-    Then a padded batch is better packed. Other backends refuse them, or see every token from every other.
+    The backend that serves it must accept packed sequences, and compute only pairs of tokens of one sequence. Others
+    refuse packed sequences, or compute all pairs of tokens.
     """
-    one, ends = torch.empty(1, 1, 1, size, dtype=dtype, device=device), torch.tensor([0, 1], device=device)
-    options = None, None, None, ends, None, True, None, None, 1.0
-    return dispatch.packs(OP, AttentionProblem(one, one, one, one, one, *options))
+    one, starts = torch.empty(1, 1, 1, size, dtype=dtype, device=device), torch.tensor([0, 1], device=device)
+    options = None, None, None, starts, None, True, None, None, 1.0
+    return dispatch.prefers_packed(OP, AttentionProblem(one, one, one, one, one, *options))
 
 
 # --- the registered ops -----------------------------------------------------------------------------------------------
@@ -156,15 +160,15 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tu
 def _differentiate(
     grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any, needs: list[bool]
 ) -> Gradients:
-    """The kernel's gradients, for the inputs of `_forward`, laid out as `attention_problem` says."""
+    """The kernel's gradients by the inputs of `_forward`, in the memory layout of `kernels/problems/attention.py`."""
     *arguments, backend = inputs
     problem = AttentionProblem(*arguments)
     kernel = dispatch.select(OP, problem, backend, out.device)
     if grad_out is None:
         grad_out = empty_output(problem).zero_()
-    found: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
-    own = (None if g is None else token_major(g) for g in found[:3])
-    return Gradients(*own, *(None if g is None else g.contiguous() for g in found[3:]))
+    grads: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
+    own = (None if g is None else token_major(g) for g in grads[:3])
+    return Gradients(*own, *(None if g is None else g.contiguous() for g in grads[3:]))
 
 
 @torch.library.custom_op(f"softprompt_kernels::{OP}_backward", mutates_args=())
@@ -236,12 +240,12 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
         return (None,) * 15
     tensors = grad_out, grad_lse, *ctx.saved_tensors
     inputs = *tensors, *ctx.options
-    if ctx.direct and not torch.is_grad_enabled() and not is_watched() and are_plain(tensors):
-        *by_tensors, by_sinks = _differentiate(*inputs, needs=needs)
+    if ctx.bypassed_dispatcher and not torch.is_grad_enabled() and not is_intercepted() and are_ordinary(tensors):
+        *grad_tensors, grad_sinks = _differentiate(*inputs, needs=needs)
     else:
-        found = iter(backward_op(*inputs, needs))
-        *by_tensors, by_sinks = [next(found) if need else None for need in needs]
-    return *by_tensors, None, None, None, None, by_sinks, *(None,) * 5
+        computed = iter(backward_op(*inputs, needs))
+        *grad_tensors, grad_sinks = [next(computed) if need else None for need in needs]
+    return *grad_tensors, None, None, None, None, grad_sinks, *(None,) * 5
 
 
 attention_op = define_op(OP, _forward, _fake_forward, _setup_context, _backward)
@@ -256,17 +260,17 @@ def _are_numbers(causal: bool, window: int | None, softcap: float | None, scale:
 
 
 _NUMBERS = {int, float, type(None)}
-_known: set[tuple[Any, ...]] = set()  # what the checks look at, of calls that passed them
-_MOST_KNOWN = 4096
+_passed: set[tuple[Any, ...]] = set()  # of calls that passed all checks: everything that the checks read
+_MAX_PASSED = 4096
 
 
 def _check(
-    tensors: tuple[Any, ...], window: int | None, softcap: float | None, scale: float | None, known: bool
+    tensors: tuple[Any, ...], window: int | None, softcap: float | None, scale: float | None, skip_known: bool
 ) -> None:
-    """All checks; with `known`, unless a call like it has passed them: a model's layers are alike."""
-    if known:
+    """All checks. `skip_known` skips them for a call like one that passed, as all layers of a model make."""
+    if skip_known:
         signature = window, softcap, scale, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        if signature in _known:
+        if signature in _passed:
             return
     query, key, value, prompt_key, prompt_value, prompt_index, prompt_lengths, key_lengths, cu_seqlens, sinks = tensors
     _check_tensors(query, key, value, prompt_key, prompt_value)
@@ -277,10 +281,10 @@ def _check(
     _check_bank(prompt_key, sequences, prompt_index, prompt_lengths)
     checks.integers("key_lengths", key_lengths, query.shape[0], "B", query.device)
     _check_scalars(query, window, softcap, scale, sinks)
-    if known:
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known.add(signature)
+    if skip_known:
+        if len(_passed) >= _MAX_PASSED:
+            _passed.clear()
+        _passed.add(signature)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, prompt_key: Tensor, prompt_value: Tensor) -> None:

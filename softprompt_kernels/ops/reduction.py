@@ -15,7 +15,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_weights(weights: Tensor | None, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """weights as a flat [N] tensor of the given dtype; a mask of bool or integers is a weight too."""
+    """weights as a flat [N] tensor of the given dtype. They may be a mask of bool or integers."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor):
@@ -29,7 +29,7 @@ def check_weights(weights: Tensor | None, tokens: int, dtype: torch.dtype, devic
 
 
 def reduce_rows(rows: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """Weighted rows [N] for `none`, their sum, or their sum over the sum of weights (0 where that is 0)."""
+    """`none`: the weighted rows [N]. `sum`: their sum. `mean`: that over the sum of weights; 0 where this is 0."""
     if weights is not None:
         rows = torch.where(weights == 0, 0, rows * weights)
     if reduction == "none":

@@ -70,13 +70,13 @@ def test_another_torch_is_named_untried_but_kept(run, versions, version, word):
 
 
 def test_a_backend_that_is_missing_says_how_to_get_it(run, monkeypatch):
-    monkeypatch.setattr(dispatch, "_backends", list(dispatch._backends))
-    dispatch.register(dispatch.Backend("abacus", "beads", {}, missing=lambda: "no beads here: buy some"))
+    abacus = dispatch.Backend("abacus", "beads", {}, missing=lambda: "no beads here: buy some")
+    monkeypatch.setattr(dispatch, "BACKENDS", (abacus, *dispatch.BACKENDS))
     result = run("doctor")
     assert result.exit_code == 0 and "not here: no beads here: buy some" in line(result.stdout, "abacus")
 
 
 def test_no_backend_at_all_is_not_usable(run, monkeypatch):
-    monkeypatch.setattr(dispatch, "_backends", [])
+    monkeypatch.setattr(dispatch, "BACKENDS", ())
     result = run("doctor")
     assert result.exit_code == 1 and "none can run here" in result.stdout

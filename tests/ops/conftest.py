@@ -1,4 +1,4 @@
-"""Oracles in float64, written from the formulas and sharing nothing with the package."""
+"""Float64 oracles, written from the formulas, without any code of the package."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def _attention_oracle(
     query, key, value, prompt_key, prompt_value, *, prompt_index=None, prompt_lengths=None, key_lengths=None,
     causal=True, window=None, softcap=None, sinks=None, scale=None,
 ):  # fmt: skip
-    """Query by query, key by key: no mask, no tensor of scores. Differentiable."""
+    """out and lse, query by query and key by key: no mask, no tensor of scores. Differentiable."""
     query, key, value, prompt_key, prompt_value = (t.double() for t in (query, key, value, prompt_key, prompt_value))
     batch, heads, queries, size = query.shape
     kv_heads, own = key.shape[1:3]
@@ -54,7 +54,7 @@ def _attention_oracle(
 
 
 def _divergence_oracle(student: Tensor, teacher: Tensor, kind="forward", beta=0.5, temperature=1.0) -> Tensor:
-    """Loss of each row from finite logits, as a sum of p log(p / q) in float64. Differentiable."""
+    """Loss of each row of finite logits, as a sum of p log(p / q) in float64. Differentiable."""
     p = torch.softmax(teacher.double() / temperature, -1)
     q = torch.softmax(student.double() / temperature, -1)
     mixture = beta * p + (1 - beta) * q
@@ -82,7 +82,7 @@ def divergence_oracle() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def attention_tensors() -> Callable[..., list[Tensor]]:
-    """query, key, value, prompt_key, prompt_value of given sizes."""
+    """Makes query, key, value, prompt_key and prompt_value of given sizes."""
 
     def make(
         batch=2, heads=4, kv_heads=2, queries=5, own=5, rows=1, prompt=3, size=8, value_size=None,

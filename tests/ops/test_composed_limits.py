@@ -1,4 +1,4 @@
-"""Where the composed attention ends, the call goes to the reference instead of going wrong."""
+"""Attention calls that the composed backend cannot serve go to the reference."""
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ def test_more_queries_than_keys_agree_with_the_reference(causal: bool, window: i
     query, key, value = torch.randn(2, 2, 5, 8), torch.randn(2, 1, 3, 8), torch.randn(2, 1, 3, 8)
     prompt_key, prompt_value = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 4, 8)
     arguments = (query, key, value, prompt_key, prompt_value)
-    chosen = prompt_attention(*arguments, causal=causal, window=window)
-    defined = prompt_attention(*arguments, causal=causal, window=window, backend="reference")
-    torch.testing.assert_close(chosen, defined)
+    default = prompt_attention(*arguments, causal=causal, window=window)
+    reference = prompt_attention(*arguments, causal=causal, window=window, backend="reference")
+    torch.testing.assert_close(default, reference)
 
 
 def test_a_decoding_loop_warns_once(recwarn: pytest.WarningsRecorder) -> None:

@@ -1,4 +1,4 @@
-"""Which backend serves a call, how it is overridden, and what is said about it."""
+"""Which backend serves a call, how to override the choice, and what is logged and announced."""
 
 import warnings
 from typing import NamedTuple
@@ -13,16 +13,26 @@ from softprompt_kernels.kernels.reference import attention as reference_attentio
 from softprompt_kernels.kernels.triton.losses import kl_div as triton_kl_div
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
 
-BUILT = list(dispatch._backends)
+BACKENDS = dispatch.BACKENDS
 
 
 @pytest.fixture(autouse=True)
-def _fresh_registry(monkeypatch):
-    """The backends that are always there."""
+def _fresh_dispatch(monkeypatch):
+    """Without the cpu backend, which may not have been built."""
     monkeypatch.setattr(dispatch, "_announced", set())
-    monkeypatch.setattr(dispatch, "_backends", [b for b in dispatch._backends if b.name != "cpu"])
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(b for b in BACKENDS if b.name != "cpu"))
     monkeypatch.delenv("SOFTPROMPT_BACKEND", raising=False)
     monkeypatch.delenv("SOFTPROMPT_LOG", raising=False)
+
+
+@pytest.fixture
+def prefer(monkeypatch):
+    """`prefer(backend)` puts a backend before all others."""
+
+    def put_first(backend):
+        monkeypatch.setattr(dispatch, "BACKENDS", (backend, *dispatch.BACKENDS))
+
+    return put_first
 
 
 def attend(**options):
@@ -36,10 +46,15 @@ def chosen(capfd, monkeypatch, **options):
     return capfd.readouterr().err
 
 
-def test_the_cpu_backend_is_first_where_it_was_built_and_serves_every_op(capfd, monkeypatch):
+def test_backends_are_listed_from_most_to_least_preferred():
+    assert [b.name for b in BACKENDS] == ["cpu", "composed", "triton", "cuda", "simt", "reference"]
+    assert [b.name for b in BACKENDS if b.by_name_only] == ["simt"]
+
+
+def test_the_cpu_backend_is_preferred_where_it_was_built_and_serves_every_op(capfd, monkeypatch):
     if native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
-    monkeypatch.setattr(dispatch, "_backends", BUILT)
+    monkeypatch.setattr(dispatch, "BACKENDS", BACKENDS)
     assert "prompt_attention on cpu -> cpu (preferred)" in chosen(capfd, monkeypatch)
     first = dispatch.available_backends()[0]
     assert first.name == "cpu" and len(first.ops) == 5
@@ -57,7 +72,7 @@ def test_a_choice_is_logged_once(capfd, monkeypatch):
     assert not chosen(capfd, monkeypatch)
 
 
-def test_the_argument_and_the_environment_insist_on_a_backend(capfd, monkeypatch):
+def test_the_argument_and_the_environment_name_a_backend(capfd, monkeypatch):
     assert "-> reference (requested)" in chosen(capfd, monkeypatch, backend="reference")
     monkeypatch.setenv("SOFTPROMPT_BACKEND", "reference")
     dispatch._announced.clear()
@@ -72,7 +87,7 @@ def test_a_named_backend_that_cannot_serve_says_which_argument_is_in_the_way():
         attend(window=2, backend="composed")
 
 
-def test_falling_back_to_the_reference_is_announced_once_with_what_to_do():
+def test_a_fallback_to_the_reference_is_announced_once_with_what_to_do():
     with pytest.warns(UserWarning, match=r"reference backend.*softcap=2.0.*backend='reference'"):
         attend(softcap=2.0)
     with warnings.catch_warnings():
@@ -89,8 +104,8 @@ def test_an_unknown_name_in_the_environment_is_an_error(monkeypatch):
         attend()
 
 
-def test_a_new_backend_registers_in_a_line_and_goes_first(capfd, monkeypatch):
-    dispatch.register(dispatch.Backend("native", "made for this test", {"prompt_attention": reference_attention}))
+def test_the_first_backend_that_can_serve_a_call_is_chosen(capfd, monkeypatch, prefer):
+    prefer(dispatch.Backend("native", "made for this test", {"prompt_attention": reference_attention}))
     assert "-> native (preferred)" in chosen(capfd, monkeypatch)
     assert [r.name for r in dispatch.available_backends()] == [
         "native",
@@ -100,21 +115,21 @@ def test_a_new_backend_registers_in_a_line_and_goes_first(capfd, monkeypatch):
         "simt",
         "reference",
     ]
-    kl_div(torch.ones(1, 2), torch.ones(1, 2))  # an op that it does not have goes to the next
+    kl_div(torch.ones(1, 2), torch.ones(1, 2))  # the first has no kl_div, so the next one serves it
     with pytest.raises(ValueError, match="native: it has no kl_div"):
         kl_div(torch.ones(1, 2), torch.ones(1, 2), backend="native")
 
 
-def test_a_backend_that_is_missing_is_passed_over_and_says_how_to_get_it(capfd, monkeypatch):
+def test_a_missing_backend_is_skipped_and_announced_with_how_to_get_it(capfd, monkeypatch, prefer):
     how = "it was not built: run make build"
     kernels = {"prompt_attention": reference_attention}
-    dispatch.register(dispatch.Backend("native", "made for this test", kernels, missing=lambda: how))
+    prefer(dispatch.Backend("native", "made for this test", kernels, missing=lambda: how))
     with pytest.warns(UserWarning, match=f"the native backend would serve calls on cpu, but {how}"):
         assert "-> composed" in chosen(capfd, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attend()  # announced once
-        kl_div(torch.ones(1, 2), torch.ones(1, 2))  # which it would not have served
+        kl_div(torch.ones(1, 2), torch.ones(1, 2))  # not announced: it has no kl_div
     record = dispatch.available_backends()[0]
     assert (record.name, record.available, record.detail) == ("native", False, how)
     with pytest.raises(ValueError, match=how):
@@ -129,11 +144,10 @@ def test_available_backends_lists_what_each_serves():
     assert all(r.detail and (r.available or r.name in ("cuda", "simt")) for r in records.values())
 
 
-def test_a_backend_for_tests_serves_only_who_names_it(capfd, monkeypatch):
-    """Not even where nobody else could."""
+def test_a_backend_for_tests_serves_only_calls_that_name_it(capfd, monkeypatch, prefer):
     served = []
     kernel = type("Kernel", (), {"unsupported": lambda self, problem: served.append(problem)})()
-    dispatch.register(dispatch.Backend("tested", "for this test", {"prompt_attention": kernel}, by_name_only=True))
+    prefer(dispatch.Backend("tested", "for this test", {"prompt_attention": kernel}, by_name_only=True))
     assert "-> composed (preferred)" in chosen(capfd, monkeypatch) and not served
     with pytest.raises(ValueError) as raised:
         attend(softcap=2.0, backend="composed")
@@ -153,13 +167,13 @@ def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
         attend(softcap=2.0, backend="composed")
 
 
-def test_tensors_on_a_gpu_go_to_triton_and_those_of_a_cpu_do_not():
-    class On(NamedTuple):
+def test_tensors_on_a_gpu_go_to_triton_and_those_on_a_cpu_do_not():
+    class FakeTensor(NamedTuple):
         device: torch.device
         dtype: torch.dtype = torch.float32
 
     def chosen_for(device):
-        logits = On(torch.device(device))
+        logits = FakeTensor(torch.device(device))
         problem = LogitsProblem(logits, logits, None, Divergence("forward", 0.5, 1.0), 2)
         return dispatch.select("kl_div", problem, None, logits.device)
 

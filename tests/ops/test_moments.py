@@ -1,4 +1,4 @@
-"""teacher_moments and linear_kl_div_from_moments: exact, though V logits became d + 1 numbers."""
+"""teacher_moments and linear_kl_div_from_moments: exact, although they keep d + 1 numbers instead of V logits."""
 
 import re
 
@@ -11,29 +11,29 @@ from softprompt_kernels.ops import TeacherMoments, linear_kl_div, linear_kl_div_
 TOKENS, SIZE, VOCAB = 7, 5, 40
 
 
-def made(*shape, dtype=torch.float64):
+def randn(*shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
 @pytest.fixture
 def dtype(request):
-    """That of the backend, float64 in a test without one."""
+    """The dtype of the backend; float64 in a test without a backend."""
     return request.getfixturevalue("precision").dtype if "backend" in request.fixturenames else torch.float64
 
 
 @pytest.fixture
 def student(dtype):
-    return made(TOKENS, SIZE, dtype=dtype).requires_grad_()
+    return randn(TOKENS, SIZE, dtype=dtype).requires_grad_()
 
 
 @pytest.fixture
 def teacher(dtype):
-    return made(TOKENS, SIZE, dtype=dtype)
+    return randn(TOKENS, SIZE, dtype=dtype)
 
 
 @pytest.fixture
 def weight(dtype):
-    return made(VOCAB, SIZE, dtype=dtype)
+    return randn(VOCAB, SIZE, dtype=dtype)
 
 
 def agree(actual, expected, precision):
@@ -44,7 +44,7 @@ def agree(actual, expected, precision):
 
 @pytest.mark.parametrize("chunk_tokens", [None, 3])
 def test_moments_are_expectations_of_the_head(teacher, weight, chunk_tokens, backend, precision):
-    bias = made(VOCAB, dtype=precision.dtype)
+    bias = randn(VOCAB, dtype=precision.dtype)
     found = teacher_moments(
         teacher, weight, bias=bias, logit_scale=0.5, temperature=2.0, valid_vocab=33, chunk_tokens=chunk_tokens,
         backend=backend,
@@ -57,18 +57,18 @@ def test_moments_are_expectations_of_the_head(teacher, weight, chunk_tokens, bac
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_loss_and_gradient_equal_the_live_form(student, teacher, weight, reduction, backend, precision):
-    head = {"bias": made(VOCAB, dtype=precision.dtype), "logit_scale": 0.8, "temperature": 1.6, "valid_vocab": 35}
+def test_loss_and_gradient_equal_linear_kl_div(student, teacher, weight, reduction, backend, precision):
+    head = {"bias": randn(VOCAB, dtype=precision.dtype), "logit_scale": 0.8, "temperature": 1.6, "valid_vocab": 35}
     shared = {"weights": torch.tensor([1, 0, 2, 0.5, 0, 1, 1]), "reduction": reduction}
     moments = teacher_moments(teacher, weight, **head, backend=backend)
     actual = linear_kl_div_from_moments(student, moments, weight, **head, **shared, chunk_tokens=2, backend=backend)
     expected = linear_kl_div(student, teacher, weight, **head, **shared, backend="reference")
     agree(actual, expected, precision)
-    upstream = torch.randn_like(actual)
-    agree(*(torch.autograd.grad(x, student, upstream)[0] for x in (actual, expected)), precision)
+    grad_rows = torch.randn_like(actual)
+    agree(*(torch.autograd.grad(x, student, grad_rows)[0] for x in (actual, expected)), precision)
 
 
-def test_labels_mix_in_as_a_convex_combination(student, teacher, weight, backend, precision):
+def test_labels_give_a_convex_combination_of_kl_and_nll(student, teacher, weight, backend, precision):
     labels = torch.tensor([3, 0, -100, 39, 7, -100, 1])
     moments = teacher_moments(teacher, weight, temperature=1.5)
     rows = linear_kl_div_from_moments(
@@ -76,22 +76,22 @@ def test_labels_mix_in_as_a_convex_combination(student, teacher, weight, backend
     )
     kl = linear_kl_div(student, teacher, weight, temperature=1.5, reduction="none", backend="reference")
     nll = 1.5**2 * F.cross_entropy(student @ weight.mT / 1.5, labels, reduction="none")
-    expected = torch.where(labels >= 0, 0.7 * kl + 0.3 * nll, kl)  # a row without a label is KL alone
+    expected = torch.where(labels >= 0, 0.7 * kl + 0.3 * nll, kl)  # a row without a label has the KL only
     agree(rows, expected, precision)
-    upstream = torch.randn_like(rows)
-    agree(*(torch.autograd.grad(x, student, upstream)[0] for x in (rows, expected)), precision)
+    grad_rows = torch.randn_like(rows)
+    agree(*(torch.autograd.grad(x, student, grad_rows)[0] for x in (rows, expected)), precision)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_labels_alone_are_cross_entropy(student, weight, reduction, backend):
+def test_labels_without_moments_are_cross_entropy(student, weight, reduction, backend):
     labels = torch.tensor([3, 0, -100, 39, 7, -100, 1])
     actual = linear_kl_div_from_moments(
         student, None, weight, labels=labels, label_weight=1.0, reduction=reduction, backend=backend
     )
     expected = F.cross_entropy(student @ weight.mT, labels, reduction=reduction)
     torch.testing.assert_close(actual, expected)
-    upstream = torch.randn_like(actual)
-    torch.testing.assert_close(*(torch.autograd.grad(x, student, upstream)[0] for x in (actual, expected)))
+    grad_rows = torch.randn_like(actual)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student, grad_rows)[0] for x in (actual, expected)))
 
 
 def test_label_weight_one_makes_the_moments_irrelevant(student, teacher, weight, backend):
@@ -116,10 +116,10 @@ def test_gradcheck(student, teacher, weight):
 
 
 def test_gradient_near_convergence_is_that_of_float64(backend):
-    """At KL ≈ 1e-6 the value has lost its digits in fp32, the gradient has not."""
-    weight = made(500, 32, dtype=torch.float32)
-    teacher = made(16, 32, dtype=torch.float32)
-    student = (teacher + 5e-4 * made(16, 32, dtype=torch.float32)).requires_grad_()
+    """At KL ≈ 1e-6 the loss has lost its digits in fp32. The gradient has not."""
+    weight = randn(500, 32, dtype=torch.float32)
+    teacher = randn(16, 32, dtype=torch.float32)
+    student = (teacher + 5e-4 * randn(16, 32, dtype=torch.float32)).requires_grad_()
     moments = teacher_moments(teacher, weight, backend=backend)
     loss = linear_kl_div_from_moments(student, moments, weight, backend=backend)
     (gradient,) = torch.autograd.grad(loss, student)
@@ -131,7 +131,7 @@ def test_gradient_near_convergence_is_that_of_float64(backend):
     assert (gradient.double() - wanted).norm() < 5e-3 * wanted.norm()
 
 
-def test_a_bias_of_minus_infinity_removes_a_word(student, teacher, weight, backend, precision):
+def test_a_bias_of_minus_infinity_removes_a_vocabulary_entry(student, teacher, weight, backend, precision):
     bias = torch.zeros(VOCAB, dtype=weight.dtype)
     bias[-1] = -torch.inf
     moments = teacher_moments(teacher, weight, bias=bias, backend=backend)
@@ -140,9 +140,9 @@ def test_a_bias_of_minus_infinity_removes_a_word(student, teacher, weight, backe
     agree(actual, expected, precision)
 
 
-def test_rows_of_moments_can_be_taken(student, teacher, weight):
+def test_moments_can_be_indexed_by_rows(student, teacher, weight):
     rows = torch.tensor([4, 1])
-    moments = teacher_moments(teacher, weight, bias=made(VOCAB))
+    moments = teacher_moments(teacher, weight, bias=randn(VOCAB))
     assert torch.equal(moments[rows].mean, moments.mean[rows])
     assert torch.equal(moments[rows].entropy, moments.entropy[rows])
     assert torch.equal(moments[rows].bias_mean, moments.bias_mean[rows])
@@ -150,8 +150,8 @@ def test_rows_of_moments_can_be_taken(student, teacher, weight):
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
-def test_a_trained_head_is_refused_because_the_moments_are_of_the_old_one(student, teacher, weight, trained):
-    bias = made(VOCAB)
+def test_a_trained_head_is_refused(student, teacher, weight, trained):
+    bias = randn(VOCAB)
     moments = teacher_moments(teacher, weight, bias=bias)
     {"weight": weight, "bias": bias}[trained].requires_grad_()
     with pytest.raises(
@@ -179,7 +179,7 @@ def test_error_names_argument_got_and_accepted(student, teacher, weight, options
         linear_kl_div_from_moments(student, moments, weight, **options)
 
 
-def test_moments_must_be_of_the_student_s_tokens_and_kind(student, teacher, weight):
+def test_moments_must_have_the_tokens_and_dtype_of_the_student(student, teacher, weight):
     with pytest.raises(ValueError, match=re.escape("moments.mean must have shape of the student's tokens = [7, 5]")):
         linear_kl_div_from_moments(student, teacher_moments(teacher[:3], weight), weight)
     with pytest.raises(TypeError, match=r"moments.mean must be torch.float64 for a student in torch.float64; got"):
@@ -192,7 +192,7 @@ def test_moments_must_be_of_the_student_s_tokens_and_kind(student, teacher, weig
         linear_kl_div_from_moments(student, None, weight, labels=torch.arange(TOKENS), label_weight=0.5)
 
 
-def test_moments_are_fp32_for_16_bit_teachers(teacher, weight, backend):
+def test_moments_of_16_bit_teachers_are_fp32(teacher, weight, backend):
     moments = teacher_moments(teacher.bfloat16(), weight.bfloat16(), backend=backend)
     assert isinstance(moments, TeacherMoments)
     assert moments.mean.dtype == moments.entropy.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""prompt_attention against an oracle that looks at one query and one key at a time."""
+"""prompt_attention against an oracle that computes one query and one key at a time."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ def close(actual, expected, tolerance=1e-11):
 
 CASES = {
     "plain": {},
-    "one query of many keys": {"sizes": {"queries": 1, "own": 6}},
+    "one query, many keys": {"sizes": {"queries": 1, "own": 6}},
     "queries at the end of longer keys": {"sizes": {"queries": 3, "own": 7}},
     "no prompt": {"sizes": {"prompt": 0}},
     "no own keys": {"sizes": {"own": 0, "queries": 2}, "options": {"causal": False}},
-    "values of another size": {"sizes": {"value_size": 5}},
+    "values smaller than keys": {"sizes": {"value_size": 5}},
     "values larger than keys": {"sizes": {"value_size": 11}},
     "one prompt each": {"sizes": {"rows": 2}},
     "bank with index": {"sizes": {"rows": 3}, "options": {"prompt_index": torch.tensor([2, 0])}},
@@ -44,7 +44,7 @@ CASES = {
     "window wider than everything": {"options": {"window": 8}},
 }
 
-BEYOND_COMPOSED = {
+NOT_IN_COMPOSED = {
     "window": {"options": {"window": 3}},
     "window of one": {"options": {"window": 1, "causal": False}},
     "window over a ragged bank": {
@@ -97,9 +97,9 @@ def test_equals_the_oracle_with_all_gradients(name, backend, precision, attentio
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "simt"], indirect=True)
-@pytest.mark.parametrize("name", BEYOND_COMPOSED)
-def test_equals_the_oracle_beyond_what_is_composed(name, backend, precision, attention_tensors, attention_oracle):
-    check(BEYOND_COMPOSED[name], backend, precision, attention_tensors, attention_oracle)
+@pytest.mark.parametrize("name", NOT_IN_COMPOSED)
+def test_cases_that_composed_refuses_equal_the_oracle(name, backend, precision, attention_tensors, attention_oracle):
+    check(NOT_IN_COMPOSED[name], backend, precision, attention_tensors, attention_oracle)
 
 
 def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, precision, attention_tensors):
@@ -116,14 +116,14 @@ def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, precision
         *inputs, prompt_index=index, prompt_lengths=lengths, cu_seqlens=starts, return_lse=True, backend=backend
     )
     assert (out[:, :, 7:] == 0).all() and (lse[:, :, 7:] == -torch.inf).all()
-    parts = []
+    separate = []
     for (start, stop), row in zip(((0, 4), (4, 7)), (1, 1), strict=True):
-        part = slice(start, stop)
+        tokens = slice(start, stop)
         prompt = [t[row : row + 1, :, : lengths[row]] for t in (prompt_key, prompt_value)]
-        parts.append(
-            prompt_attention(query[:, :, part], key[:, :, part], value[:, :, part], *prompt, backend="reference")
+        separate.append(
+            prompt_attention(query[:, :, tokens], key[:, :, tokens], value[:, :, tokens], *prompt, backend="reference")
         )
-    expected = torch.cat(parts, 2)
+    expected = torch.cat(separate, 2)
     close(out[:, :, :7], expected, precision.tolerance)
     weight = torch.randn_like(out)
     actual = torch.autograd.grad((out * weight).sum(), inputs)
@@ -174,8 +174,8 @@ def test_gradcheck_of_the_definition(attention_tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_no_worse_than_pytorch(dtype, backend, attention_tensors, attention_oracle):
-    """At most twice the error of PyTorch's attention on concatenated keys forward, three times for gradients."""
+def test_16_bits_are_no_worse_than_pytorch(dtype, backend, attention_tensors, attention_oracle):
+    """out has at most 2 times the error of PyTorch's attention on concatenated keys, the gradients 3 times."""
     tensors = attention_tensors(batch=4, queries=12, own=12, prompt=8, size=16, dtype=dtype, grad=True)
     grad_out = torch.randn(4, 4, 12, 16, dtype=torch.float64).to(dtype)
 
@@ -198,12 +198,12 @@ def test_sixteen_bits_are_no_worse_than_pytorch(dtype, backend, attention_tensor
         assert (o.double() - e).norm() <= allowed
 
 
-def test_out_lies_in_memory_as_the_output_projection_reads_it(backend, precision, attention_tensors):
+def test_out_has_the_memory_layout_that_the_output_projection_reads(backend, precision, attention_tensors):
     out = prompt_attention(*attention_tensors(size=64, dtype=precision.dtype), backend=backend)
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_a_frozen_prompt_gets_no_gradient_and_a_frozen_query_none_either(backend, precision, attention_tensors):
+def test_frozen_inputs_get_no_gradient(backend, precision, attention_tensors):
     tensors = attention_tensors(dtype=precision.dtype)
     tensors[1].requires_grad_()
     prompt_attention(*tensors, backend=backend).sum().backward()

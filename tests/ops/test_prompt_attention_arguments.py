@@ -1,4 +1,4 @@
-"""Every argument check names the argument, what it got and what it accepts."""
+"""The argument checks: each error names the argument, what it got and what is accepted."""
 
 import re
 
@@ -48,12 +48,12 @@ def test_error_names_argument_got_and_accepted(changes, error, message):
         prompt_attention(**tensors(**changes))
 
 
-def test_several_prompts_without_an_index_are_ambiguous():
+def test_several_prompts_need_an_index():
     with pytest.raises(ValueError, match=r"prompt_index must be given unless there is one prompt.*got None with R = 3"):
         prompt_attention(**tensors(prompt_key=(3, 2, 3, 8), prompt_value=(3, 2, 3, 8)))
 
 
-def test_packed_form_wants_equal_lengths_and_no_key_lengths():
+def test_packed_form_needs_equal_lengths_and_no_key_lengths():
     packed = {"query": (1, 4, 5, 8), "key": (1, 2, 6, 8), "value": (1, 2, 6, 8), "cu_seqlens": torch.tensor([0, 5])}
     with pytest.raises(ValueError, match="query and key must have M = N with cu_seqlens; got 5 and 6"):
         prompt_attention(**tensors(**packed))

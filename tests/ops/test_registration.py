@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: opcheck, torch.compile, autocast, second derivatives, what costs nothing."""
+"""The ops in PyTorch: opcheck, torch.compile, calls that bypass the dispatcher, second derivatives, GEMMs per call."""
 
 import dataclasses
 import sys
@@ -20,35 +20,35 @@ from softprompt_kernels.ops.prompt_attention import backward_op as attention_bac
 
 TOKENS, SIZE, VOCAB = 6, 4, 30
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-FORWARD_ONLY = ("test_schema", "test_faketensor")  # ops that nothing is differentiated through
+FORWARD_ONLY = ("test_schema", "test_faketensor")  # for ops without a gradient
 
 
-def made(*shape, grad=False):
+def randn(*shape, grad=False):
     return torch.randn(shape).requires_grad_(grad)
 
 
 def attention_inputs(grad=False):
-    tensors = [made(2, 4, 3, 8, grad=grad), made(2, 2, 5, 8, grad=grad), made(2, 2, 5, 6, grad=grad)]
-    tensors += [made(3, 2, 4, 8, grad=grad), made(3, 2, 4, 6, grad=grad)]
+    tensors = [randn(2, 4, 3, 8, grad=grad), randn(2, 2, 5, 8, grad=grad), randn(2, 2, 5, 6, grad=grad)]
+    tensors += [randn(3, 2, 4, 8, grad=grad), randn(3, 2, 4, 6, grad=grad)]
     index, lengths, own = torch.tensor([2, 0]), torch.tensor([4, 1, 3]), torch.tensor([5, 4])
-    return [*tensors, index, lengths, own, None, made(4, grad=grad), True, None, None, 0.3]
+    return [*tensors, index, lengths, own, None, randn(4, grad=grad), True, None, None, 0.3]
 
 
 def head_inputs(grad=False):
     weights = torch.tensor([1, 0, 2, 0.5, 1, 1])
-    return [made(TOKENS, SIZE, grad=grad), made(VOCAB, SIZE), made(VOCAB), made(TOKENS, SIZE), None, weights]
+    return [randn(TOKENS, SIZE, grad=grad), randn(VOCAB, SIZE), randn(VOCAB), randn(TOKENS, SIZE), None, weights]
 
 
 HEAD_OPTIONS = [None, 0.9, "forward", 0.5, 2.0, 28, 4]
 
 
 def test_attention_passes_opcheck(backend):
-    torch.library.opcheck(attention.dispatched, (*attention_inputs(grad=True), backend), test_utils=ALL)
+    torch.library.opcheck(attention.through_dispatcher, (*attention_inputs(grad=True), backend), test_utils=ALL)
 
 
 def test_attention_backward_passes_opcheck(backend):
     inputs = attention_inputs()
-    out, lse = attention.dispatched(*inputs, backend)
+    out, lse = attention.through_dispatcher(*inputs, backend)
     grads = (torch.randn_like(out), torch.randn_like(lse))
     for needs in ([True] * 6, [False, False, True, True, False, False]):
         arguments = (*grads, out, lse, *inputs, backend, needs)
@@ -57,7 +57,7 @@ def test_attention_backward_passes_opcheck(backend):
 
 def test_kl_div_passes_opcheck(backend):
     options = ("jsd", 0.3, 2.0, 28, backend)
-    inputs = (made(TOKENS, VOCAB, grad=True), made(TOKENS, VOCAB), torch.tensor([1, 0, 2, 0.5, 1, 1]), *options)
+    inputs = (randn(TOKENS, VOCAB, grad=True), randn(TOKENS, VOCAB), torch.tensor([1, 0, 2, 0.5, 1, 1]), *options)
     torch.library.opcheck(kl_div_forward, inputs, test_utils=ALL)
     _, statistics = kl_div_forward(inputs[0].detach(), *inputs[1:])
     arguments = (torch.ones(TOKENS), statistics, inputs[0].detach(), *inputs[1:])
@@ -81,7 +81,7 @@ def test_moments_pass_opcheck(backend):
 
 
 def test_scale_rows_passes_opcheck():
-    torch.library.opcheck(scale_rows_op, (made(5, 3), made(5), made(5, 3).double(), "op"), test_utils=FORWARD_ONLY)
+    torch.library.opcheck(scale_rows_op, (randn(5, 3), randn(5), randn(5, 3).double(), "op"), test_utils=FORWARD_ONLY)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def losses(student, teacher, weight, backend):
 
 
 def test_losses_compile_in_one_graph_and_give_the_same_bits(backend):
-    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    student, teacher, weight = randn(TOKENS, SIZE, grad=True), randn(TOKENS, SIZE), randn(VOCAB, SIZE)
     eager = losses(student, teacher, weight, backend)
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")(student, teacher, weight, backend)
     assert torch.equal(eager, compiled)
@@ -119,11 +119,11 @@ def test_attention_compiles_in_one_graph_and_gives_the_same_bits(attention_tenso
         assert torch.equal(e, c)
 
 
-# --- calls without the dispatcher ------------------------------------------------------------------------------------
+# --- calls that bypass the dispatcher ---------------------------------------------------------------------------------
 
 
-class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of the ops that pass."""
+class DispatchedOps(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the names of the ops that go through the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -134,8 +134,8 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class SeenFunctions(torch.overrides.TorchFunctionMode):
-    """Names of what is called."""
+class CalledFunctions(torch.overrides.TorchFunctionMode):
+    """Records the functions of torch that are called."""
 
     def __init__(self):
         super().__init__()
@@ -151,20 +151,20 @@ OPS = {"softprompt_kernels::prompt_attention", "softprompt_kernels::prompt_atten
 
 @pytest.fixture
 def no_dispatcher(monkeypatch):
-    """Attention that fails where it goes through the dispatcher."""
+    """Attention fails when it goes through the dispatcher."""
     module = sys.modules["softprompt_kernels.ops.prompt_attention"]
 
     def fail(*_):
         pytest.fail("a call went through the dispatcher")
 
-    monkeypatch.setattr(module, "_op", dataclasses.replace(attention, dispatched=fail))
+    monkeypatch.setattr(module, "attention_op", dataclasses.replace(attention, through_dispatcher=fail))
     monkeypatch.setattr(module, "backward_op", fail)
 
 
-def test_where_nobody_watches_calls_go_past_the_dispatcher(attention_tensors, no_dispatcher, monkeypatch):
+def test_calls_that_nothing_intercepts_bypass_the_dispatcher(attention_tensors, no_dispatcher, monkeypatch):
     inputs = attention_tensors(dtype=torch.float32, grad=True)
     module = sys.modules["softprompt_kernels.ops.prompt_attention"]
-    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_passed", set())
     torch.autograd.grad(attention_sum(*inputs), inputs)
     with torch.no_grad():
         attention_sum(*inputs)
@@ -172,40 +172,40 @@ def test_where_nobody_watches_calls_go_past_the_dispatcher(attention_tensors, no
     attention_sum(*inputs)
 
 
-def test_what_is_remembered_of_checked_calls_is_bounded(monkeypatch):
+def test_the_record_of_checked_calls_is_bounded(monkeypatch):
     module = sys.modules["softprompt_kernels.ops.prompt_attention"]
-    monkeypatch.setattr(module, "_known", set())
-    monkeypatch.setattr(module, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(module, "_passed", set())
+    monkeypatch.setattr(module, "_MAX_PASSED", 3)
     for tokens in range(1, 8):
         own, prompt = torch.randn(1, 1, tokens, 4), torch.randn(1, 1, 2, 4)
         prompt_attention(own, own, own, prompt, prompt)
-        assert 1 <= len(module._known) <= 3
+        assert 1 <= len(module._passed) <= 3
 
 
-def test_gradients_lie_in_memory_as_the_dispatched_ones_do(attention_tensors, backend):
+def test_gradients_have_the_memory_layout_of_dispatched_ones(attention_tensors, backend):
     if backend in ("simt", "triton"):
-        pytest.skip("one shape is enough for those that are slow here")
+        pytest.skip("too slow on this backend, and the layout does not depend on it")
     inputs = attention_tensors(dtype=torch.float32, grad=True)
     out = prompt_attention(*inputs, backend=backend)
-    direct = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
-    with Seen():
+    bypassing = torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
+    with DispatchedOps():
         dispatched = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    for one, other in zip(direct, dispatched, strict=True):
+    for one, other in zip(bypassing, dispatched, strict=True):
         assert torch.equal(one, other)
         assert one.stride() == other.stride()
         assert one.untyped_storage().nbytes() == other.untyped_storage().nbytes()
 
 
-def test_negated_views_and_other_gradients_are_what_they_say(attention_tensors):
+def test_negated_views_zero_tensors_and_subclasses_are_computed_right(attention_tensors):
     inputs = attention_tensors(dtype=torch.float32, grad=True)
     out = prompt_attention(*inputs)
-    upstream = torch.randn_like(out)
-    (expected,) = torch.autograd.grad(out, inputs[0], -upstream, retain_graph=True)
-    (found,) = torch.autograd.grad(out, inputs[0], torch._neg_view(upstream), retain_graph=True)
+    grad_out = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, inputs[0], -grad_out, retain_graph=True)
+    (found,) = torch.autograd.grad(out, inputs[0], torch._neg_view(grad_out), retain_graph=True)
     assert torch.equal(found, expected)
     (zero,) = torch.autograd.grad(out, inputs[0], torch._efficientzerotensor(out.shape), retain_graph=True)
     assert (zero == 0).all()
-    twice = TwoTensor(upstream, 2 * upstream)
+    twice = TwoTensor(grad_out, 2 * grad_out)
     (found,) = torch.autograd.grad(out, inputs[0], twice)
     assert torch.equal(found.a, -expected)
     with torch.no_grad():
@@ -214,12 +214,12 @@ def test_negated_views_and_other_gradients_are_what_they_say(attention_tensors):
         )
 
 
-def test_who_watches_sees_attention_and_its_backward(attention_tensors):
+def test_modes_profilers_and_tracers_see_attention_and_its_backward(attention_tensors):
     inputs = attention_tensors(dtype=torch.float32, grad=True)
     alone = torch.autograd.grad(attention_sum(*inputs), inputs)
-    with Seen() as seen:
-        watched = torch.autograd.grad(attention_sum(*inputs), inputs)
-    assert set(seen.names) >= OPS
+    with DispatchedOps() as ops:
+        dispatched = torch.autograd.grad(attention_sum(*inputs), inputs)
+    assert set(ops.names) >= OPS
     with torch.profiler.profile() as profile:
         profiled = torch.autograd.grad(attention_sum(*inputs), inputs)
     assert {event.key for event in profile.key_averages()} >= OPS
@@ -229,14 +229,14 @@ def test_who_watches_sees_attention_and_its_backward(attention_tensors):
         assert any("softprompt_kernels.prompt_attention" in str(node.target) for node in traced.graph.nodes)
     traced = torch.jit.trace(attention_sum, [tensor.detach() for tensor in inputs], check_trace=False)
     assert "softprompt_kernels::prompt_attention" in str(traced.graph)
-    with SeenFunctions() as functions:
+    with CalledFunctions() as functions:
         attention_sum(*inputs)
     assert any("prompt_attention" in name for name in functions.names)
-    for one, other, third in zip(alone, watched, profiled, strict=True):
+    for one, other, third in zip(alone, dispatched, profiled, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
 
 
-def test_other_tensors_transforms_and_tangents_do_not_pass_unseen(attention_tensors):
+def test_subclasses_transforms_and_tangents_go_through_the_dispatcher(attention_tensors):
     inputs = attention_tensors(dtype=torch.float32)
     on_meta = [tensor.to("meta") for tensor in inputs]
     assert prompt_attention(*on_meta).device.type == "meta"
@@ -250,7 +250,7 @@ def test_other_tensors_transforms_and_tangents_do_not_pass_unseen(attention_tens
         prompt_attention(query, *inputs[1:])
 
 
-def test_a_call_like_one_that_passed_the_checks_is_checked_where_it_differs(attention_tensors):
+def test_a_call_is_checked_unless_an_equal_call_has_passed(attention_tensors):
     query, key, value, prompt_key, prompt_value = attention_tensors(dtype=torch.float32)
     for _ in range(2):
         prompt_attention(query, key, value, prompt_key, prompt_value, softcap=3.0)
@@ -286,7 +286,7 @@ def test_a_call_like_one_that_passed_the_checks_is_checked_where_it_differs(atte
 
 
 def test_a_second_derivative_is_a_clear_error(attention_tensors):
-    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+    student, teacher, weight = randn(TOKENS, SIZE, grad=True), randn(TOKENS, SIZE), randn(VOCAB, SIZE)
     moments = teacher_moments(teacher, weight)
     query, *others = attention_tensors(grad=True)
     cases = {
@@ -303,8 +303,8 @@ def test_a_second_derivative_is_a_clear_error(attention_tensors):
             gradient.sum().backward()
 
 
-class Products(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts matrix products in units of one of the head's size."""
+class GemmCounter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts GEMMs, in units of one of the head's size."""
 
     def __init__(self):
         super().__init__()
@@ -317,41 +317,42 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def products(call):
+def gemms(call):
+    """GEMMs of the kernels in a call."""
     from softprompt_kernels.ops import dispatch
 
-    seen = []
-    run = dispatch.select
+    counts = []
+    select = dispatch.select
 
-    def counted(*arguments):
-        kernel = run(*arguments)
+    def select_counted(*arguments):
+        kernel = select(*arguments)
 
-        class Counted:
+        class CountedKernel:
             @staticmethod
             def forward(*inputs):
-                with Products() as found:
+                with GemmCounter() as counter:
                     result = kernel.forward(*inputs)
-                seen.append(found.count)
+                counts.append(counter.count)
                 return result
 
             @staticmethod
             def backward(*inputs):
-                with Products() as found:
+                with GemmCounter() as counter:
                     result = kernel.backward(*inputs)
-                seen.append(found.count)
+                counts.append(counter.count)
                 return result
 
-        return Counted
+        return CountedKernel
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "select", counted)
+        patch.setattr(dispatch, "select", select_counted)
         call()
-    return sum(seen)
+    return sum(counts)
 
 
-def test_only_the_products_that_are_needed_are_made():
-    """In units of one product of the head's size: live 3, moments 2, without a gradient 2 and 1, a trained head 6."""
-    student, teacher, weight = made(TOKENS, SIZE, grad=True), made(TOKENS, SIZE), made(VOCAB, SIZE)
+def test_only_the_gemms_that_are_needed_are_computed():
+    """GEMMs of the head's size: live teacher 3, moments 2; without a gradient 2 and 1; a trained head 6."""
+    student, teacher, weight = randn(TOKENS, SIZE, grad=True), randn(TOKENS, SIZE), randn(VOCAB, SIZE)
     trained, moments = weight.clone().requires_grad_(), teacher_moments(teacher, weight)
     options = {"backend": "composed"}
 
@@ -359,10 +360,10 @@ def test_only_the_products_that_are_needed_are_made():
         with torch.no_grad():
             function(*inputs, **options)
 
-    assert products(lambda: linear_kl_div(student, teacher, weight, **options).backward()) == 3
-    assert products(lambda: without_gradient(linear_kl_div, student, teacher, weight)) == 2
-    assert products(lambda: linear_kl_div(student.detach(), teacher, weight, **options)) == 2
-    assert products(lambda: linear_kl_div(student, teacher, trained, **options).backward()) == 6
-    assert products(lambda: linear_kl_div_from_moments(student, moments, weight, **options).backward()) == 2
-    assert products(lambda: without_gradient(linear_kl_div_from_moments, student, moments, weight)) == 1
-    assert products(lambda: teacher_moments(teacher, weight, **options)) == 2
+    assert gemms(lambda: linear_kl_div(student, teacher, weight, **options).backward()) == 3
+    assert gemms(lambda: without_gradient(linear_kl_div, student, teacher, weight)) == 2
+    assert gemms(lambda: linear_kl_div(student.detach(), teacher, weight, **options)) == 2
+    assert gemms(lambda: linear_kl_div(student, teacher, trained, **options).backward()) == 6
+    assert gemms(lambda: linear_kl_div_from_moments(student, moments, weight, **options).backward()) == 2
+    assert gemms(lambda: without_gradient(linear_kl_div_from_moments, student, moments, weight)) == 1
+    assert gemms(lambda: teacher_moments(teacher, weight, **options)) == 2
