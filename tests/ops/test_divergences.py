@@ -6,7 +6,7 @@ import torch
 from softprompt_kernels.kernels.composed import rows as composed
 from softprompt_kernels.kernels.host import fused_linear, streamed_vocabulary
 from softprompt_kernels.kernels.host.gemm import TORCH
-from softprompt_kernels.kernels.host.rows import Column
+from softprompt_kernels.kernels.host.rows import KlColumn
 from softprompt_kernels.kernels.problems.loss import DIVERGENCES, Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.ops import kl_div, linear_kl_div
@@ -57,7 +57,7 @@ def test_a_kind_that_a_kernel_does_not_implement_raises(unimplemented):
     with pytest.raises(ValueError, match=refused):
         composed.divergence_(logits.clone(), logits.clone(), divergence, (logits.clone(), logits.clone()))
     with pytest.raises(ValueError, match=refused):
-        streamed_vocabulary._gradient_(torch.ones(4, 3), torch.ones(2, len(Column)), unimplemented)
+        streamed_vocabulary._gradient_(torch.ones(4, 3), torch.ones(2, len(KlColumn)), unimplemented)
     with pytest.raises(ValueError, match=refused):
         problem = HeadProblem(logits, logits, head, head, None, divergence, None)
         fused_linear._streaming_is_faster(problem, None, True, TORCH)

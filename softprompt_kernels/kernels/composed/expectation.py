@@ -30,7 +30,7 @@ def _exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int
 
 def _state_of(state: ExpectationState, rows: slice) -> ExpectationState:
     """The state of some rows, as views."""
-    fields = (state.largest, state.total, state.mean, state.bias_total, state.labels, state.label_logit)
+    fields = (state.row_max, state.row_sum, state.mean, state.bias_sum, state.labels, state.label_logit)
     return ExpectationState(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
 
 
@@ -44,14 +44,14 @@ def _exponentials_of_block_(
         in_tile = (column >= 0) & (column < logits.shape[1]) & (state.labels >= 0)
         label_logit = logits.gather(1, torch.where(in_tile, column, 0)[:, None]).squeeze(1)
         torch.where(in_tile, label_logit, state.label_logit, out=state.label_logit)
-    largest = torch.maximum(state.largest, logits.amax(1))
-    shift = torch.where(largest == -torch.inf, 0, largest)  # −inf: no vocabulary entry so far
-    rescale = torch.exp(state.largest - shift)
-    state.largest.copy_(largest)
+    row_max = torch.maximum(state.row_max, logits.amax(1))
+    shift = torch.where(row_max == -torch.inf, 0, row_max)  # −inf: no vocabulary entry in any tile yet
+    rescale = torch.exp(state.row_max - shift)
+    state.row_max.copy_(row_max)
     logits.sub_(shift[:, None]).exp_()
-    state.total.mul_(rescale).add_(logits.sum(1))
-    if bias is not None and state.bias_total is not None:
+    state.row_sum.mul_(rescale).add_(logits.sum(1))
+    if bias is not None and state.bias_sum is not None:
         # A bias of −inf has probability 0 and adds nothing to the expectation.
-        state.bias_total.mul_(rescale).add_(torch.mv(logits, bias.masked_fill(bias == -torch.inf, 0)))
+        state.bias_sum.mul_(rescale).add_(torch.mv(logits, bias.masked_fill(bias == -torch.inf, 0)))
     if state.mean is not None:
         state.mean.mul_(rescale[:, None])

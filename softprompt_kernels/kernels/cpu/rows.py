@@ -8,7 +8,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.host.chunks import CPU_WORKSPACE_BYTES
 from softprompt_kernels.kernels.host.head_logits import Activation
-from softprompt_kernels.kernels.host.rows import TileState
+from softprompt_kernels.kernels.host.rows import KlTileState
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 
 _kept = threading.local()
@@ -54,7 +54,7 @@ def add_tile_(
     student_activation: Activation,
     teacher_activation: Activation,
     divergence: Divergence,
-    state: TileState,
+    state: KlTileState,
 ) -> None:
     """See `DivergenceTileKernel` in `kernels/host/rows.py`."""
     weighted, plain = (None, None) if state.sums is None else state.sums.chunk(2)
@@ -87,9 +87,9 @@ def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int,
         bias=address(bias),
         labels=address(state.labels),
         label_logit=address(state.label_logit),
-        largest=address(state.largest),
-        total=address(state.total),
-        bias_total=address(state.bias_total),
+        largest=address(state.row_max),
+        total=address(state.row_sum),
+        bias_total=address(state.bias_sum),
         sum=address(mean),
         rows=logits.shape[0],
         columns=logits.shape[1],

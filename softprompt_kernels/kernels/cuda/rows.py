@@ -89,9 +89,9 @@ class CudaRows:
             "bias": _address(bias),
             "weights": _address(weights),
             "labels": _address(state.labels),
-            "largest": _address(state.largest),
-            "total": _address(state.total),
-            "bias_total": _address(state.bias_total),
+            "largest": _address(state.row_max),
+            "total": _address(state.row_sum),
+            "bias_total": _address(state.bias_sum),
             "label_logit": _address(state.label_logit),
             "mean": 0 if mean is None else mean.data_ptr(),
             "mean_stride": 0 if mean is None else mean.stride(0),
@@ -104,7 +104,7 @@ class CudaRows:
             "scale": scale,
             "part_scale": parts.scale,
         }
-        written = (state.largest, state.total, state.bias_total, state.label_logit, mean, high, low)
+        written = (state.row_max, state.row_sum, state.bias_sum, state.label_logit, mean, high, low)
         return CudaLaunch(
             lambda module: module.exponential_rows, arguments, (products, bias, weights, state.labels), written
         )

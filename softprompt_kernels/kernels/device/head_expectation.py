@@ -143,20 +143,20 @@ def _initial_state(problem: ExpectationProblem) -> ExpectationState:
 
 def _state_of(state: ExpectationState, rows: slice) -> ExpectationState:
     """The state of some rows, as views."""
-    fields = (state.largest, state.total, state.mean, state.bias_total, state.labels, state.label_logit)
+    fields = (state.row_max, state.row_sum, state.mean, state.bias_sum, state.labels, state.label_logit)
     return ExpectationState(*(None if f is None else f[rows] for f in fields))  # type: ignore[arg-type]
 
 
 def _expectation(problem: ExpectationProblem, state: ExpectationState, part_scale: float) -> Expectation:
-    log_partition = state.largest.double() + state.total.log()
-    total = state.total
+    log_partition = state.row_max.double() + state.row_sum.log()
+    row_sum = state.row_sum
     if problem.weights is not None:
         skipped = problem.weights == 0
         log_partition = torch.where(skipped, 0.0, log_partition)
-        total = torch.where(skipped, 1.0, total)
+        row_sum = torch.where(skipped, 1.0, row_sum)
     mean, bias_mean = state.mean, None
     if mean is not None:
-        mean.div_((total * part_scale).float()[:, None])
-    if state.bias_total is not None:
-        bias_mean = (state.bias_total / total).float()
+        mean.div_((row_sum * part_scale).float()[:, None])
+    if state.bias_sum is not None:
+        bias_mean = (state.bias_sum / row_sum).float()
     return Expectation(log_partition, state.label_logit, mean, bias_mean)

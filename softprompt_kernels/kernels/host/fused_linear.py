@@ -1,7 +1,7 @@
 """Divergence between the logits of two heads, from hidden states: chooses the driver for each token.
 
     chunked_logits.py         stores the logits of a chunk of tokens; serves every divergence
-    streamed_vocabulary.py    stores no logits; serves forward and reverse KL, and leaves some rows to the other
+    streamed_vocabulary.py    stores no logits; serves forward and reverse KL, with the other as fallback for some rows
 
 Only the GEMMs matter for the time. A GEMM of n rows takes as long as n + k rows would if reading and packing the weight
 were free, where k is `Gemm.weight_cost`. The unit is a GEMM of the head's size with very many rows. A token costs

@@ -52,11 +52,11 @@ def forward(problem: ExpectationProblem, row_kernel: ExponentialsKernel, gemm: G
             row_kernel(logits, None if bias is None else bias[columns], scale, columns.start, state)
             if state.mean is not None:
                 gemm.multiply(state.mean, logits, weight, True)
-        log_partition[rows] = state.largest.double() + state.total.log()
+        log_partition[rows] = state.row_max.double() + state.row_sum.log()
         if mean is not None and state.mean is not None:
-            mean[rows] = state.mean.div_(state.total[:, None])
-        if bias_mean is not None and state.bias_total is not None:
-            bias_mean[rows] = (state.bias_total / state.total).to(dtype)
+            mean[rows] = state.mean.div_(state.row_sum[:, None])
+        if bias_mean is not None and state.bias_sum is not None:
+            bias_mean[rows] = (state.bias_sum / state.row_sum).to(dtype)
         if label_logit is not None and state.label_logit is not None:
             label_logit[rows] = state.label_logit
     return Expectation(log_partition, label_logit, mean, bias_mean)

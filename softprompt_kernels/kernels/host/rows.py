@@ -39,24 +39,27 @@ class DivergenceKernel(Protocol):
     ) -> Tensor: ...
 
 
-class Column(IntEnum):
-    """The columns of `TileState.scalars`. Their order is that of the fields of `KlSoFar` in csrc/cpu/losses/kl.h."""
+class KlColumn(IntEnum):
+    """The columns of `KlTileState.scalars`, in the order of the fields of the C++ struct in csrc/cpu/losses/kl.h.
 
-    REFERENCE = 0  # m
+    `streamed_vocabulary.py` defines the letters.
+    """
+
+    P_MAX = 0  # m
     CENTRE = 1  # c
-    TOTAL = 2  # S
-    OTHER = 3  # R
-    CHANGE = 4  # C
-    EXCESS = 5  # X
-    DIFFERENCE = 6  # Y
-    LEFT_OUT = 7  # 1 for a row that the sums cannot serve, else 0
+    P_SUM = 2  # S
+    Q_SUM = 3  # R
+    EXPM1_SUM = 4  # C
+    EXCESS_SUM = 5  # X
+    DIFFERENCE_SUM = 6  # Y
+    NEEDS_FALLBACK = 7  # 1: the tiles cannot give the divergence of this row; else 0
 
 
 @dataclass(frozen=True)
-class TileState:
-    """The sums of the n tokens of a chunk after some tiles of the vocabulary; formulas in `streamed_vocabulary.py`."""
+class KlTileState:
+    """What is known of the n tokens of a chunk after some tiles of the vocabulary."""
 
-    scalars: Tensor  # [n, len(Column)] float64, 0 before the first tile
+    scalars: Tensor  # [n, len(KlColumn)] float64, 0 before the first tile
     sums: Tensor | None  # [2 n, d] U, then T; None: no gradient
 
 
@@ -74,7 +77,7 @@ class DivergenceTileKernel(Protocol):
         student_activation: Activation,
         teacher_activation: Activation,
         divergence: Divergence,
-        state: TileState,
+        state: KlTileState,
         /,
     ) -> None: ...
 

@@ -16,7 +16,7 @@ and c.
 
 A tile costs two GEMMs for the logits and two for the sums. That is one GEMM more than with stored logits, but a chunk
 has far more tokens. Some rows cannot be computed from the sums, for example those with −inf logits in only one of
-student and teacher. They are left out, for `chunked_logits.py` to compute.
+student and teacher. The fallback for these rows is `chunked_logits.py`.
 """
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.host.chunks import chunk_size, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.gemm import Gemm
 from softprompt_kernels.kernels.host.head_logits import ScaledHidden, activations, gradient_factor, weights_of
-from softprompt_kernels.kernels.host.rows import Backend, Column, TileState
+from softprompt_kernels.kernels.host.rows import Backend, KlColumn, KlTileState
 from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, HeadProblem, unknown_divergence
 
 _TILE = 2048  # vocabulary entries; 1024 takes 3 % longer, and 4096 takes twice the memory
@@ -34,7 +34,7 @@ _TILE = 2048  # vocabulary entries; 1024 takes 3 % longer, and 4096 takes twice 
 def tokens_at_once(problem: HeadProblem, tokens: int, gemm: Gemm) -> int:
     """Tokens per chunk, of `tokens` in all."""
     tile = min(_TILE, problem.head.weight.shape[0]) * (2 if gemm.copies_result else 1)
-    elements = 2 * tile + 2 * len(Column) + 3 * problem.student.shape[1] + problem.teacher.shape[1]
+    elements = 2 * tile + 2 * len(KlColumn) + 3 * problem.student.shape[1] + problem.teacher.shape[1]
     return chunk_size(tokens, problem.chunk_tokens, elements, weights_of(problem), problem.compute_dtype, gemm)
 
 
@@ -43,7 +43,7 @@ def forward(
 ) -> Tensor:
     """Writes the loss [N] and ∂ loss[n] / ∂ student[n] [N, d] of the kept tokens (None: of all).
 
-    Returns the indices of the tokens that are left out. What is written for them means nothing.
+    Returns the indices of the tokens that need the fallback. What is written for them means nothing.
     """
     tile_kernel = backend.tile
     assert tile_kernel is not None
@@ -52,11 +52,11 @@ def forward(
     size = tokens_at_once(problem, tokens if kept is None else kept.shape[0], gemm)
     workspace = backend.allocate(2 * size, min(_TILE, vocab), dtype).flatten()
     student_activation, teacher_activation = activations(problem)
-    left_out = []
+    fallback = []
     for rows in token_chunks(tokens, kept, size):
         hidden = ScaledHidden(problem, rows)
-        state = TileState(
-            torch.zeros(hidden.count, len(Column), dtype=torch.float64),
+        state = KlTileState(
+            torch.zeros(hidden.count, len(KlColumn), dtype=torch.float64),
             None if gradient is None else torch.zeros(2 * hidden.count, width, dtype=dtype),
         )
         for columns, weights in weight_parts(weights_of(problem), dtype, gemm, _TILE):
@@ -72,38 +72,38 @@ def forward(
         loss[rows] = _loss(state.scalars).mul_(divergence.temperature**2).to(dtype)
         if gradient is not None and state.sums is not None:
             gradient[rows] = _gradient_(state.sums, state.scalars, divergence.kind).mul_(gradient_factor(problem))
-        missing = _left_out(state.scalars)
-        left_out.append((torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows)[missing])
-    return torch.cat(left_out) if left_out else torch.empty(0, dtype=torch.int64)
+        indices = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        fallback.append(indices[_needs_fallback(state.scalars)])
+    return torch.cat(fallback) if fallback else torch.empty(0, dtype=torch.int64)
 
 
 def _loss(scalars: Tensor) -> Tensor:
-    """KL [n] in float64, without T²; any number for rows that are left out."""
-    total = scalars[:, Column.TOTAL]
-    change = scalars[:, Column.CHANGE] / total
-    is_small = change.abs() < 0.5
-    log_ratio = torch.where(is_small, torch.log1p(change), torch.log(scalars[:, Column.OTHER] / total))
+    """KL [n] in float64, without T²; any number for rows that need the fallback."""
+    p_sum = scalars[:, KlColumn.P_SUM]
+    mean_expm1 = scalars[:, KlColumn.EXPM1_SUM] / p_sum
+    is_small = mean_expm1.abs() < 0.5
+    log_ratio = torch.where(is_small, torch.log1p(mean_expm1), torch.log(scalars[:, KlColumn.Q_SUM] / p_sum))
     loss = torch.where(
         is_small,
-        scalars[:, Column.EXCESS] / total + (log_ratio - change),
-        log_ratio - scalars[:, Column.DIFFERENCE] / total,
+        scalars[:, KlColumn.EXCESS_SUM] / p_sum + (log_ratio - mean_expm1),
+        log_ratio - scalars[:, KlColumn.DIFFERENCE_SUM] / p_sum,
     )
     return loss.clamp_(min=0)  # rounding may give a result below 0
 
 
 def _gradient_(sums: Tensor, scalars: Tensor, kind: str) -> Tensor:
-    """∂ KL / ∂ (W h) · W [n, d], in place of U; any number for rows that are left out."""
-    total = scalars[:, Column.TOTAL]
+    """∂ KL / ∂ (W h) · W [n, d], in place of U; any number for rows that need the fallback."""
+    p_sum = scalars[:, KlColumn.P_SUM]
     if kind == FORWARD:
-        share, scale = scalars[:, Column.CHANGE] / total, 1 / scalars[:, Column.OTHER]
+        share, scale = scalars[:, KlColumn.EXPM1_SUM] / p_sum, 1 / scalars[:, KlColumn.Q_SUM]
     elif kind == REVERSE:
-        share, scale = scalars[:, Column.DIFFERENCE] / total, -1 / total
+        share, scale = scalars[:, KlColumn.DIFFERENCE_SUM] / p_sum, -1 / p_sum
     else:
         raise unknown_divergence(kind)
-    weighted, plain = sums.chunk(2)  # U and T
-    return weighted.addcmul_(plain, share[:, None].to(sums.dtype), value=-1).mul_(scale[:, None].to(sums.dtype))
+    u, t = sums.chunk(2)
+    return u.addcmul_(t, share[:, None].to(sums.dtype), value=-1).mul_(scale[:, None].to(sums.dtype))
 
 
-def _left_out(scalars: Tensor) -> Tensor:
+def _needs_fallback(scalars: Tensor) -> Tensor:
     """[n] bool. Includes rows that got no vocabulary entry from any tile, and rows whose sums overflowed."""
-    return (scalars[:, Column.LEFT_OUT] != 0) | (scalars[:, Column.TOTAL] == 0) | ~scalars.isfinite().all(1)
+    return (scalars[:, KlColumn.NEEDS_FALLBACK] != 0) | (scalars[:, KlColumn.P_SUM] == 0) | ~scalars.isfinite().all(1)

@@ -155,9 +155,9 @@ class Expectation(NamedTuple):
 class ExpectationState:
     """The online softmax of the n tokens of a chunk, after some tiles of the vocabulary; e = exp(z − m)."""
 
-    largest: Tensor  # [n] m, the largest z so far
-    total: Tensor  # [n] float64, Σ e
+    row_max: Tensor  # [n] m, the largest z of the tiles
+    row_sum: Tensor  # [n] float64, Σ e
     mean: Tensor | None  # [n, d] Σ e W
-    bias_total: Tensor | None  # [n] float64, Σ e · bias
+    bias_sum: Tensor | None  # [n] float64, Σ e · bias
     labels: Tensor | None  # [n]
     label_logit: Tensor | None  # [n]

@@ -9,7 +9,7 @@ from softprompt_kernels.kernels.cpu import linear_kl_div as cpu
 from softprompt_kernels.kernels.cpu.rows import add_tile_
 from softprompt_kernels.kernels.host import fused_linear, streamed_vocabulary
 from softprompt_kernels.kernels.host.head_logits import Activation
-from softprompt_kernels.kernels.host.rows import TileState
+from softprompt_kernels.kernels.host.rows import KlTileState
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.ops import linear_kl_div
@@ -35,7 +35,7 @@ def always(monkeypatch):
 def sweep(student, teacher, weight, kind, tile=TILE, softcap=None):
     """Loss [n], gradient [n, d] by the hidden states, and which rows are left out, of products [n, V] and W [V, d]."""
     count, vocab = student.shape
-    state = TileState(
+    state = KlTileState(
         torch.zeros(count, 8, dtype=torch.float64), torch.zeros(2 * count, weight.shape[1], dtype=torch.float32)
     )
     activation = Activation(None, softcap)
@@ -44,7 +44,7 @@ def sweep(student, teacher, weight, kind, tile=TILE, softcap=None):
         both = torch.cat([student[:, columns], teacher[:, columns]])
         add_tile_(*both.chunk(2), activation, activation, Divergence(kind, 0.5, 1.0), state)
         state.sums.addmm_(both, weight[columns])
-    left_out = streamed_vocabulary._left_out(state.scalars)
+    left_out = streamed_vocabulary._needs_fallback(state.scalars)
     return (
         streamed_vocabulary._loss(state.scalars),
         streamed_vocabulary._gradient_(state.sums, state.scalars, kind),
@@ -211,7 +211,7 @@ def test_a_row_depends_on_no_other_row_and_no_number_of_threads(threads, kind):
         threads(count)
         both = torch.cat([student[rows, :TILE], teacher[rows, :TILE]])
         n = both.shape[0] // 2
-        state = TileState(torch.zeros(n, 8, dtype=torch.float64), torch.zeros(2 * n, SIZE))
+        state = KlTileState(torch.zeros(n, 8, dtype=torch.float64), torch.zeros(2 * n, SIZE))
         add_tile_(*both.chunk(2), Activation(None, None), Activation(None, None), Divergence(kind, 0.5, 1.0), state)
         states.append((state.scalars, *both.chunk(2)))
     for found in states[1:3]:
