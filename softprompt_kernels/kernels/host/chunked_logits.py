@@ -78,5 +78,7 @@ def _chunks(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, back
         for columns, weights in weight_parts(weights_of(problem), dtype, gemm, gemm.max_columns):
             hidden.multiply(logits[:, columns], weights, gemm)
         student, teacher = logits.chunk(2)
-        loss = backend.rows(student, teacher, student_activation, teacher_activation, problem.divergence, need_gradient)
+        loss = backend.divergence(
+            student, teacher, student_activation, teacher_activation, problem.divergence, need_gradient
+        )
         yield _Chunk(rows, loss.mul_(problem.divergence.temperature**2), student)

@@ -35,7 +35,7 @@ def forward(problem: HeadProblem, need_gradient: bool, backend: Backend) -> tupl
     loss = torch.zeros(problem.student.shape[0], dtype=problem.compute_dtype)
     gradient = torch.zeros(problem.student.shape, dtype=loss.dtype) if need_gradient else None
     kept = kept_tokens(problem.weights)
-    if backend.tile is not None and _streaming_is_faster(problem, kept, need_gradient, backend.gemm):
+    if backend.divergence_tile is not None and _streaming_is_faster(problem, kept, need_gradient, backend.gemm):
         kept = streamed_vocabulary.forward(problem, kept, loss, gradient, backend)
     chunked_logits.forward(problem, kept, loss, gradient, backend)
     return loss, gradient

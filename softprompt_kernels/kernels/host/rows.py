@@ -100,5 +100,5 @@ class Backend:
 
     gemm: Gemm
     allocate: Allocate
-    rows: DivergenceKernel
-    tile: DivergenceTileKernel | None  # None: it cannot stream the vocabulary
+    divergence: DivergenceKernel
+    divergence_tile: DivergenceTileKernel | None  # None: it cannot stream the vocabulary

@@ -45,8 +45,8 @@ def forward(
 
     Returns the indices of the tokens that need the fallback. What is written for them means nothing.
     """
-    tile_kernel = backend.tile
-    assert tile_kernel is not None
+    add_tile = backend.divergence_tile
+    assert add_tile is not None
     divergence, dtype, gemm = problem.divergence, problem.compute_dtype, backend.gemm
     (tokens, width), vocab = problem.student.shape, problem.head.weight.shape[0]
     size = tokens_at_once(problem, tokens if kept is None else kept.shape[0], gemm)
@@ -64,7 +64,7 @@ def forward(
             logits = workspace[: shape[0] * shape[1]].view(shape)
             hidden.multiply(logits, weights, gemm)
             student, teacher = logits.chunk(2)
-            tile_kernel(
+            add_tile(
                 student, teacher, student_activation.part(columns), teacher_activation.part(columns), divergence, state
             )
             if state.sums is not None:
