@@ -79,7 +79,7 @@ CPU_FOR_EACH_INSTRUCTION_SET = (
     "cpu/losses/kl_tile.cpp",
     "cpu/kernel_table.cpp",
 )
-CPU_PRODUCTS = {"amx": "cpu/gemm/gemm_amx.cpp", "avx512": "cpu/gemm/gemm_avx512.cpp"}
+CPU_GEMM = {"amx": "cpu/gemm/gemm_amx.cpp", "avx512": "cpu/gemm/gemm_avx512.cpp"}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -156,9 +156,9 @@ def cpu_plan() -> Plan:
     has = "".join(f" -DSPK_HAS_{name.upper()}" for name in sets)
     units = [Unit(source, "neutral", "compile") for source in CPU_COMMON]
     for name, options in sets.items():
-        products = CPU_PRODUCTS.get(name)
-        options += f" -fno-exceptions -DSPK_ISA={name}" + (" -DSPK_PRODUCTS" if products else "")
-        sources = [*CPU_FOR_EACH_INSTRUCTION_SET, *([products] if products else [])]
+        gemm = CPU_GEMM.get(name)
+        options += f" -fno-exceptions -DSPK_ISA={name}" + (" -DSPK_GEMM" if gemm else "")
+        sources = [*CPU_FOR_EACH_INSTRUCTION_SET, *([gemm] if gemm else [])]
         units += [Unit(source, name, "compile", options) for source in sources]
     return Plan({"compile": cxx_command(f"-O3 -ffp-contract=fast {openmp()}{has}"), "link": cxx_link()}, units)
 

@@ -8,22 +8,23 @@ namespace {
 void product(Address out, Address left, Address right, int64_t rows, int64_t depth, int64_t columns, int64_t out_stride,
              int64_t left_stride, int64_t right_stride, int right_dtype, bool right_transposed, bool accumulate,
              int threads) {
-  Product call = {};
+  Gemm call = {};
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check_range("rows", rows, 0, kMost);
   check_range("depth", depth, 0, kMost);
   check_range("columns", columns, 0, kMost);
   check_stride("out_stride", out_stride, rows, columns, true);
   check_stride("left_stride", left_stride, rows, depth, false);
-  check_stride("right_stride", right_stride, right_transposed ? columns : depth, right_transposed ? depth : columns, false);
+  check_stride("right_stride", right_stride, right_transposed ? columns : depth, right_transposed ? depth : columns,
+               false);
   check_range("threads", threads, 1, kMostThreads);
   call.out = pointer<float>("out", out, rows * columns);
-  call.left = pointer<const float>("left", left, rows * depth);
-  call.right = pointer<const void>("right", right, depth * columns);
+  call.a = pointer<const float>("left", left, rows * depth);
+  call.b = pointer<const void>("right", right, depth * columns);
   call.rows = rows, call.depth = depth, call.columns = columns;
-  call.out_stride = out_stride, call.left_stride = left_stride, call.right_stride = right_stride;
-  call.right_dtype = dtype_of("right_dtype", right_dtype);
-  call.right_transposed = right_transposed, call.accumulate = accumulate;
+  call.out_stride = out_stride, call.a_stride = left_stride, call.b_stride = right_stride;
+  call.b_dtype = dtype_of("right_dtype", right_dtype);
+  call.b_transposed = right_transposed, call.accumulate = accumulate;
   call.threads = threads;
   run_released(call);
 }
@@ -32,8 +33,8 @@ void product(Address out, Address left, Address right, int64_t rows, int64_t dep
 
 void bind_product(py::module_& module) {
   using py::literals::operator""_a;
-  module.def("has_products", has_products, "whether `product` can be called");
-  module.def("has_fast_products", has_fast_products, "whether `product` is faster than MKL on this processor");
+  module.def("has_products", has_gemm, "whether `product` can be called");
+  module.def("has_fast_products", has_fast_gemm, "whether `product` is faster than MKL on this processor");
   module.def("product", product, py::kw_only(), "out"_a, "left"_a, "right"_a, "rows"_a, "depth"_a, "columns"_a,
              "out_stride"_a, "left_stride"_a, "right_stride"_a, "right_dtype"_a, "right_transposed"_a, "accumulate"_a,
              "threads"_a);

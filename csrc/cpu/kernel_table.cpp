@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as `instruction_set.cpp` finds them.
+// The table of the kernels of one instruction set, which `instruction_set.cpp` looks up by name.
 #include "cpu/attention/kernels.h"
 #include "cpu/gemm/kernels.h"
 #include "cpu/losses/kernels.h"
@@ -15,18 +15,18 @@ const Kernels table = {SPK_NAME(SPK_ISA),
                        attention_forward_workspace,
                        attention_backward_workspace,
                        attention_forward,
-                       attention_merge,
+                       attention_combine,
                        attention_backward,
-                       attention_fold,
+                       attention_reduce,
                        kl_rows,
                        kl_logits,
                        expectation_rows,
                        kl_tile,
                        kHasMatrixUnit,
-                       kMostProductDepth,
-                       product_left_bytes,
-                       product_workspace,
-                       product_pack_left,
-                       product};
+                       kMaxGemmDepth,
+                       gemm_packed_a_bytes,
+                       gemm_workspace,
+                       gemm_pack_a,
+                       gemm_multiply};
 
 }  // namespace softprompt::SPK_ISA

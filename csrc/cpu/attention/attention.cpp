@@ -1,11 +1,11 @@
-#include "cpu/attention/problem.h"
+#include "cpu/attention/attention.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "cpu/attention/attention.h"
+#include "cpu/attention/problem.h"
 #include "cpu/platform/instruction_set.h"
 #include "cpu/platform/memory.h"
 #include "cpu/platform/parallel.h"
@@ -14,38 +14,40 @@ namespace softprompt {
 namespace {
 
 constexpr int64_t kFloat = sizeof(float);
-constexpr int64_t kMostLanes = 16;  // buffers are as large as the widest instruction set wants them
+constexpr int64_t kMaxLanes = 16;  // of the widest instruction set; buffers are large enough for it
 
-int64_t up_to_lanes(int64_t size) { return (size + kMostLanes - 1) / kMostLanes * kMostLanes; }
+int64_t up_to_lanes(int64_t size) { return (size + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
 int64_t bytes_of(Dtype dtype) { return kBytes[static_cast<int>(dtype)]; }
 
-// Tokens past the last sequence of a packed call, in a token-major tensor.
-void clear_uncovered(const Strided& tensor, Dtype dtype, int64_t covered, int64_t tokens, int64_t row) {
+// Zeroes the tokens behind the last sequence of a packed call, in a token-major tensor.
+void zero_uncovered(const Strided& tensor, Dtype dtype, int64_t covered, int64_t tokens, int64_t row) {
   if (tensor.data == nullptr || covered == tokens) return;
   std::memset(row_of(tensor, dtype, 0, 0, covered), 0, (tokens - covered) * row * bytes_of(dtype));
 }
 
-void clear_unseen(const KeySums& sums, Dtype dtype, int64_t size, int64_t value_size,
-                  const std::vector<KeyRange>& unseen) {
-  const auto clear = [&](const Strided& gradient, int64_t row) {
-    for (const KeyRange& keys : unseen) {
+// Zeroes the gradients of keys that belong to no unit.
+void zero_unused(const KeyGradients& gradients, Dtype dtype, int64_t size, int64_t value_size,
+                 const std::vector<KeyRange>& unused) {
+  const auto zero = [&](const Strided& gradient, int64_t row) {
+    for (const KeyRange& keys : unused) {
       for (int64_t i = 0; i < keys.count && gradient.data != nullptr; ++i) {
         std::memset(row_of(gradient, dtype, keys.batch, keys.head, keys.first + i), 0, row * bytes_of(dtype));
       }
     }
   };
-  clear(sums.grad_key, size);
-  clear(sums.grad_value, value_size);
+  zero(gradients.grad_key, size);
+  zero(gradients.grad_value, value_size);
 }
 
-KeySums key_sums(const Strided& grad_key, const Strided& grad_value, const AttentionProblem& problem, int64_t keys) {
-  KeySums sums = {};
-  sums.needed = grad_key.data != nullptr || grad_value.data != nullptr;
-  sums.grad_key = grad_key;
-  sums.grad_value = grad_value;
-  sums.buffer_floats = sums.needed ? keys * (up_to_lanes(problem.size) + up_to_lanes(problem.value_size)) : 0;
-  return sums;
+KeyGradients key_gradients(const Strided& grad_key, const Strided& grad_value, const AttentionProblem& problem,
+                           int64_t keys) {
+  KeyGradients gradients = {};
+  gradients.needed = grad_key.data != nullptr || grad_value.data != nullptr;
+  gradients.grad_key = grad_key;
+  gradients.grad_value = grad_value;
+  gradients.buffer_floats = gradients.needed ? keys * (up_to_lanes(problem.size) + up_to_lanes(problem.value_size)) : 0;
+  return gradients;
 }
 
 }  // namespace
@@ -61,16 +63,16 @@ void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes
   call.lse = outputs.lse;
   call.queries = sizes.queries;
   call.workspace_bytes = isa.attention_forward_workspace(problem);
-  call.merges = plan.merges.data();
-  call.merge_count = static_cast<int64_t>(plan.merges.size());
-  const Scratch<2> scratch({problem.threads * call.workspace_bytes,
-                            plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * kFloat});
+  call.split_groups = plan.split_groups.data();
+  call.split_group_count = static_cast<int64_t>(plan.split_groups.size());
+  const Scratch<2> scratch(
+      {problem.threads * call.workspace_bytes, plan.partial_rows * (up_to_lanes(problem.value_size) + 2) * kFloat});
   call.workspace = scratch[0];
-  call.partial = reinterpret_cast<float*>(scratch[1]);
+  call.partials = reinterpret_cast<float*>(scratch[1]);
 
   parallel(problem.threads, [&](int thread) { isa.attention_forward(call, thread); });
-  if (call.merge_count > 0) parallel(problem.threads, [&](int thread) { isa.attention_merge(call, thread); });
-  clear_uncovered(outputs.out, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.value_size);
+  if (call.split_group_count > 0) parallel(problem.threads, [&](int thread) { isa.attention_combine(call, thread); });
+  zero_uncovered(outputs.out, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.value_size);
   for (int64_t head = 0; head < problem.heads && plan.covered_tokens < sizes.queries; ++head) {
     std::fill(outputs.lse + head * sizes.queries + plan.covered_tokens, outputs.lse + (head + 1) * sizes.queries,
               -std::numeric_limits<float>::infinity());
@@ -93,10 +95,10 @@ void run_attention_backward(AttentionProblem problem, const AttentionSizes& size
   call.queries = sizes.queries;
   call.need_query = outputs.grad_query.data != nullptr;
   call.grad_query = outputs.grad_query;
-  int64_t most_keys = 0;
-  for (const Sequence& sequence : plan.sequences) most_keys = std::max(most_keys, sequence.keys);
-  call.own = key_sums(outputs.grad_key, outputs.grad_value, problem, most_keys);
-  call.prompt = key_sums(outputs.grad_prompt_key, outputs.grad_prompt_value, problem, sizes.prompt_keys);
+  int64_t max_keys = 0;
+  for (const Sequence& sequence : plan.sequences) max_keys = std::max(max_keys, sequence.keys);
+  call.own = key_gradients(outputs.grad_key, outputs.grad_value, problem, max_keys);
+  call.prompt = key_gradients(outputs.grad_prompt_key, outputs.grad_prompt_value, problem, sizes.prompt_keys);
   call.own.shared = own.shared.data();
   call.own.shared_count = static_cast<int64_t>(own.shared.size());
   call.prompt.shared = prompts.shared.data();
@@ -114,11 +116,11 @@ void run_attention_backward(AttentionProblem problem, const AttentionSizes& size
 
   parallel(problem.threads, [&](int thread) { isa.attention_backward(call, thread); });
   if (call.own.shared_count + call.prompt.shared_count > 0) {
-    parallel(problem.threads, [&](int thread) { isa.attention_fold(call, thread); });
+    parallel(problem.threads, [&](int thread) { isa.attention_reduce(call, thread); });
   }
-  clear_unseen(call.own, problem.dtype, problem.size, problem.value_size, own.unseen);
-  clear_unseen(call.prompt, problem.dtype, problem.size, problem.value_size, prompts.unseen);
-  clear_uncovered(outputs.grad_query, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.size);
+  zero_unused(call.own, problem.dtype, problem.size, problem.value_size, own.unused);
+  zero_unused(call.prompt, problem.dtype, problem.size, problem.value_size, prompts.unused);
+  zero_uncovered(outputs.grad_query, problem.dtype, plan.covered_tokens, sizes.queries, problem.heads * problem.size);
   for (int64_t head = 0; head < problem.heads && outputs.grad_sinks != nullptr; ++head) {
     double sum = 0;
     for (int thread = 0; thread < problem.threads; ++thread) sum += grad_sinks[thread * problem.heads + head];

@@ -1,26 +1,28 @@
-// prompt_attention as the bindings call it: checked sizes in, memory and threads arranged here.
+// prompt_attention as the bindings call it. They check the sizes; this plans the work, takes memory and runs the
+// threads.
 #pragma once
 
-#include "cpu/attention/problem.h"
 #include "cpu/attention/plan.h"
+#include "cpu/attention/problem.h"
 
 namespace softprompt {
 
 struct ForwardOutputs {
-  Strided out;  // token-major: [B, M, Hq, Dv] without gaps
-  float* lse;   // [B, Hq, M] without gaps
+  Strided out;  // token-major: [B, M, Hq, Dv], contiguous
+  float* lse;   // [B, Hq, M], contiguous
 };
 
-// Throws std::invalid_argument for index tensors out of range, std::bad_alloc; outputs are untouched then.
+// Throws std::invalid_argument if an index tensor is out of range, or std::bad_alloc. It then has not written any
+// output.
 void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes, const ForwardOutputs& outputs);
 
 struct BackwardInputs {
   Strided out, grad_out;
   const float* lse;
-  const float* grad_lse;  // nullptr: 0
+  const float* grad_lse;  // nullptr: zero
 };
 
-// data nullptr: that gradient is not needed. grad_query is token-major without gaps, grad_sinks [Hq].
+// A gradient whose data is nullptr is not needed. grad_query is token-major and contiguous; grad_sinks is [Hq].
 struct BackwardOutputs {
   Strided grad_query, grad_key, grad_value, grad_prompt_key, grad_prompt_value;
   float* grad_sinks;

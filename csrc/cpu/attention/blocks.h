@@ -1,65 +1,67 @@
-// What the products of the backward work on: a block of rows against a tile of keys, and where the gradients of keys go.
+// What the GEMMs of the backward work on: a block of rows, a tile of keys, and the accumulators of their dK and dV.
 #pragma once
 
 #include "cpu/attention/rows.h"
 
 namespace softprompt::SPK_ISA {
 
-constexpr int64_t kBlockRows = 96;     // rows whose P and dS exist at a time: each 24 KiB
-constexpr int64_t kMostRowTiles = 16;  // of a block
+constexpr int64_t kBlockRows = 96;    // rows whose P and dS exist at a time, 24 KiB each
+constexpr int64_t kMaxRowTiles = 16;  // of a block
 
-// A block of rows, in tiles of rows that see about the same keys.
-struct Block {
-  int64_t row[kMostRowTiles + 1];  // first row of each tile of rows, in the unit
-  Seen seen[kMostRowTiles];
-  int count = 0;
-  int begin = kTileKeys, end = 0;  // columns that any of them computes, multiples of `columns`
+// A block of rows, divided into row tiles whose rows see about the same keys.
+struct RowBlock {
+  int64_t row[kMaxRowTiles + 1];   // the first row of each row tile, in the unit
+  VisibleSpan span[kMaxRowTiles];  // what each row tile sees of the tile of keys
+  int count = 0;                   // of row tiles
+  int begin = kTileKeys, end = 0;  // columns that any row tile computes, multiples of `column_multiple`
 
   template <class Tiles>
-  Block(const Run* runs, const Tiles& tiles, int64_t first_row, int64_t first_tile, int64_t most_tiles, bool ordered,
-        int64_t tile, int width, int columns) {
-    for (; count < most_tiles && first_tile + count < tiles.blocks; ++count) {
+  RowBlock(const PositionRange* ranges, const Tiles& tiles, int64_t first_row, int64_t first_tile, int64_t max_tiles,
+           bool ordered, int64_t tile, int width, int column_multiple) {
+    for (; count < max_tiles && first_tile + count < tiles.blocks; ++count) {
       row[count] = first_row + tiles.start(first_tile + count);
       row[count + 1] = first_row + tiles.start(first_tile + count + 1);
-      const Seen& found = seen[count] =
-          seen_of_tile(runs + row[count], static_cast<int>(row[count + 1] - row[count]), ordered, tile, width);
-      if (found.vectors == 0) continue;
-      begin = found.first < begin ? found.first : begin;
-      const int computed = found.first + found.vectors * kLanes;
+      const VisibleSpan& tile_span = span[count] =
+          visible_span(ranges + row[count], static_cast<int>(row[count + 1] - row[count]), ordered, tile, width);
+      if (tile_span.vectors == 0) continue;
+      begin = tile_span.first < begin ? tile_span.first : begin;
+      const int computed = tile_span.first + tile_span.vectors * kLanes;
       end = computed > end ? computed : end;
     }
     if (end == 0) return;
-    begin = begin / columns * columns;
-    end = static_cast<int>(round_up(end, columns));
+    begin = begin / column_multiple * column_multiple;
+    end = static_cast<int>(round_up(end, column_multiple));
   }
 
   int rows() const { return static_cast<int>(row[count] - row[0]); }
 };
 
-// Where a unit adds to: [keys, D up to lanes] and [keys, Dv up to lanes], from the key that is `first_token` of its
-// tensor on; nullptr: not needed.
-struct KeySum {
-  float *key, *value;
-  int64_t first_token;
+// What a unit adds dK and dV to: fp32 [keys, D rounded up to lanes] and [keys, Dv rounded up to lanes]; nullptr: not
+// needed.
+struct DkDvAccumulator {
+  float *dk, *dv;
+  int64_t first_token;  // the token of the first key
 };
 
-// The columns [begin, end) of a tile, by the source of their keys and the sum of their gradients: visit(begin, end, index
-// of the first key in the sum, sum).
-struct KeysOfTile {
-  const Segment& segment;
-  const KeySum (&sums)[2];
+// The accumulators of the columns [begin, end) of a tile of keys, which may come from two sources, prompt and own keys.
+// for_each calls visit(begin, end, index of the first key in the accumulator, accumulator) for the columns of each
+// source.
+struct TileAccumulators {
+  const KeySegment& segment;
+  const DkDvAccumulator (&accumulators)[2];
   int64_t tile, end, begin;
-  KeysOfTile(const Segment& segment, const KeySum (&sums)[2], int64_t tile, int64_t end, int64_t begin)
-      : segment(segment), sums(sums), tile(tile), end(end), begin(begin) {}
+  TileAccumulators(const KeySegment& segment, const DkDvAccumulator (&accumulators)[2], int64_t tile, int64_t end,
+                   int64_t begin)
+      : segment(segment), accumulators(accumulators), tile(tile), end(end), begin(begin) {}
 
   template <class F>
   void for_each(F visit) const {
     for (int s = 0; s < segment.count; ++s) {
-      const Source& source = segment.sources[s];
-      const int64_t from = most(source.begin, tile + begin), to = least(source.end, tile + end);
-      if (from >= to || (sums[s].key == nullptr && sums[s].value == nullptr)) continue;
-      visit(static_cast<int>(from - tile), static_cast<int>(to - tile),
-            source.token + from - source.begin - sums[s].first_token, sums[s]);
+      const KeySource& source = segment.sources[s];
+      const int64_t first_position = max64(source.begin, tile + begin), end_position = min64(source.end, tile + end);
+      if (first_position >= end_position || (accumulators[s].dk == nullptr && accumulators[s].dv == nullptr)) continue;
+      visit(static_cast<int>(first_position - tile), static_cast<int>(end_position - tile),
+            source.token + first_position - source.begin - accumulators[s].first_token, accumulators[s]);
     }
   }
 };

@@ -6,18 +6,18 @@
 namespace softprompt::SPK_ISA {
 
 #ifdef SPK_AMX
-constexpr int64_t kBackwardRowAlign = 32;  // rows that one instruction sums over
+constexpr int64_t kBackwardRowAlign = 32;  // the rows that one instruction sums over
 #else
 constexpr int64_t kBackwardRowAlign = 1;
 #endif
 
-// Bytes that each thread needs, a multiple of 64.
+// Bytes of workspace that each thread needs, a multiple of 64.
 int64_t attention_forward_workspace(const AttentionProblem& problem);
 int64_t attention_backward_workspace(const AttentionProblem& problem);
 
 void attention_forward(const AttentionForward& call, int thread);
-void attention_merge(const AttentionForward& call, int thread);
+void attention_combine(const AttentionForward& call, int thread);  // after all threads: combines split-K results
 void attention_backward(const AttentionBackward& call, int thread);
-void attention_fold(const AttentionBackward& call, int thread);
+void attention_reduce(const AttentionBackward& call, int thread);  // after all threads: sums their partial dK and dV
 
 }  // namespace softprompt::SPK_ISA

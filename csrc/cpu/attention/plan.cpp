@@ -13,108 +13,109 @@
 namespace softprompt {
 namespace {
 
-constexpr int64_t kUnitsPerThread = 8;    // so that no thread waits long for another
-constexpr int64_t kFewestRows = 48;       // of a unit, where there are more: packing a tile must be worth it
-constexpr int64_t kFewestSplitKeys = 256;  // of a part of a prompt
-constexpr int64_t kLongPrompt = 1024;      // of a prompt that is rather split than packed by several threads
-// Costs in keys seen by a row: packing a key of a tile, and loading and storing a row.
+constexpr int64_t kUnitsPerThread = 8;  // enough that no thread waits long for another
+constexpr int64_t kMinUnitRows = 48;    // fewer do not make up for packing the keys of a tile
+constexpr int64_t kMinSplitKeys = 256;  // prompt keys of one part of a split unit
+constexpr int64_t kMinSplitPrompt =
+    1024;  // from so many keys on, a prompt is split rather than packed by several threads
+// The costs of packing a key, and of loading and storing a row. The unit of cost is one key seen by one row.
 constexpr int64_t kCostOfKey = 12, kCostOfRow = 24;
 
 void check(const char* name, int64_t value, int64_t low, int64_t high, int64_t at) {
   if (value < low || value > high) {
     throw std::invalid_argument(std::string(name) + " must be in [" + std::to_string(low) + ", " +
-                                std::to_string(high) + "]; got " + std::to_string(value) + " at " +
-                                std::to_string(at));
+                                std::to_string(high) + "]; got " + std::to_string(value) + " at " + std::to_string(at));
   }
 }
 
-// Runs of rows that are a unit each, or share one; `rows_of_unit` at most.
-void add_units(AttentionPlan& plan, const AttentionProblem& problem, const std::vector<int64_t>& order,
-               int64_t kv_head, int64_t rows_of_unit) {
-  bool open = false;  // whether the last unit takes more sequences
+// Adds the units of one key head, of at most `max_rows` rows: slices of long sequences, or several short sequences.
+void add_units(AttentionPlan& plan, const AttentionProblem& problem, const std::vector<int64_t>& order, int64_t kv_head,
+               int64_t max_rows) {
+  bool extendable = false;  // whether more sequences may join the last unit
   for (const int64_t s : order) {
     const Sequence& sequence = plan.sequences[s];
     const int64_t rows = sequence.queries * problem.group;
     const int64_t align = 2 * rows >= problem.row_align ? problem.row_align : 1;
-    const int64_t steps = ceiling(rows, align), parts = ceiling(steps, rows_of_unit / align);
+    const int64_t steps = ceil_div(rows, align), parts = ceil_div(steps, max_rows / align);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t row = steps * part / parts * align;
-      const int64_t count = least(rows, steps * (part + 1) / parts * align) - row, taken = round_up(count, align);
-      const int64_t piece = static_cast<int64_t>(plan.pieces.size());
-      plan.pieces.push_back({s, row, count, false});
-      Unit* const last = open ? &plan.units.back() : nullptr;
+      const int64_t count = min64(rows, steps * (part + 1) / parts * align) - row, padded = round_up(count, align);
+      const int64_t slice = static_cast<int64_t>(plan.slices.size());
+      plan.slices.push_back({s, row, count, false});
+      WorkUnit* const last = extendable ? &plan.units.back() : nullptr;
       if (last != nullptr && last->prompt == sequence.prompt && last->row_align == align &&
-          last->rows + taken <= rows_of_unit) {
-        ++last->pieces;
-        last->rows += taken;
+          last->rows + padded <= max_rows) {
+        ++last->slices;
+        last->rows += padded;
       } else {
         plan.units.push_back(
-            {kv_head, sequence.prompt, piece, 1, taken, align, 0, sequence.prompt_length, true, false, -1});
+            {kv_head, sequence.prompt, slice, 1, padded, align, 0, sequence.prompt_length, true, false, -1});
       }
-      open = parts == 1;
+      extendable = parts == 1;
     }
   }
 }
 
-int64_t seen_by(const AttentionProblem& problem, const Unit& unit, const Sequence& sequence, int64_t query) {
-  const Run run = intersection(visible_run(problem, sequence, query), looked_at(unit, sequence));
-  return most(0, run.end - run.begin);
+int64_t visible_count(const AttentionProblem& problem, const WorkUnit& unit, const Sequence& sequence, int64_t query) {
+  const PositionRange range = intersection(visible_range(problem, sequence, query), unit_range(unit, sequence));
+  return max64(0, range.end - range.begin);
 }
 
-// What a row sees grows evenly along a sequence, so the first and the last row stand for all.
-double cost(const AttentionPlan& plan, const AttentionProblem& problem, const Unit& unit) {
-  double keys = 0, seen = 0;
-  for (int64_t p = unit.first_piece; p < unit.first_piece + unit.pieces; ++p) {
-    const Piece& piece = plan.pieces[p];
-    const Sequence& sequence = plan.sequences[piece.sequence];
-    const int64_t first = seen_by(problem, unit, sequence, piece.row / problem.group);
-    const int64_t last = seen_by(problem, unit, sequence, (piece.row + piece.rows - 1) / problem.group);
-    seen += 0.5 * static_cast<double>(piece.rows) * static_cast<double>(first + last);
-    keys += static_cast<double>(most(first, last));
+// The cost of a unit. The number of keys that a row sees is linear along a slice, so the mean of the first and the last
+// row is the mean of all.
+double cost(const AttentionPlan& plan, const AttentionProblem& problem, const WorkUnit& unit) {
+  double keys = 0, visible = 0;
+  for (int64_t p = unit.first_slice; p < unit.first_slice + unit.slices; ++p) {
+    const SequenceSlice& slice = plan.slices[p];
+    const Sequence& sequence = plan.sequences[slice.sequence];
+    const int64_t first = visible_count(problem, unit, sequence, slice.row / problem.group);
+    const int64_t last = visible_count(problem, unit, sequence, (slice.row + slice.rows - 1) / problem.group);
+    visible += 0.5 * static_cast<double>(slice.rows) * static_cast<double>(first + last);
+    keys += static_cast<double>(max64(first, last));
   }
-  return seen + static_cast<double>(kCostOfKey) * keys + static_cast<double>(kCostOfRow * unit.rows);
+  return visible + static_cast<double>(kCostOfKey) * keys + static_cast<double>(kCostOfRow * unit.rows);
 }
 
-// Gives each thread a run of units of about the same cost.
+// Gives each thread consecutive units, so that all threads have about the same cost.
 void assign(AttentionPlan& plan, const AttentionProblem& problem) {
   std::vector<double> costs;
-  for (const Unit& unit : plan.units) costs.push_back(cost(plan, problem, unit));
+  for (const WorkUnit& unit : plan.units) costs.push_back(cost(plan, problem, unit));
   const double total = std::accumulate(costs.begin(), costs.end(), 0.0);
   plan.thread_units.assign(1, 0);
-  double before = 0;
+  double cost_before = 0;
   for (size_t u = 0; u < costs.size(); ++u) {
-    const double middle = before + costs[u] / 2;
+    const double middle = cost_before + costs[u] / 2;
     while (static_cast<double>(plan.thread_units.size()) * total <= middle * problem.threads) {
       plan.thread_units.push_back(static_cast<int64_t>(u));
     }
-    before += costs[u];
+    cost_before += costs[u];
   }
   plan.thread_units.push_back(static_cast<int64_t>(costs.size()));
-  // A thread without a unit needs no memory, and need not be woken.
+  // A thread without a unit needs no memory and is not started.
   const auto last = std::unique(plan.thread_units.begin(), plan.thread_units.end());
   plan.thread_units.erase(last, plan.thread_units.end());
   if (plan.thread_units.size() == 1) plan.thread_units.push_back(0);
 }
 
-// Few rows and a long prompt: each unit becomes several that look at parts of the prompt.
+// Split-K, for few rows and a long prompt: replaces each unit by several that attend to parts of the prompt.
 void split_units(AttentionPlan& plan, const AttentionProblem& problem) {
   const int64_t count = static_cast<int64_t>(plan.units.size());
   if (count == 0 || problem.threads == 1 || count >= 2 * problem.threads) return;
-  std::vector<Unit> units;
-  for (Unit unit : plan.units) {
+  std::vector<WorkUnit> units;
+  for (WorkUnit unit : plan.units) {
     const int64_t keys = unit.prompt_end;
-    const int64_t parts = std::min((2 * problem.threads + count - 1) / count, keys / kFewestSplitKeys);
+    const int64_t parts = std::min((2 * problem.threads + count - 1) / count, keys / kMinSplitKeys);
     if (parts < 2) {
       units.push_back(unit);
       continue;
     }
-    plan.merges.push_back({static_cast<int64_t>(units.size()), parts});
+    plan.split_groups.push_back({static_cast<int64_t>(units.size()), parts});
     const int64_t tiles = (keys + kTileKeys - 1) / kTileKeys;
     for (int64_t part = 0; part < parts; ++part) {
       unit.prompt_begin = tiles * part / parts * kTileKeys;
       unit.prompt_end = std::min(keys, tiles * (part + 1) / parts * kTileKeys);
       unit.own = part == parts - 1;
-      unit.partial = plan.partial_rows;
+      unit.partial_row = plan.partial_rows;
       plan.partial_rows += unit.rows;
       units.push_back(unit);
     }
@@ -122,13 +123,13 @@ void split_units(AttentionPlan& plan, const AttentionProblem& problem) {
   plan.units = std::move(units);
 }
 
-// Ranges in the order of the units, with the threads that have a part.
+// Key ranges in the order of the units, each with the threads that add to its gradients.
 class RangeList {
  public:
   void add(const KeyRange& keys, int64_t thread) {
-    const bool same = !ranges_.empty() && ranges_.back().keys.batch == keys.batch &&
-                      ranges_.back().keys.head == keys.head && ranges_.back().keys.first == keys.first;
-    if (!same) ranges_.push_back({keys, thread, thread, first_of_thread(thread) ? 0 : 1});
+    const bool is_last = !ranges_.empty() && ranges_.back().keys.batch == keys.batch &&
+                         ranges_.back().keys.head == keys.head && ranges_.back().keys.first == keys.first;
+    if (!is_last) ranges_.push_back({keys, thread, thread, first_of_thread(thread) ? 0 : 1});
     ranges_.back().last_thread = thread;
     thread_ = thread;
   }
@@ -157,7 +158,7 @@ int64_t thread_of(const AttentionPlan& plan, int64_t unit) {
 
 void AttentionPlan::attach(AttentionProblem& problem) const {
   problem.sequences = sequences.data();
-  problem.pieces = pieces.data();
+  problem.slices = slices.data();
   problem.units = units.data();
   problem.thread_units = thread_units.data();
   problem.threads = static_cast<int>(thread_units.size()) - 1;
@@ -200,12 +201,12 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionSiz
                    [&](int64_t a, int64_t b) { return plan.sequences[a].prompt < plan.sequences[b].prompt; });
   int64_t rows = 0;
   for (const Sequence& sequence : plan.sequences) rows += sequence.queries * problem.group * problem.kv_heads;
-  // A long prompt behind which there are few rows, as in decoding, is shared out by keys: see split_units.
-  const bool by_keys = split_keys && sizes.prompt_keys >= kLongPrompt && rows <= kUnitRows * problem.kv_heads;
-  const int64_t even = rows / (problem.threads * kUnitsPerThread) + 1;
-  const int64_t fitting = by_keys ? kUnitRows : std::min(kUnitRows, std::max(kFewestRows, even));
-  const int64_t rows_of_unit = round_up(fitting, problem.row_align);
-  for (int64_t head = 0; head < problem.kv_heads; ++head) add_units(plan, problem, order, head, rows_of_unit);
+  // With a long prompt and few rows, as in decoding, the keys are divided instead of the rows: see split_units.
+  const bool divide_keys = split_keys && sizes.prompt_keys >= kMinSplitPrompt && rows <= kUnitRows * problem.kv_heads;
+  const int64_t balanced = rows / (problem.threads * kUnitsPerThread) + 1;
+  const int64_t target = divide_keys ? kUnitRows : std::min(kUnitRows, std::max(kMinUnitRows, balanced));
+  const int64_t unit_rows = round_up(target, problem.row_align);
+  for (int64_t head = 0; head < problem.kv_heads; ++head) add_units(plan, problem, order, head, unit_rows);
   if (split_keys) split_units(plan, problem);
   assign(plan, problem);
   return plan;
@@ -214,18 +215,18 @@ AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionSiz
 KeyRanges find_prompt_ranges(AttentionPlan& plan, const AttentionProblem& problem, const AttentionSizes& sizes) {
   RangeList ranges;
   std::vector<int64_t> range_of_unit;
-  std::vector<bool> seen(sizes.prompts, false);
+  std::vector<bool> used(sizes.prompts, false);
   for (size_t u = 0; u < plan.units.size(); ++u) {
-    const Unit& unit = plan.units[u];
+    const WorkUnit& unit = plan.units[u];
     ranges.add({unit.prompt, unit.kv_head, 0, sizes.prompt_keys}, thread_of(plan, static_cast<int64_t>(u)));
     range_of_unit.push_back(ranges.last());
-    seen[unit.prompt] = true;
+    used[unit.prompt] = true;
   }
   for (size_t u = 0; u < plan.units.size(); ++u) plan.units[u].prompt_shared = ranges.shared(range_of_unit[u]);
   KeyRanges found{ranges.all_shared(), {}};
   for (int64_t r = 0; r < sizes.prompts; ++r) {
-    for (int64_t head = 0; head < problem.kv_heads && !seen[r]; ++head) {
-      found.unseen.push_back({r, head, 0, sizes.prompt_keys});
+    for (int64_t head = 0; head < problem.kv_heads && !used[r]; ++head) {
+      found.unused.push_back({r, head, 0, sizes.prompt_keys});
     }
   }
   return found;
@@ -233,24 +234,24 @@ KeyRanges find_prompt_ranges(AttentionPlan& plan, const AttentionProblem& proble
 
 KeyRanges find_own_ranges(AttentionPlan& plan, const AttentionProblem& problem, const AttentionSizes& sizes) {
   RangeList ranges;
-  std::vector<int64_t> range_of_piece(plan.pieces.size());
+  std::vector<int64_t> range_of_slice(plan.slices.size());
   for (size_t u = 0; u < plan.units.size(); ++u) {
-    const Unit& unit = plan.units[u];
-    for (int64_t p = unit.first_piece; p < unit.first_piece + unit.pieces; ++p) {
-      const Sequence& sequence = plan.sequences[plan.pieces[p].sequence];
+    const WorkUnit& unit = plan.units[u];
+    for (int64_t p = unit.first_slice; p < unit.first_slice + unit.slices; ++p) {
+      const Sequence& sequence = plan.sequences[plan.slices[p].sequence];
       ranges.add({sequence.batch, unit.kv_head, sequence.first_key, sequence.keys},
                  thread_of(plan, static_cast<int64_t>(u)));
-      range_of_piece[p] = ranges.last();
+      range_of_slice[p] = ranges.last();
     }
   }
-  for (size_t p = 0; p < plan.pieces.size(); ++p) plan.pieces[p].shared = ranges.shared(range_of_piece[p]);
+  for (size_t p = 0; p < plan.slices.size(); ++p) plan.slices[p].shared = ranges.shared(range_of_slice[p]);
   KeyRanges found{ranges.all_shared(), {}};
   for (int64_t head = 0; head < problem.kv_heads; ++head) {
     for (const Sequence& s : plan.sequences) {
-      if (s.queries * problem.group == 0 && s.keys > 0) found.unseen.push_back({s.batch, head, s.first_key, s.keys});
+      if (s.queries * problem.group == 0 && s.keys > 0) found.unused.push_back({s.batch, head, s.first_key, s.keys});
     }
-    if (plan.covered_tokens < sizes.queries) {  // packed, so queries are keys
-      found.unseen.push_back({0, head, plan.covered_tokens, sizes.queries - plan.covered_tokens});
+    if (plan.covered_tokens < sizes.queries) {  // packed: queries and keys are the same tokens
+      found.unused.push_back({0, head, plan.covered_tokens, sizes.queries - plan.covered_tokens});
     }
   }
   return found;

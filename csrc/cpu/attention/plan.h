@@ -1,4 +1,4 @@
-// How an attention call is cut into units, and which thread works on which.
+// Divides an attention call into work units and assigns them to threads.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace softprompt {
 
-// Sizes and index tensors of a call, as given to the op. Pointers may be null where a tensor is None.
+// Sizes and index tensors of a call, as given to the op. A pointer is null if its tensor is None.
 struct AttentionSizes {
   int64_t batch, queries, keys, prompts, prompt_keys, sequences;
   const int64_t* prompt_index;    // [sequences]
@@ -18,28 +18,30 @@ struct AttentionSizes {
 
 struct AttentionPlan {
   std::vector<Sequence> sequences;
-  std::vector<Piece> pieces;
-  std::vector<Unit> units;
+  std::vector<SequenceSlice> slices;
+  std::vector<WorkUnit> units;
   std::vector<int64_t> thread_units;
-  std::vector<Merge> merges;  // of forward plans
+  std::vector<SplitGroup> split_groups;  // of the forward only
   int64_t partial_rows = 0;
-  int64_t covered_tokens = 0;  // packed: tokens past these belong to no sequence; otherwise the queries of a sequence
+  // Packed: the tokens that belong to a sequence; those behind them belong to none. Not packed: the queries of a
+  // sequence.
+  int64_t covered_tokens = 0;
 
-  // Points the problem at this plan, which must outlive it, with as many threads as have units.
+  // Makes the problem refer to this plan, which must outlive it, and limits its threads to those that have units.
   void attach(AttentionProblem& problem) const;
 };
 
-// Throws std::invalid_argument where an index or length is out of range.
+// Throws std::invalid_argument if an index or length is out of range.
 std::vector<Sequence> list_sequences(const AttentionSizes& sizes);
 
-// `split_keys`: where there are fewer units than threads could use, several look at parts of a long prompt.
+// `split_keys`: if there are too few units for the threads, a unit with a long prompt is split over its prompt keys.
 AttentionPlan plan_attention(const AttentionProblem& problem, const AttentionSizes& sizes, bool split_keys);
 
-// Ranges of keys of a backward plan. `shared` ones have parts in several threads, and their pieces and units are marked;
-// `unseen` ones belong to no unit, and their gradient is 0.
+// Key ranges of a backward plan. Several threads add to the gradients of a `shared` range; its slices and units are
+// marked. An `unused` range belongs to no unit, so its gradient is 0.
 struct KeyRanges {
   std::vector<SharedRange> shared;
-  std::vector<KeyRange> unseen;
+  std::vector<KeyRange> unused;
 };
 KeyRanges find_prompt_ranges(AttentionPlan& plan, const AttentionProblem& problem, const AttentionSizes& sizes);
 KeyRanges find_own_ranges(AttentionPlan& plan, const AttentionProblem& problem, const AttentionSizes& sizes);

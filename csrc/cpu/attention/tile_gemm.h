@@ -1,4 +1,4 @@
-// Which products the rows of a unit take: those of vectors, or those of the matrix unit where there is one.
+// Chooses the GEMM implementation for a unit: fp32 vectors, or the matrix unit if there is one.
 #pragma once
 
 #include "cpu/attention/tile_gemm_simd.h"
@@ -8,66 +8,71 @@
 
 namespace softprompt::SPK_ISA {
 
-struct VectorProducts {
-  using Forward = VectorForward;
-  using Backward = VectorBackward;
+struct SimdTileGemm {
+  using Forward = SimdForward;
+  using Backward = SimdBackward;
 };
 
 #ifdef SPK_AMX
 
+// `parts`: bf16 parts of Q, K, V and dO. `weight_parts`: of P and dS.
 template <int parts, int weight_parts>
-struct TileProducts {
-  using Forward = TileForward<parts, weight_parts>;
-  using Backward = TileBackward<parts, weight_parts>;
+struct AmxTileGemm {
+  using Forward = AmxForward<parts, weight_parts>;
+  using Backward = AmxBackward<parts, weight_parts>;
 };
 
-using ProductsOfThread = TileRegisters;
+using TileGemmThreadState = TileRegisters;  // what a thread sets up before it computes
 
 template <class F>
-SPK_INLINE void with_tile_products(Dtype dtype, F visit) {
+SPK_INLINE void with_amx_tile_gemm(Dtype dtype, F visit) {
   switch (dtype) {
-    case Dtype::float32: return visit(TileProducts<3, 3>());
-    case Dtype::bfloat16: return visit(TileProducts<1, 2>());
-    case Dtype::float16: return visit(TileProducts<2, 2>());
+    case Dtype::float32:
+      return visit(AmxTileGemm<3, 3>());
+    case Dtype::bfloat16:
+      return visit(AmxTileGemm<1, 2>());
+    case Dtype::float16:
+      return visit(AmxTileGemm<2, 2>());
   }
 }
 
-// Rows of a unit from which on tiles are faster in the forward: packing keys in parts costs more than packing them in fp32.
-SPK_INLINE bool fills_tiles(const AttentionProblem& problem, const Unit& unit) {
+// Whether the matrix unit is faster in the forward. It needs enough rows, because packing keys in parts costs more than
+// packing them in fp32.
+SPK_INLINE bool prefers_amx(const AttentionProblem& problem, const WorkUnit& unit) {
   return unit.rows >= (problem.dtype == Dtype::float32 ? 24 : 12);
 }
 
 #else
 
-struct ProductsOfThread {
-  ProductsOfThread() {}
+struct TileGemmThreadState {
+  TileGemmThreadState() {}
 };
-SPK_INLINE bool fills_tiles(const AttentionProblem&, const Unit&) { return false; }
+SPK_INLINE bool prefers_amx(const AttentionProblem&, const WorkUnit&) { return false; }
 
 #endif
 
-// visit(products) with the kind that `tiles` tells.
+// Calls visit(SimdTileGemm or AmxTileGemm).
 template <class F>
-SPK_INLINE void with_products(const AttentionProblem& problem, bool tiles, F visit) {
+SPK_INLINE void with_tile_gemm(const AttentionProblem& problem, bool use_amx, F visit) {
 #ifdef SPK_AMX
-  if (tiles) return with_tile_products(problem.dtype, visit);
+  if (use_amx) return with_amx_tile_gemm(problem.dtype, visit);
 #endif
-  (void)problem, (void)tiles;
-  visit(VectorProducts());
+  (void)problem, (void)use_amx;
+  visit(SimdTileGemm());
 }
 
-// The bytes of an arena that suffice for lay_out(products, arena), whatever a unit takes.
+// The bytes that build(gemm, arena) takes from an arena, for the implementation that takes the most.
 template <class F>
-SPK_INLINE int64_t most_arena_bytes(const AttentionProblem& problem, F lay_out) {
+SPK_INLINE int64_t max_arena_bytes(const AttentionProblem& problem, F build) {
   int64_t bytes = 0;
-  const auto measure = [&](auto products) {
+  const auto measure = [&](auto gemm) {
     Arena arena(nullptr);
-    lay_out(products, arena);
+    build(gemm, arena);
     bytes = bytes < static_cast<int64_t>(arena.end()) ? static_cast<int64_t>(arena.end()) : bytes;
   };
-  measure(VectorProducts());
+  measure(SimdTileGemm());
 #ifdef SPK_AMX
-  with_tile_products(problem.dtype, measure);
+  with_amx_tile_gemm(problem.dtype, measure);
 #endif
   (void)problem;
   return bytes;

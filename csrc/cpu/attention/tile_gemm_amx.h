@@ -1,276 +1,296 @@
-// The products of attention on the matrix unit, to the accuracy of fp32 or of the tensors (see amx.h).
+// The GEMMs of attention on the matrix unit, to the accuracy of fp32 or of the tensors (see amx.h).
 //
-// Rows and keys are packed as images of tiles, in as many parts as the dtype needs: 3 for fp32, 1 for bf16, 2 for fp16. So
-// that Q is as exact as its dtype it is not packed times the scale where that has 16 bits. Weights P and their gradients
-// are computed in fp32 and multiplied in 3 parts with fp32, and in 2, that is 16 bits, with what has 16 itself.
+// Rows and keys are packed as tiles, in as many bf16 parts as the dtype needs: 3 for fp32, 1 for bf16, 2 for fp16. A
+// 16-bit Q is not packed times the scale, because the scaled Q would need more parts. The weights P and the gradients
+// dS are computed in fp32. They are multiplied in 3 parts if the tensors are fp32, and in 2 parts, that is 16 bits, if
+// the tensors have 16 bits.
 #pragma once
 
-#include "cpu/gemm/amx.h"
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/rows.h"
+#include "cpu/gemm/amx.h"
 #include "cpu/gemm/pack.h"
 
 namespace softprompt::SPK_ISA {
 
-constexpr int kKeyTiles = kTileKeys / kTile;        // of a tile of keys
-constexpr int kKeySteps = kTileKeys / kTileDepth;
+constexpr int kKeyTiles = kTileKeys / kAmxTile;   // AMX tiles of a tile of keys
+constexpr int kKeySteps = kTileKeys / kAmxDepth;  // depth steps over a tile of keys
 
-SPK_INLINE int64_t tiles_of(int64_t size) { return ceiling(size, kTile); }
-SPK_INLINE int64_t steps_of(int64_t size) { return ceiling(size, kTileDepth); }
+SPK_INLINE int64_t tile_count(int64_t size) { return ceil_div(size, kAmxTile); }
+SPK_INLINE int64_t step_count(int64_t size) { return ceil_div(size, kAmxDepth); }
 
-// Keys or values as the right side of a product over their size, D: [steps][parts][kKeyTiles] images. They are read from
-// fp32 rows [kTileKeys, size up to lanes], of which `width` are there.
+// Packs keys or values as the B of a GEMM whose depth is their size, D or Dv: [steps][parts][kKeyTiles] AMX tiles. They
+// are read from `width` fp32 rows of [kTileKeys, size rounded up to lanes].
 template <int parts>
-static void pack_keys_along(const float* rows, int64_t size, int width, char* images) {
+static void pack_keys_over_size(const float* rows, int64_t size, int width, char* packed) {
   const int64_t stride = round_up(size, kLanes);
-  for (int64_t s = 0; s < steps_of(size); ++s) {
-    for (int64_t tile = 0; tile < tiles_of(width); ++tile) {
-      pack_along<parts, true>(rows + tile * kTile * stride + s * kTileDepth, stride, kTile,
-                              static_cast<int>(stride - s * kTileDepth),
-                              images + (s * parts * kKeyTiles + tile) * kImage, kKeyTiles * kImage);
+  for (int64_t s = 0; s < step_count(size); ++s) {
+    for (int64_t tile = 0; tile < tile_count(width); ++tile) {
+      pack_depth_inner<parts, true>(rows + tile * kAmxTile * stride + s * kAmxDepth, stride, kAmxTile,
+                                    static_cast<int>(stride - s * kAmxDepth),
+                                    packed + (s * parts * kKeyTiles + tile) * kAmxTileBytes, kKeyTiles * kAmxTileBytes);
     }
   }
 }
 
-// The same as the right side of a product over keys: [kKeySteps][parts][tiles of size] images.
+// Packs the same as the B of a GEMM whose depth is the keys: [kKeySteps][parts][tiles of size] AMX tiles.
 template <int parts>
-static void pack_keys_down(const float* rows, int64_t size, int width, char* images) {
-  const int64_t stride = round_up(size, kLanes), tiles = tiles_of(size);
-  for (int64_t s = 0; s < steps_of(width); ++s) {
-    const int deep = static_cast<int>(round_up(width, kLanes) - s * kTileDepth);
+static void pack_keys_over_keys(const float* rows, int64_t size, int width, char* packed) {
+  const int64_t stride = round_up(size, kLanes), tiles = tile_count(size);
+  for (int64_t s = 0; s < step_count(width); ++s) {
+    const int depth = static_cast<int>(round_up(width, kLanes) - s * kAmxDepth);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      pack_down<parts, false>(rows + s * kTileDepth * stride + tile * kTile, stride, kTile, deep,
-                              images + (s * parts * tiles + tile) * kImage, tiles * kImage);
+      pack_depth_outer<parts, false>(rows + s * kAmxDepth * stride + tile * kAmxTile, stride, kAmxTile, depth,
+                                     packed + (s * parts * tiles + tile) * kAmxTileBytes, tiles * kAmxTileBytes);
     }
   }
 }
 
-// Rows of a unit as the left side of a product over their size: [steps][parts][most rows] rows of images, so that a tile
-// can begin at any row.
+// Packs the rows of a unit as the A of a GEMM whose depth is their size: [steps][parts][max_rows] rows of AMX tiles. A
+// tile can begin at any row.
 template <int parts>
-static void pack_unit_rows(const float* rows, int64_t size, int64_t count, int64_t most_rows, char* images) {
+static void pack_rows_over_size(const float* rows, int64_t size, int64_t count, int64_t max_rows, char* packed) {
   const int64_t stride = round_up(size, kLanes);
-  for (int64_t s = 0; s < steps_of(size); ++s) {
-    for (int64_t row = 0; row < count; row += kTile) {
-      pack_along<parts, false>(rows + row * stride + s * kTileDepth, stride, static_cast<int>(least(kTile, count - row)),
-                               static_cast<int>(stride - s * kTileDepth),
-                               images + (s * parts * most_rows + row) * kImageRow, most_rows * kImageRow);
+  for (int64_t s = 0; s < step_count(size); ++s) {
+    for (int64_t row = 0; row < count; row += kAmxTile) {
+      pack_depth_inner<parts, false>(rows + row * stride + s * kAmxDepth, stride,
+                                     static_cast<int>(min64(kAmxTile, count - row)),
+                                     static_cast<int>(stride - s * kAmxDepth),
+                                     packed + (s * parts * max_rows + row) * kAmxRowBytes, max_rows * kAmxRowBytes);
     }
   }
 }
 
+// The packed rows of a unit from `row` on.
 template <int parts>
-SPK_INLINE Images unit_rows(const char* images, int64_t row, int64_t most_rows) {
-  const int64_t plane = most_rows * kImageRow;
-  return {images + row * kImageRow, parts * plane, plane, kImage};
+SPK_INLINE PackedTiles packed_rows(const char* packed, int64_t row, int64_t max_rows) {
+  const int64_t plane = max_rows * kAmxRowBytes;
+  return {packed + row * kAmxRowBytes, parts * plane, plane, kAmxTileBytes};
 }
 
-// Weights [rows, kTileKeys] as the left side of a product over keys: [kKeySteps][parts][row tiles] images.
+// Packs weights [rows, kTileKeys] as the A of a GEMM whose depth is the keys: [kKeySteps][parts][row tiles] AMX tiles.
 template <int parts>
-static void pack_weights(const float* weights, int row_tiles, int first_step, int end_step, char* images) {
+static void pack_weights(const float* weights, int row_tiles, int first_step, int end_step, char* packed) {
   for (int s = first_step; s < end_step; ++s) {
     for (int tile = 0; tile < row_tiles; ++tile) {
-      pack_along<parts, false>(weights + tile * kTile * kTileKeys + s * kTileDepth, kTileKeys, kTile, kTileDepth,
-                               images + (s * parts * row_tiles + tile) * kImage, row_tiles * kImage);
+      pack_depth_inner<parts, false>(weights + tile * kAmxTile * kTileKeys + s * kAmxDepth, kTileKeys, kAmxTile,
+                                     kAmxDepth, packed + (s * parts * row_tiles + tile) * kAmxTileBytes,
+                                     row_tiles * kAmxTileBytes);
     }
   }
 }
 
 template <int parts, int weight_parts>
-class TileForward {
+class AmxForward {
  public:
-  static constexpr int kBlockRows = 2 * kTile;
-  static constexpr int64_t kMostRows = kUnitRows + kBlockRows;  // a block may end behind the last row
+  static constexpr int kBlockRows = 2 * kAmxTile;
+  static constexpr int64_t kMaxPackedRows = kUnitRows + kBlockRows;  // a block may end behind the last row
   static FixedBlocks blocks(int64_t rows) { return {rows, kBlockRows}; }
 
-  TileForward(const AttentionProblem& problem, Arena& arena)
+  AmxForward(const AttentionProblem& problem, Arena& arena)
       : problem_(problem), size_(round_up(problem.size, kLanes)), value_size_(round_up(problem.value_size, kLanes)) {
-    rows_ = arena.take<float>(kTileKeys * most(size_, value_size_));
-    part_ = arena.take<float>(kBlockRows * value_size_);
-    query_ = arena.take<char>(steps_of(size_) * parts * kMostRows * kImageRow);
-    keys_ = arena.take<char>(steps_of(size_) * parts * kKeyTiles * kImage);
-    values_ = arena.take<char>(kKeySteps * parts * tiles_of(value_size_) * kImage);
-    weights_ = arena.take<char>(kKeySteps * weight_parts * 2 * kImage);
+    rows_ = arena.take<float>(kTileKeys * max64(size_, value_size_));
+    partial_output_ = arena.take<float>(kBlockRows * value_size_);
+    query_ = arena.take<char>(step_count(size_) * parts * kMaxPackedRows * kAmxRowBytes);
+    keys_ = arena.take<char>(step_count(size_) * parts * kKeyTiles * kAmxTileBytes);
+    values_ = arena.take<char>(kKeySteps * parts * tile_count(value_size_) * kAmxTileBytes);
+    weights_ = arena.take<char>(kKeySteps * weight_parts * 2 * kAmxTileBytes);
   }
 
-  void take_rows(const float* query, int64_t rows) { pack_unit_rows<parts>(query, size_, rows, kMostRows, query_); }
-
-  void take_keys(const Segment& segment, int64_t tile, int width) {
-    pack_tile(segment, &Source::key, problem_.dtype, tile, width, problem_.size, rows_);
-    pack_keys_along<parts>(rows_, size_, width, keys_);
-    pack_tile(segment, &Source::value, problem_.dtype, tile, width, problem_.value_size, rows_);
-    pack_keys_down<parts>(rows_, value_size_, width, values_);
+  void begin_unit(const float* query, int64_t rows) {
+    pack_rows_over_size<parts>(query, size_, rows, kMaxPackedRows, query_);
   }
 
-  void score(int64_t row, int rows, const Seen& seen, float* scores) const {
-    const Images keys{keys_, parts * kKeyTiles * kImage, kKeyTiles * kImage, kImage};
-    multiply_images<parts, parts>(static_cast<int>(tiles_of(rows)), seen.vectors, steps_of(size_),
-                                  unit_rows<parts>(query_, row, kMostRows), keys.at(seen.first / kTile * keys.next),
-                                  scores + seen.first, kTileKeys, false);
+  void begin_tile(const KeySegment& segment, int64_t tile, int width) {
+    pack_tile(segment, &KeySource::key, problem_.dtype, tile, width, problem_.size, rows_);
+    pack_keys_over_size<parts>(rows_, size_, width, keys_);
+    pack_tile(segment, &KeySource::value, problem_.dtype, tile, width, problem_.value_size, rows_);
+    pack_keys_over_keys<parts>(rows_, value_size_, width, values_);
   }
 
-  // The weights of a few rows that see `here` of what their block sees.
-  void clear_unseen(const Seen& seen, const Seen& here, int rows, float* weights) const {
-    const int first = seen.first / kTileDepth * kTileDepth, end = static_cast<int>(round_up(seen.end, kTileDepth));
-    const bool some = here.vectors > 0;
-    if (some && here.first == first && here.vectors * kLanes == end - first) return;
+  void score(int64_t row, int rows, const VisibleSpan& span, float* scores) const {
+    const PackedTiles keys{keys_, parts * kKeyTiles * kAmxTileBytes, kKeyTiles * kAmxTileBytes, kAmxTileBytes};
+    multiply_packed<parts, parts>(static_cast<int>(tile_count(rows)), span.vectors, step_count(size_),
+                                  packed_rows<parts>(query_, row, kMaxPackedRows),
+                                  keys.at(span.first / kAmxTile * keys.next), scores + span.first, kTileKeys, false);
+  }
+
+  // Zeroes the weights outside `part_span`, which is what some rows see of the `span` of their block.
+  void clear_hidden_weights(const VisibleSpan& span, const VisibleSpan& part_span, int rows, float* weights) const {
+    const int first = span.first / kAmxDepth * kAmxDepth, end = static_cast<int>(round_up(span.end, kAmxDepth));
+    const bool any_visible = part_span.vectors > 0;
+    if (any_visible && part_span.first == first && part_span.vectors * kLanes == end - first) return;
     for (int i = 0; i < rows; ++i) {
-      clear_columns(weights + i * kTileKeys, first, some ? here.first : end);
-      if (some) clear_columns(weights + i * kTileKeys, here.first + here.vectors * kLanes, end);
+      clear_columns(weights + i * kTileKeys, first, any_visible ? part_span.first : end);
+      if (any_visible) clear_columns(weights + i * kTileKeys, part_span.first + part_span.vectors * kLanes, end);
     }
   }
 
-  // Weights outside of what a row sees are 0, and those of rows that are not there any number.
-  void add_values(int rows, const Seen& seen, const float* weights, float* output) const {
-    const int tall = static_cast<int>(tiles_of(rows)), first = seen.first / kTileDepth;
-    const int end = static_cast<int>(ceiling(seen.end, kTileDepth));
-    pack_weights<weight_parts>(weights, tall, first, end, weights_);
-    const Images left{weights_, weight_parts * tall * kImage, tall * kImage, kImage};
-    const Images right{values_, parts * tiles_of(value_size_) * kImage, tiles_of(value_size_) * kImage, kImage};
-    const bool whole = rows % kTile == 0;  // or the rows behind them would change, if only from -0 to 0
-    multiply_images<weight_parts, parts>(tall, static_cast<int>(tiles_of(value_size_)), end - first,
-                                         left.at(first * left.step), right.at(first * right.step), whole ? output : part_,
-                                         value_size_, whole);
-    for (int64_t i = 0; i < rows * value_size_ && !whole; i += kLanes) store(output + i, load(output + i) + load(part_ + i));
+  // Weights that a row does not see are 0. Weights of rows behind the last row are arbitrary.
+  void add_values(int rows, const VisibleSpan& span, const float* weights, float* output) const {
+    const int row_tiles = static_cast<int>(tile_count(rows)), first = span.first / kAmxDepth;
+    const int end = static_cast<int>(ceil_div(span.end, kAmxDepth));
+    pack_weights<weight_parts>(weights, row_tiles, first, end, weights_);
+    const PackedTiles a{weights_, weight_parts * row_tiles * kAmxTileBytes, row_tiles * kAmxTileBytes, kAmxTileBytes};
+    const PackedTiles b{values_, parts * tile_count(value_size_) * kAmxTileBytes,
+                        tile_count(value_size_) * kAmxTileBytes, kAmxTileBytes};
+    const bool full_tiles =
+        rows % kAmxTile == 0;  // if not, adding in place would change the rows behind, at least from -0 to 0
+    multiply_packed<weight_parts, parts>(row_tiles, static_cast<int>(tile_count(value_size_)), end - first,
+                                         a.at(first * a.step), b.at(first * b.step),
+                                         full_tiles ? output : partial_output_, value_size_, full_tiles);
+    for (int64_t i = 0; i < rows * value_size_ && !full_tiles; i += kLanes)
+      store(output + i, load(output + i) + load(partial_output_ + i));
   }
 
  private:
   const AttentionProblem& problem_;
   int64_t size_, value_size_;
-  float *rows_, *part_;                    // [kTileKeys, D or Dv], [kBlockRows, Dv]
-  char *query_, *keys_, *values_, *weights_;  // images
+  float *rows_, *partial_output_;             // [kTileKeys, D or Dv], [kBlockRows, Dv]
+  char *query_, *keys_, *values_, *weights_;  // AMX tiles
 };
 
-// The gradients of keys are summed over the rows of a unit as their own transposes, dVᵀ += dOᵀ P and dKᵀ += Qᵀ dS: then P
-// and dS are packed as they lie, and what has to be transposed, Q and dO, is packed once for all keys. Pieces of a unit
-// begin at rows that are multiples of kTileDepth, so that no step of the depth has rows of two.
+// dK and dV are accumulated over the rows of a unit as their transposes, dVᵀ += dOᵀ P and dKᵀ += Qᵀ dS. So P and dS are
+// packed without a transpose, and Q and dO, which need one, are packed once for all keys. The slices of a unit begin at
+// rows that are multiples of kAmxDepth, so that no step of the depth has rows of two slices.
 template <int parts, int weight_parts>
-class TileBackward {
+class AmxBackward {
  public:
-  static constexpr int kColumns = kTileDepth;
-  static constexpr int64_t kRowsOfTile = 8;
-  static constexpr int64_t kBlockTiles = kBlockRows / kRowsOfTile;
-  static_assert(kBlockTiles <= kMostRowTiles && kBlockRows % kTileDepth == 0);
-  static FixedBlocks row_tiles(int64_t rows) { return {rows, kRowsOfTile}; }
+  static constexpr int kColumnMultiple = kAmxDepth;
+  static constexpr int64_t kRowTileRows = 8;
+  static constexpr int64_t kBlockRowTiles = kBlockRows / kRowTileRows;
+  static_assert(kBlockRowTiles <= kMaxRowTiles && kBlockRows % kAmxDepth == 0);
+  static FixedBlocks row_tiles(int64_t rows) { return {rows, kRowTileRows}; }
 
-  TileBackward(const AttentionProblem& problem, Arena& arena)
+  AmxBackward(const AttentionProblem& problem, Arena& arena)
       : problem_(problem), size_(round_up(problem.size, kLanes)), value_size_(round_up(problem.value_size, kLanes)) {
-    const int64_t tiles = tiles_of(size_), value_tiles = tiles_of(value_size_);
-    rows_ = arena.take<float>(kTileKeys * most(size_, value_size_));
-    query_ = arena.take<char>(steps_of(size_) * parts * kUnitRows * kImageRow);
-    grad_out_ = arena.take<char>(steps_of(value_size_) * parts * kUnitRows * kImageRow);
-    query_down_ = arena.take<char>(kUnitRows / kTileDepth * parts * tiles * kImage);
-    grad_out_down_ = arena.take<char>(kUnitRows / kTileDepth * parts * value_tiles * kImage);
-    keys_ = arena.take<char>(steps_of(size_) * parts * kKeyTiles * kImage);
-    values_ = arena.take<char>(steps_of(value_size_) * parts * kKeyTiles * kImage);
-    keys_down_ = arena.take<char>(kKeySteps * parts * tiles * kImage);
-    left_ = arena.take<char>(kKeySteps * weight_parts * (kBlockRows / kTile) * kImage);
-    right_ = arena.take<char>(kBlockRows / kTileDepth * weight_parts * kKeyTiles * kImage);
-    grad_keys_ = arena.take<float>(size_ * kTileKeys);
-    grad_values_ = arena.take<float>(value_size_ * kTileKeys);
+    const int64_t tiles = tile_count(size_), value_tiles = tile_count(value_size_);
+    rows_ = arena.take<float>(kTileKeys * max64(size_, value_size_));
+    query_ = arena.take<char>(step_count(size_) * parts * kUnitRows * kAmxRowBytes);
+    grad_out_ = arena.take<char>(step_count(value_size_) * parts * kUnitRows * kAmxRowBytes);
+    query_for_dk_ = arena.take<char>(kUnitRows / kAmxDepth * parts * tiles * kAmxTileBytes);
+    grad_out_for_dv_ = arena.take<char>(kUnitRows / kAmxDepth * parts * value_tiles * kAmxTileBytes);
+    keys_ = arena.take<char>(step_count(size_) * parts * kKeyTiles * kAmxTileBytes);
+    values_ = arena.take<char>(step_count(value_size_) * parts * kKeyTiles * kAmxTileBytes);
+    keys_for_dq_ = arena.take<char>(kKeySteps * parts * tiles * kAmxTileBytes);
+    grad_scores_for_dq_ = arena.take<char>(kKeySteps * weight_parts * (kBlockRows / kAmxTile) * kAmxTileBytes);
+    weights_for_dkdv_ = arena.take<char>(kBlockRows / kAmxDepth * weight_parts * kKeyTiles * kAmxTileBytes);
+    dk_transposed_ = arena.take<float>(size_ * kTileKeys);
+    dv_transposed_ = arena.take<float>(value_size_ * kTileKeys);
   }
 
-  void take_rows(const float* query, const float* grad_out, int64_t rows) {
-    pack_unit_rows<parts>(query, size_, rows, kUnitRows, query_);
-    pack_unit_rows<parts>(grad_out, value_size_, rows, kUnitRows, grad_out_);
-    pack_unit_columns(query, size_, rows, query_down_);
-    pack_unit_columns(grad_out, value_size_, rows, grad_out_down_);
+  void begin_unit(const float* query, const float* grad_out, int64_t rows) {
+    pack_rows_over_size<parts>(query, size_, rows, kUnitRows, query_);
+    pack_rows_over_size<parts>(grad_out, value_size_, rows, kUnitRows, grad_out_);
+    pack_rows_over_rows(query, size_, rows, query_for_dk_);
+    pack_rows_over_rows(grad_out, value_size_, rows, grad_out_for_dv_);
   }
 
-  void take_keys(const Segment& segment, int64_t tile, int width) {
-    pack_tile(segment, &Source::key, problem_.dtype, tile, width, problem_.size, rows_);
-    pack_keys_along<parts>(rows_, size_, width, keys_);
-    pack_keys_down<parts>(rows_, size_, width, keys_down_);
-    pack_tile(segment, &Source::value, problem_.dtype, tile, width, problem_.value_size, rows_);
-    pack_keys_along<parts>(rows_, value_size_, width, values_);
-    for (int64_t i = 0; i < size_ * kTileKeys; i += kLanes) store(grad_keys_ + i, Vec{});
-    for (int64_t i = 0; i < value_size_ * kTileKeys; i += kLanes) store(grad_values_ + i, Vec{});
+  void begin_tile(const KeySegment& segment, int64_t tile, int width) {
+    pack_tile(segment, &KeySource::key, problem_.dtype, tile, width, problem_.size, rows_);
+    pack_keys_over_size<parts>(rows_, size_, width, keys_);
+    pack_keys_over_keys<parts>(rows_, size_, width, keys_for_dq_);
+    pack_tile(segment, &KeySource::value, problem_.dtype, tile, width, problem_.value_size, rows_);
+    pack_keys_over_size<parts>(rows_, value_size_, width, values_);
+    for (int64_t i = 0; i < size_ * kTileKeys; i += kLanes) store(dk_transposed_ + i, Vec{});
+    for (int64_t i = 0; i < value_size_ * kTileKeys; i += kLanes) store(dv_transposed_ + i, Vec{});
   }
 
-  void score(const Block& block, float* scores, float* grad) const {
-    const int tall = static_cast<int>(tiles_of(block.rows())), wide = (block.end - block.begin) / kTile;
-    const auto right = [&](const char* images) __attribute__((always_inline)) {
-      return Images{images + block.begin / kTile * kImage, parts * kKeyTiles * kImage, kKeyTiles * kImage, kImage};
+  void score(const RowBlock& block, float* scores, float* grad) const {
+    const int row_tiles = static_cast<int>(tile_count(block.rows())),
+              column_tiles = (block.end - block.begin) / kAmxTile;
+    const auto key_tiles = [&](const char* packed) __attribute__((always_inline)) {
+      return PackedTiles{packed + block.begin / kAmxTile * kAmxTileBytes, parts * kKeyTiles * kAmxTileBytes,
+                         kKeyTiles * kAmxTileBytes, kAmxTileBytes};
     };
-    multiply_images<parts, parts>(tall, wide, steps_of(size_), unit_rows<parts>(query_, block.row[0], kUnitRows),
-                                  right(keys_), scores + block.begin, kTileKeys, false);
-    multiply_images<parts, parts>(tall, wide, steps_of(value_size_),
-                                  unit_rows<parts>(grad_out_, block.row[0], kUnitRows), right(values_),
+    multiply_packed<parts, parts>(row_tiles, column_tiles, step_count(size_),
+                                  packed_rows<parts>(query_, block.row[0], kUnitRows), key_tiles(keys_),
+                                  scores + block.begin, kTileKeys, false);
+    multiply_packed<parts, parts>(row_tiles, column_tiles, step_count(value_size_),
+                                  packed_rows<parts>(grad_out_, block.row[0], kUnitRows), key_tiles(values_),
                                   grad + block.begin, kTileKeys, false);
   }
 
-  // Rows up to a step of the depth count as 0.
-  void take_weights(const Block& block, float* weights, float* grad_scores) const {
-    for (int64_t i = block.rows(); i < round_up(block.rows(), kTileDepth); ++i) {
+  // Zeroes the rows that pad a block to a whole step of the depth.
+  void pad_weights(const RowBlock& block, float* weights, float* grad_scores) const {
+    for (int64_t i = block.rows(); i < round_up(block.rows(), kAmxDepth); ++i) {
       clear_columns(weights + i * kTileKeys, block.begin, block.end);
       clear_columns(grad_scores + i * kTileKeys, block.begin, block.end);
     }
   }
 
-  void add_grad_query(const Block& block, const float* grad_scores, float* grad_query) const {
-    const int tall = static_cast<int>(tiles_of(block.rows())), tiles = static_cast<int>(tiles_of(size_));
-    const int first = block.begin / kTileDepth, end = block.end / kTileDepth;
-    pack_weights<weight_parts>(grad_scores, tall, first, end, left_);
-    const Images left{left_, weight_parts * tall * kImage, tall * kImage, kImage};
-    const Images right{keys_down_, parts * tiles * kImage, tiles * kImage, kImage};
-    multiply_images<weight_parts, parts>(tall, tiles, end - first, left.at(first * left.step),
-                                         right.at(first * right.step), grad_query + block.row[0] * size_, size_, true);
+  void add_dq(const RowBlock& block, const float* grad_scores, float* grad_query) const {
+    const int row_tiles = static_cast<int>(tile_count(block.rows())), tiles = static_cast<int>(tile_count(size_));
+    const int first = block.begin / kAmxDepth, end = block.end / kAmxDepth;
+    pack_weights<weight_parts>(grad_scores, row_tiles, first, end, grad_scores_for_dq_);
+    const PackedTiles a{grad_scores_for_dq_, weight_parts * row_tiles * kAmxTileBytes, row_tiles * kAmxTileBytes,
+                        kAmxTileBytes};
+    const PackedTiles b{keys_for_dq_, parts * tiles * kAmxTileBytes, tiles * kAmxTileBytes, kAmxTileBytes};
+    multiply_packed<weight_parts, parts>(row_tiles, tiles, end - first, a.at(first * a.step), b.at(first * b.step),
+                                         grad_query + block.row[0] * size_, size_, true);
   }
 
-  void add_grad_keys(const KeysOfTile& keys, const Block& block, const float* weights, const float* grad_scores) const {
-    bool by_key = false, by_value = false;
-    keys.for_each([&](int, int, int64_t, const KeySum& sum) {
-      by_key |= sum.key != nullptr;
-      by_value |= sum.value != nullptr;
+  void add_dkdv(const TileAccumulators& keys, const RowBlock& block, const float* weights,
+                const float* grad_scores) const {
+    bool needs_dk = false, needs_dv = false;
+    keys.for_each([&](int, int, int64_t, const DkDvAccumulator& accumulator) {
+      needs_dk |= accumulator.dk != nullptr;
+      needs_dv |= accumulator.dv != nullptr;
     });
-    if (by_value) add_grad(block, weights, grad_out_down_, value_size_, grad_values_);
-    if (by_key) add_grad(block, grad_scores, query_down_, size_, grad_keys_);
+    if (needs_dv) add_gradient(block, weights, grad_out_for_dv_, value_size_, dv_transposed_);
+    if (needs_dk) add_gradient(block, grad_scores, query_for_dk_, size_, dk_transposed_);
   }
 
-  void finish_keys(const KeysOfTile& keys) const {
-    keys.for_each([&](int begin, int end, int64_t first_key, const KeySum& sum) {
-      if (sum.key != nullptr) add_transposed(grad_keys_, size_, begin, end, sum.key + first_key * size_);
-      if (sum.value != nullptr) add_transposed(grad_values_, value_size_, begin, end, sum.value + first_key * value_size_);
+  void end_tile(const TileAccumulators& keys) const {
+    keys.for_each([&](int begin, int end, int64_t first_key, const DkDvAccumulator& accumulator) {
+      if (accumulator.dk != nullptr)
+        add_transpose(dk_transposed_, size_, begin, end, accumulator.dk + first_key * size_);
+      if (accumulator.dv != nullptr)
+        add_transpose(dv_transposed_, value_size_, begin, end, accumulator.dv + first_key * value_size_);
     });
   }
 
  private:
-  // Rows of a unit as the left side of a product over rows: [steps][parts][tiles of size] images.
-  void pack_unit_columns(const float* rows, int64_t size, int64_t count, char* images) const {
-    const int64_t tiles = tiles_of(size);
-    for (int64_t row = 0; row < count; row += kTileDepth) {
+  // Packs the rows of a unit as the A of a GEMM whose depth is the rows: [steps][parts][tiles of size] AMX tiles.
+  void pack_rows_over_rows(const float* rows, int64_t size, int64_t count, char* packed) const {
+    const int64_t tiles = tile_count(size);
+    for (int64_t row = 0; row < count; row += kAmxDepth) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        pack_down<parts, true>(rows + row * size + tile * kTile, size, kTile, static_cast<int>(least(kTileDepth, count - row)),
-                               images + (row / kTileDepth * parts * tiles + tile) * kImage, tiles * kImage);
+        pack_depth_outer<parts, true>(
+            rows + row * size + tile * kAmxTile, size, kAmxTile, static_cast<int>(min64(kAmxDepth, count - row)),
+            packed + (row / kAmxDepth * parts * tiles + tile) * kAmxTileBytes, tiles * kAmxTileBytes);
       }
     }
   }
 
-  // sum [size, kTileKeys] += rowsᵀ weights, over the rows of a block.
-  void add_grad(const Block& block, const float* weights, const char* rows, int64_t size, float* sum) const {
-    const int64_t tiles = tiles_of(size), steps = ceiling(block.rows(), kTileDepth);
-    const int wide = (block.end - block.begin) / kTile;
+  // accumulator [size, kTileKeys] += rowsᵀ weights, over the rows of a block.
+  void add_gradient(const RowBlock& block, const float* weights, const char* rows, int64_t size,
+                    float* accumulator) const {
+    const int64_t tiles = tile_count(size), steps = ceil_div(block.rows(), kAmxDepth);
+    const int column_tiles = (block.end - block.begin) / kAmxTile;
     for (int64_t s = 0; s < steps; ++s) {
-      for (int tile = 0; tile < wide; ++tile) {
-        pack_down<weight_parts, false>(weights + s * kTileDepth * kTileKeys + block.begin + tile * kTile, kTileKeys, kTile,
-                                       kTileDepth, right_ + (s * weight_parts * wide + tile) * kImage, wide * kImage);
+      for (int tile = 0; tile < column_tiles; ++tile) {
+        pack_depth_outer<weight_parts, false>(
+            weights + s * kAmxDepth * kTileKeys + block.begin + tile * kAmxTile, kTileKeys, kAmxTile, kAmxDepth,
+            weights_for_dkdv_ + (s * weight_parts * column_tiles + tile) * kAmxTileBytes, column_tiles * kAmxTileBytes);
       }
     }
-    const Images left{rows + block.row[0] / kTileDepth * parts * tiles * kImage, parts * tiles * kImage, tiles * kImage,
-                      kImage};
-    const Images right{right_, weight_parts * wide * kImage, wide * kImage, kImage};
-    multiply_images<parts, weight_parts>(static_cast<int>(tiles), wide, steps, left, right, sum + block.begin, kTileKeys,
-                                         true);
+    const PackedTiles a{rows + block.row[0] / kAmxDepth * parts * tiles * kAmxTileBytes, parts * tiles * kAmxTileBytes,
+                        tiles * kAmxTileBytes, kAmxTileBytes};
+    const PackedTiles b{weights_for_dkdv_, weight_parts * column_tiles * kAmxTileBytes, column_tiles * kAmxTileBytes,
+                        kAmxTileBytes};
+    multiply_packed<parts, weight_parts>(static_cast<int>(tiles), column_tiles, steps, a, b, accumulator + block.begin,
+                                         kTileKeys, true);
   }
 
-  // target [end - begin, size] += the columns [begin, end) of sum [size, kTileKeys].
-  static void add_transposed(const float* sum, int64_t size, int begin, int end, float* target) {
-    for (int column = begin / kTile * kTile; column < end; column += kTile) {
-      for (int64_t d = 0; d < size; d += kTile) {
-        Vec block[kTile];
-        SPK_UNROLL for (int i = 0; i < kTile; ++i) block[i] = load(sum + (d + i) * kTileKeys + column);
+  // target [end - begin, size] += the transpose of the columns [begin, end) of accumulator [size, kTileKeys].
+  static void add_transpose(const float* accumulator, int64_t size, int begin, int end, float* target) {
+    for (int column = begin / kAmxTile * kAmxTile; column < end; column += kAmxTile) {
+      for (int64_t d = 0; d < size; d += kAmxTile) {
+        Vec block[kAmxTile];
+        SPK_UNROLL for (int i = 0; i < kAmxTile; ++i) block[i] = load(accumulator + (d + i) * kTileKeys + column);
         transpose(block);
-        for (int i = 0; i < kTile; ++i) {
+        for (int i = 0; i < kAmxTile; ++i) {
           if (column + i < begin || column + i >= end) continue;
           float* const at = target + (column + i - begin) * size + d;
           store(at, load(at) + block[i]);
@@ -281,12 +301,14 @@ class TileBackward {
 
   const AttentionProblem& problem_;
   int64_t size_, value_size_;
-  float* rows_;                               // [kTileKeys, D or Dv]
-  char *query_, *grad_out_;                   // images, products over D and Dv
-  char *query_down_, *grad_out_down_;         // products over rows
-  char *keys_, *values_, *keys_down_;         // products over D and Dv, and over keys
-  char *left_, *right_;                       // of dS over keys, of P or dS over rows
-  float *grad_keys_, *grad_values_;           // [D, kTileKeys], [Dv, kTileKeys]
+  float* rows_;                            // [kTileKeys, D or Dv]
+  char *query_, *grad_out_;                // AMX tiles; the depth of their GEMMs is D or Dv
+  char *query_for_dk_, *grad_out_for_dv_;  // the depth is the rows
+  char *keys_, *values_;                   // the depth is D or Dv
+  char* keys_for_dq_;                      // the depth is the keys
+  char* grad_scores_for_dq_;               // dS; the depth is the keys
+  char* weights_for_dkdv_;                 // P or dS; the depth is the rows
+  float *dk_transposed_, *dv_transposed_;  // [D, kTileKeys], [Dv, kTileKeys]
 };
 
 }  // namespace softprompt::SPK_ISA

@@ -1,6 +1,6 @@
-// The products of attention on fp32 vectors: any number of rows, everything packed in fp32.
+// The GEMMs of attention on fp32 vectors, for any number of rows. All operands are packed in fp32.
 //
-// `TileProducts` in tile_gemm_amx.h has the same functions.
+// AmxForward and AmxBackward in tile_gemm_amx.h have the same functions.
 #pragma once
 
 #include "cpu/attention/blocks.h"
@@ -10,39 +10,39 @@
 
 namespace softprompt::SPK_ISA {
 
-class VectorForward {
+class SimdForward {
  public:
-  static constexpr int kBlockRows = kTileRows;  // whose scores exist at a time
-  static Blocks blocks(int64_t rows) { return {rows, kBlockRows}; }
+  static constexpr int kBlockRows = kRegisterRows;  // the rows whose scores exist at a time
+  static EvenBlocks blocks(int64_t rows) { return {rows, kBlockRows}; }
 
-  VectorForward(const AttentionProblem& problem, Arena& arena)
+  SimdForward(const AttentionProblem& problem, Arena& arena)
       : problem_(problem), size_(round_up(problem.size, kLanes)), value_size_(round_up(problem.value_size, kLanes)) {
     rows_ = arena.take<float>(kTileKeys * size_);
     keys_ = arena.take<float>(size_ * kTileKeys);
     values_ = arena.take<float>(kTileKeys * value_size_);
   }
 
-  // Q of a unit, [rows, D up to lanes].
-  void take_rows(const float* query, int64_t) { query_ = query; }
+  // Takes Q of a unit, [rows, D rounded up to lanes].
+  void begin_unit(const float* query, int64_t) { query_ = query; }
 
-  void take_keys(const Segment& segment, int64_t tile, int width) {
-    pack_tile_columns(segment, &Source::key, problem_.dtype, tile, width, problem_.size, rows_, keys_);
-    pack_tile(segment, &Source::value, problem_.dtype, tile, width, problem_.value_size, values_);
+  void begin_tile(const KeySegment& segment, int64_t tile, int width) {
+    pack_tile_columns(segment, &KeySource::key, problem_.dtype, tile, width, problem_.size, rows_, keys_);
+    pack_tile(segment, &KeySource::value, problem_.dtype, tile, width, problem_.value_size, values_);
   }
 
-  // scores [rows, kTileKeys] = Q Kᵀ, where they are seen.
-  void score(int64_t row, int rows, const Seen& seen, float* scores) const {
-    gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem_.size, query_ + row * size_, size_, keys_ + seen.first,
-                            kTileKeys, scores + seen.first, kTileKeys, false);
+  // scores [rows, kTileKeys] = Q Kᵀ, in the visible columns.
+  void score(int64_t row, int rows, const VisibleSpan& span, float* scores) const {
+    gemm_rows<Layout::row_major>(rows, span.vectors * kLanes, problem_.size, query_ + row * size_, size_,
+                                 keys_ + span.first, kTileKeys, scores + span.first, kTileKeys, false);
   }
 
-  // What of a block's weights must be 0: the vectors read no other than `seen`, which for them is the same.
-  void clear_unseen(const Seen&, const Seen&, int, float*) const {}
+  // Zeroes weights that some rows of a block do not see but add_values reads. Here add_values reads visible ones only.
+  void clear_hidden_weights(const VisibleSpan&, const VisibleSpan&, int, float*) const {}
 
-  // output [rows, Dv up to lanes] += P V.
-  void add_values(int rows, const Seen& seen, const float* weights, float* output) const {
-    gemm_rows<Layout::rows>(rows, value_size_, seen.end - seen.first, weights + seen.first, kTileKeys,
-                            values_ + seen.first * value_size_, value_size_, output, value_size_, true);
+  // output [rows, Dv rounded up to lanes] += P V.
+  void add_values(int rows, const VisibleSpan& span, const float* weights, float* output) const {
+    gemm_rows<Layout::row_major>(rows, value_size_, span.end - span.first, weights + span.first, kTileKeys,
+                                 values_ + span.first * value_size_, value_size_, output, value_size_, true);
   }
 
  private:
@@ -52,14 +52,14 @@ class VectorForward {
   const float* query_ = nullptr;
 };
 
-class VectorBackward {
+class SimdBackward {
  public:
-  static constexpr int kColumns = kLanes;
-  static constexpr int64_t kBlockTiles = kBlockRows / kTileRows;
-  static_assert(kBlockTiles <= kMostRowTiles);
-  static Blocks row_tiles(int64_t rows) { return {rows, kTileRows}; }
+  static constexpr int kColumnMultiple = kLanes;
+  static constexpr int64_t kBlockRowTiles = kBlockRows / kRegisterRows;
+  static_assert(kBlockRowTiles <= kMaxRowTiles);
+  static EvenBlocks row_tiles(int64_t rows) { return {rows, kRegisterRows}; }
 
-  VectorBackward(const AttentionProblem& problem, Arena& arena)
+  SimdBackward(const AttentionProblem& problem, Arena& arena)
       : problem_(problem), size_(round_up(problem.size, kLanes)), value_size_(round_up(problem.value_size, kLanes)) {
     key_rows_ = arena.take<float>(kTileKeys * size_);
     keys_ = arena.take<float>(size_ * kTileKeys);
@@ -67,74 +67,78 @@ class VectorBackward {
     values_ = arena.take<float>(value_size_ * kTileKeys);
   }
 
-  // Q and dO of a unit.
-  void take_rows(const float* query, const float* grad_out, int64_t) { query_ = query, grad_out_ = grad_out; }
+  // Takes Q and dO of a unit.
+  void begin_unit(const float* query, const float* grad_out, int64_t) { query_ = query, grad_out_ = grad_out; }
 
-  void take_keys(const Segment& segment, int64_t tile, int width) {
-    pack_tile(segment, &Source::key, problem_.dtype, tile, width, problem_.size, key_rows_);
+  void begin_tile(const KeySegment& segment, int64_t tile, int width) {
+    pack_tile(segment, &KeySource::key, problem_.dtype, tile, width, problem_.size, key_rows_);
     transpose_rows(key_rows_, size_, width, problem_.size, keys_);
-    pack_tile_columns(segment, &Source::value, problem_.dtype, tile, width, problem_.value_size, value_rows_, values_);
+    pack_tile_columns(segment, &KeySource::value, problem_.dtype, tile, width, problem_.value_size, value_rows_,
+                      values_);
   }
 
-  // scores = Q Kᵀ and grad = dO Vᵀ, [rows of the block, kTileKeys], where they are seen.
-  void score(const Block& block, float* scores, float* grad) const {
+  // scores = Q Kᵀ and grad = dO Vᵀ, both [rows of the block, kTileKeys], in the visible columns.
+  void score(const RowBlock& block, float* scores, float* grad) const {
     for (int t = 0; t < block.count; ++t) {
-      const Seen& seen = block.seen[t];
-      const int64_t row = block.row[t], offset = (row - block.row[0]) * kTileKeys + seen.first;
+      const VisibleSpan& span = block.span[t];
+      const int64_t row = block.row[t], offset = (row - block.row[0]) * kTileKeys + span.first;
       const int rows = static_cast<int>(block.row[t + 1] - row);
-      if (seen.vectors == 0) continue;
-      gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem_.size, query_ + row * size_, size_, keys_ + seen.first,
-                              kTileKeys, scores + offset, kTileKeys, false);
-      gemm_rows<Layout::rows>(rows, seen.vectors * kLanes, problem_.value_size, grad_out_ + row * value_size_,
-                              value_size_, values_ + seen.first, kTileKeys, grad + offset, kTileKeys, false);
+      if (span.vectors == 0) continue;
+      gemm_rows<Layout::row_major>(rows, span.vectors * kLanes, problem_.size, query_ + row * size_, size_,
+                                   keys_ + span.first, kTileKeys, scores + offset, kTileKeys, false);
+      gemm_rows<Layout::row_major>(rows, span.vectors * kLanes, problem_.value_size, grad_out_ + row * value_size_,
+                                   value_size_, values_ + span.first, kTileKeys, grad + offset, kTileKeys, false);
     }
   }
 
-  // P and dS of a block, 0 where it does not look: the vectors read them where they are.
-  void take_weights(const Block&, float*, float*) const {}
+  // Zeroes the rows of P and dS that pad a block. Vectors need no padding.
+  void pad_weights(const RowBlock&, float*, float*) const {}
 
   // dQ of a unit += dS K.
-  void add_grad_query(const Block& block, const float* grad_scores, float* grad_query) const {
+  void add_dq(const RowBlock& block, const float* grad_scores, float* grad_query) const {
     for (int t = 0; t < block.count; ++t) {
-      const Seen& seen = block.seen[t];
-      if (seen.vectors == 0) continue;
+      const VisibleSpan& span = block.span[t];
+      if (span.vectors == 0) continue;
       const int64_t row = block.row[t];
-      gemm_rows<Layout::rows>(static_cast<int>(block.row[t + 1] - row), size_, seen.end - seen.first,
-                              grad_scores + (row - block.row[0]) * kTileKeys + seen.first, kTileKeys,
-                              key_rows_ + seen.first * size_, size_, grad_query + row * size_, size_, true);
+      gemm_rows<Layout::row_major>(static_cast<int>(block.row[t + 1] - row), size_, span.end - span.first,
+                                   grad_scores + (row - block.row[0]) * kTileKeys + span.first, kTileKeys,
+                                   key_rows_ + span.first * size_, size_, grad_query + row * size_, size_, true);
     }
   }
 
-  // dV += Pᵀ dO and dK += dSᵀ Q. Rows that do not see some keys are left out at both ends.
-  void add_grad_keys(const KeysOfTile& keys, const Block& block, const float* weights, const float* grad_scores) const {
-    keys.for_each([&](int begin, int end, int64_t first_key, const KeySum& sum) {
-      const Blocks columns(end - begin, kTileRows);
-      for (int64_t c = 0; c < columns.blocks; ++c) {
-        const int first = begin + static_cast<int>(columns.start(c));
-        const int last = begin + static_cast<int>(columns.start(c + 1));
-        int low = 0, high = block.count;
-        const auto unseen = [&](const Seen& seen) {
-          return seen.vectors == 0 || seen.end <= first || seen.first >= last;
+  // dV += Pᵀ dO and dK += dSᵀ Q. Row tiles at both ends of the block that do not see the keys are left out.
+  void add_dkdv(const TileAccumulators& targets, const RowBlock& block, const float* weights,
+                const float* grad_scores) const {
+    targets.for_each([&](int begin, int end, int64_t first_key, const DkDvAccumulator& accumulator) {
+      const EvenBlocks column_blocks(end - begin, kRegisterRows);
+      for (int64_t c = 0; c < column_blocks.blocks; ++c) {
+        const int first_column = begin + static_cast<int>(column_blocks.start(c));
+        const int end_column = begin + static_cast<int>(column_blocks.start(c + 1));
+        int first_row_tile = 0, end_row_tile = block.count;
+        const auto hidden = [&](const VisibleSpan& span) {
+          return span.vectors == 0 || span.end <= first_column || span.first >= end_column;
         };
-        while (low < high && unseen(block.seen[low])) ++low;
-        while (low < high && unseen(block.seen[high - 1])) --high;
-        if (low == high) continue;
-        const int64_t row = block.row[low], rows = block.row[high] - row, key = first_key + first - begin;
-        const int64_t offset = (row - block.row[0]) * kTileKeys + first;
-        if (sum.value != nullptr) {
-          gemm_rows<Layout::columns>(last - first, value_size_, rows, weights + offset, kTileKeys,
-                                     grad_out_ + row * value_size_, value_size_, sum.value + key * value_size_,
-                                     value_size_, true);
+        while (first_row_tile < end_row_tile && hidden(block.span[first_row_tile])) ++first_row_tile;
+        while (first_row_tile < end_row_tile && hidden(block.span[end_row_tile - 1])) --end_row_tile;
+        if (first_row_tile == end_row_tile) continue;
+        const int64_t row = block.row[first_row_tile], rows = block.row[end_row_tile] - row,
+                      target_row = first_key + first_column - begin;
+        const int64_t offset = (row - block.row[0]) * kTileKeys + first_column;
+        if (accumulator.dv != nullptr) {
+          gemm_rows<Layout::column_major>(end_column - first_column, value_size_, rows, weights + offset, kTileKeys,
+                                          grad_out_ + row * value_size_, value_size_,
+                                          accumulator.dv + target_row * value_size_, value_size_, true);
         }
-        if (sum.key != nullptr) {
-          gemm_rows<Layout::columns>(last - first, size_, rows, grad_scores + offset, kTileKeys, query_ + row * size_,
-                                     size_, sum.key + key * size_, size_, true);
+        if (accumulator.dk != nullptr) {
+          gemm_rows<Layout::column_major>(end_column - first_column, size_, rows, grad_scores + offset, kTileKeys,
+                                          query_ + row * size_, size_, accumulator.dk + target_row * size_, size_,
+                                          true);
         }
       }
     });
   }
 
-  void finish_keys(const KeysOfTile&) const {}
+  void end_tile(const TileAccumulators&) const {}
 
  private:
   const AttentionProblem& problem_;

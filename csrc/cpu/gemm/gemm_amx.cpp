@@ -1,27 +1,29 @@
-// Dense products on the matrix unit, blocked for the second cache.
+// GEMM on the matrix unit, blocked for the L2 cache.
 //
-// Each side is packed into images of tiles (see amx.h), 32 rows or columns - a panel - next to each other. `right`, which
-// may be the weight of a language model's head, is packed once, as many panels at a time as fill half of that cache; the
-// panels of `left`, the tokens, are packed before that for all threads, and run past what is kept of `right`. So 24 KiB a
-// panel and 128 of the depth pass from the third cache to the second while 10 panels of `right` are multiplied with them.
+// Both operands are packed into tiles (see amx.h), in panels of 32 rows of A or 32 columns of B. B may be the weight of
+// a language model's head. It is packed once; as many of its panels as fill half of the L2 cache are packed and kept at
+// a time. A holds the tokens. Its panels are packed before, for all threads, and each is multiplied by all panels of B
+// that are kept. So 24 KiB for each panel and 128 of the depth move from L3 to L2 while 10 panels of B are multiplied
+// by them.
 //
-// Rows of `right` that lie along the depth become the left side of the tiles, and the product its own transpose: then
-// `right` is packed without shuffles either way, and those that transposing needs fall on `left`.
+// If B is transposed, the tiles compute the transpose of out, with B as the first operand. So B is packed without
+// shuffles either way; the shuffles of transposing fall on A.
 #include "cpu/gemm/gemm.h"
 
 #include "cpu/gemm/amx.h"
-#include "cpu/platform/arena.h"
-#include "cpu/gemm/micro_kernel.h"
 #include "cpu/gemm/kernels.h"
+#include "cpu/gemm/micro_kernel.h"
+#include "cpu/platform/arena.h"
 #include "cpu/platform/row_reductions.h"
 
 namespace softprompt::SPK_ISA {
 
 namespace {
 
-constexpr int64_t kPanel = 2 * kTile;
-constexpr int64_t kKeptBytes = 1 << 20;
-constexpr int64_t kMostSteps = 20;  // of kTileDepth that are kept; the sums of more are added in fp32
+constexpr int64_t kPanel = 2 * kAmxTile;
+constexpr int64_t kKeptBytes = 1 << 20;  // of B
+// Steps of kAmxDepth for which B is kept. If the depth has more, their partial sums are added in fp32.
+constexpr int64_t kMaxKeptSteps = 20;
 
 template <class T>
 constexpr int kPartsOf = 3;
@@ -35,142 +37,154 @@ int parts_of(Dtype dtype) {
   return parts[static_cast<int>(dtype)];
 }
 
-int64_t panel_bytes(int parts, int64_t steps) { return steps * parts * 2 * kImage; }
+int64_t panel_bytes(int parts, int64_t steps) { return steps * parts * 2 * kAmxTileBytes; }
 
 struct Shape {
-  int64_t rows, columns, steps;        // panels of left and of right, steps of the depth
-  int64_t kept_columns, kept_steps;    // at a time, at most
+  int64_t rows, columns, steps;      // panels of A, panels of B, steps of the depth
+  int64_t kept_columns, kept_steps;  // the most that are kept at a time
 
-  explicit Shape(const Product& product)
-      : rows(ceiling(product.rows, kPanel)),
-        columns(ceiling(product.columns, kPanel)),
-        steps(ceiling(product.depth, kTileDepth)),
-        kept_steps(most(1, ceiling(steps, most(1, ceiling(steps, kMostSteps))))) {
-    const int64_t fitting = most(1, kKeptBytes / most(1, panel_bytes(parts_of(product.right_dtype), kept_steps)));
-    kept_columns = ceiling(columns, most(1, ceiling(columns, fitting)));
+  explicit Shape(const Gemm& gemm)
+      : rows(ceil_div(gemm.rows, kPanel)),
+        columns(ceil_div(gemm.columns, kPanel)),
+        steps(ceil_div(gemm.depth, kAmxDepth)),
+        kept_steps(max64(1, ceil_div(steps, max64(1, ceil_div(steps, kMaxKeptSteps))))) {
+    const int64_t fitting = max64(1, kKeptBytes / max64(1, panel_bytes(parts_of(gemm.b_dtype), kept_steps)));
+    kept_columns = ceil_div(columns, max64(1, ceil_div(columns, fitting)));
   }
 };
 
 struct Workspace {
-  char* kept;   // [panels][steps][parts][2 images]
-  float* sums;  // [32, 32]
+  char* kept_b;         // of B: [panels][steps][parts][2 tiles]
+  float* accumulators;  // [32, 32]
 
-  Workspace(const Product& product, Arena& arena) {
-    const Shape shape(product);
-    kept = arena.take<char>(most(kKeptBytes, panel_bytes(parts_of(product.right_dtype), shape.kept_steps)));
-    sums = arena.take<float>(kPanel * kPanel);
+  Workspace(const Gemm& gemm, Arena& arena) {
+    const Shape shape(gemm);
+    kept_b = arena.take<char>(max64(kKeptBytes, panel_bytes(parts_of(gemm.b_dtype), shape.kept_steps)));
+    accumulators = arena.take<float>(kPanel * kPanel);
   }
 };
 
-// One side as it lies in memory: `count` rows or columns, each of them `depth` elements.
-template <class T, bool left_of_tiles, bool along_rows>
-struct Side {
+// An operand as it is in memory: `count` rows of A or columns of B, each of `depth` elements. `as_a`: it is packed as
+// the first operand of the tiles. `depth_inner`: the elements along the depth are contiguous.
+template <class T, bool as_a, bool depth_inner>
+struct Operand {
   static constexpr int kParts = kPartsOf<T>;
   const T* data;
   int64_t stride, count, depth;
 
-  // Writes the images of a panel for some steps of the depth.
-  void pack(int64_t panel, int64_t first_step, int64_t steps, char* images) const {
+  // Packs a panel for some steps of the depth.
+  void pack(int64_t panel, int64_t first_step, int64_t steps, char* packed) const {
     for (int64_t s = first_step; s < first_step + steps; ++s) {
-      const int deep = static_cast<int>(least(kTileDepth, depth - s * kTileDepth));
-      for (int64_t at = panel * kPanel; at < (panel + 1) * kPanel; at += kTile, images += kImage) {
-        const int here = static_cast<int>(most(0, least(kTile, count - at)));
-        if (here == 0) continue;
-        if constexpr (along_rows) {
-          pack_along<kParts, !left_of_tiles>(data + at * stride + s * kTileDepth, stride, here, deep, images, 2 * kImage);
+      const int step_depth = static_cast<int>(min64(kAmxDepth, depth - s * kAmxDepth));
+      for (int64_t at = panel * kPanel; at < (panel + 1) * kPanel; at += kAmxTile, packed += kAmxTileBytes) {
+        const int in_tile = static_cast<int>(max64(0, min64(kAmxTile, count - at)));
+        if (in_tile == 0) continue;
+        if constexpr (depth_inner) {
+          pack_depth_inner<kParts, !as_a>(data + at * stride + s * kAmxDepth, stride, in_tile, step_depth, packed,
+                                          2 * kAmxTileBytes);
         } else {
-          pack_down<kParts, left_of_tiles>(data + s * kTileDepth * stride + at, stride, here, deep, images, 2 * kImage);
+          pack_depth_outer<kParts, as_a>(data + s * kAmxDepth * stride + at, stride, in_tile, step_depth, packed,
+                                         2 * kAmxTileBytes);
         }
       }
-      images += (kParts - 1) * 2 * kImage;
+      packed += (kParts - 1) * 2 * kAmxTileBytes;
     }
   }
 
-  int tiles(int64_t panel) const { return count - panel * kPanel > kTile ? 2 : 1; }
+  int tile_count(int64_t panel) const { return count - panel * kPanel > kAmxTile ? 2 : 1; }
 
-  Images images(const char* panel) const { return {panel, kParts * 2 * kImage, 2 * kImage, kImage}; }
+  PackedTiles tiles_of(const char* panel) const {
+    return {panel, kParts * 2 * kAmxTileBytes, 2 * kAmxTileBytes, kAmxTileBytes};
+  }
 };
 
-SPK_INLINE void put_row(float* out, Vec sum, int count, bool accumulate) {
+SPK_INLINE void store_or_add(float* out, Vec sum, int count, bool accumulate) {
   if (count <= 0) return;
   if (accumulate) sum += load_up_to(out, count);
-  put(out, sum, count >= kLanes ? kLanes : count);
+  store_n(out, sum, count >= kLanes ? kLanes : count);
 }
 
-// The sums [32, 32] of a panel of each side, written or added to out.
-template <bool transposed>
-void write_sums(const Product& call, const float* sums, int64_t row, int64_t column, bool accumulate) {
-  const int rows = static_cast<int>(least(kPanel, call.rows - row * kPanel));
-  const int columns = static_cast<int>(least(kPanel, call.columns - column * kPanel));
+// Writes or adds the accumulators [32, 32] of a panel of A and a panel of B to out.
+template <bool b_transposed>
+void write_accumulators(const Gemm& call, const float* accumulators, int64_t row, int64_t column, bool accumulate) {
+  const int rows = static_cast<int>(min64(kPanel, call.rows - row * kPanel));
+  const int columns = static_cast<int>(min64(kPanel, call.columns - column * kPanel));
   float* const out = call.out + row * kPanel * call.out_stride + column * kPanel;
-  for (int i = 0; i < rows; i += kTile) {
-    for (int j = 0; j < columns; j += kTile) {
-      Vec block[kTile];
-      SPK_UNROLL for (int k = 0; k < kTile; ++k) {
-        block[k] = load(transposed ? sums + (j + k) * kPanel + i : sums + (i + k) * kPanel + j);
+  for (int i = 0; i < rows; i += kAmxTile) {
+    for (int j = 0; j < columns; j += kAmxTile) {
+      Vec block[kAmxTile];
+      SPK_UNROLL for (int k = 0; k < kAmxTile; ++k) {
+        block[k] = load(b_transposed ? accumulators + (j + k) * kPanel + i : accumulators + (i + k) * kPanel + j);
       }
-      if (transposed) transpose(block);
-      for (int k = 0; k < kTile && i + k < rows; ++k) {
-        put_row(out + (i + k) * call.out_stride + j, block[k], columns - j, accumulate);
+      if (b_transposed) transpose(block);
+      for (int k = 0; k < kAmxTile && i + k < rows; ++k) {
+        store_or_add(out + (i + k) * call.out_stride + j, block[k], columns - j, accumulate);
       }
     }
   }
 }
 
-// The sides of a product, of which those of `right` that run along the depth are the left side of the tiles.
-template <class T, bool transposed>
-struct Sides {
-  Side<float, !transposed, true> left;
-  Side<T, transposed, transposed> right;
-  explicit Sides(const Product& product)
-      : left{product.left, product.left_stride, product.rows, product.depth},
-        right{static_cast<const T*>(product.right), product.right_stride, product.columns, product.depth} {}
+// The operands of a GEMM. A transposed B becomes the first operand of the tiles.
+template <class T, bool b_transposed>
+struct Operands {
+  Operand<float, !b_transposed, true> a;
+  Operand<T, b_transposed, b_transposed> b;
+  explicit Operands(const Gemm& gemm)
+      : a{gemm.a, gemm.a_stride, gemm.rows, gemm.depth},
+        b{static_cast<const T*>(gemm.b), gemm.b_stride, gemm.columns, gemm.depth} {}
 };
 
-// visit(sides) with those of a product.
+// Calls visit(operands).
 template <class T, class F>
-SPK_INLINE void with_sides_of(const Product& product, F visit) {
-  if (product.right_transposed) return visit(Sides<T, true>(product));
-  visit(Sides<T, false>(product));
+SPK_INLINE void with_operands_of(const Gemm& gemm, F visit) {
+  if (gemm.b_transposed) return visit(Operands<T, true>(gemm));
+  visit(Operands<T, false>(gemm));
 }
 
 template <class F>
-SPK_INLINE void with_sides(const Product& product, F visit) {
-  switch (product.right_dtype) {
-    case Dtype::float32: return with_sides_of<float>(product, visit);
-    case Dtype::bfloat16: return with_sides_of<BFloat16>(product, visit);
-    case Dtype::float16: return with_sides_of<Float16>(product, visit);
+SPK_INLINE void with_operands(const Gemm& gemm, F visit) {
+  switch (gemm.b_dtype) {
+    case Dtype::float32:
+      return with_operands_of<float>(gemm, visit);
+    case Dtype::bfloat16:
+      return with_operands_of<BFloat16>(gemm, visit);
+    case Dtype::float16:
+      return with_operands_of<Float16>(gemm, visit);
   }
 }
 
-// The part of a thread: columns where there are enough of them, so that each is packed by one thread.
-template <class T, bool transposed>
-void multiply(const ProductPart& part, const Sides<T, transposed>& sides, int thread) {
-  const Product& product = part.product;
-  const Shape shape(product);
+// The work of a thread. Threads divide the columns if there are enough, so that one thread packs each of them.
+template <class T, bool b_transposed>
+void multiply(const GemmPart& part, const Operands<T, b_transposed>& operands, int thread) {
+  const Gemm& gemm = part.gemm;
+  const Shape shape(gemm);
   Arena arena(part.workspace + thread * part.workspace_bytes);
-  const Workspace ws(product, arena);
-  const bool by_columns = shape.columns >= 4 * product.threads || shape.columns >= shape.rows;
-  const Share rows = by_columns ? Share{0, shape.rows} : share(shape.rows, thread, product.threads);
-  const Share columns = by_columns ? share(shape.columns, thread, product.threads) : Share{0, shape.columns};
-  const int64_t left_bytes = panel_bytes(sides.left.kParts, shape.steps);
-  const int64_t kept_bytes = panel_bytes(sides.right.kParts, shape.kept_steps);
+  const Workspace ws(gemm, arena);
+  const bool by_columns = shape.columns >= 4 * gemm.threads || shape.columns >= shape.rows;
+  const ThreadRange rows = by_columns ? ThreadRange{0, shape.rows} : thread_range(shape.rows, thread, gemm.threads);
+  const ThreadRange columns =
+      by_columns ? thread_range(shape.columns, thread, gemm.threads) : ThreadRange{0, shape.columns};
+  const int64_t a_panel_bytes = panel_bytes(operands.a.kParts, shape.steps);
+  const int64_t b_panel_bytes = panel_bytes(operands.b.kParts, shape.kept_steps);
   for (int64_t step = 0; step == 0 || step < shape.steps; step += shape.kept_steps) {
-    const int64_t steps = least(shape.kept_steps, shape.steps - step);
+    const int64_t steps = min64(shape.kept_steps, shape.steps - step);
     for (int64_t first = columns.begin; first < columns.end; first += shape.kept_columns) {
-      const int64_t count = least(shape.kept_columns, columns.end - first);
-      for (int64_t c = 0; c < count; ++c) sides.right.pack(first + c, step, steps, ws.kept + c * kept_bytes);
+      const int64_t count = min64(shape.kept_columns, columns.end - first);
+      for (int64_t c = 0; c < count; ++c) operands.b.pack(first + c, step, steps, ws.kept_b + c * b_panel_bytes);
       for (int64_t r = rows.begin; r < rows.end; ++r) {
-        const Images left = sides.left.images(part.left + r * left_bytes);
+        const PackedTiles packed_a = operands.a.tiles_of(part.packed_a + r * a_panel_bytes);
         for (int64_t c = 0; c < count; ++c) {
-          const Images a = left.at(step * left.step), b = sides.right.images(ws.kept + c * kept_bytes);
-          const int tall = sides.left.tiles(r), wide = sides.right.tiles(first + c);
-          if constexpr (transposed) {
-            multiply_images<kPartsOf<T>, kPartsOf<float>>(wide, tall, steps, b, a, ws.sums, kPanel, false);
+          const PackedTiles a = packed_a.at(step * packed_a.step),
+                            b = operands.b.tiles_of(ws.kept_b + c * b_panel_bytes);
+          const int row_tiles = operands.a.tile_count(r), column_tiles = operands.b.tile_count(first + c);
+          if constexpr (b_transposed) {
+            multiply_packed<kPartsOf<T>, kPartsOf<float>>(column_tiles, row_tiles, steps, b, a, ws.accumulators, kPanel,
+                                                          false);
           } else {
-            multiply_images<kPartsOf<float>, kPartsOf<T>>(tall, wide, steps, a, b, ws.sums, kPanel, false);
+            multiply_packed<kPartsOf<float>, kPartsOf<T>>(row_tiles, column_tiles, steps, a, b, ws.accumulators, kPanel,
+                                                          false);
           }
-          write_sums<transposed>(product, ws.sums, r, first + c, product.accumulate || step > 0);
+          write_accumulators<b_transposed>(gemm, ws.accumulators, r, first + c, gemm.accumulate || step > 0);
         }
       }
     }
@@ -179,29 +193,29 @@ void multiply(const ProductPart& part, const Sides<T, transposed>& sides, int th
 
 }  // namespace
 
-int64_t product_left_bytes(const Product& part) {
-  const Shape shape(part);
+int64_t gemm_packed_a_bytes(const Gemm& gemm) {
+  const Shape shape(gemm);
   return shape.rows * panel_bytes(kPartsOf<float>, shape.steps);
 }
 
-int64_t product_workspace(const Product& part) {
+int64_t gemm_workspace(const Gemm& gemm) {
   Arena arena(nullptr);
-  Workspace(part, arena);
+  Workspace(gemm, arena);
   return static_cast<int64_t>(arena.end());
 }
 
-void product_pack_left(const ProductPart& part, int thread) {
-  with_sides(part.product, [&](const auto& sides) {
-    const Shape shape(part.product);
-    const int64_t bytes = panel_bytes(sides.left.kParts, shape.steps);
-    const Share rows = share(shape.rows, thread, part.product.threads);
-    for (int64_t r = rows.begin; r < rows.end; ++r) sides.left.pack(r, 0, shape.steps, part.left + r * bytes);
+void gemm_pack_a(const GemmPart& part, int thread) {
+  with_operands(part.gemm, [&](const auto& operands) {
+    const Shape shape(part.gemm);
+    const int64_t bytes = panel_bytes(operands.a.kParts, shape.steps);
+    const ThreadRange rows = thread_range(shape.rows, thread, part.gemm.threads);
+    for (int64_t r = rows.begin; r < rows.end; ++r) operands.a.pack(r, 0, shape.steps, part.packed_a + r * bytes);
   });
 }
 
-void product(const ProductPart& part, int thread) {
+void gemm_multiply(const GemmPart& part, int thread) {
   const TileRegisters registers;
-  with_sides(part.product, [&](const auto& sides) { multiply(part, sides, thread); });
+  with_operands(part.gemm, [&](const auto& operands) { multiply(part, operands, thread); });
 }
 
 }  // namespace softprompt::SPK_ISA

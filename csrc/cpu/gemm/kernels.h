@@ -1,4 +1,4 @@
-// The GEMM of one instruction set, where it has one: the work of one thread.
+// The GEMM kernels of one instruction set, if it has a GEMM: the work of one thread.
 #pragma once
 
 #include "cpu/gemm/gemm.h"
@@ -7,23 +7,24 @@ namespace softprompt::SPK_ISA {
 
 #ifdef SPK_AMX
 constexpr bool kHasMatrixUnit = true;
-constexpr int64_t kMostProductDepth = INT32_MAX;
+constexpr int64_t kMaxGemmDepth = INT32_MAX;
 #else
 constexpr bool kHasMatrixUnit = false;
-constexpr int64_t kMostProductDepth = 2048;
+constexpr int64_t kMaxGemmDepth = 2048;
 #endif
 
-#ifdef SPK_PRODUCTS
-// Of a part with as many rows and as much depth as any.
-int64_t product_left_bytes(const Product& part);
-int64_t product_workspace(const Product& part);
-void product_pack_left(const ProductPart& part, int thread);
-void product(const ProductPart& part, int thread);
+#ifdef SPK_GEMM
+// Sizes for a part with as many rows and as much depth as any part of the GEMM.
+int64_t gemm_packed_a_bytes(const Gemm& gemm);
+int64_t gemm_workspace(const Gemm& gemm);
+
+void gemm_pack_a(const GemmPart& part, int thread);
+void gemm_multiply(const GemmPart& part, int thread);
 #else
-constexpr int64_t (*product_left_bytes)(const Product&) = nullptr;
-constexpr int64_t (*product_workspace)(const Product&) = nullptr;
-constexpr void (*product_pack_left)(const ProductPart&, int) = nullptr;
-constexpr void (*product)(const ProductPart&, int) = nullptr;
+constexpr int64_t (*gemm_packed_a_bytes)(const Gemm&) = nullptr;
+constexpr int64_t (*gemm_workspace)(const Gemm&) = nullptr;
+constexpr void (*gemm_pack_a)(const GemmPart&, int) = nullptr;
+constexpr void (*gemm_multiply)(const GemmPart&, int) = nullptr;
 #endif
 
 }  // namespace softprompt::SPK_ISA

@@ -41,7 +41,7 @@ struct Row {
   float inverse_temperature;  // the logits are to be multiplied by it
   float inverse_softcap;      // student * inverse_softcap is a tanh, whose derivative goes into the gradient
   double beta;
-  Ahead ahead[2];  // the rows that come next, or these if they are the last
+  PrefetchRow ahead[2];  // the rows that come next, or these if they are the last
 };
 
 struct RowResult {
@@ -78,7 +78,7 @@ static Centre find_centre(const Row& row) {
   const Vec none = splat(-kInfinity);
   Vec p_max = none, q_max = none, difference = none;
   IntVec bad = {};
-  sweep(sides.p, sides.q, 0, row.vocab, [&](int64_t, Vec zp, Vec zq, int) __attribute__((always_inline)) {
+  for_each_vector(sides.p, sides.q, 0, row.vocab, [&](int64_t, Vec zp, Vec zq, int) __attribute__((always_inline)) {
     const Vec d = zq - zp;
     p_max = max(zp, p_max);
     q_max = max(zq, q_max);
@@ -87,7 +87,7 @@ static Centre find_centre(const Row& row) {
   });
   const float largest_p = max_lanes(p_max), shift = max_lanes(q_max) - largest_p;
   const float largest = (max_lanes(difference) - shift) * row.inverse_temperature;
-  return {largest_p, shift, largest_p > -kInfinity && largest <= kMaxDifference && !any(bad)};
+  return {largest_p, shift, largest_p > -kInfinity && largest <= kMaxDifference && !any_lane(bad)};
 }
 
 struct Weigh {  // one element: e and D
@@ -118,11 +118,12 @@ SPK_INLINE Sums sum_differences(const Row& row, const Centre& centre) {
   double total = 0, other = 0, change = 0, excess = 0, difference = 0;
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec totals = {}, others = {}, changes = {}, excesses = {}, differences = {};
-    sweep(sides.p, sides.q, begin, end, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
-      fetch(row.ahead[0], i);
-      fetch(row.ahead[1], i);
+    for_each_vector(sides.p, sides.q, begin, end,
+                    [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
+      prefetch(row.ahead[0], i);
+      prefetch(row.ahead[1], i);
       const Vec e = weight_of(w, zp), d = difference_of(w, zp, zq);
-      const Growth g = growth(d);
+      const ExpTerms g = exp_terms(d);
       totals += e;
       others += e * g.factor;
       changes += e * g.change;
@@ -130,8 +131,8 @@ SPK_INLINE Sums sum_differences(const Row& row, const Centre& centre) {
       differences += e * d;
       if constexpr (want != Want::loss) {
         const Vec student = kind == Divergence::reverse ? zp : zq;
-        put(row.weight + i, want == Want::capped_gradient ? e * slope_of_tanh(row, student) : e, count);
-        put(row.value + i, d, count);
+        store_n(row.weight + i, want == Want::capped_gradient ? e * slope_of_tanh(row, student) : e, count);
+        store_n(row.value + i, d, count);
       }
     });
     total += sum_lanes(totals);
@@ -166,18 +167,18 @@ static RowResult near_jsd(const Row& row, const Centre& centre) {
   double student_cost = 0, teacher_cost = 0;  // E_s[r], E_t[l]
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec students = {}, teachers = {};
-    sweep(row.teacher, row.student, begin, end,
+    for_each_vector(row.teacher, row.student, begin, end,
           [&](int64_t i, Vec teacher, Vec student, int count) __attribute__((always_inline)) {
             const Vec delta = difference_of(w, teacher, student) - normaliser;
-            const Growth g = growth(delta);
+            const ExpTerms g = exp_terms(delta);
             const Vec mixture = log1p(share * g.change);  // l
             const Vec ratio = delta - mixture;            // r
             const Vec e_t = weight_of(w, teacher), e_s = e_t * g.factor;
             students += e_s * ratio;
             teachers += e_t * mixture;
             if constexpr (want != Want::loss) {
-              put(row.weight + i, want == Want::capped_gradient ? e_s * slope_of_tanh(row, student) : e_s, count);
-              put(row.value + i, ratio, count);
+              store_n(row.weight + i, want == Want::capped_gradient ? e_s * slope_of_tanh(row, student) : e_s, count);
+              store_n(row.value + i, ratio, count);
             }
           });
     student_cost += sum_lanes(students);

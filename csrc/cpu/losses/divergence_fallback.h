@@ -20,7 +20,7 @@ namespace softprompt::SPK_ISA {
 // p phi(delta), delta = log q/p.
 SPK_INLINE Vec divergence_term(Vec p, Vec q, Vec delta) {
   const IntVec near = delta <= 1.0f;
-  const Vec excess = growth(select(near, delta, Vec{})).excess;
+  const Vec excess = exp_terms(select(near, delta, Vec{})).excess;
   const Vec term = select(p == 0.0f, q, select(near, p * excess, (q - p) - p * delta));
   return select(delta == -kInfinity, splat(kInfinity), term);
 }
@@ -61,7 +61,7 @@ SPK_INLINE double sum_of_exponentials(const float* logits, int64_t vocab, float 
   double total = 0;
   sum_blocks(vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec totals = {};
-    sweep(logits, begin, end,
+    for_each_vector(logits, begin, end,
           [&](int64_t, Vec z, int) __attribute__((always_inline)) { totals += exp((z - largest) * scale); });
     total += sum_lanes(totals);
   });
@@ -99,7 +99,7 @@ static void fill_gradient(const Row& row, float gradient) {
 
 template <Divergence kind>
 static RowResult far_divergence(const Row& row, Want want) {
-  FarRow far = {row, largest_of(row.student, row.vocab), largest_of(row.teacher, row.vocab), 0, 0, 0};
+  FarRow far = {row, row_max(row.student, row.vocab), row_max(row.teacher, row.vocab), 0, 0, 0};
   const bool no_student = far.student_max == -kInfinity, no_teacher = far.teacher_max == -kInfinity;
   if (no_student) far.student_max = 0;
   if (no_teacher) far.teacher_max = 0;
@@ -121,7 +121,7 @@ static RowResult far_divergence(const Row& row, Want want) {
   double loss = 0, student_cost = 0;
   sum_blocks(row.vocab, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec losses = {}, costs = {};
-    sweep(row.student, row.teacher, begin, end,
+    for_each_vector(row.student, row.teacher, begin, end,
           [&](int64_t, Vec student, Vec teacher, int) __attribute__((always_inline)) {
             const FarPoint at = point_of(far, student, teacher);
             losses += far_loss<kind>(at, shares);
@@ -137,12 +137,12 @@ static RowResult far_divergence(const Row& row, Want want) {
     return {kInfinity, 0, 1, false};
   }
   const float cost = static_cast<float>(kind == Divergence::jsd ? student_cost : loss);
-  sweep(row.student, row.teacher, 0, row.vocab,
+  for_each_vector(row.student, row.teacher, 0, row.vocab,
         [&](int64_t i, Vec student, Vec teacher, int count) __attribute__((always_inline)) {
           Vec gradient = far_gradient<kind>(point_of(far, student, teacher), shares, cost);
           if (want == Want::capped_gradient) gradient *= slope_of_tanh(row, student);
-          put(row.weight + i, gradient, count);
-          put(row.value + i, splat(1.0f), count);
+          store_n(row.weight + i, gradient, count);
+          store_n(row.value + i, splat(1.0f), count);
         });
   return {not_negative(loss), 0, 1, false};
 }

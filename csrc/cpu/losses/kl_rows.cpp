@@ -37,9 +37,9 @@ RowResult divergence_of(Divergence kind, const Row& row, Want want) {
 
 template <bool grows, class T>
 void write_gradient(const Row& row, float centre, float scale, T* gradient) {
-  sweep(row.weight, row.value, 0, row.vocab,
+  for_each_vector(row.weight, row.value, 0, row.vocab,
         [&](int64_t i, Vec weight, Vec value, int count) __attribute__((always_inline)) {
-          put(gradient + i, weight * (grows ? expm1(value - centre) : value - centre) * scale, count);
+          store_n(gradient + i, weight * (grows ? expm1(value - centre) : value - centre) * scale, count);
         });
 }
 
@@ -52,7 +52,7 @@ void write_gradient(const Row& row, const RowResult& result, float scale, T* gra
   }
 }
 
-Ahead ahead_of(const void* logits, Dtype dtype, int64_t offset) {
+PrefetchRow ahead_of(const void* logits, Dtype dtype, int64_t offset) {
   const int64_t element = kBytes[static_cast<int>(dtype)];
   return {static_cast<const char*>(logits) + offset * element, element};
 }
@@ -99,7 +99,7 @@ void write_row(const KlLogits& call, int64_t index, const Row* row, const RowRes
 void kl_rows(const KlRows& call, int thread) {
   const float inverse_softcap = call.softcap > 0 ? 1 / call.softcap : 0;
   const Want want = !call.gradient ? Want::loss : call.softcap > 0 ? Want::capped_gradient : Want::gradient;
-  const auto [begin, end] = share(call.rows, thread, call.threads);
+  const auto [begin, end] = thread_range(call.rows, thread, call.threads);
   for (int64_t index = begin; index < end; ++index) {
     float* student = call.student + index * call.student_stride;
     float* teacher = call.teacher + index * call.teacher_stride;
@@ -126,7 +126,7 @@ void kl_logits(const KlLogits& call, int thread) {
   float* value = call.scratch + 2 * call.vocab * thread;
   float* weight = value + call.vocab;
   const Want want = call.gradient == nullptr ? Want::loss : Want::gradient;
-  const auto [begin, end] = share(call.rows, thread, call.threads);
+  const auto [begin, end] = thread_range(call.rows, thread, call.threads);
   for (int64_t index = begin; index < end; ++index) {
     const bool skipped = call.weights != nullptr && call.weights[index] == 0;
     const int64_t next = index + 1 < end ? index + 1 : index;
@@ -165,7 +165,7 @@ float finish_tile(const ExpectationRows& call, int64_t index, float* logits) {
     const int64_t column = call.labels[index] - call.first_column;
     if (call.labels[index] >= 0 && column >= 0 && column < call.columns) call.label_logit[index] = logits[column];
   }
-  return largest_of(logits, call.columns);
+  return row_max(logits, call.columns);
 }
 
 // What was summed relative to the largest logit before, relative to a larger one.
@@ -181,7 +181,7 @@ void rescale(const ExpectationRows& call, int64_t index, double factor) {
 }  // namespace
 
 void expectation_rows(const ExpectationRows& call, int thread) {
-  const auto [begin, end] = share(call.rows, thread, call.threads);
+  const auto [begin, end] = thread_range(call.rows, thread, call.threads);
   for (int64_t index = begin; index < end; ++index) {
     float* logits = call.logits + index * call.stride;
     const float before = call.largest[index], found = finish_tile(call, index, logits);
@@ -192,17 +192,18 @@ void expectation_rows(const ExpectationRows& call, int thread) {
     const float largest = call.largest[index] > -kInfinity ? call.largest[index] : 0;
     sum_blocks(call.columns, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
       Vec totals = {};
-      sweep(logits, first, last, [&](int64_t i, Vec z, int count) __attribute__((always_inline)) {
+      for_each_vector(logits, first, last, [&](int64_t i, Vec z, int count) __attribute__((always_inline)) {
         const Vec e = exp2((z - largest) * kLog2E);
         totals += e;
-        put(logits + i, e, count);
+        store_n(logits + i, e, count);
       });
       call.total[index] += sum_lanes(totals);
     });
     if (call.bias_total == nullptr) continue;
     sum_blocks(call.columns, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
       Vec totals = {};
-      sweep(logits, call.bias, first, last, [&](int64_t, Vec e, Vec bias, int) __attribute__((always_inline)) {
+      for_each_vector(logits, call.bias, first, last,
+                      [&](int64_t, Vec e, Vec bias, int) __attribute__((always_inline)) {
         totals += select(bias == -kInfinity, Vec{}, e * bias);  // no probability, and nothing to expect of it
       });
       call.bias_total[index] += sum_lanes(totals);

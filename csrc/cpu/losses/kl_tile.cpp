@@ -44,7 +44,7 @@ struct Tile {
   float *of_sum, *of_total;  // [columns], what W is weighted by in U and in T; nullptr: no gradient
   int64_t columns;
   float inverse_softcap;
-  Ahead ahead[2];  // the rows that come next, or these if they are the last
+  PrefetchRow ahead[2];  // the rows that come next, or these if they are the last
 };
 
 struct Maxima {
@@ -57,16 +57,16 @@ Maxima copy_logits(const float* p, const float* q, int64_t columns, float* p_cop
   const Vec none = splat(-kInfinity);
   Vec p_max = none, q_max = none, difference = none;
   IntVec bad = {};
-  sweep(p, q, 0, columns, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
+  for_each_vector(p, q, 0, columns, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
     const Vec d = zq - zp;
     p_max = max(zp, p_max);
     q_max = max(zq, q_max);
     difference = max(d, difference);
     bad |= ~(d > none) & (max(zp, zq) != none);  // see find_centre
-    put(p_copy + i, zp, count);
-    put(q_copy + i, zq, count);
+    store_n(p_copy + i, zp, count);
+    store_n(q_copy + i, zq, count);
   });
-  return {max_lanes(p_max), max_lanes(q_max), max_lanes(difference), any(bad)};
+  return {max_lanes(p_max), max_lanes(q_max), max_lanes(difference), any_lane(bad)};
 }
 
 // What a row of U and of T is, and how it changes: U' = u U + t T, T' = r T.
@@ -127,11 +127,12 @@ KlSoFar add_tile(KlSoFar row, const Tile& tile) {
   const float reference = static_cast<float>(row.reference), centre = static_cast<float>(row.centre);
   sum_blocks(tile.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Vec totals = {}, others = {}, changes = {}, excesses = {}, differences = {};
-    sweep(tile.p, tile.q, begin, end, [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
-      fetch(tile.ahead[0], i);
-      fetch(tile.ahead[1], i);
+    for_each_vector(tile.p, tile.q, begin, end,
+                    [&](int64_t i, Vec zp, Vec zq, int count) __attribute__((always_inline)) {
+      prefetch(tile.ahead[0], i);
+      prefetch(tile.ahead[1], i);
       const Vec found = (zq - zp) - centre, d = found == found ? found : Vec{};  // NaN is -inf on both sides
-      const Growth g = growth(d);
+      const ExpTerms g = exp_terms(d);
       Vec e = exp2((zp - reference) * kLog2E);
       const Vec change = e * g.change, difference = e * d;
       totals += e;
@@ -147,8 +148,8 @@ KlSoFar add_tile(KlSoFar row, const Tile& tile) {
           weight *= slope;
           e *= slope;
         }
-        put(tile.of_sum + i, weight, count);
-        put(tile.of_total + i, e, count);
+        store_n(tile.of_sum + i, weight, count);
+        store_n(tile.of_total + i, e, count);
       }
     });
     row.total += sum_lanes(totals);
@@ -193,7 +194,7 @@ void kl_tile(const KlTile& call, int thread) {
   const bool forward = call.divergence == Divergence::forward, gradient = call.sum != nullptr;
   float* p_logits = call.scratch + 2 * call.columns * thread;
   float* q_logits = p_logits + call.columns;
-  const auto [begin, end] = share(call.rows, thread, call.threads);
+  const auto [begin, end] = thread_range(call.rows, thread, call.threads);
   for (int64_t index = begin; index < end; ++index) {
     float* student = call.student + index * call.student_stride;
     float* teacher = call.teacher + index * call.teacher_stride;

@@ -1,4 +1,4 @@
-// Memory that a thread works in.
+// Divides a thread's workspace into arrays.
 #pragma once
 
 #include "cpu/platform/integers.h"
@@ -6,7 +6,7 @@
 
 namespace softprompt::SPK_ISA {
 
-// Hands out parts of a block of memory, each on a cache line's boundary.
+// Hands out arrays from one block of memory. Each starts at a multiple of 64 bytes, a cache line.
 class Arena {
  public:
   explicit Arena(char* memory) : at_(reinterpret_cast<uintptr_t>(memory)) {}

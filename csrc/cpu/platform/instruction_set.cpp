@@ -36,15 +36,15 @@ namespace {
 
 #if defined(SPK_HAS_AMX) || defined(SPK_HAS_AVX512)
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
 
 #ifdef SPK_HAS_AMX
-// The tile registers are 8 KiB of state for each thread that uses them, so Linux wants to be asked by the process, once for
-// all of its threads. It refuses where it is older than 5.16, where a virtual machine hides them, and where a thread has
-// a signal stack that could not hold them.
+// Asks Linux for the AMX tile registers and says whether the process may use them. They are 8 KiB of state for each
+// thread that uses them, so a process has to ask for them, once for all its threads. Linux refuses if it is older than
+// 5.16, if a virtual machine hides them, or if the signal stack of a thread is too small to hold them.
 bool may_use_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
@@ -56,7 +56,7 @@ bool may_use_amx() {
 
 struct Candidate {
   const Kernels* kernels;
-  bool here;  // the machine has it
+  bool supported;  // the machine has this instruction set
 };
 
 struct Candidates {
@@ -78,9 +78,9 @@ struct Candidates {
     add(baseline::table, true);
   }
 
-  void add(const Kernels& kernels, bool here) {
-    sets[count++] = {&kernels, here};
-    if (here) usable[usable_count++] = kernels.name;
+  void add(const Kernels& kernels, bool supported) {
+    sets[count++] = {&kernels, supported};
+    if (supported) usable[usable_count++] = kernels.name;
   }
 };
 
@@ -89,17 +89,13 @@ const Candidates& candidates() {
   return found;
 }
 
-}  // namespace
-
-namespace {
-
 const Kernels& choose() {
   const Candidates& found = candidates();
   const char* named = std::getenv("SOFTPROMPT_ISA");
   std::string accepted;
   for (int i = 0; i < found.count; ++i) {
     const Candidate& candidate = found.sets[i];
-    if (!candidate.here) continue;
+    if (!candidate.supported) continue;
     if (named == nullptr || *named == '\0' || std::strcmp(named, candidate.kernels->name) == 0) {
       return *candidate.kernels;
     }

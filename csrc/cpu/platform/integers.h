@@ -1,4 +1,4 @@
-// Arithmetic of sizes. Always inlined, and with internal linkage: see simd.h.
+// Integer arithmetic for sizes. Always inlined, with internal linkage: see simd.h for why.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace softprompt {
 
-SPK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-SPK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-SPK_INLINE int64_t ceiling(int64_t count, int64_t of) { return (count + of - 1) / of; }
-SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return ceiling(count, multiple) * multiple; }
+SPK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+SPK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+SPK_INLINE int64_t ceil_div(int64_t count, int64_t of) { return (count + of - 1) / of; }
+SPK_INLINE int64_t round_up(int64_t count, int64_t multiple) { return ceil_div(count, multiple) * multiple; }
 
 }  // namespace softprompt

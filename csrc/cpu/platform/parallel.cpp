@@ -1,7 +1,8 @@
-// The module is compiled with OpenMP but not linked with a runtime of its own: its GOMP_* symbols are resolved in the
-// process, where `import torch` has put those of the runtime that torch uses, whatever the name of that file is. Two
-// runtimes would have two pools of threads that spin against each other. Clang asks for other symbols, which that runtime
-// need not have: built by it, every call starts threads of its own, which costs some ten microseconds each.
+// The module is compiled with OpenMP but not linked with an OpenMP runtime. Its GOMP_* symbols are resolved in the
+// process: `import torch` has loaded torch's runtime, under whatever file name. With two runtimes there would be two
+// thread pools whose waiting threads take each other's cores. Clang uses other symbols, which torch's runtime may lack.
+// So a module built by Clang is compiled without OpenMP: each call starts its own threads, at about ten microseconds
+// each.
 #include "cpu/platform/parallel.h"
 
 #include <pthread.h>
@@ -18,7 +19,7 @@ namespace softprompt {
 namespace {
 
 #ifdef _OPENMP
-// A pool of OpenMP threads does not survive a fork: the child waits forever for threads that exist in the parent only.
+// An OpenMP thread pool does not survive a fork: the child would wait forever for threads that only the parent has.
 std::atomic<bool> no_pool{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { no_pool = true; });
 #else
@@ -31,7 +32,7 @@ void run_on_new_threads(int threads, void (*work)(int, void*), void* context) {
   int started = 1;
   try {
     for (; started < threads; ++started) others.emplace_back(work, started, context);
-  } catch (const std::system_error&) {  // the system gives no more threads: the caller's does the rest
+  } catch (const std::system_error&) {  // the system gives no more threads: the calling thread does the rest
   }
   for (int thread = started; thread < threads; ++thread) work(thread, context);
   work(0, context);
