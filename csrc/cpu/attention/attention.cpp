@@ -1,3 +1,4 @@
+// Runs the attention kernels: takes the workspaces, starts the threads, and zeroes what no work unit writes.
 #include "cpu/attention/attention.h"
 
 #include <algorithm>

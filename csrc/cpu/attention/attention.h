@@ -1,5 +1,4 @@
-// prompt_attention as the bindings call it. They check the sizes; this plans the work, takes memory and runs the
-// threads.
+// prompt_attention as the bindings call it, with checked sizes. It plans the work, takes memory and runs the threads.
 #pragma once
 
 #include "cpu/attention/plan.h"
@@ -12,8 +11,7 @@ struct ForwardOutputs {
   float* lse;   // [B, Hq, M], contiguous
 };
 
-// Throws std::invalid_argument if an index tensor is out of range, or std::bad_alloc. It then has not written any
-// output.
+// Throws std::invalid_argument if an index tensor is out of range, or std::bad_alloc. Outputs are then unchanged.
 void run_attention_forward(AttentionProblem problem, const AttentionSizes& sizes, const ForwardOutputs& outputs);
 
 struct BackwardInputs {

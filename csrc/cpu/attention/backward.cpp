@@ -4,10 +4,9 @@
 //
 //     P = exp(S - lse)      dS = P * (dO Vᵀ - delta)      dV += Pᵀ dO      dK += scale dSᵀ Q      dQ += scale dS K
 //
-// A softcap c makes S = c tanh(x / c) and multiplies dS by 1 - tanh². That is five GEMMs, each computed once. dQ of a
+// A softcap c makes S = c tanh(x / c) and multiplies dS by 1 - tanh². These are five GEMMs, each computed once. dQ of a
 // unit's rows stays in the unit's workspace. dK and dV are added to fp32 accumulators that the units of a thread share
-// (see KeyGradients). Q is packed times the scale and log2 e (or 1 / c); dK is divided by that factor when it is
-// complete.
+// (see KeyGradients). Q is packed times the scale and log2 e (or 1 / c). A complete dK is divided by log2 e (or 1 / c).
 #include "cpu/attention/blocks.h"
 #include "cpu/attention/dkdv_accumulators.h"
 #include "cpu/attention/kernels.h"
@@ -137,7 +136,7 @@ void load_rows(const AttentionBackward& call, Workspace& ws, const WorkUnit& uni
     ws.visible[row] = visible_range(problem, at.sequence(), at.query());
     const int64_t first = (at.sequence().batch * problem.heads + at.head()) * call.queries + at.sequence().first_query;
     const float lse = call.lse[first + at.query()];
-    if (lse == -kInfinity) return clear_row(row);  // it sees no key: its values do not count, its gradient is 0
+    if (lse == -kInfinity) return clear_row(row);  // it sees no key: its gradient is 0
     read_row(problem.dtype, at.address(problem.query), problem.size, scale, packed);
     read_row(problem.dtype, at.address(call.grad_out), problem.value_size, 1, grad);
     ws.lse[row] = lse * kLog2E;
@@ -194,8 +193,9 @@ void backward_unit(const AttentionBackward& call, Workspace& ws, const WorkUnit&
     } else {  // only the sources whose gradients are needed
       for (int s = 0; s < segment.count; ++s) {
         const KeySegment part = {{segment.sources[s], {}}, 1, segment.ordered};
-        if (accumulators[s].dk || accumulators[s].dv)
+        if (accumulators[s].dk || accumulators[s].dv) {
           backward_segment(call, ws, gemm, first, rows, part, {accumulators[s], {}}, prefetcher);
+        }
       }
     }
   });

@@ -36,16 +36,14 @@ struct RowBlock {
   int rows() const { return static_cast<int>(row[count] - row[0]); }
 };
 
-// What a unit adds dK and dV to: fp32 [keys, D rounded up to lanes] and [keys, Dv rounded up to lanes]; nullptr: not
-// needed.
+// What a unit adds dK and dV to: fp32 [keys, D or Dv rounded up to lanes]; nullptr: not needed.
 struct DkDvAccumulator {
   float *dk, *dv;
   int64_t first_token;  // the token of the first key
 };
 
-// The accumulators of the columns [begin, end) of a tile of keys, which may come from two sources, prompt and own keys.
-// for_each calls visit(begin, end, index of the first key in the accumulator, accumulator) for the columns of each
-// source.
+// The accumulators of the columns [begin, end) of a tile of keys. The keys may come from two sources: prompt, own keys.
+// for_each calls visit(begin, end, index of the first key in its accumulator, accumulator) for each source.
 struct TileAccumulators {
   const KeySegment& segment;
   const DkDvAccumulator (&accumulators)[2];

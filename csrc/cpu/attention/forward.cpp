@@ -6,8 +6,7 @@
 //
 // and at the end out = O / l, lse = ln2 m + log l. A sink adds exp(sink) to l. The base m need not be the row max, only
 // near it. When a score exceeds the base by more than kRescaleThreshold, the base becomes the row max m', and l and O
-// are multiplied by 2^(m - m'). After the first tile of a row that is rare, and one comparison for several rows detects
-// it.
+// are multiplied by 2^(m - m'). After the first tile of a row that is rare. One comparison detects it for several rows.
 //
 // The keys of a tile are packed once for up to kUnitRows rows. S, P and the tile stay in the L1 cache. The GEMMs are
 // those of SimdForward, or of AmxForward if there is a matrix unit and the rows fill its tiles.
@@ -99,8 +98,8 @@ void softmax(const AttentionProblem& problem, Workspace& ws, int64_t row, int ro
   }
 }
 
-// A block of rows times a packed tile of keys. The softmax takes as few rows at a time as a register tile has, because
-// more such groups need no mask.
+// A block of rows times a packed tile of keys. The softmax takes only as many rows at a time as a register tile has:
+// small groups more often need no mask.
 template <class TileGemm>
 SPK_INLINE void attend(const AttentionProblem& problem, Workspace& ws, TileGemm& gemm, int64_t row, int rows,
                        bool ordered, int64_t tile, int width) {
@@ -206,7 +205,7 @@ void forward_unit(const AttentionForward& call, Workspace& ws, const WorkUnit& u
   }
 }
 
-// Combines the split-K partial results of the same rows: m = max m_i, l = Σ 2^(m_i - m) l_i, O = Σ 2^(m_i - m) O_i.
+// Combines the split-KV partial results of the same rows: m = max m_i, l = Σ 2^(m_i - m) l_i, O = Σ 2^(m_i - m) O_i.
 void combine_splits(const AttentionForward& call, Workspace& ws, const SplitGroup& split) {
   const AttentionProblem& problem = call.problem;
   const WorkUnit& unit = problem.units[split.first_unit];

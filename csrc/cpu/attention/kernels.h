@@ -16,7 +16,7 @@ int64_t attention_forward_workspace(const AttentionProblem& problem);
 int64_t attention_backward_workspace(const AttentionProblem& problem);
 
 void attention_forward(const AttentionForward& call, int thread);
-void attention_combine(const AttentionForward& call, int thread);  // after all threads: combines split-K results
+void attention_combine(const AttentionForward& call, int thread);  // after all threads: combines split-KV results
 void attention_backward(const AttentionBackward& call, int thread);
 void attention_reduce(const AttentionBackward& call, int thread);  // after all threads: sums their partial dK and dV
 

@@ -1,3 +1,4 @@
+// Divides an attention call into work units, by rows and, with few rows and a long prompt, by keys (split-KV).
 #include "cpu/attention/plan.h"
 
 #include <algorithm>
@@ -13,11 +14,10 @@
 namespace softprompt {
 namespace {
 
-constexpr int64_t kUnitsPerThread = 8;  // enough that no thread waits long for another
-constexpr int64_t kMinUnitRows = 48;    // fewer do not make up for packing the keys of a tile
-constexpr int64_t kMinSplitKeys = 256;  // prompt keys of one part of a split unit
-constexpr int64_t kMinSplitPrompt =
-    1024;  // from so many keys on, a prompt is split rather than packed by several threads
+constexpr int64_t kUnitsPerThread = 8;     // enough that no thread waits long for another
+constexpr int64_t kMinUnitRows = 48;       // fewer do not make up for packing the keys of a tile
+constexpr int64_t kMinSplitKeys = 256;     // prompt keys of one part of a split unit
+constexpr int64_t kMinSplitPrompt = 1024;  // a shorter prompt is packed by several threads rather than split
 // The costs of packing a key, and of loading and storing a row. The unit of cost is one key seen by one row.
 constexpr int64_t kCostOfKey = 12, kCostOfRow = 24;
 
@@ -61,8 +61,8 @@ int64_t visible_count(const AttentionProblem& problem, const WorkUnit& unit, con
   return max64(0, range.end - range.begin);
 }
 
-// The cost of a unit. The number of keys that a row sees is linear along a slice, so the mean of the first and the last
-// row is the mean of all.
+// The cost of a unit. The number of keys that a row sees is about linear along a slice, so the mean of the first and
+// the last row stands for all.
 double cost(const AttentionPlan& plan, const AttentionProblem& problem, const WorkUnit& unit) {
   double keys = 0, visible = 0;
   for (int64_t p = unit.first_slice; p < unit.first_slice + unit.slices; ++p) {
@@ -97,7 +97,7 @@ void assign(AttentionPlan& plan, const AttentionProblem& problem) {
   if (plan.thread_units.size() == 1) plan.thread_units.push_back(0);
 }
 
-// Split-K, for few rows and a long prompt: replaces each unit by several that attend to parts of the prompt.
+// Split-KV, for few rows and a long prompt: replaces each unit by several that attend to parts of the prompt.
 void split_units(AttentionPlan& plan, const AttentionProblem& problem) {
   const int64_t count = static_cast<int64_t>(plan.units.size());
   if (count == 0 || problem.threads == 1 || count >= 2 * problem.threads) return;

@@ -23,8 +23,7 @@ struct AttentionPlan {
   std::vector<int64_t> thread_units;
   std::vector<SplitGroup> split_groups;  // of the forward only
   int64_t partial_rows = 0;
-  // Packed: the tokens that belong to a sequence; those behind them belong to none. Not packed: the queries of a
-  // sequence.
+  // Packed: the tokens that belong to a sequence; those behind them belong to none. Otherwise: the queries.
   int64_t covered_tokens = 0;
 
   // Makes the problem refer to this plan, which must outlive it, and limits its threads to those that have units.

@@ -1,5 +1,4 @@
-// The arguments of the attention kernels. `attention.cpp` fills them in and `plan.cpp` plans the work; threads read
-// them.
+// The arguments of the attention kernels: `attention.cpp` fills them in, `plan.cpp` plans the work, threads read them.
 //
 // Notation as in `kernels/problems/attention.py`: B sequences of M queries and N own keys, R prompts of P keys, Hq
 // query heads on Hkv key heads, g = Hq / Hkv, head sizes D and Dv.
@@ -56,7 +55,7 @@ struct WorkUnit {
   int64_t prompt_begin, prompt_end;  // the prompt keys that this unit attends to
   bool own;                          // whether it attends to own keys
   bool prompt_shared;                // other threads have rows of this prompt and key head
-  int64_t partial_row;               // its first row in the split-K partial results; -1: it is not split
+  int64_t partial_row;               // its first row in the split-KV partial results; -1: it is not split
 };
 
 struct AttentionProblem {
@@ -68,7 +67,7 @@ struct AttentionProblem {
   int64_t window;  // 0: none
   float softcap;   // 0: none
   float scale;
-  int64_t row_align;  // the row alignment of slices that have at least half as many rows
+  int64_t row_align;  // alignment of the first row of a slice; not applied to slices with less than half as many rows
   const Sequence* sequences;
   const SequenceSlice* slices;
   const WorkUnit* units;
@@ -76,7 +75,7 @@ struct AttentionProblem {
   int threads;
 };
 
-// The units of a split-K group. They have the same rows, and each attends to a part of the keys.
+// The units of a split-KV group. They have the same rows, and each attends to a part of the keys.
 struct SplitGroup {
   int64_t first_unit, units;
 };

@@ -27,17 +27,14 @@ using TileGemmThreadState = TileRegisters;  // what a thread sets up before it c
 template <class F>
 SPK_INLINE void with_amx_tile_gemm(Dtype dtype, F visit) {
   switch (dtype) {
-    case Dtype::float32:
-      return visit(AmxTileGemm<3, 3>());
-    case Dtype::bfloat16:
-      return visit(AmxTileGemm<1, 2>());
-    case Dtype::float16:
-      return visit(AmxTileGemm<2, 2>());
+    case Dtype::float32: return visit(AmxTileGemm<3, 3>());
+    case Dtype::bfloat16: return visit(AmxTileGemm<1, 2>());
+    case Dtype::float16: return visit(AmxTileGemm<2, 2>());
   }
 }
 
-// Whether the matrix unit is faster in the forward. It needs enough rows, because packing keys in parts costs more than
-// packing them in fp32.
+// Whether the matrix unit is faster in the forward. It needs enough rows: packing keys in parts costs more than in
+// fp32.
 SPK_INLINE bool prefers_amx(const AttentionProblem& problem, const WorkUnit& unit) {
   return unit.rows >= (problem.dtype == Dtype::float32 ? 24 : 12);
 }

@@ -2,8 +2,7 @@
 //
 // Rows and keys are packed as tiles, in as many bf16 parts as the dtype needs: 3 for fp32, 1 for bf16, 2 for fp16. A
 // 16-bit Q is not packed times the scale, because the scaled Q would need more parts. The weights P and the gradients
-// dS are computed in fp32. They are multiplied in 3 parts if the tensors are fp32, and in 2 parts, that is 16 bits, if
-// the tensors have 16 bits.
+// dS are computed in fp32. They are multiplied in 3 parts with fp32 tensors, and in 2 parts, 16 bits, with 16-bit ones.
 #pragma once
 
 #include "cpu/attention/blocks.h"
@@ -134,13 +133,14 @@ class AmxForward {
     const PackedTiles a{weights_, weight_parts * row_tiles * kAmxTileBytes, row_tiles * kAmxTileBytes, kAmxTileBytes};
     const PackedTiles b{values_, parts * tile_count(value_size_) * kAmxTileBytes,
                         tile_count(value_size_) * kAmxTileBytes, kAmxTileBytes};
-    const bool full_tiles =
-        rows % kAmxTile == 0;  // if not, adding in place would change the rows behind, at least from -0 to 0
+    // If not all tiles are full, adding in place would change the rows behind the last one, at least from -0 to 0.
+    const bool full_tiles = rows % kAmxTile == 0;
     multiply_packed<weight_parts, parts>(row_tiles, static_cast<int>(tile_count(value_size_)), end - first,
                                          a.at(first * a.step), b.at(first * b.step),
                                          full_tiles ? output : partial_output_, value_size_, full_tiles);
-    for (int64_t i = 0; i < rows * value_size_ && !full_tiles; i += kLanes)
+    for (int64_t i = 0; i < rows * value_size_ && !full_tiles; i += kLanes) {
       store(output + i, load(output + i) + load(partial_output_ + i));
+    }
   }
 
  private:
@@ -243,10 +243,12 @@ class AmxBackward {
 
   void end_tile(const TileAccumulators& keys) const {
     keys.for_each([&](int begin, int end, int64_t first_key, const DkDvAccumulator& accumulator) {
-      if (accumulator.dk != nullptr)
+      if (accumulator.dk != nullptr) {
         add_transpose(dk_transposed_, size_, begin, end, accumulator.dk + first_key * size_);
-      if (accumulator.dv != nullptr)
+      }
+      if (accumulator.dv != nullptr) {
         add_transpose(dv_transposed_, value_size_, begin, end, accumulator.dv + first_key * value_size_);
+      }
     });
   }
 

@@ -3,7 +3,7 @@
 // A tile register holds 16 rows of 64 bytes. One instruction computes C += A B for a bf16 tile A [16 x 32], a bf16 tile
 // B [32 x 16] and an fp32 tile C [16 x 16]. It takes 16 cycles: sixteen times the rate of fp32 vectors.
 //
-// Split accuracy. An fp32 number x is the sum of three bf16 parts,
+// Splitting. An fp32 number x is the sum of three bf16 parts,
 //
 //     h = x truncated to 8 bits      m = x - h truncated to 8 bits      l = x - h - m,
 //
@@ -130,7 +130,7 @@ SPK_INLINE void write_packed_tiles(char* packed, int64_t part_bytes, Row row) {
 }
 
 // Packs x [count <= 16, depth], whose inner dimension is the depth; its rows are `stride` elements apart. Not
-// transposed it is a tile of A, transposed a tile of B.
+// transposed it is a tile of A, else one of B.
 template <int parts, bool transposed, class T>
 static void pack_depth_inner(const T* x, int64_t stride, int count, int depth, char* packed, int64_t part_bytes) {
   if (count == kAmxTile && depth >= kAmxDepth) {
@@ -148,8 +148,7 @@ static void pack_depth_inner(const T* x, int64_t stride, int count, int depth, c
       });
 }
 
-// Packs x [depth, count <= 16], whose outer dimension is the depth. Not transposed it is a tile of B, transposed a tile
-// of A.
+// Packs x [depth, count <= 16], whose outer dimension is the depth. Not transposed it is a tile of B, else one of A.
 template <int parts, bool transposed, class T>
 static void pack_depth_outer(const T* x, int64_t stride, int count, int depth, char* packed, int64_t part_bytes) {
   if (count == kAmxTile && depth >= kAmxDepth) {
@@ -222,8 +221,7 @@ struct PartPairs<3, 3> {
   static constexpr PartPair order[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {2, 0}, {0, 0}};
 };
 
-// One step of the depth. Registers: 0 to 3 hold the accumulators of a block of 2 x 2 tiles, 4 and 5 hold A, 6 and 7
-// hold B.
+// One step of the depth. Registers 0 to 3 hold the accumulators of up to 2 x 2 tiles, 4 and 5 hold A, 6 and 7 hold B.
 template <int rows, int columns, int a_parts, int b_parts, int at = 0>
 SPK_INLINE void multiply_step(const char* a_tile, const char* b_tile, const PackedTiles& a, const PackedTiles& b) {
   using Pairs = PartPairs<a_parts, b_parts>;

@@ -3,8 +3,8 @@
 // Both operands are packed into tiles (see amx.h), in panels of 32 rows of A or 32 columns of B. B may be the weight of
 // a language model's head. It is packed once; as many of its panels as fill half of the L2 cache are packed and kept at
 // a time. A holds the tokens. Its panels are packed before, for all threads, and each is multiplied by all panels of B
-// that are kept. So 24 KiB for each panel and 128 of the depth move from L3 to L2 while 10 panels of B are multiplied
-// by them.
+// that are kept. So for each panel of A and 128 of the depth, 24 KiB move from L3 to L2 while 10 panels of B are
+// multiplied by it.
 //
 // If B is transposed, the tiles compute the transpose of out, with B as the first operand. So B is packed without
 // shuffles either way; the shuffles of transposing fall on A.
@@ -144,12 +144,9 @@ SPK_INLINE void with_operands_of(const Gemm& gemm, F visit) {
 template <class F>
 SPK_INLINE void with_operands(const Gemm& gemm, F visit) {
   switch (gemm.b_dtype) {
-    case Dtype::float32:
-      return with_operands_of<float>(gemm, visit);
-    case Dtype::bfloat16:
-      return with_operands_of<BFloat16>(gemm, visit);
-    case Dtype::float16:
-      return with_operands_of<Float16>(gemm, visit);
+    case Dtype::float32: return with_operands_of<float>(gemm, visit);
+    case Dtype::bfloat16: return with_operands_of<BFloat16>(gemm, visit);
+    case Dtype::float16: return with_operands_of<Float16>(gemm, visit);
   }
 }
 

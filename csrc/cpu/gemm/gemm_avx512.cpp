@@ -3,8 +3,8 @@
 // If B is not transposed, the lanes of a vector run along its columns. If it is, they run along the rows of A, and the
 // transpose of out is computed, as in gemm_amx.cpp. The operand along whose rows or columns the lanes run is packed, in
 // panels as wide as a register tile. The other operand is read in place, element by element, or from an fp32 copy if it
-// has 16 bits. So for logits nothing of a language model's fp32 head weight is packed, and for a product with the
-// gradient of the logits each part of the weight is packed once.
+// has 16 bits. So for logits nothing of a language model's fp32 head weight is packed, and for the GEMM with
+// the gradient of the logits each part of the weight is packed once.
 #include "cpu/gemm/kernels.h"
 #include "cpu/gemm/micro_kernel.h"
 #include "cpu/gemm/pack.h"
@@ -16,8 +16,7 @@ namespace softprompt::SPK_ISA {
 namespace {
 
 constexpr int64_t kPanel = kRegisterVectors * kLanes;
-constexpr int64_t kBlock =
-    8 * kRegisterRows;  // rows of the operand read in place, for which a panel stays in the cache
+constexpr int64_t kBlock = 8 * kRegisterRows;  // rows of the operand read in place that reuse a panel in the cache
 static_assert(kBlock % kLanes == 0);
 // The depth that is summed in registers at a time. It is small enough for sums to be as accurate as MKL's, and for this
 // part of a panel to stay in the nearest cache.
@@ -137,15 +136,9 @@ void multiply_b(const GemmPart& part, Workspace& ws, const ThreadRange& columns)
   for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
     const int64_t count = min64(kPanel, columns.end - column);
     switch (gemm.b_dtype) {
-      case Dtype::float32:
-        pack_b_panel<float>(gemm, column, count, ws.panel);
-        break;
-      case Dtype::bfloat16:
-        pack_b_panel<BFloat16>(gemm, column, count, ws.panel);
-        break;
-      case Dtype::float16:
-        pack_b_panel<Float16>(gemm, column, count, ws.panel);
-        break;
+      case Dtype::float32: pack_b_panel<float>(gemm, column, count, ws.panel); break;
+      case Dtype::bfloat16: pack_b_panel<BFloat16>(gemm, column, count, ws.panel); break;
+      case Dtype::float16: pack_b_panel<Float16>(gemm, column, count, ws.panel); break;
     }
     for (int64_t row = 0; row < gemm.rows; row += kBlock) {
       const int64_t rows = min64(kBlock, gemm.rows - row);

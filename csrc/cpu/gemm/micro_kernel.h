@@ -66,18 +66,11 @@ static void gemm_rows(int rows, int64_t columns, int64_t depth, const float* a, 
   }
   RegisterTile tile = nullptr;
   switch (columns / kLanes) {
-    case 0:
-      return;
-    case 1:
-      tile = choose_tile<layout, 1>(rows);
-      break;
+    case 0: return;
+    case 1: tile = choose_tile<layout, 1>(rows); break;
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-    case 2:
-      tile = choose_tile<layout, 2>(rows);
-      break;
-    default:
-      tile = choose_tile<layout, 3>(rows);
-      break;
+    case 2: tile = choose_tile<layout, 2>(rows); break;
+    default: tile = choose_tile<layout, 3>(rows); break;
 #endif
   }
   tile(depth, a, lda, b, ldb, c, ldc, accumulate);

@@ -18,12 +18,9 @@ SPK_INLINE void read_row_of(const T* source, int64_t size, float scale, float* r
 // row[0, size) = scale * source, then 0 up to the next multiple of kLanes.
 static void read_row(Dtype dtype, const char* source, int64_t size, float scale, float* row) {
   switch (dtype) {
-    case Dtype::float32:
-      return read_row_of(reinterpret_cast<const float*>(source), size, scale, row);
-    case Dtype::bfloat16:
-      return read_row_of(reinterpret_cast<const BFloat16*>(source), size, scale, row);
-    case Dtype::float16:
-      return read_row_of(reinterpret_cast<const Float16*>(source), size, scale, row);
+    case Dtype::float32: return read_row_of(reinterpret_cast<const float*>(source), size, scale, row);
+    case Dtype::bfloat16: return read_row_of(reinterpret_cast<const BFloat16*>(source), size, scale, row);
+    case Dtype::float16: return read_row_of(reinterpret_cast<const Float16*>(source), size, scale, row);
   }
 }
 
@@ -37,12 +34,9 @@ SPK_INLINE void write_row_of(T* target, int64_t size, float scale, const float* 
 // target = scale * row[0, size), rounded to the dtype.
 [[maybe_unused]] static void write_row(Dtype dtype, char* target, int64_t size, float scale, const float* row) {
   switch (dtype) {
-    case Dtype::float32:
-      return write_row_of(reinterpret_cast<float*>(target), size, scale, row);
-    case Dtype::bfloat16:
-      return write_row_of(reinterpret_cast<BFloat16*>(target), size, scale, row);
-    case Dtype::float16:
-      return write_row_of(reinterpret_cast<Float16*>(target), size, scale, row);
+    case Dtype::float32: return write_row_of(reinterpret_cast<float*>(target), size, scale, row);
+    case Dtype::bfloat16: return write_row_of(reinterpret_cast<BFloat16*>(target), size, scale, row);
+    case Dtype::float16: return write_row_of(reinterpret_cast<Float16*>(target), size, scale, row);
   }
 }
 
@@ -58,12 +52,9 @@ SPK_INLINE float dot_row_of(const T* source, int64_t size, const float* row) {
 // The dot product of source and row[0, size).
 [[maybe_unused]] static float dot_row(Dtype dtype, const char* source, int64_t size, const float* row) {
   switch (dtype) {
-    case Dtype::float32:
-      return dot_row_of(reinterpret_cast<const float*>(source), size, row);
-    case Dtype::bfloat16:
-      return dot_row_of(reinterpret_cast<const BFloat16*>(source), size, row);
-    default:
-      return dot_row_of(reinterpret_cast<const Float16*>(source), size, row);
+    case Dtype::float32: return dot_row_of(reinterpret_cast<const float*>(source), size, row);
+    case Dtype::bfloat16: return dot_row_of(reinterpret_cast<const BFloat16*>(source), size, row);
+    default: return dot_row_of(reinterpret_cast<const Float16*>(source), size, row);
   }
 }
 

@@ -1,3 +1,4 @@
+// Finds which of the compiled instruction sets this machine has, and chooses one.
 #include "cpu/platform/instruction_set.h"
 
 #include <cstdlib>

@@ -39,9 +39,8 @@ struct Kernels {
   void (*gemm_multiply)(const GemmPart& part, int thread);
 };
 
-// The kernels of the widest instruction set that this machine has, or of the one that SOFTPROMPT_ISA names. The choice
-// is made by the first call. Throws std::invalid_argument if the named one was not compiled or this machine does not
-// have it.
+// The kernels of the widest instruction set that this machine has, or of the one that SOFTPROMPT_ISA names. The first
+// call chooses. Throws std::invalid_argument if the named one was not compiled or this machine does not have it.
 const Kernels& kernels();
 
 // Names of the instruction sets that were compiled and that this machine has, widest first.

@@ -1,8 +1,7 @@
 // The module is compiled with OpenMP but not linked with an OpenMP runtime. Its GOMP_* symbols are resolved in the
 // process: `import torch` has loaded torch's runtime, under whatever file name. With two runtimes there would be two
 // thread pools whose waiting threads take each other's cores. Clang uses other symbols, which torch's runtime may lack.
-// So a module built by Clang is compiled without OpenMP: each call starts its own threads, at about ten microseconds
-// each.
+// So Clang compiles the module without OpenMP: each call starts its own threads, at about ten microseconds each.
 #include "cpu/platform/parallel.h"
 
 #include <pthread.h>

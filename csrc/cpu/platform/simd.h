@@ -53,12 +53,12 @@ struct Float16 {
   uint16_t bits;
 };
 
-SPK_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x: compiles to a broadcast. 0 + x is not: 0 + -0 is +0
+SPK_INLINE Vec splat(float x) { return x - Vec{}; }  // x - 0 is x, so this is a broadcast; 0 + x is not: 0 + -0 is +0
 SPK_INLINE Vec select(IntVec mask, Vec yes, Vec no) { return mask ? yes : no; }
-SPK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b where either is NaN
+SPK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }  // b if either is NaN
 
-// Returns x and hides its value from the compiler. The compiler turns max(a, b) into one instruction, but max(constant,
-// b) into a comparison and a selection.
+// Returns x and hides its value from the compiler. The compiler turns max(a, b) into one instruction, but a max with a
+// constant into a comparison and a selection.
 SPK_INLINE Vec opaque(Vec x) {
 #if defined(__x86_64__)
   __asm__("" : "+v"(x));
@@ -228,8 +228,8 @@ struct ReducedExp {
 SPK_INLINE ReducedExp reduce_exp(Vec x) {
   x = x < -87.0f ? splat(-88.0f) : x;  // for -88 the bits of 2^n are those of 0
   const Exponent n = round_to_exponent(x * kLog2E);
-  const Vec r =
-      (x - n.whole * 0.693359375f) - n.whole * -2.12194440e-4f;  // ln2 as a sum: n times its first part is exact
+  // ln2 is the sum of two constants, so that n times the first one is exact.
+  const Vec r = (x - n.whole * 0.693359375f) - n.whole * -2.12194440e-4f;
   Vec p = r * 0.0013946456603440944f + 0.008366582327303869f;
   p = p * r + 0.04166628194462586f;
   p = p * r + 0.16666543004517578f;
