@@ -16,7 +16,17 @@ from queue import SimpleQueue
 from tests.mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent.parent
-COPIED = ("csrc", "softprompt_kernels", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+COPIED = (
+    "build_helper",
+    "csrc",
+    "softprompt_kernels",
+    "tests",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+)
 BUILD = {"SOFTPROMPT_SIMT": "1", "SOFTPROMPT_CPU": "0", "SOFTPROMPT_CUDA": "0"}
 WORKERS = 2
 
