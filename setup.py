@@ -1,7 +1,7 @@
 """Builds the compiled kernels. The metadata is in pyproject.toml, the work is done in build_helper/.
 
-Why setuptools and ninja, and not scikit-build-core: with scikit-build-core these parts would be written in CMake, at about
-the same length, and the build would need CMake as well:
+Why setuptools and ninja, and not scikit-build-core: these parts would be CMake code of about the same length, and the
+build would need CMake as well:
   - the CPU kernels, compiled once for each instruction set, where a probe decides about AMX
   - the CUDA kernels, for a machine that may have nvcc but no driver, or an nvcc that is too old
   - the CUDA kernels compiled for the host by g++, with the instrumentation of ThreadSanitizer

@@ -26,6 +26,7 @@ INSTRUCTION_SETS = {  # machine -> {name of the instruction set: flags of the co
     },
 }
 OLDEST_NVCC = (12, 8)  # the first that knows sm_120
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
 
 # --- C++ --------------------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def has_amx(flags: str) -> bool:
 def nvcc() -> str | None:
     """The command of the CUDA compiler, None if there is none."""
     named = os.environ.get("NVCC") or shutil.which("nvcc")
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + [DEFAULT_CUDA_HOME]
     found = (str(Path(home, "bin", "nvcc")) for home in homes if home and Path(home, "bin", "nvcc").exists())
     return named or next(found, None)
 

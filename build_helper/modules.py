@@ -9,8 +9,8 @@
                       1: build them without a driver too, it is an error if that is not possible; 0: do not build them
     SOFTPROMPT_SIMT   1: build the module for tests; 0 (default): do not
 
-Every module needs pybind11 and ninja, Python packages that an isolated build (pip's default) installs. Without the modules
-the package works, more slowly, on other kernels; `softprompt doctor` says so.
+Every module needs the Python packages pybind11 and ninja. pip installs them for its isolated builds.
+Without the modules the package works, more slowly, on other kernels; `softprompt doctor` says so.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The text of a build.ninja.
 
-A plan has rules (a command each) and units (a source each, compiled by one of the rules). In a command, IN, OUT and OPTIONS
-are ninja's variables; everything else that comes from outside passes through `literal`, so that a dollar stays a dollar.
+A plan has rules (a command each) and units (a source each, compiled by one of the rules). In a command, IN, OUT and
+OPTIONS are ninja's variables. All other text that may hold a dollar passes through `literal`, which escapes it.
 """
 
 from dataclasses import dataclass

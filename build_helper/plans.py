@@ -130,8 +130,8 @@ def cuda_plan() -> Plan:
 def simt_plan() -> Plan:
     """The CUDA kernels compiled for the host, with a call before each load and store; see csrc/simt/README.md.
 
-    The calls are those that ThreadSanitizer inserts. A build under another sanitizer goes without them. Loads of vectors
-    stay whole (no SRA), so that their alignment can be checked.
+    The calls are those that ThreadSanitizer inserts. A build under another sanitizer goes without them. Loads of
+    vectors stay whole (no SRA), so that their alignment can be checked.
     """
     checks = "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-sra"
     if "-fsanitize" in os.environ.get("CXXFLAGS", ""):

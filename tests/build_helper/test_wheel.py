@@ -1,4 +1,4 @@
-"""The wheel that `pip wheel .` makes, with and without a C++ compiler, installed into a folder of its own and used there."""
+"""The wheel that `pip wheel .` makes, with and without a C++ compiler, used from a folder of its own."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
 """`python try_wheel.py [--compiled]`: calls one op of the installed package and says which kernels served it.
 
-Prints the file of softprompt_kernels.kernels.cpu.native, the instruction set of the CPU kernels (`none` if there are none),
-the sum of the result (8), and any warnings. With --compiled it fails if there are no compiled CPU kernels.
+Prints the file of softprompt_kernels.kernels.cpu.native, the instruction set of the CPU kernels (`none` if there are no
+compiled ones), the sum of the result (8), and any warnings. With --compiled it fails without compiled CPU kernels.
 """
 
 import sys
