@@ -1,93 +1,93 @@
-# make demo   install into .venv, fetch the demo model, compress a text, answer questions about it
-# make test   install what tests need, lint, type-check, test; then the Triton kernels, in Triton's interpreter
-# make bench  time and memory of the ops and of a training step, against their floors and other ways of writing them;
-#             a quarter of an hour on two cores. BENCH="-k attention" and the like measures a part
-# make compile  compile every Triton kernel for every GPU it is configured for, which needs none, and check the code; a
-#             quarter of an hour
-# make counters  count bytes, FLOP and memory of the Triton kernels, in their interpreter, against floors and other
-#             packages
-# make gpu    on a machine with a GPU: the tests of the ops on it, and their times against other ways
-# make sanitize  run the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)
-# make simt   run the tests of the CUDA C++ kernels on the host, checked access by access, under several schedules (Linux,
-#             g++); with nvcc, check its code too
-# make mutants  break these kernels in known ways, one after the other, and see that the tests notice
+# `make help` lists the targets. Every target can be run again: what is there is reused.
 #
-# Every target can be run again; what is there is reused. PYTHON names the interpreter that .venv is made with, 3.11 or
-# newer. After a change to the demo's text or settings, `make clean` makes room for another run.
+# PYTHON names the interpreter, 3.11 or newer, that .venv is made with. After a change to the demo's text or settings,
+# `make clean` removes what the last run left.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard build_helper/*.py)
 MODEL := .cache/SmolLM2-135M-Instruct
+BASE ?= origin/main
 BENCH ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test bench compile counters gpu sanitize simt mutants clean
+.DEFAULT_GOAL := help
+.PHONY: help demo lint test changed bench compile counters gpu sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo $(MODEL)/config.json
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/demo $(MODEL)/config.json ## fetch the demo model, compress a text, answer questions about it
 	$(BIN)/softprompt compress --config demo/demo.yaml
 	$(BIN)/softprompt generate --compare --model $(MODEL) --context demo/handbook.txt --prompt runs/demo/prompt \
 		--max-new-tokens 32 \
 		"Who opened the cable railway, and when?" "How often is the cable replaced?" "What will open in 2027?"
 
-test: $(VENV)/test
+lint: $(VENV)/test ## check style and types: ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "triton or counters" \
+
+# The second run is for the Triton kernels: Triton's interpreter needs a process of its own.
+test: lint ## lint, then run all tests; the Triton kernels run in Triton's interpreter
+	$(PYTEST) --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -k "triton or counters" \
 		tests/kernels tests/ops tests/traps tests/benchmarks
 
-bench: $(VENV)/bench $(MODEL)/config.json
+changed: lint ## lint, then run the tests that the changes since BASE (origin/main) need, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.affected --base $(BASE) -n 2 --dist loadfile
+
+bench: $(VENV)/bench $(MODEL)/config.json ## time and memory of ops and a step (15 min); a part: BENCH="-k attention"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \
 		--benchmark-json runs/bench/bench.json $(BENCH)
 
-compile: $(VENV)/test
+compile: $(VENV)/test ## compile all Triton kernels for all GPUs, without a GPU, and check the machine code (15 min)
 	$(BIN)/softprompt doctor --compile --json runs/compile.json
 
-# The other packages are for comparison alone, and are not to bring their own torch.
-counters: $(VENV)/test
+# The other packages are for comparison, and must not bring their own torch.
+counters: $(VENV)/test ## count bytes, FLOP and memory of the Triton kernels, against lower bounds and other packages
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel flash-linear-attention fla-core einops
 	$(BIN)/python -m benchmarks.counted
 
-gpu: $(VENV)/test
+gpu: $(VENV)/test ## on a machine with a GPU: test the ops on it, and time them against other implementations
 	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python -m benchmarks.device
 
-# A copy of the package with a module of its own, found before the installed one. A test that limits the address space is
-# left out: AddressSanitizer takes terabytes of it.
+# A copy of the package with its own module, which is found before the installed one. A test that limits the address
+# space is left out: AddressSanitizer takes terabytes of it.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 RUNTIMES = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
-sanitize: $(VENV)/test
+sanitize: $(VENV)/test ## test the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (Linux, g++)
 	SOFTPROMPT_CPU=1 CXX=g++ CXXFLAGS="-O1 -g -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
 		PYTHONPATH=build/sanitize/lib \
 		$(BIN)/pytest tests/kernels tests/ops tests/traps -k "cpu and not memory_error"
 
-# Sanitizers check what a kernel does on the host beyond csrc/simt's own checks, whose calls cannot be built in beside them.
+# The second build is checked by the sanitizers and not by csrc/simt: one build cannot have the calls of both.
 SIMT_SEEDS ?= 1 2 3
-simt: $(VENV)/test
+simt: $(VENV)/test ## test the CUDA kernels on the host, with every access checked, in several schedules (Linux, g++)
 	SOFTPROMPT_SIMT=1 SOFTPROMPT_CUDA=0 $(BIN)/python setup.py -q build_ext --inplace
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/simt tests/kernels -k "simt or cuda"
-	for seed in $(SIMT_SEEDS); do SOFTPROMPT_SIMT_SEED=$$seed OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n 2 --dist loadfile -k simt tests/ops tests/traps || exit 1; done
+	$(PYTEST) tests/simt tests/kernels -k "simt or cuda"
+	for seed in $(SIMT_SEEDS); do SOFTPROMPT_SIMT_SEED=$$seed \
+		$(PYTEST) --dist loadfile -k simt tests/ops tests/traps || exit 1; done
 	SOFTPROMPT_SIMT=1 SOFTPROMPT_CPU=0 SOFTPROMPT_CUDA=0 CXX=g++ LDFLAGS="$(SANITIZE)" \
 		CXXFLAGS="-g -fno-omit-frame-pointer $(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/simt --build-lib build/simt/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
 		PYTHONPATH=build/simt/lib $(BIN)/pytest tests/kernels -k "cuda and (four_tiles or dtypes or anywhere)"
 
-mutants: $(VENV)/test
+mutants: $(VENV)/test ## break the CUDA kernels in known ways, and check that the tests notice each (Linux, g++)
 	$(BIN)/python -m tests.mutants
 
-clean:
+clean: ## remove .venv and everything that was built or run
 	rm -rf $(VENV) runs build *.egg-info
 
-# torch first and alone, at the pinned version: nothing after it pulls another one. On a machine without a GPU,
-# PIP_EXTRA_INDEX_URL set to PyTorch's index of CPU builds spares the CUDA libraries.
+# torch first and alone, at the pinned version, so that no later package brings another one. On a machine without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves the download of the CUDA libraries.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
