@@ -34,15 +34,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/ops/": (*OPS, "tests/kernels", "tests/models"),
     "softprompt_kernels/kernels/": ("tests/kernels", *OPS),
     "softprompt_kernels/kernels/cpu/": ("tests/kernels/cpu", *OPS),
-    "softprompt_kernels/kernels/cuda/": ("tests/kernels/cuda", "tests/simt", *OPS),
+    "softprompt_kernels/kernels/cuda/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "softprompt_kernels/kernels/triton/": ("tests/kernels/triton", "tests/benchmarks", *OPS),
     "softprompt_kernels/kernels/triton/compile/": ("tests/kernels/triton", "tests/cli"),
-    "csrc/": ("tests/kernels", "tests/simt", *OPS),
+    "csrc/": ("tests/kernels", "tests/simt", "tests/mutants", *OPS),
     "csrc/cpu/": ("tests/kernels/cpu", *OPS),
     "csrc/bindings/cpu": ("tests/kernels/cpu", *OPS),
-    "csrc/cuda/": ("tests/kernels/cuda", "tests/simt", *OPS),
-    "csrc/simt/": ("tests/kernels/cuda", "tests/simt", *OPS),
-    "csrc/bindings/cuda": ("tests/kernels/cuda", "tests/simt", *OPS),
+    "csrc/cuda/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
+    "csrc/simt/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
+    "csrc/bindings/cuda": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "benchmarks/": ("tests/benchmarks",),
     "build_helper/": ("tests/build_helper",),
     "setup.py": ("tests/build_helper",),
@@ -60,7 +60,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "LICENSE": (),
     ".gitignore": (),
     "tests/affected.py": ("tests/test_affected.py",),
-    "tests/mutants/": (),
 }
 # What Triton's kernels are built on, and tests that run them: a change here needs the run in the interpreter too.
 INTERPRETED = (

@@ -1,5 +1,6 @@
 """Which source is compiled with which options."""
 
+import re
 import shlex
 import sys
 
@@ -49,6 +50,16 @@ def test_every_source_exists_and_no_object_is_made_twice():
         assert all((plans.CSRC / unit.source).is_file() for unit in plan.units)
         assert len({(unit.folder, unit.source) for unit in plan.units}) == len(plan.units)
         assert {unit.rule for unit in plan.units} <= plan.rules.keys()
+
+
+def test_every_macro_that_a_plan_defines_is_read_by_a_source(monkeypatch):
+    monkeypatch.setenv("NVCC", "nvcc")
+    endings = ("h", "cpp", "cu", "cuh")
+    text = "".join((plans.CSRC / source).read_text(encoding="utf-8") for source in all_sources("", *endings))
+    for plan in (plans.cpu_plan(), plans.cuda_plan(), plans.simt_plan()):
+        commands = " ".join([*plan.rules.values(), *(unit.options for unit in plan.units)])
+        for macro in set(re.findall(r"-D(SPK_\w+)", commands)) - {"SPK_HAS_BASELINE"}:  # every machine has this one
+            assert re.search(rf"\b{macro}\b", text), macro
 
 
 def test_a_kernel_is_compiled_once_for_each_instruction_set():
