@@ -27,7 +27,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "softprompt_kernels/compress": (
         ("forecast",),
-        ("run",),
+        ("run", "saved_prompt"),
         ("initial_prompt",),
         ("inputs", "folder"),
         ("report",),

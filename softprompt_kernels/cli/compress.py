@@ -1,4 +1,4 @@
-"""`softprompt compress`: from a text to a soft prompt, or a forecast of it."""
+"""`softprompt compress`: compresses a text into a soft prompt, or estimates what that would take."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt_kernels.cli.boundary import Stopped
 from softprompt_kernels.cli.display import duration, show_pairs, show_table, size
-from softprompt_kernels.cli.libraries import quiet_libraries
+from softprompt_kernels.cli.errors import Stopped
 from softprompt_kernels.cli.options import with_config_options
+from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.config import CompressConfig, load_config
-from softprompt_kernels.compress.report.table import evaluation_table
+from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress import Plan
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", "-c", help="YAML file with any of the fields below; options given here win over it."),
+    typer.Option("--config", "-c", help="YAML file with any of the options below. The command line overrides it."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Measure sizes, ratio, time and what there is to recover; write nothing.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Estimate sizes and time, and measure whether the context matters, on a few queries. Nothing is written.",
+    ),
 ]
 
 
@@ -30,11 +34,13 @@ DryRun = Annotated[
 def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any) -> None:
     """Compress a text into a soft prompt.
 
-    The model with the text before a query is the teacher; the prompt is trained to take the text's place. Ctrl-C saves;
-    the same command goes on, and a finished run is shown again. Paths are relative to the current folder, in the YAML
-    file too.
+    The teacher is the model that reads the full text before each query. The student is the same model with the soft
+    prompt instead. Training minimises the divergence between their next-token distributions.
+
+    Ctrl-C saves the state. Run the same command again to resume, or to show the results of a finished run. Relative
+    paths start at the current folder, also those in the YAML file.
     """
-    # Before the model is loaded: what is wrong with the options is said at once.
+    # Before torch and the model are loaded, so that an error in the options shows at once.
     settings = load_config(config, {name: value for name, value in options.items() if value is not None})
     quiet_libraries()
     if dry_run:
@@ -54,23 +60,24 @@ def _compress(settings: CompressConfig) -> None:
         figures = compress(settings, reporter)
     except Interrupted as stop:
         raise Stopped(
-            f"Stopped at step {stop.step} of {stop.steps}; saved in {stop.output}. The same command goes on from there."
+            f"Stopped at step {stop.step} of {stop.steps}. The state is saved in {stop.output}. "
+            "Run the same command again to resume."
         ) from None
     except KeyboardInterrupt:
-        raise Stopped("Interrupted. The same command goes on with what is saved already.") from None
+        raise Stopped("Interrupted. Run the same command again to resume with what is already saved.") from None
     folder = RunFolder(settings.output)
     header, rows = evaluation_table(figures)
     typer.echo("")
-    show_table(header, rows, strong="soft prompt")
+    show_table(header, rows, highlight="soft prompt")
     context, prompt = figures["context_tokens"], figures["prompt_tokens"]
-    typer.echo("KL in nats per token against the model with the full context; recovered = 1 - KL / KL of nothing.")
+    typer.echo(LEGEND)
     typer.echo(f"{context} tokens in a prompt of {prompt} ({context / prompt:.1f}x), {duration(figures['seconds'])}.\n")
     show_pairs(
         [
             ("prompt", str(folder.prompt)),
             ("figures", str(folder.evaluation)),
             ("curves", str(folder.curves)),
-            ("ask it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
+            ("try it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
         ]
     )
 
@@ -87,20 +94,21 @@ def _forecast(settings: CompressConfig) -> None:
 
 
 def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
-    """A forecast as names and values."""
+    """A forecast as pairs of name and value."""
     stages = forecast.estimated_seconds
     return [
         ("context", f"{forecast.context_tokens} tokens, {size(forecast.context_kv_bytes)} of keys and values"),
         ("prompt", f"{forecast.prompt_tokens} tokens, {size(forecast.prompt_bytes)} of keys and values"),
         ("ratio", f"{forecast.ratio:.1f}x"),
-        ("queries", f"{forecast.train_queries} to train on, {forecast.heldout_queries} held out"),
-        ("KL of nothing", f"{forecast.kl_none:.3f} nats per token: what there is to recover, on a few queries"),
-        ("a step", duration_of_step(forecast.seconds_per_step)),
+        ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out"),
+        ("KL without context", f"{forecast.kl_none:.3f} nats per token on a few queries: what a prompt can recover"),
+        ("time per step", duration_of_step(forecast.seconds_per_step)),
         *((f"  {name}", duration(seconds)) for name, seconds in stages.items()),
-        ("in all", f"about {duration(sum(stages.values()))}; nothing was written"),
+        ("total time", f"about {duration(sum(stages.values()))}"),
+        ("written", "nothing (dry run)"),
     ]
 
 
 def duration_of_step(seconds: float) -> str:
-    """A step's time, in milliseconds where it is short."""
+    """The time of a step, in milliseconds if it is short."""
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

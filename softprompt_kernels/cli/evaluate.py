@@ -1,4 +1,4 @@
-"""`softprompt evaluate`: how near a saved prompt comes to the full context, on queries of your own."""
+"""`softprompt evaluate`: compares a saved prompt with the full context, on given queries."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Annotated
 import typer
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.cli.libraries import quiet_libraries
 from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
-from softprompt_kernels.compress.report.table import evaluation_table
+from softprompt_kernels.cli.quiet import quiet_libraries
+from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 from softprompt_kernels.errors import SoftPromptError
 
-ContextFile = Annotated[Path, typer.Option("--context", help="The text that was compressed, a UTF-8 file.")]
+ContextFile = Annotated[Path, typer.Option("--context", help="File with the text that was compressed, in UTF-8.")]
 PromptFolder = Annotated[Path, typer.Option("--prompt", help="Folder of the saved prompt.")]
 Queries = Annotated[
-    Path, typer.Option("--queries", help='JSON Lines of {"input": ..., "output": ...}, the output optional.')
+    Path,
+    typer.Option(
+        "--queries", help='File of JSON Lines, {"input": ..., "output": ...}. Without an output the teacher answers.'
+    ),
 ]
-NewTokens = Annotated[int, typer.Option(min=1, help="Tokens sampled from the teacher for a query without an output.")]
-SampleTemperature = Annotated[float, typer.Option(min=0.0, help="Temperature of that sampling; 0 takes the likeliest.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of a sampled answer, in tokens.")]
+SampleTemperature = Annotated[float, typer.Option(min=0.0, help="Temperature for sampling answers; 0 is greedy.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")]
 
 
 def evaluate(
@@ -37,13 +40,16 @@ def evaluate(
     device: DeviceName = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Evaluate a saved prompt: full-vocabulary KL of the model with the full text against it, and the baselines."""
+    """Evaluate a saved prompt and baselines on your own queries.
+
+    Each is compared with the model that reads the full text: KL over the full vocabulary, and top-1 agreement.
+    """
     from softprompt_kernels.cli.progress import terminal_reporter
     from softprompt_kernels.compress import evaluate_prompt
     from softprompt_kernels.compress.sources.queries import write_text
 
     if json_file is not None and not json_file.parent.is_dir():
-        raise SoftPromptError(f"--json: {json_file.parent} is no folder, so {json_file.name} cannot be written there")
+        raise SoftPromptError(f"--json: cannot write {json_file.name}: {json_file.parent} is not a folder")
     quiet_libraries()
     reporter = terminal_reporter()
     reporter.message(f"Loading {model}")
@@ -61,7 +67,7 @@ def evaluate(
     )
     header, rows = evaluation_table(figures)
     typer.echo("")
-    show_table(header, rows, strong="soft prompt")
-    typer.echo("KL in nats per token against the model with the full context; recovered = 1 - KL / KL of nothing.")
+    show_table(header, rows, highlight="soft prompt")
+    typer.echo(LEGEND)
     if json_file is not None:
         write_text(json_file, json.dumps(figures, indent=1) + "\n")

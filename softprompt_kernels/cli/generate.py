@@ -1,4 +1,4 @@
-"""`softprompt generate`: ask the model behind a soft prompt, behind the full text, or behind nothing."""
+"""`softprompt generate`: answers questions with a soft prompt, with the full text, or without either."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import on_terminal
-from softprompt_kernels.cli.libraries import quiet_libraries
 from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
+from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -20,19 +20,25 @@ if TYPE_CHECKING:
     from softprompt_kernels.prompts import Prefix
 
 Questions = Annotated[
-    list[str] | None, typer.Argument(help="What to ask; without any, each line of standard input.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="The questions. Without any, each line of standard input is one.", show_default=False),
 ]
 PromptFolder = Annotated[
-    Path | None, typer.Option("--prompt", help="Folder of the saved prompt to answer with.", show_default=False)
+    Path | None, typer.Option("--prompt", help="Answer with the saved prompt in this folder.", show_default=False)
 ]
 ContextFile = Annotated[
-    Path | None, typer.Option("--context", help="UTF-8 text to answer with, in full.", show_default=False)
+    Path | None, typer.Option("--context", help="Answer with the full text of this UTF-8 file.", show_default=False)
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="Answer with the full text, the prompt and nothing, side by side.")
+    bool,
+    typer.Option(
+        "--compare",
+        help="Answer with the full text, with the prompt and without context, side by side. "
+        "Needs --prompt and --context.",
+    ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Temperature of sampling; 0 takes the likeliest token.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 
 
 def generate(
@@ -48,25 +54,25 @@ def generate(
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> None:
-    """Answer questions with a saved prompt, with a text in full, or with nothing before them."""
+    """Answer questions with a saved prompt, with a full text, or without context."""
     check_arguments(questions, prompt, context, compare)
     import torch
 
     from softprompt_kernels.compress import ChatFormat, load_model
-    from softprompt_kernels.compress.initial_prompt import nothing
     from softprompt_kernels.compress.inputs import read_text
+    from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
     from softprompt_kernels.prompts.adapter import describe
 
     text = None if context is None else read_text(context, "context")
     if prompt is not None:
-        describe(prompt)  # before the model is loaded
+        describe(prompt)  # raises before the model is loaded if this is not a saved prompt
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device)
     chat = ChatFormat(tokenizer)
     settings = generation_config(loaded, tokenizer, max_new_tokens, temperature)
     soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer)
-    full = None if text is None else read_context(loaded, chat.context_ids(text))
-    bare = nothing(loaded, chat)
+    full = None if text is None else capture_context(loaded, chat.context_ids(text))
+    no_context = no_context_prefix(loaded, chat)
     torch.manual_seed(seed)
 
     def answer(question: str, prefix: Prefix | None, **options: Any) -> str:
@@ -74,15 +80,15 @@ def generate(
         return answer_to(loaded, tokenizer, ids, prefix, generation_config=settings, **options)
 
     if compare:
-        for question in asked(questions):
-            columns = {"full text": full, "soft prompt": soft, "nothing": bare}
-            show_side_by_side(question, {name: answer(question, prefix) for name, prefix in columns.items()})
+        for question in read_questions(questions):
+            prefixes = {"full context": full, "soft prompt": soft, "no context": no_context}
+            show_side_by_side(question, {name: answer(question, prefix) for name, prefix in prefixes.items()})
         return
     from transformers import TextStreamer
 
-    prefix = full if full is not None else soft if soft is not None else bare
+    prefix = full if full is not None else soft if soft is not None else no_context
     several = questions is not None and len(questions) > 1
-    for question in asked(questions):
+    for question in read_questions(questions):
         if several:
             typer.echo(f"> {question}")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -92,17 +98,25 @@ def generate(
 
 
 def check_arguments(questions: Sequence[str] | None, prompt: Path | None, context: Path | None, compare: bool) -> None:
-    """Refuses options that say two things at once, before anything is loaded."""
+    """Check the arguments against each other, before anything is loaded.
+
+    Raises:
+        SoftPromptError: they contradict each other, or a question is empty.
+    """
     if compare and (prompt is None or context is None):
-        raise SoftPromptError("--compare: needs both, --prompt and --context")
+        raise SoftPromptError("--compare: needs both --prompt and --context")
     if prompt is not None and context is not None and not compare:
-        raise SoftPromptError("--context: got --prompt too, accepted is one of them, or --compare with both")
+        raise SoftPromptError("--context: got --prompt too, accepted is one of them, or both with --compare")
     if any(not question.strip() for question in questions or ()):
-        raise SoftPromptError("questions: got an empty one, accepted is a text with at least a word")
+        raise SoftPromptError("questions: got an empty one, accepted is text with at least one word")
 
 
-def asked(questions: Sequence[str] | None) -> Iterator[str]:
-    """The questions of the command line, or those that come in on standard input, a line each."""
+def read_questions(questions: Sequence[str] | None) -> Iterator[str]:
+    """The questions of the command line, or else the lines of standard input.
+
+    Raises:
+        SoftPromptError: there is no question, or standard input is not UTF-8.
+    """
     if questions:
         yield from questions
         return
@@ -120,13 +134,14 @@ def asked(questions: Sequence[str] | None) -> Iterator[str]:
             number += 1
             yield line.strip()
     if not number:
-        raise SoftPromptError("questions: got none, neither as arguments nor on standard input")
+        raise SoftPromptError("questions: got none, accepted are arguments or lines on standard input")
 
 
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Plain sampling at `temperature`, or the likeliest token at 0; ends where model or tokenizer say that it ends."""
+    """Sampling from the full distribution at `temperature`, greedy at 0. Stops at the end tokens of model and
+    tokenizer."""
     from transformers import GenerationConfig
 
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -143,7 +158,7 @@ def generation_config(
 
 
 def load_prompt(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Prefix | None:
-    """A saved prompt as a prefix."""
+    """The prefix of a saved prompt."""
     import torch
 
     from softprompt_kernels.models import prefix_of
@@ -154,29 +169,21 @@ def load_prompt(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         return prefix_of(model, prompt)
 
 
-def read_context(model: PreTrainedModel, ids: Any) -> Prefix:
-    """A text as a prefix; `ids [1, C]`."""
-    from softprompt_kernels.compress.run import CAPTURE_TOKENS
-    from softprompt_kernels.models import capture
-
-    return capture(model, ids.to(model.device), CAPTURE_TOKENS)
-
-
 def answer_to(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Any, prefix: Prefix | None, **options: Any
 ) -> str:
-    """The answer to a question, `ids [1, M]`, behind a prefix."""
+    """The answer to a question, `ids [1, M]`, behind a prefix; None: no prefix."""
     import torch
 
-    from softprompt_kernels.models import generate as generate_behind
+    from softprompt_kernels.models import generate as generate_tokens
 
     with torch.no_grad():
-        tokens = generate_behind(model, ids, prefix, **options)
+        tokens = generate_tokens(model, ids, prefix, **options)
     return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def show_side_by_side(question: str, answers: dict[str, str]) -> None:
-    """One question and its answers: columns on a terminal, indented lines elsewhere."""
+    """Print a question and its answers: as columns on a terminal, as indented lines elsewhere."""
     if not on_terminal():
         width = max(map(len, answers))
         typer.echo(f"> {question}")

@@ -1,6 +1,6 @@
-"""From a text to a soft prompt: queries, teacher, training, evaluation.
+"""One context compressed from text to soft prompt: queries, teacher, training, evaluation.
 
-Names are imported when they are first asked for: `softprompt --help` and a mistake in a configuration need no torch.
+A name is imported when it is first used, so that `softprompt --help` and an error in a configuration need no torch.
 """
 
 from importlib import import_module
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from softprompt_kernels.compress.config import CompressConfig, load_config
     from softprompt_kernels.compress.forecast import Plan, plan
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
-    from softprompt_kernels.compress.run import Interrupted, compress, evaluate_prompt
+    from softprompt_kernels.compress.run import Interrupted, compress
+    from softprompt_kernels.compress.saved_prompt import evaluate_prompt
     from softprompt_kernels.compress.sources.chat import ChatFormat
     from softprompt_kernels.compress.sources.model import load_model
 
@@ -29,7 +30,7 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = {
+_MODULES = {
     "ChatFormat": "softprompt_kernels.compress.sources.chat",
     "CompressConfig": "softprompt_kernels.compress.config",
     "load_config": "softprompt_kernels.compress.config",
@@ -41,13 +42,13 @@ _HOMES = {
     "SilentReporter": "softprompt_kernels.compress.reporter",
     "Interrupted": "softprompt_kernels.compress.run",
     "compress": "softprompt_kernels.compress.run",
-    "evaluate_prompt": "softprompt_kernels.compress.run",
+    "evaluate_prompt": "softprompt_kernels.compress.saved_prompt",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

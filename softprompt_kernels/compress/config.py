@@ -1,8 +1,8 @@
-"""Everything that decides a compression, in one flat list: the keys of the YAML file and the options of the command.
+"""The configuration of a run: one flat list of fields, which are the keys of the YAML file and the options of the CLI.
 
-A key means the same in both places, and an option wins over the file. Relative paths, in the file too, are relative to
-the folder that the command is started in. What is asked of files and models themselves (that a text is not empty, that
-k is below the context) is checked by what reads them; here is what can be said without reading.
+A field means the same in both places, and an option overrides the file. Relative paths, also those in the file, start
+at the current folder. This module checks what can be checked without reading files or models. The rest (a text is not
+empty, k is less than the length of the context) is checked by the code that reads them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from softprompt_kernels.errors import SoftPromptError
 
 
-def _no_truth_value(value: Any) -> Any:
-    """YAML's `on` and `yes` are no numbers, although Python's True is 1."""
+def _refuse_bool(value: Any) -> Any:
+    """YAML's `on` and `yes` are not numbers, although Python's True equals 1."""
     if isinstance(value, bool):
-        raise PydanticCustomError("truth_value", "a truth value is no number")
+        raise PydanticCustomError("bool", "a bool is not a number")
     return value
 
 
-def _no_empty_path(value: Any) -> Any:
+def _refuse_empty_path(value: Any) -> Any:
     """An empty path would mean the current folder."""
     if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("empty_path", "an empty path")
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_no_truth_value)]
-Number = Annotated[float, BeforeValidator(_no_truth_value)]
-FilePath = Annotated[Path, BeforeValidator(_no_empty_path), AfterValidator(Path.expanduser)]
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(Path.expanduser)]
 Kind = Literal["kv", "embedding"]
 Init = Literal["strided", "first", "text", "vocabulary", "random"]
 Objective = Literal["kl", "reverse_kl", "jsd", "nll"]
@@ -45,95 +45,122 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class CompressConfig(BaseModel):
-    """A compression: what is compressed, into what, how it is learnt, and where it goes."""
+    """The configuration of a run: model and context, the prompt, the queries, the objective, training, evaluation."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
 
-    model: str = Field(min_length=1, description="Folder of the model with its tokenizer, or its name on the hub.")
-    context: FilePath = Field(description="The text to compress, a UTF-8 file.")
-    output: FilePath = Field(description="Folder of the run: prompt, figures, cache, checkpoint.")
+    model: str = Field(min_length=1, description="Folder of the model and its tokenizer, or its name on the hub.")
+    context: FilePath = Field(description="File with the text to compress, in UTF-8.")
+    output: FilePath = Field(description="Folder of the run: saved prompt, figures, cache, checkpoint.")
 
-    kind: Kind = Field("kv", description="Kind of prompt: keys and values of all layers, or input embeddings.")
-    tokens: Whole = Field(ge=1, description="Length k of the soft prompt, below that of the context.")
-    init: Init = Field("strided", description="What the prompt starts from; strided and first are of the context.")
-    init_text: FilePath | None = Field(None, description="The text that init=text starts from, a UTF-8 file.")
-    frozen_tokens: Whole | None = Field(
-        None, ge=0, description="First tokens that are never trained (the attention sink): 1 for kv, 0 for embedding."
+    kind: Kind = Field(
+        "kv",
+        description="kv: keys and values of every layer (prefix tuning). embedding: input embeddings (prompt tuning).",
+    )
+    tokens: Integer = Field(ge=1, description="Length k of the soft prompt, in tokens; less than that of the context.")
+    init: Init = Field(
+        "strided",
+        description="How the prompt is initialised. strided: k tokens spread evenly over the context. first: the first "
+        "k tokens of the context. text: the text of --init-text. vocabulary: random tokens. random: noise.",
+    )
+    init_text: FilePath | None = Field(None, description="File with the text for init=text, in UTF-8.")
+    frozen_tokens: Integer | None = Field(
+        None,
+        ge=0,
+        description="First tokens of the prompt that are not trained (the attention sink). "
+        "Default: 1 for kv, 0 for embedding.",
     )
 
     queries: FilePath | None = Field(
-        None, description='Training queries: JSON Lines of {"input": ..., "output": ...}, the output optional.'
+        None, description='File of training queries: JSON Lines of {"input": ..., "output": ...}; output is optional.'
     )
     heldout: FilePath | None = Field(
-        None, description="Held-out queries of the same form; without it a share of the training queries."
+        None, description="File of held-out queries, as --queries. Without it, a share of the queries is held out."
     )
-    heldout_share: Number = Field(0.1, gt=0, lt=1, description="Share of the queries held out if no file is given.")
-    selfstudy: Whole = Field(256, ge=0, description="Queries that the model makes from the context by itself.")
-    samples: Whole = Field(1, ge=1, description="Answers sampled for each training query that has no output.")
-    new_tokens: Whole = Field(48, ge=1, description="Tokens sampled from the teacher for a query without an output.")
-    sample_temperature: Number = Field(1.0, ge=0, description="Temperature of that sampling; 0 takes the likeliest.")
-    sample_batch: Whole = Field(64, ge=1, description="Sequences sampled at a time.")
+    heldout_share: Number = Field(0.1, gt=0, lt=1, description="Share of the queries to hold out without --heldout.")
+    selfstudy: Integer = Field(256, ge=0, description="Number of queries to generate from the context (self-study).")
+    samples: Integer = Field(1, ge=1, description="Answers sampled for each training query without an output.")
+    new_tokens: Integer = Field(48, ge=1, description="Maximum length of a sampled answer, in tokens.")
+    sample_temperature: Number = Field(1.0, ge=0, description="Temperature for sampling answers; 0 is greedy.")
+    sample_batch: Integer = Field(64, ge=1, description="Batch size for sampling answers.")
 
-    objective: Objective = Field("kl", description="What training minimises against the teacher.")
-    nll_weight: Number = Field(0.0, ge=0, le=1, description="Share of the log-likelihood mixed into objective kl.")
+    objective: Objective = Field(
+        "kl",
+        description="Training loss. kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: generalised "
+        "Jensen-Shannon divergence. nll: negative log-likelihood of the answers.",
+    )
+    nll_weight: Number = Field(
+        0.0, ge=0, le=1, description="Weight of the NLL in a mixture with objective kl: (1 - w) KL + w NLL."
+    )
     beta: Number = Field(
         0.5, ge=1e-4, le=1 - 1e-4, description="Weight of the teacher in the mixture of objective jsd."
     )
-    loss_temperature: Number = Field(1.0, gt=0, description="Divides both sides' logits in the loss.")
-
-    steps: Whole = Field(200, ge=1, description="Steps of the optimiser.")
-    batch_size: Whole = Field(8, ge=1, description="Sequences a step.")
-    micro_batch_size: Whole | None = Field(
-        None, ge=1, description="Sequences run at a time, to save memory; the same gradient. Default: batch_size."
+    loss_temperature: Number = Field(
+        1.0, gt=0, description="Divides the logits of student and teacher in the loss, as in distillation."
     )
-    learning_rate: Number = Field(2e-2, gt=0, description="Peak learning rate; soft prompts want large ones.")
-    warmup_steps: Whole = Field(
-        default_factory=lambda before: min(5, before.get("steps", 5)),
+
+    steps: Integer = Field(200, ge=1, description="Optimiser steps.")
+    batch_size: Integer = Field(8, ge=1, description="Sequences per step.")
+    micro_batch_size: Integer | None = Field(
+        None,
+        ge=1,
+        description="Sequences per forward and backward pass. A smaller value saves memory; the gradient is the same. "
+        "Default: batch_size.",
+    )
+    learning_rate: Number = Field(2e-2, gt=0, description="Peak learning rate. Soft prompts need large ones.")
+    warmup_steps: Integer = Field(
+        default_factory=lambda fields: min(5, fields.get("steps", 5)),
         ge=0,
-        description="Steps until the peak rate is reached, at most all; a cosine follows. Default: 5, or all if fewer.",
+        description="Steps of linear warm-up, followed by a cosine decay to 0. Default: 5, or steps if that is less.",
     )
-    weight_decay: Number = Field(0.0, ge=0, description="Decay of AdamW.")
-    max_grad_norm: Number | None = Field(None, gt=0, description="Longer gradients are cut to this norm.")
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")
-
-    checkpoint_every: Whole = Field(25, ge=1, description="Steps between checkpoints.")
-    evaluate_every: Whole = Field(0, ge=0, description="Steps between held-out evaluations; 0: before and after only.")
-    evaluation_sequences: Whole = Field(
-        24, ge=1, description="Training sequences in the evaluation; held-out ones are all in it."
+    weight_decay: Number = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: Number | None = Field(
+        None, gt=0, description="Clip the gradient to this norm. Default: no clipping."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
     )
 
-    seed: Whole = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and order.")
-    dtype: Dtype = Field("auto", description="Type of the frozen model; auto: float32 on a CPU, as stored elsewhere.")
+    checkpoint_every: Integer = Field(25, ge=1, description="Steps between checkpoints.")
+    evaluate_every: Integer = Field(
+        0, ge=0, description="Steps between held-out evaluations. 0: only before and after training."
+    )
+    evaluation_sequences: Integer = Field(
+        24, ge=1, description="Number of training sequences to evaluate. Held-out sequences are all evaluated."
+    )
+
+    seed: Integer = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and batch order.")
+    dtype: Dtype = Field("auto", description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
-    threads: Whole | None = Field(None, ge=1, description="CPU threads. Default: what PyTorch takes.")
+    threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
 
     @property
     def frozen(self) -> int:
-        """`frozen_tokens` with its default filled in; at least one token is left to train."""
+        """`frozen_tokens`, or its default, which leaves at least one token to train."""
         if self.frozen_tokens is not None:
             return self.frozen_tokens
         return min(1, self.tokens - 1) if self.kind == "kv" else 0
 
     @model_validator(mode="after")
-    def _agree(self) -> CompressConfig:
-        for holds, sentence in (
+    def _check_combinations(self) -> CompressConfig:
+        for holds, message in (
             (
                 self.frozen < self.tokens,
                 f"frozen_tokens: got {self.frozen}, accepted is less than tokens={self.tokens}",
             ),
-            (self.init != "text" or self.init_text, "init_text: missing, but init=text starts from it"),
-            (self.init == "text" or not self.init_text, f"init_text: given, but init={self.init} does not read it"),
+            (self.init != "text" or self.init_text, "init_text: missing, but init=text needs it"),
+            (self.init == "text" or not self.init_text, f"init_text: given, but init={self.init} does not use it"),
             (
                 self.nll_weight == 0 or self.objective == "kl",
                 f"nll_weight: got {self.nll_weight:g}, accepted with objective={self.objective} is 0",
             ),
             (
                 self.beta == 0.5 or self.objective == "jsd",
-                f"beta: got {self.beta:g}, accepted with objective={self.objective} is 0.5, for only jsd has it",
+                f"beta: got {self.beta:g}, accepted with objective={self.objective} is 0.5: only jsd uses it",
             ),
-            (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 makes none"),
+            (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 generates none"),
             (
                 (self.micro_batch_size or 1) <= self.batch_size,
                 f"micro_batch_size: got {self.micro_batch_size}, accepted is at most batch_size={self.batch_size}",
@@ -144,69 +171,71 @@ class CompressConfig(BaseModel):
             ),
         ):
             if not holds:
-                raise PydanticCustomError("disagreement", "{sentence}", {"sentence": sentence})
+                raise PydanticCustomError("combination", "{message}", {"message": message})
         return self
 
     def to_yaml(self) -> str:
-        """The YAML that `load_config` reads back as an equal configuration."""
+        """The configuration as YAML. `load_config` reads it back as an equal configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any]) -> CompressConfig:
-    """A configuration from a YAML file, with `overrides` on top.
+    """The configuration from a YAML file and overrides.
 
     Args:
-        path: a YAML mapping of field names, None for no file.
-        overrides: only fields that were given.
+        path: a YAML mapping of field names to values; None for no file.
+        overrides: fields that override the file.
 
     Raises:
-        SoftPromptError: the file cannot be read, is no YAML mapping, or a field is missing, unknown, of another type
-            or out of range; the sentence names all fields that are wrong, what was got and what is accepted.
+        SoftPromptError: the file cannot be read or is not a YAML mapping, or a field is missing, unknown, of another
+            type or out of range. The message names every wrong field with what was got and what is accepted.
     """
     values = {} if path is None else _read_yaml(Path(path))
     try:
         return CompressConfig.model_validate({**values, **overrides})
     except ValidationError as error:
-        # A default that depends on a wrong field is itself no error.
+        # A default that could not be computed because of another wrong field is not an error of its own.
         details = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
-        sentences = dict.fromkeys(_sentence(detail) for detail in details)  # a union names a field once for each type
+        messages = dict.fromkeys(
+            _message(detail) for detail in details
+        )  # pydantic repeats a field for each type of a union
         in_file = path is not None and any(detail["loc"] and detail["loc"][0] in values for detail in details)
-        raise SoftPromptError((f"{path}: " if in_file else "") + "; ".join(sentences)) from error
+        raise SoftPromptError((f"{path}: " if in_file else "") + "; ".join(messages)) from error
 
 
 def accepted(name: str) -> str:
-    """What a field takes, in words."""
+    """The accepted values of a field, in words."""
     field: FieldInfo = CompressConfig.model_fields[name]
-    words, bounds = _words(field.annotation), []
+    type_name, bounds = _type_name(field.annotation), []
     if name == "device":
-        return "auto, cpu, cuda, cuda:1 or the like"
+        return "auto, cpu, cuda, cuda:1 or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:
         for kind, attribute, text in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")):
             if isinstance(bound, kind):
                 bounds.append(f"{text} {getattr(bound, attribute)}")
-    return " ".join((words, " and ".join(bounds))).rstrip()
+    return " ".join((type_name, " and ".join(bounds))).rstrip()
 
 
 def _metadata(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
-def _words(annotation: Any) -> str:
+def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(get_args(annotation))
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    if annotation in plain:
-        return plain[annotation]
-    return next((_words(part) for part in get_args(annotation) if part is not type(None)), "a value")
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", Path: "a path"}
+    if annotation in names:
+        return names[annotation]
+    return next((_type_name(part) for part in get_args(annotation) if part is not type(None)), "a value")
 
 
-def _sentence(detail: ErrorDetails) -> str:
-    """One error of pydantic as a clause."""
-    if detail["type"] == "disagreement":
+def _message(detail: ErrorDetails) -> str:
+    """One error of pydantic as a clause of our message."""
+    if detail["type"] == "combination":
         return detail["msg"]
     name = str(detail["loc"][0])
     if detail["type"] == "missing":
-        return f"{name}: missing, needed is {accepted(name)}"
+        return f"{name}: missing, accepted is {accepted(name)}"
     if detail["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, CompressConfig.model_fields, 1)
         return f"{name}: unknown" + (f", did you mean {close[0]}?" if close else "")
@@ -217,7 +246,7 @@ def _sentence(detail: ErrorDetails) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would keep the last without a word."""
+    """Refuses duplicate keys. PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -242,6 +271,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        kind = "a list" if isinstance(values, list) else f"only {values!r}"
-        raise SoftPromptError(f"{path} holds {kind}, accepted is a mapping of field names to values")
+        got = "a list" if isinstance(values, list) else f"only {values!r}"
+        raise SoftPromptError(f"{path} holds {got}, accepted is a mapping of field names to values")
     return {str(key): value for key, value in values.items()}

@@ -1,10 +1,10 @@
-"""The folder of a run: where its parts lie, and whose it is.
+"""The folder of a run: its files, and a record of which run they belong to.
 
     config.yaml  run.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
     curves.png  prompt/  evaluation.json
 
-`run.json` holds the identity of the run. The same command on the same folder goes on where it was; another one is
-refused before anything is touched.
+`run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another
+identity is refused before it changes anything.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class RunFolder:
 
     @property
     def queries(self) -> Path:
-        """Queries with their outputs, once the teacher has been asked."""
+        """The queries with the teacher's answers, as text."""
         return self.path / "queries.jsonl"
 
     @property
     def examples(self) -> Path:
-        """The same in tokens, as sampled."""
+        """The queries with the teacher's answers, as token ids."""
         return self.path / "cache" / "examples.json"
 
     @property
@@ -41,17 +41,17 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        """The last state of training."""
+        """The last checkpoint of training."""
         return self.path / "checkpoint.safetensors"
 
     @property
     def metrics(self) -> Path:
-        """One object a step."""
+        """One JSON object for each training step."""
         return self.path / "metrics.jsonl"
 
     @property
     def curves(self) -> Path:
-        """The plot."""
+        """The plot of the training curves."""
         return self.path / "curves.png"
 
     @property
@@ -61,14 +61,18 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """The figures; written last, so its presence means that the run is finished."""
+        """The figures. Written last: where it exists, the run is finished."""
         return self.path / "evaluation.json"
 
     def claim(self, identity: dict[str, Any], config_yaml: str) -> None:
-        """Make the folder this run's, or find that it already is.
+        """Make the folder this run's, or check that it already is.
+
+        Args:
+            identity: from `inputs.identity`.
+            config_yaml: the content of config.yaml, written unless the file exists.
 
         Raises:
-            SoftPromptError: it holds something else, or another run, whose differences are named.
+            SoftPromptError: the folder holds other files, or another run. The message names the options that differ.
         """
         record = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
@@ -86,11 +90,11 @@ class RunFolder:
             self._write(config_yaml, record=None)
             return
         if self.path.exists() and any(self.path.iterdir()):
-            raise SoftPromptError(f"output: {self.path} holds something that is no run; choose another folder")
+            raise SoftPromptError(f"output: {self.path} holds files that are not of a run; choose another folder")
         self._write(config_yaml, json.dumps({"identity": identity}, indent=1))
 
     def _write(self, config_yaml: str, record: str | None) -> None:
-        """The record first: with it alone the folder is known as ours, and the same call puts the rest there."""
+        """Write run.json first: with it the folder is this run's, and the same call can write config.yaml later."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if record is not None:
@@ -101,22 +105,26 @@ class RunFolder:
             raise SoftPromptError(f"output: {self.path} cannot be written ({error.strerror})") from error
 
     def read_evaluation(self) -> dict[str, Any] | None:
-        """The figures of a finished run, None where it is not finished."""
+        """The figures of a finished run; None if it is not finished."""
         try:
             figures: dict[str, Any] = json.loads(self.evaluation.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return figures
 
-    def cut_metrics(self, step: int) -> float:
-        """Drop what was recorded after `step` (the run will do it again); seconds spent on the steps that stay."""
+    def drop_metrics_after(self, step: int) -> float:
+        """Delete the metrics of steps after `step`, which the run repeats.
+
+        Returns:
+            Seconds that the remaining steps took.
+        """
         if not self.metrics.exists():
             return 0.0
         kept = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # a line that was being written when the run was killed
+            except ValueError:  # the run was killed while it wrote this line
                 break
             if record["step"] > step:
                 break

@@ -1,4 +1,4 @@
-"""A dry run: what a compression would cost and whether it is worth it, measured on a handful of queries in memory."""
+"""A dry run: what a compression would cost and whether the context matters, measured on a few queries in memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
-from softprompt_kernels.compress.initial_prompt import initial_prompt, nothing
-from softprompt_kernels.compress.inputs import set_up
+from softprompt_kernels.compress.initial_prompt import initial_prompt
+from softprompt_kernels.compress.inputs import load_inputs
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.run import CAPTURE_TOKENS
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer
-from softprompt_kernels.models import capture, prefix_of
+from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
+from softprompt_kernels.models import prefix_of
 
 TRIED_QUERIES = 8
 TRIED_TOKENS = 8
+EVALUATION_PASSES = 6
+"""Forward passes of a run over every evaluated sequence: the teacher's twice, and those of at least four students."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Plan:
     Args:
         context_tokens, prompt_tokens: C and k.
         ratio: C / k.
-        prompt_bytes, context_kv_bytes: keys and values of both, in the model's dtype.
-        train_queries, heldout_queries: how many of each.
-        kl_none: nats per token between the model with and without the context, on a few held-out queries. It is what
-            there is to recover.
+        prompt_bytes, context_kv_bytes: bytes of the keys and values of both, in the model's dtype.
+        train_queries, heldout_queries: number of each.
+        kl_none: KL of the model without the context from the model with it, nats per token, on a few held-out
+            queries. It is what a prompt can recover at most.
         seconds_per_step: measured.
-        estimated_seconds: by stage, from rates measured here; an estimate.
+        estimated_seconds: by stage, extrapolated from what was measured.
     """
 
     context_tokens: int
@@ -51,23 +53,24 @@ class Plan:
 
 
 def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
-    """Measure on a few queries what `compress` would do with all. Nothing is written.
+    """Measure on a few queries what `compress` would do with all of them. Nothing is written.
 
     Raises:
         SoftPromptError: as `compress`.
     """
     reporter = reporter or SilentReporter()
-    setup = set_up(config)
+    inputs = load_inputs(config)
     begin = time.perf_counter()
-    context = capture(setup.model, setup.context_ids, CAPTURE_TOKENS)
+    context = capture_context(inputs.model, inputs.context_ids)
     capture_seconds = time.perf_counter() - begin
 
-    def ask(queries: int, tokens: int) -> tuple[list[Example], float]:
-        pool = [replace(query, output=None) for query in (*setup.heldout, *setup.train)]
+    def sample(queries: int, tokens: int) -> tuple[list[Example], float]:
+        """Answers of at most `tokens` tokens to the first `queries` queries, and the seconds that they took."""
+        pool = [replace(query, output=None) for query in (*inputs.heldout, *inputs.train)]
         start = time.perf_counter()
         examples = answer(
-            setup.model,
-            setup.chat,
+            inputs.model,
+            inputs.chat,
             context,
             pool[:queries],
             new_tokens=tokens,
@@ -78,32 +81,36 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         )
         return examples, time.perf_counter() - start
 
-    total = len(setup.train) + len(setup.heldout)
-    width = min(config.sample_batch, total)
-    _, first = ask(width, 1)
-    _, second = ask(width, 1 + TRIED_TOKENS)
-    examples, _ = ask(min(TRIED_QUERIES, total), min(config.new_tokens, 2 * TRIED_TOKENS))
-    decode = max(0.0, second - first) / TRIED_TOKENS
-    unknown = sum(query.output is None for query in (*setup.train, *setup.heldout))
-    sampling = unknown / width * (first + decode * config.new_tokens)
+    # Answers: one batch with 1 token gives the prefill, one with more tokens the cost of a decoding step.
+    total = len(inputs.train) + len(inputs.heldout)
+    batch_queries = min(config.sample_batch, total)
+    _, prefill_seconds = sample(batch_queries, 1)
+    _, decode_seconds = sample(batch_queries, 1 + TRIED_TOKENS)
+    examples, _ = sample(min(TRIED_QUERIES, total), min(config.new_tokens, 2 * TRIED_TOKENS))
+    token_seconds = max(0.0, decode_seconds - prefill_seconds) / TRIED_TOKENS
+    unanswered = sum(query.output is None for query in (*inputs.train, *inputs.heldout))
+    answer_seconds = unanswered / batch_queries * (prefill_seconds + token_seconds * config.new_tokens)
 
+    # Evaluation: teacher and student on the examples just sampled.
     begin = time.perf_counter()
-    distances = measure(setup.model, context, {"none": nothing(setup.model, setup.chat)}, examples, reporter, "a few")
-    per_sequence = (time.perf_counter() - begin) / (2 * len(examples))
-    # Sequences of full length: the tried ones are shorter.
-    tried = sum(example.length for example in examples) / len(examples)
-    longer = (tried + max(0, config.new_tokens - 2 * TRIED_TOKENS)) / tried
+    students = {"none": no_context_prefix(inputs.model, inputs.chat)}
+    distances = measure(inputs.model, context, students, examples, reporter, "a few")
+    sequence_seconds = (time.perf_counter() - begin) / (2 * len(examples))
+    # The run's sequences may be longer than these.
+    mean_length = sum(example.length for example in examples) / len(examples)
+    sequence_seconds *= (mean_length + max(0, config.new_tokens - 2 * TRIED_TOKENS)) / mean_length
 
-    prompt = initial_prompt(setup, context)
+    # Training: the second of two steps on sequences of full length.
+    prompt = initial_prompt(inputs, context)
     padded = [Example(e.input_ids, (e.output_ids * config.new_tokens)[: config.new_tokens]) for e in examples]
     batch = (padded * config.batch_size)[: config.batch_size]
     trainer = Trainer(
-        setup.model,
+        inputs.model,
         prompt,
         batch,
         None,
-        # Labels only: it costs what the moments cost, and needs none.
-        Objective("nll", replace(setup.objective.head, softcap=None)),
+        # NLL costs the same as KL from moments and needs no moments.
+        Objective("nll", replace(inputs.objective.head, softcap=None)),
         Schedule(1, 0.0),
         batch_size=len(batch),
         micro_batch_size=config.micro_batch_size,
@@ -111,26 +118,26 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     trainer.accumulate(range(len(batch)))
     begin = time.perf_counter()
     trainer.accumulate(range(len(batch)))
-    step = time.perf_counter() - begin
+    step_seconds = time.perf_counter() - begin
 
     with torch.no_grad():
-        prompt_bytes = prefix_of(setup.model, prompt).to(dtype=context.dtype).nbytes
-    evaluated = min(config.evaluation_sequences, len(setup.train)) + len(setup.heldout)
+        prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=context.dtype).nbytes
+    evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
     return Plan(
-        context_tokens=setup.context_tokens,
+        context_tokens=inputs.context_tokens,
         prompt_tokens=config.tokens,
-        ratio=setup.context_tokens / config.tokens,
+        ratio=inputs.context_tokens / config.tokens,
         prompt_bytes=prompt_bytes,
         context_kv_bytes=context.nbytes,
-        train_queries=len(setup.train),
-        heldout_queries=len(setup.heldout),
+        train_queries=len(inputs.train),
+        heldout_queries=len(inputs.heldout),
         kl_none=distances["none"].kl,
-        seconds_per_step=step,
+        seconds_per_step=step_seconds,
         estimated_seconds={
             "context": capture_seconds,
-            "asking the teacher": sampling,
-            "teacher's distributions": per_sequence * longer * len(setup.train),
-            "training": step * config.steps,
-            "evaluation": per_sequence * longer * evaluated * 6,
+            "teacher's answers": answer_seconds,
+            "teacher's targets": sequence_seconds * len(inputs.train),
+            "training": step_seconds * config.steps,
+            "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
         },
     )

@@ -1,4 +1,4 @@
-"""Everything that is read and checked before any work starts: texts, queries, model, and whether they fit together."""
+"""The inputs of a run: texts, queries and model, loaded and checked against each other before anything is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import load_model, resolve_device
-from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, without
+from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of
@@ -24,16 +24,17 @@ from softprompt_kernels.prompts.fingerprint import model_fingerprint, tokenizer_
 
 
 @dataclass(frozen=True, eq=False)
-class Setup:
-    """A compression that can start.
+class RunInputs:
+    """The inputs of a run, loaded and checked.
 
     Args:
-        config: what was asked for.
-        model, tokenizer, chat: loaded and prepared.
+        config: the configuration.
+        model, tokenizer: from `load_model`.
+        chat: the chat format of the tokenizer.
         text: the context.
-        context_ids: `[1, C]`, the context in tokens, on the model's device.
-        train, heldout: queries, without a common input.
-        objective: the loss.
+        context_ids: `[1, C]` int64: the tokens of the context, on the model's device.
+        train, heldout: queries. No input is in both.
+        objective: the training loss.
     """
 
     config: CompressConfig
@@ -48,15 +49,15 @@ class Setup:
 
     @property
     def context_tokens(self) -> int:
-        """C."""
+        """C, the length of the context."""
         return self.context_ids.shape[1]
 
 
 def read_text(path: Path, name: str) -> str:
-    """A text file.
+    """The content of a UTF-8 file; `name` is the option that names it.
 
     Raises:
-        SoftPromptError: it is missing, empty or no UTF-8.
+        SoftPromptError: the file is missing, empty or not UTF-8.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,15 +66,15 @@ def read_text(path: Path, name: str) -> str:
     except OSError as error:
         raise SoftPromptError(f"{name}: {path} cannot be read ({error.strerror})") from error
     if not text.strip():
-        raise SoftPromptError(f"{name}: {path} is empty, accepted is a text with at least a word")
+        raise SoftPromptError(f"{name}: {path} is empty, accepted is text with at least one word")
     return text
 
 
 def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
-    """`(training, held out)`: from files and self-study, as the configuration says.
+    """`(training, held-out)` queries from files and self-study; a training query is repeated for each of its samples.
 
     Raises:
-        SoftPromptError: a file that cannot be used, or nothing left on one of the sides.
+        SoftPromptError: a query file is invalid, or no query is left for one of the two sets.
     """
     queries = [] if config.queries is None else load_queries(config.queries)
     known = {query.input for query in queries}
@@ -82,18 +83,18 @@ def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], 
         train, heldout = hold_out(queries, config.heldout_share, config.seed)
     else:
         heldout = load_queries(config.heldout)
-        train = without(queries, heldout)
+        train = remove_held_out(queries, heldout)
     if not train:
-        raise SoftPromptError("queries: none is left to train on, all of them are held out")
+        raise SoftPromptError("queries: none is left to train on: every one is held out")
     train = [query for query in train for _ in range(config.samples if query.output is None else 1)]
     return tuple(train), tuple(heldout)
 
 
-def set_up(config: CompressConfig) -> Setup:
-    """Read, load and check everything.
+def load_inputs(config: CompressConfig) -> RunInputs:
+    """Load the inputs and check them. Nothing is written.
 
     Raises:
-        SoftPromptError: whatever cannot be served, in one sentence; nothing has been written by then.
+        SoftPromptError: an input is invalid, or two of them do not fit together.
     """
     text = read_text(config.context, "context")
     train, heldout = read_queries(config, text)
@@ -111,24 +112,28 @@ def set_up(config: CompressConfig) -> Setup:
             f"tokens: got {config.tokens} for a context of {context_tokens} tokens, "
             f"accepted is 1 to {context_tokens - 1}"
         )
-    check_fits(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
+    check_window(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
     if config.gradient_checkpointing:
-        # The model stays in evaluation mode; the trainer switches the layers alone (see `recomputing`).
+        # The model stays in evaluation mode. Only the trainer enables it, layer by layer (see `recompute_activations`).
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
-    return Setup(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)
+    return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)
 
 
-def check_fits(
+def check_window(
     model: PreTrainedModel, chat: ChatFormat, context_tokens: int, queries: Sequence[Query], new_tokens: int
 ) -> None:
-    """Refuses a context, or a query behind it, that is longer than the model's window."""
+    """Check that the context, and each query with its output behind it, fits into the model's window.
+
+    Raises:
+        SoftPromptError: one is too long.
+    """
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         return
     if context_tokens >= window:
         raise SoftPromptError(
-            f"context: got {context_tokens} tokens for a model with a window of {window}; accepted is a shorter text"
+            f"context: got {context_tokens} tokens for a model with a window of {window}, accepted is a shorter text"
         )
     for query in queries:
         output = new_tokens if query.output is None else len(chat.output_ids(query.output))
@@ -136,18 +141,21 @@ def check_fits(
         if total > window:
             raise SoftPromptError(
                 f"queries: {query.input[:40]!r} needs {total} tokens with context and output, "
-                f"accepted is the model's window of {window}"
+                f"accepted are {window}, the model's window"
             )
 
 
 def sha256(text: str) -> str:
-    """Of a text, hexadecimal."""
+    """The SHA-256 of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity(setup: Setup) -> dict[str, Any]:
-    """What makes two runs the same: all that decides the result, files by their content. JSON."""
-    config = setup.config.model_dump(
+def identity(inputs: RunInputs) -> dict[str, Any]:
+    """Everything that decides the result of a run, JSON-able. Two runs of equal identity are the same run.
+
+    Files, model and tokenizer count by their content.
+    """
+    config = inputs.config.model_dump(
         mode="json",
         exclude={
             "output",
@@ -160,13 +168,13 @@ def identity(setup: Setup) -> dict[str, Any]:
         },
     )
     for name, path in (
-        ("queries", setup.config.queries),
-        ("heldout", setup.config.heldout),
-        ("init_text", setup.config.init_text),
+        ("queries", inputs.config.queries),
+        ("heldout", inputs.config.heldout),
+        ("init_text", inputs.config.init_text),
     ):
         if path is not None:
             config[name] = sha256(path.read_text(encoding="utf-8"))
-    config["context"] = sha256(setup.text)
-    config["model"] = model_fingerprint(setup.model)
-    config["tokenizer"] = tokenizer_fingerprint(setup.tokenizer)
+    config["context"] = sha256(inputs.text)
+    config["model"] = model_fingerprint(inputs.model)
+    config["tokenizer"] = tokenizer_fingerprint(inputs.tokenizer)
     return config

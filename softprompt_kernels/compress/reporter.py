@@ -1,4 +1,4 @@
-"""What long work tells whoever started it: stages, progress and figures. The command line draws it; tests drop it."""
+"""The interface for progress: messages, stages, and figures of a stage. The command line draws them as bars."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Called as work is done."""
+    """Advances the bar of one stage."""
 
     def __call__(self, count: int, **figures: float) -> None:
-        """`count` more units are done; `figures` are shown beside the bar, as the loss of a step."""
+        """`count` more units are done. `figures`, such as the loss of a step, are shown next to the bar."""
 
 
 class Reporter(Protocol):
     """Receives messages and progress."""
 
     def message(self, text: str) -> None:
-        """One line for the reader."""
+        """Show one line of text."""
 
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """A stage of `total` units, open as long as the context is."""
+        """A context manager for a stage of `total` units; `unit` is the singular noun for one of them."""
 
 
 class SilentReporter:
     """Reports nothing."""
 
     def message(self, text: str) -> None:
-        """Dropped."""
+        """Does nothing."""
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """Dropped."""
+        """A stage that shows nothing."""
 
         def advance(count: int, **figures: float) -> None:
             pass

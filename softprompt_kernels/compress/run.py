@@ -1,8 +1,8 @@
-"""A compression from beginning to end, and the evaluation of a prompt that exists.
+"""One compression, from the text to the saved prompt.
 
-    set up → claim the folder → context's prefix → teacher's answers → baselines → teacher's targets → train → evaluate
+    inputs → folder → context → initial prompt → answers → baselines → targets → training → evaluation → saving
 
-Each part is kept in the run's folder as soon as it is there, so the same call goes on after an interruption.
+Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
 
 from __future__ import annotations
@@ -10,37 +10,33 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.distill.trainer import Schedule, StepReport, Trainer
-from softprompt_kernels.compress.evaluate.distance import check_context_matters, distance, measure, summary
+from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
+from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
+from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.initial_prompt import baselines, cut, initial_prompt, nothing, start_row
-from softprompt_kernels.compress.inputs import Setup, check_fits, identity, read_text, set_up, sha256
+from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt
+from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.sources.chat import ChatFormat
-from softprompt_kernels.compress.sources.model import load_model
-from softprompt_kernels.compress.sources.queries import Query, load_queries, save_queries, write_text
+from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
+from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
-from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import capture, head_of, prefix_of
-from softprompt_kernels.prompts import Prefix, check_destination, load, save
+from softprompt_kernels.models import head_of, prefix_of
+from softprompt_kernels.prompts import Prefix, check_destination, save
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
-
-CAPTURE_TOKENS = 1024
-"""Tokens of a context that go through the model at once."""
 
 
 class Interrupted(Exception):
-    """Training was stopped by the user; its state is saved, and the same call goes on from there."""
+    """The user stopped training. The state is saved, and the same call resumes from it."""
 
     def __init__(self, step: int, steps: int, output: Path) -> None:
         super().__init__(f"Stopped at step {step} of {steps}; saved in {output}")
@@ -51,249 +47,233 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     """Compress a context into a soft prompt.
 
     Args:
-        config: what, into what, how, where to.
-        reporter: told of the progress; None: nobody.
+        config: the configuration of the run.
+        reporter: receives the progress; None reports nothing.
 
     Returns:
         The content of evaluation.json. KL in nats per token.
 
     Raises:
-        SoftPromptError: input that cannot be served, before any work or with the last good state kept.
-        Interrupted: Ctrl-C during training, after the state was saved.
+        SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
+        Interrupted: Ctrl-C during training. The state is saved first.
     """
     begin = time.perf_counter()
     reporter = reporter or SilentReporter()
-    setup = set_up(config)
+
+    inputs = load_inputs(config)
     folder = RunFolder(config.output)
-    folder.claim(identity(setup), config.to_yaml())
+    folder.claim(identity(inputs), config.to_yaml())
     finished = folder.read_evaluation()
     if finished is not None:
-        reporter.message(f"{folder.path} holds this run, finished.")
+        reporter.message(f"The run in {folder.path} is already finished.")
         return finished
     check_destination(folder.prompt)
-    context = capture(setup.model, setup.context_ids, CAPTURE_TOKENS)
-    prompt = initial_prompt(setup, context)
-    students = baselines(setup, context, prompt)
-    train, heldout = _examples(setup, folder, context, reporter)
-    sampled = random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
-    measured = {
-        "train": measure(setup.model, context, students, sampled, reporter, "training"),
-        "heldout": measure(setup.model, context, students, heldout, reporter, "held-out"),
-    }
-    for distances in measured.values():
-        check_context_matters(distances["none"].kl)
-    targets = _targets(setup, folder, context, train, reporter)
-    trainer = Trainer(
-        setup.model,
-        prompt,
-        train,
-        targets,
-        setup.objective,
-        Schedule(config.steps, config.learning_rate, config.warmup_steps),
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-    )
-    before = _train(trainer, setup, folder, context, heldout, reporter)
-    figures: dict[str, Any] = {
-        "context_tokens": setup.context_tokens,
-        "prompt_tokens": config.tokens,
-        "ratio": setup.context_tokens / config.tokens,
-        "start": start_row(config),
-        "seconds": 0.0,
-    }
-    trained = prefix_of(setup.model, prompt).detach()
-    for name, examples in (("train", sampled), ("heldout", heldout)):
-        label = "training" if name == "train" else "held-out"
-        measured[name] |= measure(setup.model, context, {"prompt": trained}, examples, reporter, label)
-        figures[name] = summary(measured[name])
-    figures["seconds"] = time.perf_counter() - begin + before
-    save(
-        folder.prompt,
-        prompt,
-        model=setup.model,
-        tokenizer=setup.tokenizer,
-        context={"sha256": sha256(setup.text), "tokens": setup.context_tokens},
-        objective={"name": config.objective, "nll_weight": config.nll_weight, "steps": config.steps},
-        figures=figures["heldout"],
-    )
-    save_curves(folder.metrics, figures, folder.curves)
-    write_text(folder.evaluation, json.dumps(figures, indent=1) + "\n")
+
+    context = capture_context(inputs.model, inputs.context_ids)
+    prompt = initial_prompt(inputs, context)
+    run = _Run(inputs, folder, context, reporter)
+
+    baselines = run.baselines(prompt)
+    train, heldout = run.answer_queries()
+    examples = {"train": run.sample(train), "heldout": heldout}
+    distances = {name: run.measure(baselines, name, examples[name]) for name in examples}
+    for of_set in distances.values():
+        check_context_matters(of_set["none"].kl)
+
+    targets = run.teacher_targets(train)
+    seconds_before = run.train(prompt, train, targets, heldout)
+
+    trained = {"prompt": prefix_of(inputs.model, prompt).detach()}
+    for name in examples:
+        distances[name] |= run.measure(trained, name, examples[name])
+    figures = run.figures(distances)
+    figures["seconds"] = time.perf_counter() - begin + seconds_before
+    run.save(prompt, figures)
     return figures
 
 
-def evaluate_prompt(
-    model_name: str,
-    context: Path,
-    prompt_dir: Path,
-    queries: Path,
-    *,
-    new_tokens: int = 48,
-    sample_temperature: float = 1.0,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """How far a saved prompt is from the full context on given queries.
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The stages after the initial prompt, and what they share.
 
     Args:
-        model_name: folder or name of the model that the prompt was made for.
-        context: the text that was compressed.
-        prompt_dir: the saved prompt.
-        queries: JSON lines; outputs that are missing are sampled from the teacher.
-        new_tokens, sample_temperature, seed: of that sampling.
-        dtype, device: as in `load_model`.
-        reporter: told of the progress; None: nobody.
-
-    Returns:
-        `{"context_tokens", "prompt_tokens", "ratio", "queries": {...}}`, the last as a set of evaluation.json.
-
-    Raises:
-        SoftPromptError: input that cannot be served.
+        inputs: config, model, queries and so on.
+        folder: where results are stored.
+        context: the captured context.
+        reporter: receives the progress.
     """
-    reporter = reporter or SilentReporter()
-    text, asked = read_text(context, "context"), load_queries(queries)
-    model, tokenizer = load_model(model_name, dtype, device)
-    chat = ChatFormat(tokenizer)
-    prompt, record = load(prompt_dir, model, tokenizer)
-    made_from = (record or {}).get("context") or {}
-    if made_from.get("sha256") not in (None, sha256(text)):
-        reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")
-    ids = chat.context_ids(text).to(model.device)
-    check_fits(model, chat, ids.shape[1], asked, new_tokens)
-    prefix = capture(model, ids, CAPTURE_TOKENS)
-    examples = answer(
-        model,
-        chat,
-        prefix,
-        asked,
-        new_tokens=new_tokens,
-        temperature=sample_temperature,
-        batch_size=64,
-        seed=seed,
-        reporter=reporter,
-    )
-    students = {"none": nothing(model, chat), "prompt": prefix_of(model, prompt).detach()}
-    if prompt.length < prefix.length:
-        students["truncated"] = cut(model, prefix, prompt.length, "first")
-        with suppress(SoftPromptError):
-            students["untrained"] = cut(model, prefix, prompt.length, "strided")
-    distances = measure(model, prefix, students, examples, reporter, "given")
-    return {
-        "context_tokens": prefix.length,
-        "prompt_tokens": prompt.length,
-        "ratio": prefix.length / prompt.length,
-        "queries": summary(distances),
-    }
 
+    inputs: RunInputs
+    folder: RunFolder
+    context: Prefix
+    reporter: Reporter
 
-def _examples(
-    setup: Setup, folder: RunFolder, context: Prefix, reporter: Reporter
-) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples: from the folder, or asked of the teacher and put there."""
-    parts = {"train": setup.train, "heldout": setup.heldout}
-    with suppress(OSError, ValueError):  # not there yet, or cut off by a crash: the teacher is asked again
-        saved = json.loads(folder.examples.read_text(encoding="utf-8"))
-        train, heldout = ([Example(tuple(x), tuple(y)) for x, y in saved[part]] for part in parts)
-        return train, heldout
-    config, examples = setup.config, {}
-    for offset, (part, queries) in enumerate(parts.items()):
-        examples[part] = answer(
-            setup.model,
-            setup.chat,
-            context,
-            queries,
-            new_tokens=config.new_tokens,
-            temperature=config.sample_temperature,
-            batch_size=config.sample_batch,
-            seed=config.seed + offset,
-            reporter=reporter,
+    def baselines(self, prompt: Prompt) -> dict[str, Prefix | None]:
+        """The prefixes that the trained prompt has to beat, by key.
+
+        To `baseline_prefixes` it adds "initial", the prompt before training, unless that equals one of them.
+        """
+        inputs = self.inputs
+        prefixes = baseline_prefixes(inputs.model, inputs.chat, self.context, inputs.config.tokens)
+        if initial_baseline(inputs.config) == "initial":
+            prefixes["initial"] = prefix_of(inputs.model, prompt).detach()
+        return prefixes
+
+    def answer_queries(self) -> tuple[list[Example], list[Example]]:
+        """Training and held-out examples: read from the folder, or answered by the teacher and stored there."""
+        inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        queries = {"train": inputs.train, "heldout": inputs.heldout}
+        with suppress(OSError, ValueError):  # no file yet, or one that a crash cut off: the teacher answers again
+            saved = json.loads(folder.examples.read_text(encoding="utf-8"))
+            train, heldout = ([Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries)
+            return train, heldout
+        examples = {
+            name: answer(
+                inputs.model,
+                inputs.chat,
+                self.context,
+                queries[name],
+                new_tokens=config.new_tokens,
+                temperature=config.sample_temperature,
+                batch_size=config.sample_batch,
+                seed=config.seed + offset,
+                reporter=self.reporter,
+            )
+            for offset, name in enumerate(queries)
+        }
+        folder.cache.mkdir(exist_ok=True)
+        save_queries(folder.queries, {name: self._as_text(queries[name], examples[name]) for name in queries})
+        token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in queries}
+        write_text(folder.examples, json.dumps(token_ids))
+        return examples["train"], examples["heldout"]
+
+    def _as_text(self, queries: Sequence[Query], examples: Sequence[Example]) -> list[Query]:
+        """The queries with the answers as text, for people to read."""
+        decode = self.inputs.tokenizer.decode
+        return [
+            Query(query.input, str(decode(list(example.output_ids), skip_special_tokens=True)))
+            for query, example in zip(queries, examples, strict=True)
+        ]
+
+    def sample(self, train: list[Example]) -> list[Example]:
+        """The training examples that are evaluated."""
+        config = self.inputs.config
+        return random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
+
+    def measure(
+        self, students: Mapping[str, Prefix | None], name: str, examples: Sequence[Example]
+    ) -> dict[str, Distance]:
+        """The distance of each student from the teacher on the set of examples called `name`."""
+        label = "training" if name == "train" else "held-out"
+        return measure(self.inputs.model, self.context, students, examples, self.reporter, label)
+
+    def teacher_targets(self, train: Sequence[Example]) -> Targets | None:
+        """The teacher's moments or hidden states; None for an objective that needs neither."""
+        inputs = self.inputs
+        form = inputs.objective.form
+        if form is None:
+            return None
+        return cached_targets(
+            self.folder.cache,
+            {
+                "model": model_fingerprint(inputs.model),
+                "dtype": str(inputs.model.dtype),
+                "context": inputs.context_ids.tolist(),
+            },
+            inputs.model,
+            inputs.objective.head,
+            self.context,
+            train,
+            form=form,
+            temperature=inputs.config.loss_temperature,
+            reporter=self.reporter,
         )
-    folder.cache.mkdir(exist_ok=True)
-    save_queries(folder.queries, {part: _as_text(setup, parts[part], examples[part]) for part in parts})
-    write_text(folder.examples, json.dumps({p: [(e.input_ids, e.output_ids) for e in examples[p]] for p in parts}))
-    return examples["train"], examples["heldout"]
 
+    def train(
+        self, prompt: Prompt, train: Sequence[Example], targets: Targets | None, heldout: Sequence[Example]
+    ) -> float:
+        """Train to the last step, from the checkpoint if there is one.
 
-def _as_text(setup: Setup, queries: Sequence[Query], examples: Sequence[Example]) -> list[Query]:
-    """What was asked and answered, for people to read."""
-    decode = setup.tokenizer.decode
-    return [
-        Query(query.input, str(decode(list(example.output_ids), skip_special_tokens=True)))
-        for query, example in zip(queries, examples, strict=True)
-    ]
+        Returns:
+            Seconds that earlier calls spent on the steps before the checkpoint.
+        """
+        inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        trainer = Trainer(
+            inputs.model,
+            prompt,
+            train,
+            targets,
+            inputs.objective,
+            Schedule(config.steps, config.learning_rate, config.warmup_steps),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+        )
+        key = sha256(json.dumps(identity(inputs), sort_keys=True))
+        if folder.checkpoint.exists():
+            trainer.load(folder.checkpoint, key)
+            self.reporter.message(f"Resuming from step {trainer.step}.")
+        seconds_before = folder.drop_metrics_after(trainer.step)
+        head, teacher = head_of(inputs.model), None
+        if config.evaluate_every:
+            teacher = hidden_states(
+                inputs.model, self.context, heldout, self.reporter, "Full context on held-out queries"
+            )
 
+        with (
+            folder.metrics.open("a", encoding="utf-8") as metrics,
+            self.reporter.progress("Training", config.steps, "step") as advance,
+        ):
+            advance(trainer.step)
 
-def _targets(
-    setup: Setup, folder: RunFolder, context: Prefix, examples: Sequence[Example], reporter: Reporter
-) -> Targets | None:
-    form = setup.objective.form
-    if form is None:
-        return None
-    return cached_targets(
-        folder.cache,
-        {
-            "model": model_fingerprint(setup.model),
-            "dtype": str(setup.model.dtype),
-            "context": setup.context_ids.tolist(),
-        },
-        setup.model,
-        setup.objective.head,
-        context,
-        examples,
-        form=form,
-        temperature=setup.config.loss_temperature,
-        reporter=reporter,
-    )
+            def after_step(report: StepReport) -> None:
+                record = asdict(report)
+                if teacher is not None and report.step % config.evaluate_every == 0:
+                    prefix = prefix_of(inputs.model, prompt).detach()
+                    student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
+                    record["heldout_kl"] = distance(head, student, teacher).kl
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
+                figures = {"loss": report.loss}
+                if "heldout_kl" in record:
+                    figures["heldout_kl"] = record["heldout_kl"]
+                advance(1, **figures)
+                if report.step % config.checkpoint_every == 0:
+                    trainer.save(folder.checkpoint, key)
 
-
-def _train(
-    trainer: Trainer,
-    setup: Setup,
-    folder: RunFolder,
-    context: Prefix,
-    heldout: Sequence[Example],
-    reporter: Reporter,
-) -> float:
-    """Train to the end, from the checkpoint if there is one; seconds that were spent on steps before this call."""
-    config = setup.config
-    key = sha256(json.dumps(identity(setup), sort_keys=True))
-    if folder.checkpoint.exists():
-        trainer.load(folder.checkpoint, key)
-        reporter.message(f"Going on from step {trainer.step}.")
-    before = folder.cut_metrics(trainer.step)
-    head, teacher = head_of(setup.model), None
-    if config.evaluate_every:
-        teacher = hidden_states(setup.model, context, heldout, reporter, "Full context on held-out queries")
-
-    with (
-        folder.metrics.open("a", encoding="utf-8") as metrics,
-        reporter.progress("Training", config.steps, "step") as advance,
-    ):
-        advance(trainer.step)
-
-        def after_step(report: StepReport) -> None:
-            record = asdict(report)
-            if teacher is not None and report.step % config.evaluate_every == 0:
-                prefix = prefix_of(setup.model, trainer.prompt).detach()
-                student = hidden_states(setup.model, prefix, heldout, SilentReporter(), "")
-                record["heldout_kl"] = distance(head, student, teacher).kl
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            figures = {"loss": report.loss}
-            if "heldout_kl" in record:
-                figures["heldout_kl"] = record["heldout_kl"]
-            advance(1, **figures)
-            if report.step % config.checkpoint_every == 0:
+            try:
+                trainer.run(after_step)
+            except KeyboardInterrupt:
                 trainer.save(folder.checkpoint, key)
+                raise Interrupted(trainer.saved_step, config.steps, folder.path) from None
+        trainer.save(folder.checkpoint, key)
+        return seconds_before
 
-        try:
-            trainer.run(after_step)
-        except KeyboardInterrupt:
-            trainer.save(folder.checkpoint, key)
-            raise Interrupted(trainer.saved, config.steps, folder.path) from None
-    trainer.save(folder.checkpoint, key)
-    return before
+    def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
+        """The content of evaluation.json; "seconds" is still to be filled in."""
+        inputs, config = self.inputs, self.inputs.config
+        return {
+            "context_tokens": inputs.context_tokens,
+            "prompt_tokens": config.tokens,
+            "ratio": inputs.context_tokens / config.tokens,
+            "start": initial_baseline(config),
+            "seconds": 0.0,
+            **{name: summary(of_set) for name, of_set in distances.items()},
+        }
+
+    def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
+        """Write the prompt, the curves and, last, evaluation.json, which marks the run as finished."""
+        inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        save(
+            folder.prompt,
+            prompt,
+            model=inputs.model,
+            tokenizer=inputs.tokenizer,
+            context={"sha256": sha256(inputs.text), "tokens": inputs.context_tokens},
+            objective={"name": config.objective, "nll_weight": config.nll_weight, "steps": config.steps},
+            figures=figures["heldout"],
+        )
+        save_curves(folder.metrics, figures, folder.curves)
+        write_text(folder.evaluation, json.dumps(figures, indent=1) + "\n")

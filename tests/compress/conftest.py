@@ -1,4 +1,4 @@
-"""A tiny model in memory, a text for it, and examples in tokens."""
+"""A tiny model in memory, a text for it, examples as token ids, and small configurations."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def text() -> str:
 
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
-    """Seven, of different lengths; two of them with outputs of one token."""
+    """Seven examples of different lengths. Two of them have outputs of one token."""
     generator = torch.Generator().manual_seed(5)
     shapes = [(3, 4), (1, 1), (6, 2), (2, 7), (5, 5), (4, 1), (3, 3)]
 
@@ -53,13 +53,13 @@ def examples() -> list[Example]:
 
 @pytest.fixture(scope="session")
 def context(model: PreTrainedModel) -> Prefix:
-    """A context of 20 tokens, captured."""
+    """A captured context of 20 tokens."""
     return capture(model, torch.randint(0, 250, (1, 20), generator=torch.Generator().manual_seed(6)))
 
 
 @pytest.fixture
 def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., CompressConfig]:
-    """A run of few steps that takes its text and six queries from `tmp_path`; options replace its settings."""
+    """`make_config(steps=2)`: a short run with text and six queries in `tmp_path`; options override its settings."""
     (tmp_path / "context.txt").write_text(TEXT, encoding="utf-8")
     (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"input": i}) + "\n" for i in INPUTS), encoding="utf-8")
 
@@ -85,8 +85,8 @@ def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Compre
     return make
 
 
-class CountingReporter:
-    """Remembers messages and stages; raises `error` when stage `stage` has advanced by `after` units in all."""
+class RecordingReporter:
+    """Records messages and stages. Raises `error` when `stage` has advanced by `after` units in total."""
 
     def __init__(self, stage: str = "", after: int = 0, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.messages: list[str] = []
@@ -110,13 +110,19 @@ class CountingReporter:
 
 
 @pytest.fixture
-def counting() -> type[CountingReporter]:
-    return CountingReporter
+def recording_reporter() -> type[RecordingReporter]:
+    return RecordingReporter
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run does not draw its curves: that takes longer than everything else."""
+    monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
 
 
 @pytest.fixture
 def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """While the context is open no file grows beyond `room` bytes: writes end in the middle, as on a full disk."""
+    """`with full_disk(room):` limits files to `room` bytes, so that a write stops in the middle, as on a full disk."""
     resource = pytest.importorskip("resource", reason="needs the file size limits of POSIX")
 
     @contextlib.contextmanager

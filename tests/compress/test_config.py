@@ -1,4 +1,4 @@
-"""The configuration: one meaning in YAML and in overrides, and a sentence for whatever is wrong."""
+"""The configuration: a field means the same in YAML and as an override, and every error has a message."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import pytest
 from softprompt_kernels.compress.config import CompressConfig, accepted, load_config
 from softprompt_kernels.errors import SoftPromptError
 
-LEAST = {"model": "m", "context": "c.txt", "output": "run", "tokens": 8}
+REQUIRED = {"model": "m", "context": "c.txt", "output": "run", "tokens": 8}
 
 
-def refusal(path: Path | None = None, **overrides: object) -> str:
+def message_of(path: Path | None = None, **overrides: object) -> str:
     with pytest.raises(SoftPromptError) as caught:
-        load_config(path, {**LEAST, **overrides})
+        load_config(path, {**REQUIRED, **overrides})
     assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value).lower()
     return str(caught.value)
 
@@ -34,22 +34,22 @@ def test_overrides_win_over_the_file(yaml_file):
     assert config.context == Path("c.txt")
 
 
-def test_what_yaml_takes_for_a_text_is_still_a_number(yaml_file):
-    assert load_config(yaml_file("learning_rate: 2e-2"), LEAST).learning_rate == 0.02
+def test_a_number_that_yaml_reads_as_a_string_is_still_a_number(yaml_file):
+    assert load_config(yaml_file("learning_rate: 2e-2"), REQUIRED).learning_rate == 0.02
 
 
 def test_an_empty_file_changes_nothing(yaml_file):
-    assert load_config(yaml_file("# nothing yet\n"), LEAST) == load_config(None, LEAST)
+    assert load_config(yaml_file("# nothing yet\n"), REQUIRED) == load_config(None, REQUIRED)
 
 
-def test_written_and_read_again_it_is_the_same(yaml_file):
-    config = load_config(None, {**LEAST, "init": "text", "init_text": "ä.txt", "max_grad_norm": 1.5, "steps": 3})
+def test_a_written_configuration_is_read_back_as_equal(yaml_file):
+    config = load_config(None, {**REQUIRED, "init": "text", "init_text": "ä.txt", "max_grad_norm": 1.5, "steps": 3})
     assert load_config(yaml_file(config.to_yaml()), {}) == config
 
 
-def test_a_home_folder_is_found(monkeypatch, tmp_path):
+def test_a_tilde_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_config(None, {**LEAST, "context": "~/c.txt"}).context == tmp_path / "c.txt"
+    assert load_config(None, {**REQUIRED, "context": "~/c.txt"}).context == tmp_path / "c.txt"
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
     [("kv", 8, None, 1), ("kv", 1, None, 0), ("embedding", 8, None, 0), ("kv", 8, 0, 0), ("embedding", 8, 3, 3)],
 )
 def test_the_sink_is_frozen_by_default_in_kv_prompts_only(kind, tokens, given, frozen):
-    config = load_config(None, {**LEAST, "kind": kind, "tokens": tokens, "frozen_tokens": given})
+    config = load_config(None, {**REQUIRED, "kind": kind, "tokens": tokens, "frozen_tokens": given})
     assert config.frozen == frozen
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (4, 4), (5, 5), (200, 5)])
-def test_warmup_fits_into_a_short_training(steps, warmup):
-    assert load_config(None, {**LEAST, "steps": steps}).warmup_steps == warmup
+def test_the_default_warmup_fits_into_a_short_training(steps, warmup):
+    assert load_config(None, {**REQUIRED, "steps": steps}).warmup_steps == warmup
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_warmup_fits_into_a_short_training(steps, warmup):
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
-    message = refusal(**{field: value})
+    message = message_of(**{field: value})
     assert message == f"{field}: got {value!r}, accepted is {accepted(field)}"
 
 
@@ -130,33 +130,33 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, field):
-    assert refusal(**overrides).startswith(f"{field}: ")
+    assert message_of(**overrides).startswith(f"{field}: ")
 
 
 def test_accepted_says_the_range_in_words():
-    assert accepted("tokens") == "a whole number ≥ 1"
+    assert accepted("tokens") == "an integer ≥ 1"
     assert accepted("heldout_share") == "a number > 0 and < 1"
     assert accepted("kind") == "one of kv, embedding"
     assert accepted("max_grad_norm") == "a number > 0"
-    assert accepted("threads") == "a whole number ≥ 1"
+    assert accepted("threads") == "an integer ≥ 1"
     assert accepted("init_text") == "a path"
 
 
 def test_all_wrong_fields_are_named_at_once():
-    message = refusal(steps=0, tokens=0)
+    message = message_of(steps=0, tokens=0)
     assert "steps: got 0" in message and "tokens: got 0" in message
 
 
-def test_what_is_missing_is_named():
+def test_missing_fields_are_named():
     with pytest.raises(
         SoftPromptError, match=r"^model: missing.*; context: missing.*; output: missing.*; tokens: missing"
     ):
         load_config(None, {})
 
 
-def test_an_unknown_key_comes_with_a_guess(yaml_file):
+def test_an_unknown_key_comes_with_a_suggestion(yaml_file):
     path = yaml_file("learning_rat: 0.1\nzzz: 1\n")
-    message = refusal(path)
+    message = message_of(path)
     assert message.startswith(f"{path}: ")
     assert "learning_rat: unknown, did you mean learning_rate?" in message and "zzz: unknown" in message
 
@@ -173,22 +173,22 @@ def test_an_unknown_key_comes_with_a_guess(yaml_file):
         (b"model: \xff\xfe", "is not UTF-8 text (byte 7)"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_named(yaml_file, text, fragment):
+def test_an_invalid_configuration_file_is_named(yaml_file, text, fragment):
     path = yaml_file(text)
-    message = refusal(path)
+    message = message_of(path)
     assert message.startswith(str(path)) and fragment in message
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    assert refusal(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'} cannot be read: No such file or directory"
-    assert refusal(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+def test_a_missing_file_is_named(tmp_path):
+    assert message_of(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'} cannot be read: No such file or directory"
+    assert message_of(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_has_a_description():
     for name, field in CompressConfig.model_fields.items():
         assert field.description and field.description.endswith((".", "...")), name
 
 
-def test_a_configuration_cannot_be_changed():
+def test_a_configuration_is_immutable():
     with pytest.raises(ValueError, match="frozen"):
-        load_config(None, LEAST).steps = 3
+        load_config(None, REQUIRED).steps = 3

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what of its metrics stays."""
+"""The folder of a run: which run it belongs to, and which metrics are kept."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.errors import SoftPromptError
 
 
-def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
+def test_a_folder_is_claimed_once_and_recognised_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "new" / "run")
     folder.claim({"steps": 3}, "steps: 3\n")
     assert (folder.path / "config.yaml").read_text() == "steps: 3\n"
@@ -21,11 +21,11 @@ def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
         folder.claim({"steps": 4, "seed": 1}, "")
 
 
-def test_a_full_disk_at_the_claim_leaves_a_folder_that_the_same_run_can_take(
+def test_after_a_full_disk_the_same_run_can_claim_the_folder(
     tmp_path: Path, full_disk: Callable[..., AbstractContextManager[None]]
 ) -> None:
     folder, identity = RunFolder(tmp_path / "run"), {"steps": 3}
-    for room in (4, 64):  # none for the record; none for the configuration
+    for room in (4, 64):  # too little for run.json; enough for it, but too little for config.yaml
         with full_disk(room), pytest.raises(SoftPromptError, match=r"output: .* cannot be written \(File too large\)"):
             folder.claim(identity, "steps: 3\n" * 100)
     folder.claim(identity, "steps: 3\n" * 100)
@@ -35,17 +35,17 @@ def test_a_full_disk_at_the_claim_leaves_a_folder_that_the_same_run_can_take(
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.cut_metrics(3) == 0
+    assert folder.drop_metrics_after(3) == 0
     lines = [json.dumps({"step": step, "seconds": 0.5}) for step in range(1, 6)]
     folder.metrics.write_text("\n".join(lines) + '\n{"step": 6, "sec')
-    assert folder.cut_metrics(3) == 1.5
+    assert folder.drop_metrics_after(3) == 1.5
     assert folder.metrics.read_text().splitlines() == lines[:3]
-    assert folder.cut_metrics(0) == 0
+    assert folder.drop_metrics_after(0) == 0
     assert folder.metrics.read_text() == ""
 
 
 @pytest.mark.parametrize("content", [None, "", '{"kl'])
-def test_a_run_without_whole_figures_is_not_finished(tmp_path: Path, content: str | None) -> None:
+def test_a_run_with_missing_or_truncated_figures_is_not_finished(tmp_path: Path, content: str | None) -> None:
     folder = RunFolder(tmp_path)
     if content is not None:
         folder.evaluation.write_text(content)

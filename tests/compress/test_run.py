@@ -1,4 +1,4 @@
-"""A compression from end to end: what it leaves, that it goes on where it was, and what it refuses."""
+"""A whole run: the files it writes, that it can be resumed at every stage, and the input it refuses."""
 
 import json
 from collections.abc import Callable
@@ -23,15 +23,17 @@ from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
 Make = Callable[..., CompressConfig]
 FullDisk = Callable[..., AbstractContextManager[None]]
 
+pytestmark = pytest.mark.usefixtures("no_plot")
+
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """All but the seconds."""
+    """The metrics without the seconds."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Parameters, optimiser, metrics and figures, bit for bit."""
+    """Parameters, optimiser state, metrics and figures have the same bits."""
     assert metrics(first) == metrics(second)
     for name in ("checkpoint.safetensors", "prompt/adapter_model.safetensors"):
         one, other = load_file(first / name), load_file(second / name)
@@ -44,7 +46,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def check_figures(figures: dict[str, Any], output: Path) -> None:
-    """What evaluation.json has to hold."""
+    """evaluation.json holds `figures` and all that belongs in it."""
     assert json.loads((output / "evaluation.json").read_text()) == figures
     assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "train", "heldout"}
     for part in (figures["train"], figures["heldout"]):
@@ -54,25 +56,19 @@ def check_figures(figures: dict[str, Any], output: Path) -> None:
         assert part["kl_none"] > 0.01
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plot takes longer than all the rest."""
-    monkeypatch.setattr(module, "save_curves", lambda *_: None)
+# The files of a run
 
 
-# What a run leaves
-
-
-def test_a_run_leaves_its_parts(
+def test_a_run_writes_all_its_files(
     make_config: Make,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    counting: Any,
+    recording_reporter: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "save_curves", save_curves)
     config = make_config(evaluate_every=2)
-    reporter = counting()
+    reporter = recording_reporter()
     figures = compress(config, reporter)
     output = config.output
     check_figures(figures, output)
@@ -97,7 +93,7 @@ def test_a_run_leaves_its_parts(
 
 @pytest.mark.parametrize("init", ["strided", "first", "text", "vocabulary", "random"])
 @pytest.mark.parametrize("kind", ["kv", "embedding"])
-def test_every_kind_and_start_is_trained(
+def test_every_kind_and_initialisation_is_trained(
     make_config: Make, tmp_path: Path, model: PreTrainedModel, kind: str, init: str
 ) -> None:
     options: dict[str, Any] = {"kind": kind, "init": init, "steps": 2}
@@ -134,15 +130,15 @@ def test_training_recovers_what_an_untrained_prompt_lost(make_config: Make) -> N
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"micro_batch_size": 1}], ids=str)
-def test_what_saves_memory_changes_no_figure(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
-    plain = compress(make_config())
-    saving = compress(make_config(output=tmp_path / "saving", **options))
-    assert (tmp_path / "run/queries.jsonl").read_text() == (tmp_path / "saving/queries.jsonl").read_text()
+def test_options_that_save_memory_change_no_figure(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = compress(make_config())
+    found = compress(make_config(output=tmp_path / "other", **options))
+    assert (tmp_path / "run/queries.jsonl").read_text() == (tmp_path / "other/queries.jsonl").read_text()
     for part in ("train", "heldout"):
-        assert saving[part] == pytest.approx(plain[part], rel=1e-4)
+        assert found[part] == pytest.approx(expected[part], rel=1e-4)
 
 
-def test_self_study_and_outputs_that_are_given(make_config: Make, tmp_path: Path) -> None:
+def test_self_study_queries_with_given_held_out_outputs(make_config: Make, tmp_path: Path) -> None:
     lines = [{"input": "Who keeps it?", "output": "Mira."}, {"input": "Where?"}]
     (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = make_config(queries=None, heldout=tmp_path / "heldout.jsonl", selfstudy=5, steps=1)
@@ -165,107 +161,111 @@ def test_several_answers_to_a_query_differ(make_config: Make) -> None:
     assert all(count > 1 for name, count in counts.items() if name.startswith("train"))
 
 
-# Again, and after an interruption
+# The same call again: after the end, and after an interruption
 
 
-def test_a_finished_run_is_given_back_without_work(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch, counting: Any
+def test_a_finished_run_returns_its_figures_without_work(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, recording_reporter: Any
 ) -> None:
     config = make_config(steps=2)
     figures = compress(config)
-    for name in ("capture", "answer", "Trainer"):
+    for name in ("capture_context", "answer", "Trainer"):
         monkeypatch.setattr(module, name, None)
-    reporter = counting()
+    reporter = recording_reporter()
     assert compress(config, reporter) == figures
-    assert reporter.messages == [f"{config.output} holds this run, finished."]
+    assert reporter.messages == [f"The run in {config.output} is already finished."]
 
 
 @pytest.mark.parametrize("kind", ["kv", "embedding"])
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    make_config: Make, tmp_path: Path, counting: Any, kind: str, step: int
+def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
+    make_config: Make, tmp_path: Path, recording_reporter: Any, kind: str, step: int
 ) -> None:
     whole = make_config(kind=kind, evaluate_every=2, output=tmp_path / "whole")
     compress(whole)
     config = make_config(kind=kind, evaluate_every=2)
     with pytest.raises(Interrupted) as stop:
-        compress(config, counting("Training", step))
+        compress(config, recording_reporter("Training", step))
     assert (stop.value.step, stop.value.steps, stop.value.output) == (step, 5, config.output)
     assert not (config.output / "evaluation.json").exists()
-    reporter = counting()
+    reporter = recording_reporter()
     compress(config, reporter)
-    assert f"Going on from step {step}." in reporter.messages
+    assert f"Resuming from step {step}." in reporter.messages
     assert_same_run(config.output, whole.output)
 
 
-def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counting: Any
+def test_a_killed_run_resumes_from_its_last_checkpoint(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording_reporter: Any
 ) -> None:
     whole = make_config(output=tmp_path / "whole")
     compress(whole)
     config = make_config()
     with pytest.raises(SystemError):
-        compress(config, counting("Training", 3, SystemError))
+        compress(config, recording_reporter("Training", 3, SystemError))
     assert [record["step"] for record in metrics(config.output)] == [1, 2, 3]
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    reporter = counting()
+    reporter = recording_reporter()
     compress(config, reporter)
-    assert "Going on from step 2." in reporter.messages
+    assert "Resuming from step 2." in reporter.messages
     assert_same_run(config.output, whole.output)
 
 
 @pytest.mark.parametrize(
-    "stage", ["Asking the teacher", "Full context, training queries", "Teacher's distributions, part 1 of 1"]
+    "stage", ["Teacher's answers", "Full context, training queries", "Teacher's targets, part 1 of 1"]
 )
-def test_an_interruption_before_training_loses_nothing_either(
-    make_config: Make, tmp_path: Path, counting: Any, stage: str
+def test_a_run_that_is_interrupted_before_training_ends_with_the_same_bits(
+    make_config: Make, tmp_path: Path, recording_reporter: Any, stage: str
 ) -> None:
     whole = make_config(output=tmp_path / "whole")
-    reporter = counting()
+    reporter = recording_reporter()
     compress(whole, reporter)
     config = make_config()
     with pytest.raises(KeyboardInterrupt):
-        compress(config, counting(stage, reporter.done[stage]))
+        compress(config, recording_reporter(stage, reporter.done[stage]))
     compress(config)
     assert_same_run(config.output, whole.output)
 
 
-def test_another_checkpoint_rate_or_device_of_the_same_run_goes_on(make_config: Make, counting: Any) -> None:
+def test_a_run_resumes_with_other_checkpoint_micro_batch_and_thread_options(
+    make_config: Make, recording_reporter: Any
+) -> None:
     with pytest.raises(Interrupted):
-        compress(make_config(), counting("Training", 3))
-    reporter = counting()
+        compress(make_config(), recording_reporter("Training", 3))
+    reporter = recording_reporter()
     compress(make_config(checkpoint_every=1, micro_batch_size=2, threads=1), reporter)
-    assert "Going on from step 3." in reporter.messages
+    assert "Resuming from step 3." in reporter.messages
 
 
-@pytest.mark.parametrize("broken", ["cut", "empty"])
-def test_a_broken_record_of_answers_is_made_anew(make_config: Make, counting: Any, tmp_path: Path, broken: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "empty"])
+def test_a_damaged_file_of_answers_is_made_again(
+    make_config: Make, recording_reporter: Any, tmp_path: Path, damage: str
+) -> None:
     whole = make_config(output=tmp_path / "whole")
     compress(whole)
     config = make_config()
     with pytest.raises(Interrupted):
-        compress(config, counting("Training", 3))
+        compress(config, recording_reporter("Training", 3))
     path = config.output / "cache" / "examples.json"
-    path.write_text(path.read_text()[:-20] if broken == "cut" else "")
+    path.write_text(path.read_text()[:-20] if damage == "truncated" else "")
     compress(config)
     assert_same_run(config.output, whole.output)
 
 
-def test_a_truncated_checkpoint_ends_in_a_sentence(make_config: Make, counting: Any) -> None:
+def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, recording_reporter: Any) -> None:
     config = make_config()
     with pytest.raises(Interrupted):
-        compress(config, counting("Training", 3))
+        compress(config, recording_reporter("Training", 3))
     path = config.output / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .* delete it to start anew"):
+    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .* delete it to start over"):
         compress(config)
     path.unlink()
     compress(config)
     assert [record["step"] for record in metrics(config.output)] == [1, 2, 3, 4, 5]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: FullDisk
 ) -> None:
     whole = make_config(output=tmp_path / "whole")
@@ -293,7 +293,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
     assert_same_run(config.output, whole.output)
 
 
-# Folders that are not this run's
+# Folders that do not belong to this run
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
         ({"steps": 6}, "steps"),
     ],
 )
-def test_another_run_in_the_folder_is_refused_by_what_differs(
+def test_another_run_in_the_folder_is_refused_with_the_options_that_differ(
     make_config: Make, options: dict[str, Any], named: str
 ) -> None:
     compress(make_config(steps=1))
@@ -327,11 +327,11 @@ def test_a_changed_text_or_query_file_is_another_run(make_config: Make, tmp_path
         path.write_text(before)
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(make_config: Make) -> None:
+def test_a_folder_with_other_files_is_refused_and_not_changed(make_config: Make) -> None:
     config = make_config()
     config.output.mkdir()
     (config.output / "thesis.tex").write_text("mine")
-    with pytest.raises(SoftPromptError, match="holds something that is no run"):
+    with pytest.raises(SoftPromptError, match="holds files that are not of a run"):
         compress(config)
     assert [entry.name for entry in config.output.iterdir()] == ["thesis.tex"]
     file = make_config(output=config.output / "thesis.tex")
@@ -339,7 +339,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(make_config: Make) 
         compress(file)
 
 
-def test_an_unreadable_record_is_refused(make_config: Make) -> None:
+def test_a_damaged_run_json_is_refused(make_config: Make) -> None:
     config = make_config(steps=1)
     config.output.mkdir()
     for content in ("", "[]", '{"identity": 3}', "{"):
@@ -348,7 +348,7 @@ def test_an_unreadable_record_is_refused(make_config: Make) -> None:
             compress(config)
 
 
-# Input that cannot be served: refused before anything is written
+# Bad input: refused before anything is written
 
 
 @pytest.mark.parametrize(
@@ -359,21 +359,21 @@ def test_an_unreadable_record_is_refused(make_config: Make) -> None:
         ({}, {"context.txt": b"\xff\xfe\x00"}, r"context\.txt is not UTF-8 text \(byte 0\)"),
         ({}, {"context.txt": None}, r"context\.txt cannot be read"),
         ({}, {"context.txt": "word " * 200}, r"context: got \d+ tokens for a model with a window of 512"),
-        ({"new_tokens": 500}, {}, r"queries: 'W.*' needs \d+ tokens with context and output, accepted is .* 512"),
+        ({"new_tokens": 500}, {}, r"queries: 'W.*' needs \d+ tokens with context and output, accepted are 512"),
         ({"tokens": 100_000}, {}, r"tokens: got 100000 for a context of (\d+) tokens, accepted is 1 to \d+"),
         ({}, {"queries.jsonl": ""}, "holds no query"),
         ({}, {"queries.jsonl": '{"input": "a"}\n{"inptu": "b"}'}, "line 2"),
         ({}, {"queries.jsonl": '{"input": "a"}'}, "got 1 different input"),
         ({"heldout": "queries.jsonl"}, {}, "none is left to train on"),
         ({"heldout": "missing.jsonl"}, {}, "cannot be read"),
-        ({"model": "/nowhere/at/all"}, {}, "model: nothing that can be loaded under '/nowhere/at/all'"),
+        ({"model": "/nowhere/at/all"}, {}, "model: cannot load '/nowhere/at/all'"),
         ({"device": "nonsense"}, {}, "device: got 'nonsense'"),
         ({"init": "text", "init_text": "start.txt"}, {"start.txt": " "}, "init_text: .* is empty"),
         ({"nll_weight": 0.5, "loss_temperature": 2.0}, {}, "loss_temperature: got 2.0"),
     ],
     ids=str,
 )
-def test_what_cannot_be_served_is_refused_before_anything_is_written(
+def test_bad_input_is_refused_before_anything_is_written(
     make_config: Make, tmp_path: Path, options: dict[str, Any], files: dict[str, Any], reason: str
 ) -> None:
     named = {name: tmp_path / value for name, value in options.items() if name in ("heldout", "init_text")}
@@ -388,7 +388,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_written(
     assert not config.output.exists()
 
 
-def test_the_longest_prompt_is_one_below_the_context(make_config: Make) -> None:
+def test_the_longest_prompt_has_one_token_less_than_the_context(make_config: Make) -> None:
     tokens = compress(make_config(steps=1))["context_tokens"]
     with pytest.raises(SoftPromptError, match=f"accepted is 1 to {tokens - 1}"):
         compress(make_config(tokens=tokens))
@@ -399,7 +399,7 @@ def test_the_longest_prompt_is_one_below_the_context(make_config: Make) -> None:
 def test_a_context_that_does_not_matter_is_refused_before_training(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softprompt_kernels.compress.evaluate.distance.MEANINGLESS_KL", 1e9)
+    monkeypatch.setattr("softprompt_kernels.compress.evaluate.distance.NEGLIGIBLE_KL", 1e9)
     config = make_config()
     with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
         compress(config)
@@ -407,13 +407,13 @@ def test_a_context_that_does_not_matter_is_refused_before_training(
     assert not (config.output / "prompt").exists()
 
 
-def test_a_start_that_the_model_cannot_have_is_refused_before_the_teacher_is_asked(
+def test_an_initialisation_that_the_model_cannot_have_is_refused_before_the_teacher_answers(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise SoftPromptError("cannot be moved")
 
-    monkeypatch.setattr("softprompt_kernels.compress.initial_prompt.shift_keys", refuse)
+    monkeypatch.setattr("softprompt_kernels.compress.teacher.context.shift_keys", refuse)
     monkeypatch.setattr(module, "answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
         compress(make_config())

@@ -1,1 +1,1 @@
-"""Training of the prompt end to end: where it starts, the objective and the trainer."""
+"""Training of the prompt end to end: the objective and the trainer."""

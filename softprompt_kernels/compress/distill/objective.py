@@ -1,12 +1,12 @@
-"""The loss of a student against the teacher's targets, summed over tokens.
+"""The training loss of the student against the teacher's targets, summed over tokens.
 
-| objective | head | targets | products with the head | op |
+| objective | head | targets | GEMMs with the head per step | op |
 |---|---|---|---|---|
 | kl, nll, mixtures | linear | moments | 2 | `linear_kl_div_from_moments` |
 | kl | with softcap | hidden | 3 | `linear_kl_div` |
 | reverse_kl, jsd | any | hidden | 3 | `linear_kl_div` |
 
-`nll_weight` λ mixes `(1 − λ)·divergence + λ·NLL(y)`; objective "nll" is λ = 1, for which no teacher is run at all.
+`nll_weight` λ mixes `(1 − λ)·divergence + λ·NLL(y)`. Objective "nll" is λ = 1 and needs no teacher targets.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, linear_kl_div, linear_kl_div_from_moments
 
-DIVERGENCES = {"kl": "forward", "reverse_kl": "reverse", "jsd": "jsd"}
+DIVERGENCE_OF = {"kl": "forward", "reverse_kl": "reverse", "jsd": "jsd"}  # objective -> `divergence` of the op
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What is minimised.
+    """A training loss.
 
     Args:
         name: "kl", "reverse_kl", "jsd" or "nll".
         head: the model's head.
-        nll_weight: λ, from 0 to 1.
-        beta: of the JSD.
-        temperature: divides both logits, multiplies the loss by its square.
+        nll_weight: λ, from 0 to 1; above 0 only with "kl".
+        beta: weight of the teacher in the mixture of "jsd".
+        temperature: T. Divides the logits of student and teacher; the divergence is multiplied by T².
 
     Raises:
-        SoftPromptError: a mixture that is not served: labels need a linear head at temperature 1, and go with the
-            forward KL.
+        SoftPromptError: an unknown name, or a mixture that is not supported. A loss with labels needs a linear head,
+            temperature 1 and the forward KL.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Objective:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.name not in (*DIVERGENCES, "nll"):
+        if self.name not in (*DIVERGENCE_OF, "nll"):
             raise SoftPromptError(f"objective: got {self.name!r}, accepted are kl, reverse_kl, jsd and nll")
         if self.label_weight == 0:
             return
@@ -64,24 +64,24 @@ class Objective:
 
     @property
     def label_weight(self) -> float:
-        """λ: 1 for "nll"."""
+        """λ; 1 for "nll"."""
         return 1.0 if self.name == "nll" else self.nll_weight
 
     @property
     def form(self) -> Form | None:
-        """What it needs of the teacher: None where it needs nothing."""
+        """What the loss needs from the teacher for each token: moments, the last hidden state, or nothing (None)."""
         if self.label_weight == 1:
             return None
         return "moments" if self.name == "kl" and self.head.softcap is None else "hidden"
 
     def loss(self, hidden: Tensor, labels: Tensor, examples: Sequence[int], targets: Targets | None) -> Tensor:
-        """Scalar, summed over tokens, nats (times temperature²).
+        """The loss summed over tokens, a scalar, in nats (times T²).
 
         Args:
-            hidden: `[n, d]`, the student's rows, differentiable.
-            labels: `[n]`, the tokens that follow.
-            examples: indices in `targets` whose rows these are, in order.
-            targets: the teacher's, in this objective's `form`; None where that is None.
+            hidden: `[n, d]`: the student's hidden states, differentiable.
+            labels: `[n]` int64: the tokens that follow.
+            examples: the indices in `targets` of the examples that the rows belong to, in order.
+            targets: the teacher's targets in this objective's `form`; None if the form is None.
         """
         head = self.head
         if self.form == "hidden":
@@ -93,14 +93,14 @@ class Objective:
                 bias=head.bias,
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
-                divergence=DIVERGENCES[self.name],
+                divergence=DIVERGENCE_OF[self.name],
                 beta=self.beta,
                 temperature=self.temperature,
                 reduction="sum",
             )
         return linear_kl_div_from_moments(
             hidden,
-            self._no_teacher(hidden) if targets is None else targets.moments(examples, hidden.device),
+            self._unused_moments(hidden) if targets is None else targets.moments(examples, hidden.device),
             head.weight,
             labels=labels if self.label_weight else None,
             label_weight=self.label_weight,
@@ -110,8 +110,8 @@ class Objective:
             reduction="sum",
         )
 
-    def _no_teacher(self, hidden: Tensor) -> TeacherMoments:
-        """Moments that label weight 1 leaves out of the sum."""
+    def _unused_moments(self, hidden: Tensor) -> TeacherMoments:
+        """Zero moments of the right shapes, for label weight 1, which gives them weight 0."""
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
         mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)

@@ -1,14 +1,15 @@
-"""The trainer: AdamW on σ, everything else frozen.
+"""The trainer: AdamW on the soft prompt σ. Everything else is frozen.
 
-A step: draw a batch, run the prompt's prefix once, run the batch behind it in micro-batches, add up the gradient of
+One step draws a batch, computes the prompt's prefix, runs the batch behind the prefix in micro-batches, accumulates the
+gradient of
 
     loss = Σ_tokens loss(token) / number of tokens in the whole batch
 
-so that neither micro-batches nor padding change its scale, and update σ at the cosine's learning rate.
+and updates σ at the learning rate of the schedule. Neither micro-batches nor padding change the scale of this loss.
 
-The prefix is a leaf for the micro-batches and is differentiated once at the end: an embedding prompt pays its pass
-through the model once a step. The order of examples is a function of seed and epoch, and nothing else is random, so
-a run that was interrupted goes on bit for bit as if it had not been.
+The micro-batches see the prefix as a leaf, and autograd runs through the prefix once at the end of the step. So an
+embedding prompt costs one pass through the model a step. The order of examples depends on seed and epoch only, and
+nothing else is random: a resumed run gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix
 
 Prompt = KVPrompt | EmbeddingPrompt
-BETAS = (0.9, 0.95)  # few steps: a long second moment would remember the start for the whole run
+BETAS = (0.9, 0.95)  # runs are short: with AdamW's 0.999 the first gradients would count until the end
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`."""
+    """Number of steps, and the learning rate: linear from 0 over `warmup_steps`, then a cosine to 0 at `steps`."""
 
     steps: int
     learning_rate: float
     warmup_steps: int = 0
 
     def at(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0."""
+        """The learning rate of step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -56,7 +57,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did: loss per token, norm of the gradient, learning rate, tokens in the loss, seconds."""
+    """One step: its number from 1, mean loss per token, gradient norm before clipping, learning rate, tokens in the
+    loss, seconds."""
 
     step: int
     loss: float
@@ -67,19 +69,24 @@ class StepReport:
 
 
 class Trainer:
-    """Trains one prompt on examples with their targets.
+    """Trains one prompt.
 
     Args:
         model: prepared and frozen.
-        prompt: its parameters are trained in place.
+        prompt: trained in place.
         examples: the training set.
-        targets: of these examples, in the objective's form.
-        objective: what is minimised.
-        schedule: how long and how fast.
-        batch_size: examples a step; at most all of them.
-        micro_batch_size: examples that go through the model at once, None: all of the batch. Memory only.
-        weight_decay, max_grad_norm: as in AdamW and gradient clipping; None: no clipping.
+        targets: the teacher's targets of these examples, in the objective's form; None if it needs none.
+        objective: the loss.
+        schedule: number of steps and learning rate.
+        batch_size: examples a step, cut to the size of the training set.
+        micro_batch_size: examples that go through the model at once; None: the whole batch. It changes memory and time,
+            not the gradient.
+        weight_decay: as in AdamW.
+        max_grad_norm: as in `clip_grad_norm_`; None: no clipping.
         seed: of the order of examples.
+
+    Raises:
+        SoftPromptError: all tokens of the prompt are frozen.
     """
 
     def __init__(
@@ -104,21 +111,25 @@ class Trainer:
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.parameters = [p for p in prompt.parameters() if p.numel()]
         if not self.parameters:
-            raise SoftPromptError("frozen_tokens: got all tokens of the prompt, accepted is fewer: nothing is trained")
+            raise SoftPromptError("frozen_tokens: got all tokens of the prompt, accepted is fewer: none would train")
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=weight_decay
         )
         self.step = 0
-        self.whole = True  # False while σ is being updated
-        self.saved = 0  # the step of the last checkpoint
+        self.consistent = True  # False while an update of σ is under way
+        self.saved_step = 0  # the step of the last checkpoint
 
     def run(self, after_step: Callable[[StepReport], None]) -> None:
-        """Train from the current step to the last; `after_step` is told of each once σ has been updated."""
+        """Train from the current step to the last; `after_step` is called after each update of σ."""
         while self.step < self.schedule.steps:
             after_step(self.train_step())
 
     def train_step(self) -> StepReport:
-        """One update of σ."""
+        """One update of σ.
+
+        Raises:
+            SoftPromptError: loss or gradient is not finite. σ is not changed.
+        """
         begin = time.perf_counter()
         chosen = self.batch_at(self.step)
         loss = self.accumulate(chosen)
@@ -128,24 +139,31 @@ class Trainer:
             group["lr"] = rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise SoftPromptError(
-                f"learning_rate: at step {self.step + 1} the loss is {loss:.3g}, the norm of its gradient "
-                f"{float(norm):.3g}; try a smaller one"
+                f"learning_rate: at step {self.step + 1} the loss is {loss:.3g} and the gradient norm "
+                f"{float(norm):.3g}; try a smaller learning rate"
             )
-        self.whole = False
+        self.consistent = False
         self.optimizer.step()
         self.step += 1
-        self.whole = True
+        self.consistent = True
         tokens = total_targets([self.examples[i] for i in chosen])
         return StepReport(self.step, loss, float(norm), rate, tokens, time.perf_counter() - begin)
 
     def accumulate(self, chosen: Sequence[int]) -> float:
-        """Set the gradient of σ to that of the mean loss over the tokens of `chosen`; returns that loss."""
+        """Compute the gradient of σ for a batch: that of the mean loss over its tokens.
+
+        Args:
+            chosen: the indices of the examples in the batch.
+
+        Returns:
+            The mean loss.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         prefix = prefix_of(self.model, self.prompt)
         leaves = Prefix.of((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.layers)
         tokens = total_targets([self.examples[i] for i in chosen])
         total = 0.0
-        with recomputing(self.model):
+        with recompute_activations(self.model):
             for start in range(0, len(chosen), self.micro_batch_size):
                 part = chosen[start : start + self.micro_batch_size]
                 batch = Batch.of([self.examples[i] for i in part], self.model.device)
@@ -153,12 +171,12 @@ class Trainer:
                 loss = self.objective.loss(hidden, batch.labels, part, self.targets) / tokens
                 loss.backward()
                 total += float(loss.detach())
-        outputs, gradients = _with_gradient(prefix, leaves)
+        outputs, gradients = _tensors_and_gradients(prefix, leaves)
         torch.autograd.backward(outputs, gradients)
         return total
 
     def batch_at(self, step: int) -> list[int]:
-        """Indices of the examples of a step: epochs are shuffled one after the other and cut into batches."""
+        """The indices of the examples of a step. Shuffled epochs follow each other and are cut into batches."""
         size, count = self.batch_size, len(self.examples)
         order: list[int] = []
         for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
@@ -168,11 +186,16 @@ class Trainer:
         return order[start : start + size]
 
     def save(self, path: Path, identity: str) -> None:
-        """Write σ, the optimiser and the step, whole or not at all.
+        """Write a checkpoint of σ, the optimiser and the step, atomically.
 
-        An update that was interrupted in the middle is not saved: the checkpoint before it is the last good state.
+        Nothing is written if an update of σ was interrupted in the middle: the previous checkpoint is the last good
+        state.
+
+        Args:
+            path: the file.
+            identity: of the run; `load` compares it.
         """
-        if not self.whole:
+        if not self.consistent:
             return
         tensors = {f"prompt.{name}": tensor for name, tensor in self.prompt.state_dict().items() if tensor.numel()}
         for index, parameter in enumerate(self.parameters):
@@ -186,42 +209,42 @@ class Trainer:
                 {"step": str(self.step), "identity": identity},
             )
             temporary.replace(path)
-            self.saved = self.step
+            self.saved_step = self.step
         finally:
             temporary.unlink(missing_ok=True)
 
     def load(self, path: Path, identity: str) -> None:
-        """Go on from `save`.
+        """Resume from a checkpoint.
 
         Raises:
-            SoftPromptError: a file that is cut off or of another run.
+            SoftPromptError: the file is damaged or belongs to another run.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         except (OSError, SafetensorError) as error:
-            raise SoftPromptError(f"checkpoint: {path} cannot be read ({error}); delete it to start anew") from error
+            raise SoftPromptError(f"checkpoint: {path} cannot be read ({error}); delete it to start over") from error
         if metadata.get("identity") != identity:
-            raise SoftPromptError(f"checkpoint: {path} belongs to another run; delete it to start anew")
+            raise SoftPromptError(f"checkpoint: {path} belongs to another run; delete it to start over")
         state = self.prompt.state_dict()
         state.update({k.removeprefix("prompt."): v for k, v in tensors.items() if k.startswith("prompt.")})
         self.prompt.load_state_dict(state)
         for index, parameter in enumerate(self.parameters):
-            head = f"optimizer.{index}."
-            saved = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
+            prefix = f"optimizer.{index}."
+            saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             self.optimizer.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()
             }
-        self.step = self.saved = int(metadata["step"])
+        self.step = self.saved_step = int(metadata["step"])
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradient checkpointing, where it was enabled, do its work.
+def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, layers for which gradient checkpointing is enabled recompute their activations.
 
-    transformers checkpoints layers in training mode. Only the layers' own flag is set: with `model.train()` dropout
-    would make the loss random, and the teacher's sampling would lose its cache.
+    transformers checkpoints a layer only in training mode. Here only the layer's own flag is set. With `model.train()`
+    dropout would make the loss random, and the teacher's sampling would run without a cache.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     chosen = [layer for layer in layers if layer.gradient_checkpointing and not layer.training]
@@ -234,8 +257,8 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
             layer.training = False
 
 
-def _with_gradient(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors of the prefix that have a graph, with the gradient that their leaf has gathered."""
+def _tensors_and_gradients(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of the prefix that have a graph, and for each the gradient accumulated in its leaf."""
     outputs, gradients = [], []
     for pair, leaf_pair in zip(prefix.layers, leaves.layers, strict=True):
         for tensor, leaf in zip(pair, leaf_pair, strict=True):

@@ -1,1 +1,1 @@
-"""How far a student is from the teacher."""
+"""The distance of a student from the teacher, and the baselines that a prompt is compared with."""

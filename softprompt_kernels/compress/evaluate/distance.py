@@ -1,12 +1,12 @@
-"""How far a student is from the teacher: always the KL over the full vocabulary, on tokens that the teacher wrote.
+"""The distance of a student from the teacher, on tokens that the teacher wrote.
 
-    KL            mean over tokens of KL(p_t ‖ p_s), nats
-    recovered     1 − KL / KL of the model with no prompt at all: 0 is nothing gained, 1 is the full context
-    top-1         share of tokens whose most likely next token is the same
-    entropy gap   mean of H(p_s) − H(p_t), nats: a student that is too sure, or too unsure, shows here
+    KL            mean over tokens of KL(p_t ‖ p_s) over the full vocabulary, nats
+    recovered     1 − KL / KL without context: 0 is as bad as no context, 1 as good as the full context
+    top-1         share of tokens for which student and teacher have the same most likely token
+    entropy gap   mean of H(p_s) − H(p_t), nats: below 0 the student is too certain, above 0 too uncertain
 
-Agreement alone hides a ruined distribution, hence the KL. A KL of nothing near 0 means that the context does not matter
-for these queries; recovered would be noise over noise, and is refused.
+Top-1 agreement alone hides a ruined distribution, so the KL is always reported. If the KL without context is near 0,
+the context does not matter for these queries: "recovered" would divide noise by noise, and the queries are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.evaluate.baselines import ROWS
+from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states
@@ -27,15 +27,15 @@ from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.ops import linear_kl_div
 from softprompt_kernels.prompts import Prefix
 
-MEANINGLESS_KL = 1e-3
-"""Nats per token below which the context is said not to matter."""
+NEGLIGIBLE_KL = 1e-3
+"""Nats per token. If the KL without context is at most this, the context does not matter."""
 
-_ROWS = 256  # whose logits are alive at once
+_ROWS = 256  # rows of logits in memory at once
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Student against teacher, means over `tokens`."""
+    """The distance of a student from the teacher: means over `tokens` tokens."""
 
     kl: float
     top1_agreement: float
@@ -45,12 +45,12 @@ class Distance:
 
 @torch.no_grad()
 def distance(head: Head, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Distance:
-    """Compare hidden states `[n_i, d]` of the same tokens, example by example."""
+    """The distance between the hidden states `[n_i, d]` of student and teacher, one tensor for each example."""
     student_rows, teacher_rows = torch.cat(list(student)), torch.cat(list(teacher))
     kl = linear_kl_div(
         student_rows, teacher_rows, head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
     )
-    # Logits in fp32: rounded to 16 bits they tie, and a tie goes to the lower token.
+    # Logits in fp32: rounded to 16 bits, different logits become equal, and argmax takes the lower token.
     exact = replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
     agreement = gap = 0.0
     for s, t in zip(student_rows.split(_ROWS), teacher_rows.split(_ROWS), strict=True):
@@ -69,17 +69,20 @@ def measure(
     reporter: Reporter,
     name: str,
 ) -> dict[str, Distance]:
-    """Distance of several students from the teacher that reads `context`, on the same examples.
+    """The distances of several students from the teacher, on the same examples.
 
     Args:
         model: prepared.
         context: the teacher's prefix.
-        students: by name; None is the model alone.
-        examples: queries with outputs that the teacher wrote.
-        reporter: told of the progress.
-        name: of the set of examples, for the reader.
+        students: the students' prefixes, by key; None is the model without a prefix.
+        examples: queries with answers of the teacher.
+        reporter: receives the progress.
+        name: what the progress calls the set of examples.
+
+    Returns:
+        The distances, by the same keys.
     """
-    head, names = head_of(model), {key: row.capitalize() for key, row in ROWS}
+    head, names = head_of(model), {key: name.capitalize() for key, name in STUDENT_NAMES.items()}
     teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
     return {
         student: distance(
@@ -92,9 +95,10 @@ def measure(
 
 
 def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:
-    """The figures of one set of queries, as evaluation.json has them.
+    """The figures of one set of queries, as in evaluation.json.
 
-    `distances` has "none" and "prompt", and the baselines that were measured.
+    Args:
+        distances: by key, with "none", "prompt" and any baselines.
 
     Raises:
         SoftPromptError: the context does not matter for these queries.
@@ -112,15 +116,15 @@ def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:
 
 
 def check_context_matters(kl_none: float) -> None:
-    """Refuses queries that the model answers the same without the context."""
-    if not kl_none > MEANINGLESS_KL:
+    """Raise SoftPromptError if the model answers the queries nearly the same without the context."""
+    if not kl_none > NEGLIGIBLE_KL:
         raise SoftPromptError(
-            f"queries: without the context the model is {kl_none:.2g} nats per token from the model with it, so the "
-            f"context does not matter for these queries; accepted is more than {MEANINGLESS_KL:g}"
+            f"queries: the KL without context is {kl_none:.2g} nats per token, so the context does not matter for "
+            f"these queries; accepted is more than {NEGLIGIBLE_KL:g}"
         )
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """`[n]`, nats."""
+    """`[n]`: the entropy of each row of logits `[n, V]`, nats."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)

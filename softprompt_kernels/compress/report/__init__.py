@@ -1,1 +1,1 @@
-"""What a run shows: tables and pictures."""
+"""The results of a run for people: the table and the training curves."""

@@ -1,6 +1,6 @@
-"""The curves of a training as a picture.
+"""The training curves of a run as a PNG.
 
-It only needs what a run has written (metrics.jsonl, evaluation.json), so it can be made again at any time.
+It needs only the files of a run (metrics.jsonl, evaluation.json), so it can be drawn again at any time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None:
-    """Draws the course of a training as a PNG: loss and held-out KL over the baselines, learning rate, gradient.
+    """Draw the training curves: loss and held-out KL with the baselines, learning rate, gradient norm.
 
     Args:
         metrics: the run's metrics.jsonl.
-        figures: the content of evaluation.json, or as much of it as there is; {} without.
-        target: the picture, replaced as a whole.
+        figures: the content of evaluation.json, or a part of it; {} if there is none.
+        target: the PNG, replaced atomically.
 
     Raises:
         SoftPromptError: there are no metrics, or they cannot be read.
@@ -34,8 +35,8 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _draw_loss(axes[0], steps, figures.get("heldout") or {}, figures.get("start"))
-    _draw_figure(axes[1], steps, "learning_rate", "learning rate")
-    _draw_figure(axes[2], steps, "grad_norm", "gradient norm [nats]")
+    _draw_metric(axes[1], steps, "learning_rate", "learning rate")
+    _draw_metric(axes[2], steps, "grad_norm", "gradient norm [nats]")
     if any(step.get("grad_norm") for step in steps):
         axes[2].set_yscale("log")
     axes[2].set_xlabel("step")
@@ -51,11 +52,11 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The steps of a run, in order.
 
-    A step that was done again after an interrupt counts once, as it was done last; a last line that a crash cut off is
-    left out.
+    Of a step that was repeated after an interruption the last record counts. A last line that a crash cut off is
+    ignored.
 
     Raises:
-        SoftPromptError: no such file, no steps in it, or a line that is none.
+        SoftPromptError: the file does not exist, holds no steps, or has an invalid line.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -68,14 +69,14 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             steps[int(record["step"])] = record
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise SoftPromptError(f"{file}, line {number} is no step of a training") from error
+                raise SoftPromptError(f"{file}, line {number} is not the record of a training step") from error
     if not steps:
         raise SoftPromptError(f"{file} has no steps yet")
     return [steps[step] for step in sorted(steps)]
 
 
 def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any], start_row: str | None) -> None:
-    """Training loss, smoothed over it, held-out KL from where it started, baselines as lines to cross."""
+    """Training loss, its moving average, held-out KL from step 0 on, and each baseline as a horizontal line."""
     x = [step["step"] for step in steps]
     loss = [step["loss"] for step in steps]
     axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
@@ -88,15 +89,10 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
         points[x[-1]] = heldout["kl_prompt"]
     if points:
         axes.plot(*zip(*sorted(points.items()), strict=True), "o--", color="tab:orange", label="held-out KL")
-    baselines = (
-        ("none", ":", "nothing"),
-        ("truncated", "-.", "truncated context"),
-        ("untrained", "--", "untrained strided KV"),
-    )
-    for key, style, name in baselines:
+    for key, style in (("none", ":"), ("truncated", "-."), ("untrained", "--")):
         value = heldout.get(f"kl_{key}")
         if value is not None:
-            label = f"held-out KL of {name}: {value:.3g}"
+            label = f"held-out KL, {STUDENT_NAMES[key]}: {value:.3g}"
             axes.axhline(value, color="tab:gray", linestyle=style, linewidth=1, label=label)
     axes.set_yscale("log")
     axes.set_ylabel("nats per token")
@@ -104,7 +100,7 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
     axes.legend(fontsize="small", loc="best")
 
 
-def _draw_figure(axes: Axes, steps: list[dict[str, Any]], key: str, label: str) -> None:
+def _draw_metric(axes: Axes, steps: list[dict[str, Any]], key: str, label: str) -> None:
     points = [(step["step"], step[key]) for step in steps if step.get(key) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1)
@@ -113,7 +109,7 @@ def _draw_figure(axes: Axes, steps: list[dict[str, Any]], key: str, label: str) 
 
 
 def _smooth(values: Sequence[float], span: int = 10) -> list[float]:
-    """Mean of each value and up to `span − 1` before it."""
+    """The mean of each value and the `span − 1` values before it, or as many as there are."""
     windows = (values[max(0, end - span) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 
@@ -121,5 +117,5 @@ def _smooth(values: Sequence[float], span: int = 10) -> list[float]:
 def _title(figures: Mapping[str, Any]) -> str:
     context, prompt = figures.get("context_tokens"), figures.get("prompt_tokens")
     if not context or not prompt:
-        return "training of a soft prompt"
+        return "training of the soft prompt"
     return f"{context} tokens in a soft prompt of {prompt} ({context / prompt:.1f}×)"

@@ -1,37 +1,37 @@
-"""The evaluation of a run as a table of text.
-
-It only needs what a run has written (evaluation.json), so it can be made again at any time.
-"""
+"""The evaluation of a run as a table of text, made from evaluation.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softprompt_kernels.compress.evaluate.baselines import ROWS
+from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
 
 SETS = (("heldout", "held-out"), ("train", "training"), ("queries", "given"))
-"""Sets of queries in evaluation.json, and the one of `softprompt evaluate`."""
+"""The sets of queries: the key in evaluation.json, or of `softprompt evaluate`, and the name in the table."""
+
+LEGEND = "KL: nats per token from the model with the full context. recovered: 1 - KL / KL without context."
+"""The meaning of the columns, for below the table."""
 
 MISSING = "-"
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the evaluation table, as text.
+    """The header and the rows of the evaluation table, as text.
 
-    A row says what stands before the query; columns are, for each set of queries, the KL of the teacher against it
-    [nats per token], the recovered fraction `1 − KL/KL_none`, and how often both find the same token likeliest. The
-    full context is the teacher itself, hence 0, 1, 1.
+    Each row is a student, named by what it reads before the query. The columns are, for each set of queries, the KL of
+    the student from the teacher [nats per token], the recovered fraction `1 − KL/KL_none`, and the top-1 agreement. The
+    last row is the teacher itself: 0, 1, 1.
 
     Args:
-        evaluation: as evaluation.json; a set that is not there has no columns, a figure that is not there is "-".
+        evaluation: the content of evaluation.json. A missing set has no columns, a missing figure is "-".
     """
     sets = [(evaluation[key], name) for key, name in SETS if isinstance(evaluation.get(key), Mapping)]
-    header = ["before the query"]
+    header = ["model with"]
     for _, name in sets:
         header += [f"{name} KL", "recovered", "top-1"]
     rows = []
-    for key, name in ROWS:
+    for key, name in STUDENT_NAMES.items():
         figures = [_figures(one, key) for one, _ in sets]
         if any(kl is not None for kl, _, _ in figures):
             rows.append([name, *(_format(value) for triple in figures for value in triple)])
@@ -40,7 +40,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[lis
 
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as plain text: the first column to the left, figures to the right."""
+    """A table as plain text. The first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -53,7 +53,7 @@ def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figures(one: Mapping[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
-    """(KL, recovered, agreement) of one row in one set."""
+    """(KL, recovered, top-1 agreement) of one row in one set; None for a missing figure."""
     kl, none = one.get(f"kl_{key}"), one.get("kl_none")
     recovered = 1 - kl / none if kl is not None and none else None
     return kl, recovered, one.get("top1_agreement" if key == "prompt" else f"top1_agreement_{key}")

@@ -1,1 +1,1 @@
-"""What a run reads: context, queries, self-study, chat format, model and tokenizer."""
+"""The inputs of a run one by one: queries, self-study, chat format, token sequences, model and tokenizer."""

@@ -1,8 +1,8 @@
-"""Queries: the inputs z that the prompt has to be good for, each with the teacher's continuation y once it is known.
+"""Queries: the inputs z that the prompt is trained and evaluated on, each with the teacher's output y once it is known.
 
-They come from a file of JSON lines, `{"input": "...", "output": "..."}` with the output optional, or from self-study
-(`selfstudy.py`). Queries that are held out share no input with those that are trained on: two samples of one question
-are never on both sides.
+They come from a file of JSON Lines, `{"input": "...", "output": "..."}` with the output optional, or from self-study
+(`self_study.py`). Training and held-out queries have no input in common, so the answers to one question are all in the
+same set.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from softprompt_kernels.errors import SoftPromptError
 
 @dataclass(frozen=True)
 class Query:
-    """One input, and the output to learn from; None where the teacher still has to be asked."""
+    """One input, and its output; None if the teacher has not answered yet."""
 
     input: str
     output: str | None = None
 
 
 def load_queries(path: Path) -> list[Query]:
-    """Read a file of JSON lines. Blank lines are skipped.
+    """Read a file of JSON Lines. Blank lines are skipped.
 
     Raises:
-        SoftPromptError: the file cannot be read, holds no query, or has a line that is none (named by its number).
+        SoftPromptError: the file cannot be read, holds no query, or has an invalid line, which is named by its number.
     """
     try:
-        # Not splitlines(): JSON may hold U+2028 and the like as they are, and only a line feed ends a line of the file.
+        # Not splitlines(): a JSON string may contain U+2028 and the like, which do not end a line of the file.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SoftPromptError(f"queries: {path} cannot be read as UTF-8 text ({error})") from error
@@ -42,7 +42,7 @@ def load_queries(path: Path) -> list[Query]:
 
 
 def save_queries(path: Path, parts: dict[str, Sequence[Query]]) -> None:
-    """Write queries as JSON lines, each with the name of its part as "split"."""
+    """Write queries as JSON Lines, each with the name of its part as "split"."""
     lines = (
         json.dumps({**asdict(query), "split": split}, ensure_ascii=False) for split in parts for query in parts[split]
     )
@@ -50,7 +50,7 @@ def save_queries(path: Path, parts: dict[str, Sequence[Query]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: under a temporary name, then renamed."""
+    """Write a file atomically: under a temporary name, which is then renamed."""
     temporary = path.with_name(path.name + ".partial")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -60,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def hold_out(queries: Sequence[Query], share: float, seed: int) -> tuple[list[Query], list[Query]]:
-    """`(trained on, held out)`: `share` of the different inputs, at least one, is held out.
+    """`(training, held-out)` queries. `share` of the different inputs, at least one and not all, is held out.
 
     Raises:
         SoftPromptError: fewer than two different inputs.
@@ -73,8 +73,8 @@ def hold_out(queries: Sequence[Query], share: float, seed: int) -> tuple[list[Qu
     return [q for q in queries if q.input not in held], [q for q in queries if q.input in held]
 
 
-def without(queries: Iterable[Query], held_out: Iterable[Query]) -> list[Query]:
-    """`queries` less those whose input is held out."""
+def remove_held_out(queries: Iterable[Query], held_out: Iterable[Query]) -> list[Query]:
+    """The queries whose input is not held out."""
     inputs = {query.input for query in held_out}
     return [query for query in queries if query.input not in inputs]
 
@@ -85,18 +85,20 @@ def _parse(line: str, place: str) -> Query:
     except json.JSONDecodeError as error:
         raise SoftPromptError(f"queries: {place} is not JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        raise SoftPromptError(f"queries: {place} is no JSON that can be read ({error})") from error
+        raise SoftPromptError(f"queries: {place} cannot be read as JSON ({error})") from error
     if not isinstance(record, dict):
-        raise SoftPromptError(f'queries: {place} is a {type(record).__name__}, accepted is an object with "input"')
+        raise SoftPromptError(
+            f'queries: {place} is of type {type(record).__name__}, accepted is an object with "input"'
+        )
     extra = sorted(set(record) - {"input", "output", "split"})
     if extra:
         raise SoftPromptError(f'queries: {place} has the unknown key "{extra[0]}", accepted are "input" and "output"')
     if not isinstance(record.get("input"), str) or not record["input"].strip():
-        raise SoftPromptError(f'queries: {place} needs an "input" that is a text and not empty')
+        raise SoftPromptError(f'queries: {place} needs an "input" that is text and not empty')
     output = record.get("output")
     if output is not None and (not isinstance(output, str) or not output.strip()):
-        raise SoftPromptError(f'queries: {place} has an "output" that is no text, or empty; leave it out to sample one')
+        raise SoftPromptError(f'queries: {place} has an "output" that is empty or not text; leave it out to sample one')
     if any("\ud800" <= character <= "\udfff" for character in record["input"] + (output or "")):
-        raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can write")
-    # Outer blanks are no part of what is asked: with them one question would count as two, on both sides of the split.
+        raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can encode")
+    # Without strip(), one question with different blanks around it would count as two and could be in both sets.
     return Query(record["input"].strip(), output)

@@ -1,13 +1,13 @@
-"""Self-study: queries made from the context alone, for the teacher to answer with the context at hand.
+"""Self-study: queries made from the context alone. The teacher then answers them with the context.
 
-Following Cartridges (arXiv 2506.06266), the prompt is trained on what the teacher says about the context, so what it
-is asked decides what the prompt keeps. The variety of the queries is the limit, not the prompt's size. Three sorts:
+As in Cartridges (arXiv 2506.06266), the prompt is trained on what the teacher says about the context, so the queries
+decide what the prompt keeps. Their variety is the limit, not the size of the prompt. There are three kinds:
 
 - general requests that fit any text ("Who does what?", "Summarise …");
 - questions about a phrase of the text: names, numbers and the longest words of every sentence, in many wordings;
-- tasks on a sentence of the text: complete it, reword it, say what follows.
+- tasks about a sentence of the text: complete it, reword it, say what follows.
 
-Everything is drawn without replacement, phrases and sentences in turn, so that even a few queries touch all parts.
+Templates, phrases and sentences are drawn without replacement, so that even a few queries cover the whole text.
 """
 
 from __future__ import annotations
@@ -82,26 +82,26 @@ ABOUT_SENTENCE = (
 _SENTENCE_END = re.compile(r"(?<=[.!?;:。！？])\s+|\n+")
 _CAPITALISED = re.compile(r"\b[A-Z]\w+(?:[ -][A-Z]\w+)*")
 _NUMBER = re.compile(r"\b\d[\d,.:]*(?:\s+\w+)?")
-_LONG_WORDS = 3  # of each sentence
-_SENTENCE_WORDS = 60
+_LONG_WORDS = 3  # taken from each sentence
+_SENTENCE_WORDS = 60  # longer sentences are cut
 
 
 def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
-    """`count` different queries about a text, fewer where the text is too short for that many.
+    """`count` different queries about a text; fewer if the text is too short for that many.
 
     Args:
         context: the text.
-        count: how many, 0 or more.
+        count: 0 or more.
         seed: the same seed gives the same queries.
     """
     draw = random.Random(seed)
     sentences = split_sentences(context)
     general = list(GENERAL)
     draw.shuffle(general)
-    about_phrase = _filled(ABOUT_PHRASE, [{"phrase": phrase} for phrase in find_phrases(sentences)], draw)
-    about_sentence = _filled(ABOUT_SENTENCE, [_sentence_fields(sentence) for sentence in sentences], draw)
+    about_phrase = _fill_templates(ABOUT_PHRASE, [{"phrase": phrase} for phrase in find_phrases(sentences)], draw)
+    about_sentence = _fill_templates(ABOUT_SENTENCE, [_sentence_fields(sentence) for sentence in sentences], draw)
     chosen: dict[str, None] = {}
-    # Of six queries one is general (while they last), three are about phrases, two about sentences.
+    # Of six queries one is general (as long as there are any), three are about phrases and two about sentences.
     turns = [iter(general), about_phrase, about_sentence, about_phrase, about_sentence, about_phrase]
     while turns and len(chosen) < count:
         source = turns.pop(0)
@@ -113,9 +113,10 @@ def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences and headings of at least three words; what goes on for longer than `_SENTENCE_WORDS` is cut there.
+    """Sentences and headings of at least three words. Sentences of more than `_SENTENCE_WORDS` words are cut.
 
-    A text without stops, as a table or a program, would otherwise be put into its queries as a whole.
+    Without the cut, a text without full stops, such as a table or a program, would be one sentence and every query
+    about it would contain the whole text.
     """
     parts = []
     for part in _SENTENCE_END.split(text):
@@ -130,7 +131,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def find_phrases(sentences: Sequence[str]) -> list[str]:
-    """Names, numbers with the word that follows, and the longest words of each sentence, in order, each once."""
+    """Names, numbers with the next word, and the longest words of each sentence, in order and without repeats."""
     found: dict[str, None] = {}
     for sentence in sentences:
         # A single capitalised word at the start of a sentence is rarely a name.
@@ -142,8 +143,8 @@ def find_phrases(sentences: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _filled(templates: Sequence[str], fields: Sequence[dict[str, str]], draw: random.Random) -> Iterator[str]:
-    """Every template with every set of fields, in rounds: each round takes every set once, with another template."""
+def _fill_templates(templates: Sequence[str], fields: Sequence[dict[str, str]], draw: random.Random) -> Iterator[str]:
+    """Every template filled with every set of fields, in rounds: a round uses every set once, with a new template."""
     order = list(range(len(fields)))
     draw.shuffle(order)
     shift = {index: draw.randrange(len(templates)) for index in order}

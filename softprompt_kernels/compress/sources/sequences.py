@@ -1,8 +1,8 @@
-"""A query with its output in tokens, and batches of them.
+"""Examples, which are queries and outputs as token ids, and batches of them.
 
     tokens    x_0 … x_{m−1}  y_0 … y_{n−1}        targets y_0 … y_{n−1} are predicted at positions m−1 … m+n−2
 
-The loss looks at the n rows that predict the output, so the last token is never fed to the model.
+The loss uses the n rows that predict the output. The last token predicts nothing and is not fed to the model.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from softprompt_kernels.prompts import Prefix
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: `input_ids` (m ≥ 1) is read, `output_ids` (n ≥ 1) is predicted."""
+    """One query and its output: `input_ids` (m ≥ 1 tokens) is given, `output_ids` (n ≥ 1 tokens) is predicted."""
 
     input_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
 
     @property
     def targets(self) -> int:
-        """n, the rows that the loss looks at."""
+        """n, the number of predicted tokens and of rows in the loss."""
         return len(self.output_ids)
 
     @property
     def length(self) -> int:
-        """m + n − 1, the tokens fed to the model."""
+        """m + n − 1, the number of tokens fed to the model."""
         return len(self.input_ids) + len(self.output_ids) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Right-padded examples.
+    """Examples, padded on the right.
 
     Args:
         input_ids: `[B, M]` int64.
-        attention_mask: `[B, M]` int64 on the CPU, where it is looked at; None when no row is padded.
-        target_rows: `[n]` int64: the rows of the flattened `[B·M]` hidden states that predict, example by example.
-        labels: `[n]` int64: what they predict.
+        attention_mask: `[B, M]` int64 on the CPU, where it is read; None if no row is padded.
+        target_rows: `[n]` int64: the rows of the flattened `[B·M]` hidden states that predict an output token, example
+            by example.
+        labels: `[n]` int64: the tokens that these rows predict.
     """
 
     input_ids: Tensor
@@ -54,7 +55,7 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: torch.device) -> Batch:
-        """Pad examples to the longest; padding repeats token 0, which nothing looks at."""
+        """A batch of examples, padded with token 0 to the longest. The mask hides the padding."""
         width = max(example.length for example in examples)
         ids = torch.zeros(len(examples), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -71,13 +72,16 @@ class Batch:
         return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
 
     def hidden(self, model: PreTrainedModel, prefix: Prefix | None) -> Tensor:
-        """`[n, d]`: the hidden states that predict the targets, behind a prefix."""
+        """`[n, d]`: the last hidden states of `target_rows`, with every sequence behind `prefix` (None: no prefix)."""
         hidden = prompted_hidden(model, self.input_ids, prefix, attention_mask=self.attention_mask)
         return hidden.flatten(0, 1).index_select(0, self.target_rows)
 
 
 def in_batches(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
-    """Indices of `examples` by length, in groups of at most `tokens` padded tokens (one example may exceed them)."""
+    """Indices of `examples`, sorted by length, in groups of at most `tokens` padded tokens.
+
+    A single example that is longer is a group of its own.
+    """
     group: list[int] = []
     for index in sorted(range(len(examples)), key=lambda i: examples[i].length):
         if group and examples[index].length * (len(group) + 1) > tokens:
@@ -89,5 +93,5 @@ def in_batches(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
 
 
 def total_targets(examples: Iterable[Example]) -> int:
-    """All rows that a loss over `examples` looks at."""
+    """The number of rows in a loss over `examples`."""
     return sum(example.targets for example in examples)

@@ -1,1 +1,1 @@
-"""The model with the full context: its answers, hidden states, and the cache of its moments."""
+"""The teacher, which is the model with the full context: its prefix, answers, hidden states and cached moments."""

@@ -1,7 +1,7 @@
-"""The teacher at work: its answers to queries, and its last hidden states over sequences.
+"""The teacher's answers to queries, and the last hidden states of teacher and students.
 
-The context's keys and values are computed once and shared by every sequence of every batch, so a query costs its own
-tokens only.
+The context's keys and values are computed once and shared by all sequences of all batches. A query costs only its own
+tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softprompt_kernels.models import generate
 from softprompt_kernels.prompts import Prefix
 
 TOKENS_PER_BATCH = 1024
-"""Padded tokens that go through the model at once where no gradient is wanted."""
+"""Padded tokens that go through the model at once without gradients."""
 
 
 def answer(
@@ -36,20 +36,29 @@ def answer(
     seed: int,
     reporter: Reporter,
 ) -> list[Example]:
-    """Every query as an example; those without an output get one sampled from the teacher.
+    """The queries as examples, in the same order. The teacher answers those without an output.
 
-    Sampling takes the whole distribution divided by `temperature` (0: greedy), no top-k and no top-p: what is trained
-    on is what the teacher says. Random numbers depend on `seed` and `batch_size`, and the caller's generator is left
-    alone.
+    Answers are sampled from the teacher's whole distribution, without top-k and top-p, because the training targets are
+    the whole distribution too. The samples depend on `seed` and `batch_size`. The caller's random state is not changed.
+
+    Args:
+        model, chat: the model and its chat format.
+        prefix: the teacher's prefix.
+        queries: any number.
+        new_tokens: at most so many tokens an answer.
+        temperature: divides the logits; 0 is greedy.
+        batch_size: answers sampled at once.
+        seed: of sampling.
+        reporter: receives the progress.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
-    # Queries of like length together: little padding, and batches of full width for the decoding steps.
-    unknown = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
-    with reporter.progress("Asking the teacher", len(unknown), "query") as advance, _own_randomness(model.device):
+    # Sorted by length, so that the queries of a batch need little padding.
+    unanswered = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
+    with reporter.progress("Teacher's answers", len(unanswered), "query") as advance, _forked_rng(model.device):
         torch.manual_seed(seed)
-        for start in range(0, len(unknown), batch_size):
-            chosen = unknown[start : start + batch_size]
+        for start in range(0, len(unanswered), batch_size):
+            chosen = unanswered[start : start + batch_size]
             sampled = _sample(model, prefix, [inputs[i] for i in chosen], new_tokens, temperature)
             for index, output in zip(chosen, sampled, strict=True):
                 outputs[index] = output
@@ -57,15 +66,15 @@ def answer(
     return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y]
 
 
-def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
-    """Gives the generators of the CPU and of a GPU back as they were."""
+def _forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Restores the random state of the CPU, and of `device` if it is a GPU, at the end of the context."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _sample(
     model: PreTrainedModel, prefix: Prefix, inputs: Sequence[tuple[int, ...]], new_tokens: int, temperature: float
 ) -> list[tuple[int, ...]]:
-    """Continue each input until the end of the answer or `new_tokens`; the end token is part of the output."""
+    """The answer to each input: at most `new_tokens` tokens, with the end token if the model wrote one."""
     width = max(map(len, inputs))
     ids = torch.zeros(len(inputs), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -73,7 +82,7 @@ def _sample(
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = 1
     ends = end_tokens(model)
-    how = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
     continued = generate(
         model,
         ids.to(model.device),
@@ -84,13 +93,13 @@ def _sample(
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        **how,
+        **sampling,
     )
     return [_until_end(row, ends) for row in continued[:, width:].tolist()]
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end an answer, as the model's generation configuration says."""
+    """The tokens that end an answer: `eos_token_id` of the model's generation config."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset([ends] if isinstance(ends, int) else ends or [])
 
@@ -104,7 +113,14 @@ def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
 def hidden_states(
     model: PreTrainedModel, prefix: Prefix | None, examples: Sequence[Example], reporter: Reporter, description: str
 ) -> list[Tensor]:
-    """The rows that predict the output of each example, `[n_i, d]` in the model's dtype."""
+    """The last hidden states that predict the output of each example, `[n_i, d]` in the model's dtype.
+
+    Args:
+        model: prepared.
+        prefix: the prefix of teacher or student; None for none.
+        examples: any number. They are batched by length.
+        reporter, description: receives the progress under this description.
+    """
     found: dict[int, Tensor] = {}
     with reporter.progress(description, len(examples), "sequence") as advance:
         for group in in_batches(examples, TOKENS_PER_BATCH):

@@ -1,12 +1,13 @@
-"""What the teacher's distributions leave behind: the targets of training, computed once and kept on disk.
+"""The teacher's targets for training, computed once and cached on disk.
 
-For the forward KL and a linear head a token needs the moments of the teacher's distribution: the mean head row
-`m_t = E_{p_t}[W]` (d floats) and the entropy (1 float), exactly, instead of V logits (see ops/linear_kl_div). Where the
-head is not linear (softcap), or another divergence is asked for, the teacher's last hidden state is kept: also d
-floats, also exact, at the price of one more product with the head in every step.
+With the forward KL and a linear head, the loss of a token needs the moments of the teacher's distribution: the mean row
+of the head `m_t = E_{p_t}[W]` (d floats) and the entropy (1 float). They replace V logits without loss (see
+ops/linear_kl_div). With a softcap, or another divergence, the cache holds the teacher's last hidden state instead. That
+is also d floats and also exact, but costs one more GEMM with the head in every step.
 
-On disk: `targets-00000.safetensors`, … with the rows of consecutive examples, and `index.json`, written last, which
-says what they were made from. Another model, context, set of examples or form makes them anew.
+On disk: `targets-00000.safetensors`, … with the rows of consecutive examples, and `index.json`, which is written last
+and holds a digest of everything the targets depend on. With another model, context, set of examples or form they are
+computed again.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Targets of all training examples, memory-mapped from disk.
+    """The targets of all training examples, memory-mapped from disk.
 
     Args:
         form: "moments" or "hidden".
         shards: open files, each with the rows of `EXAMPLES_PER_SHARD` examples.
-        rows: for each example its first row within its shard, and the row after its last.
-        temperature, logit_scale, has_bias: of the loss and the head, which moments belong to.
+        rows: for each example the first row within its shard, and the row after the last.
+        temperature: of the loss that the moments were computed for.
+        logit_scale, has_bias: of the head that the moments were computed with.
     """
 
     form: Form
@@ -56,13 +58,13 @@ class Targets:
     has_bias: bool
 
     def moments(self, examples: Sequence[int], device: torch.device) -> TeacherMoments:
-        """Moments of the rows of several examples, one after the other."""
+        """The moments of the rows of several examples, concatenated in this order."""
         mean, entropy = self._gather("mean", examples, device), self._gather("entropy", examples, device)
         bias = self._gather("bias_mean", examples, device) if self.has_bias else None
         return TeacherMoments(mean, entropy, bias, self.temperature, self.logit_scale, None)
 
     def hidden(self, examples: Sequence[int], device: torch.device) -> Tensor:
-        """`[n, d]`: the teacher's hidden states of several examples, one after the other."""
+        """`[n, d]`: the teacher's hidden states of several examples, concatenated in this order."""
         return self._gather("hidden", examples, device)
 
     def _gather(self, name: str, examples: Sequence[int], device: torch.device) -> Tensor:
@@ -85,16 +87,17 @@ def cached_targets(
     temperature: float,
     reporter: Reporter,
 ) -> Targets:
-    """The targets of `examples`, from `folder` if they lie there, else computed and saved.
+    """The targets of `examples`, read from `folder`, or computed and saved there.
 
     Args:
-        folder: made if need be.
-        identity: JSON-able description of model and context; examples, form and temperature are added here.
-        model, head, prefix: the teacher.
-        examples: the training set; its order is the order of indices in `Targets`.
-        form: what to keep.
+        folder: created if it does not exist.
+        identity: a JSON-able description of model and context. Examples, form and temperature are added to it.
+        model, head: the model and its head.
+        prefix: the teacher's prefix.
+        examples: the training set. `Targets` uses the indices of this order.
+        form: what to store for each token.
         temperature: of the loss.
-        reporter: told of the progress.
+        reporter: receives the progress.
     """
     key = _digest({"format": _FORMAT, **identity, "form": form, "temperature": temperature}, examples)
     index = folder / "index.json"
@@ -104,7 +107,7 @@ def cached_targets(
         folder.mkdir(parents=True, exist_ok=True)
         for i, path in enumerate(paths):
             part = examples[i * EXAMPLES_PER_SHARD : (i + 1) * EXAMPLES_PER_SHARD]
-            stage = f"Teacher's distributions, part {i + 1} of {len(paths)}"
+            stage = f"Teacher's targets, part {i + 1} of {len(paths)}"
             rows = torch.cat(hidden_states(model, prefix, part, reporter, stage))
             save_file(_target_rows(rows, head, form, temperature), path)
         write_text(index, json.dumps({"key": key}))
@@ -141,7 +144,7 @@ def _digest(identity: dict[str, Any], examples: Sequence[Example]) -> str:
 
 
 def _is_complete(index: Path, key: str, paths: Sequence[Path]) -> bool:
-    """Whether the folder holds these targets, whole: an unreadable file counts as none."""
+    """Whether the folder holds exactly these targets and every file is readable."""
     try:
         if json.loads(index.read_text())["key"] != key:
             return False

@@ -1,4 +1,4 @@
-"""Every objective against its formula in float64, through the model's own head."""
+"""Every objective against its formula in float64, with the model's own head."""
 
 import math
 from dataclasses import replace
@@ -36,8 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], str | None]] = {
 }
 
 
-def expected(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective) -> Tensor:
-    """The sum over tokens, float64."""
+def expected_loss(student: Tensor, teacher: Tensor, labels: Tensor, objective: Objective) -> Tensor:
+    """The loss by its formula, summed over tokens, in float64."""
     head = replace(
         objective.head,
         weight=objective.head.weight.double(),
@@ -84,10 +84,12 @@ def test_loss_and_gradient_are_those_of_the_formula(
     loss = objective.loss(student, batch.labels, CHOSEN, targets)
     (gradient,) = torch.autograd.grad(loss, student)
     rows = student.detach().double().requires_grad_()
-    right = expected(rows, batch.hidden(model, context).double(), batch.labels, objective)
-    (right_gradient,) = torch.autograd.grad(right, rows)
-    torch.testing.assert_close(loss.double(), right, rtol=2e-5, atol=0)
-    torch.testing.assert_close(gradient.double(), right_gradient, rtol=0, atol=2e-5 * float(right_gradient.abs().max()))
+    expected = expected_loss(rows, batch.hidden(model, context).double(), batch.labels, objective)
+    (expected_gradient,) = torch.autograd.grad(expected, rows)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=0, atol=2e-5 * float(expected_gradient.abs().max())
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,14 +104,14 @@ def test_loss_and_gradient_are_those_of_the_formula(
         ({"name": "kl", "nll_weight": 0.5, "softcap": 5.0}, "head has a softcap"),
     ],
 )
-def test_mixtures_that_are_not_served_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_unsupported_mixtures_are_refused(options: dict[str, Any], reason: str) -> None:
     options = dict(options)
     head = Head(torch.zeros(3, 2), softcap=options.pop("softcap", None))
     with pytest.raises(SoftPromptError, match=reason):
         Objective(head=head, **options)
 
 
-def test_a_perfect_student_has_no_loss(
+def test_the_loss_of_a_perfect_student_is_zero(
     tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     head = head_of(model)

@@ -1,4 +1,4 @@
-"""The trainer: what a step computes, that a run is a function of its seed, and that it can be cut anywhere."""
+"""The trainer: what a step computes, that the seed determines a run, and that a run can be resumed after any step."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ from softprompt_kernels.models import capture, head_of, prefix_of, prepare
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix
 
 CPU = torch.device("cpu")
-Make = Callable[..., Trainer]
+MakeTrainer = Callable[..., Trainer]
 FullDisk = Callable[[], AbstractContextManager[None]]
 
 
@@ -39,7 +39,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(model: PreTrainedModel, context: Prefix, examples: list[Example], shared_cache: Path) -> Make:
+def make_trainer(model: PreTrainedModel, context: Prefix, examples: list[Example], shared_cache: Path) -> MakeTrainer:
     def call(kind: str = "kv", examples: list[Example] = examples, **options: Any) -> Trainer:
         frozen = options.pop("frozen_tokens", 1)
         prompt: KVPrompt | EmbeddingPrompt
@@ -89,11 +89,11 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 # One step
 
 
-def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make: Make, kind: str) -> None:
-    trainer, chosen = make(kind), [5, 0, 3]
+def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make_trainer: MakeTrainer, kind: str) -> None:
+    trainer, chosen = make_trainer(kind), [5, 0, 3]
     loss = trainer.accumulate(chosen)
     found = [parameter.grad.clone() for parameter in trainer.parameters]
-    # Sequence by sequence, straight through the prompt.
+    # Each sequence alone, with autograd through the prompt.
     total = torch.zeros((), dtype=torch.float64)
     for index in chosen:
         batch = Batch.of([trainer.examples[index]], CPU)
@@ -105,8 +105,8 @@ def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make: Make,
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_frozen_tokens_never_change_and_the_others_do(make: Make, kind: str) -> None:
-    trainer = make(kind, frozen_tokens=2, weight_decay=0.1)
+def test_frozen_tokens_never_change_and_the_others_do(make_trainer: MakeTrainer, kind: str) -> None:
+    trainer = make_trainer(kind, frozen_tokens=2, weight_decay=0.1)
     before = {name: value.clone() for name, value in trainer.prompt.state_dict().items()}
     prefix = prefix_of(trainer.model, trainer.prompt).detach()
     reports_of(trainer)
@@ -117,46 +117,48 @@ def test_frozen_tokens_never_change_and_the_others_do(make: Make, kind: str) -> 
         assert torch.equal(old[:, :, :2], new[:, :, :2])
 
 
-def test_the_model_is_left_alone(make: Make, kind: str) -> None:
-    trainer = make(kind)
+def test_the_model_is_not_changed(make_trainer: MakeTrainer, kind: str) -> None:
+    trainer = make_trainer(kind)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     reports_of(trainer)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_nothing_to_train_is_refused(make: Make, kind: str) -> None:
+def test_a_prompt_without_trainable_tokens_is_refused(make_trainer: MakeTrainer, kind: str) -> None:
     with pytest.raises(SoftPromptError, match="frozen_tokens: got all tokens"):
-        make(kind, frozen_tokens=4)
+        make_trainer(kind, frozen_tokens=4)
 
 
-def test_gradients_are_cut_to_the_norm(make: Make) -> None:
-    free, cut = make(), make(max_grad_norm=1e-3)
-    norm = free.train_step().grad_norm
+def test_gradients_are_clipped_to_the_norm(make_trainer: MakeTrainer) -> None:
+    plain, clipped = make_trainer(), make_trainer(max_grad_norm=1e-3)
+    norm = plain.train_step().grad_norm
     assert norm > 1e-3
-    assert cut.train_step().grad_norm == norm, "the norm before the cut is reported"
-    assert float(torch.cat([p.grad.flatten() for p in cut.parameters]).norm()) == pytest.approx(1e-3, rel=1e-3)
-    assert float(torch.cat([p.grad.flatten() for p in free.parameters]).norm()) == pytest.approx(norm, rel=1e-5)
+    assert clipped.train_step().grad_norm == norm, "the norm before clipping is reported"
+    assert float(torch.cat([p.grad.flatten() for p in clipped.parameters]).norm()) == pytest.approx(1e-3, rel=1e-3)
+    assert float(torch.cat([p.grad.flatten() for p in plain.parameters]).norm()) == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_loss_or_gradient_that_is_not_finite_ends_training_before_the_prompt_is_touched(
-    make: Make, monkeypatch: pytest.MonkeyPatch, value: float
+def test_a_loss_or_gradient_that_is_not_finite_ends_training_before_the_prompt_changes(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    for harmed in ("loss", "gradient"):
-        trainer = make()
+    for damaged in ("loss", "gradient"):
+        trainer = make_trainer()
         trainer.train_step()
         before = state_of(trainer)
         original = trainer.accumulate
 
-        def harm(chosen: Any, harmed: str = harmed, trainer: Trainer = trainer, original: Any = original) -> float:
+        def accumulate(
+            chosen: Any, damaged: str = damaged, trainer: Trainer = trainer, original: Any = original
+        ) -> float:
             loss = original(chosen)
-            if harmed == "loss":
+            if damaged == "loss":
                 return value
             trainer.parameters[0].grad[0, 0, 0] = value
             return loss
 
-        monkeypatch.setattr(trainer, "accumulate", harm)
+        monkeypatch.setattr(trainer, "accumulate", accumulate)
         with pytest.raises(SoftPromptError, match="learning_rate: at step 2"):
             trainer.train_step()
         assert_same(state_of(trainer), before)
@@ -167,26 +169,26 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_training_before_the_prompt_i
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(3, 7), (7, 7), (2, 7), (5, 7), (1, 3)])
-def test_every_epoch_visits_each_example_once(make: Make, batch_size: int, count: int) -> None:
-    trainer = make(batch_size=batch_size, examples=(make().examples * 2)[:count])
+def test_every_epoch_visits_each_example_once(make_trainer: MakeTrainer, batch_size: int, count: int) -> None:
+    trainer = make_trainer(batch_size=batch_size, examples=(make_trainer().examples * 2)[:count])
     drawn = [index for step in range(4 * count) for index in trainer.batch_at(step)]
     epochs = [drawn[start : start + count] for start in range(0, len(drawn), count)]
     assert len(drawn) == 4 * count * batch_size
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch has an order of its own"
+    assert len({tuple(epoch) for epoch in epochs}) > 1, "epochs have different orders"
 
 
-def test_a_batch_is_never_larger_than_the_set(make: Make) -> None:
-    trainer = make(batch_size=100)
+def test_a_batch_is_never_larger_than_the_set(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(batch_size=100)
     assert sorted(trainer.batch_at(0)) == sorted(trainer.batch_at(3)) == list(range(7))
 
 
-def test_the_order_depends_on_the_seed(make: Make) -> None:
-    orders = [[tuple(make(seed=seed).batch_at(step)) for step in range(4)] for seed in (1, 1, 2)]
+def test_the_order_depends_on_the_seed(make_trainer: MakeTrainer) -> None:
+    orders = [[tuple(make_trainer(seed=seed).batch_at(step)) for step in range(4)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_the_rate_rises_and_falls_along_a_cosine() -> None:
+def test_the_learning_rate_warms_up_and_decays_along_a_cosine() -> None:
     schedule = Schedule(10, 2.0, 4)
     rates = [schedule.at(step) for step in range(10)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
@@ -196,22 +198,22 @@ def test_the_rate_rises_and_falls_along_a_cosine() -> None:
     assert Schedule(3, 2.0, 3).at(2) == pytest.approx(1.5)
 
 
-def test_the_rate_is_that_of_the_schedule_in_every_step(make: Make) -> None:
-    reports = reports_of(make(steps=5))
+def test_every_step_uses_the_learning_rate_of_the_schedule(make_trainer: MakeTrainer) -> None:
+    reports = reports_of(make_trainer(steps=5))
     assert [report.learning_rate for report in reports] == [Schedule(5, 0.02, 1).at(step) for step in range(5)]
-    still = make(learning_rate=1e-30)
-    before = still.prompt.key.clone()
-    still.train_step()
-    assert torch.equal(still.prompt.key, before)
+    tiny_rate = make_trainer(learning_rate=1e-30)
+    before = tiny_rate.prompt.key.clone()
+    tiny_rate.train_step()
+    assert torch.equal(tiny_rate.prompt.key, before)
 
 
-def test_training_lowers_the_loss(make: Make, kind: str) -> None:
-    losses = [report.loss for report in reports_of(make(kind, batch_size=7, steps=40, learning_rate=0.05))]
+def test_training_lowers_the_loss(make_trainer: MakeTrainer, kind: str) -> None:
+    losses = [report.loss for report in reports_of(make_trainer(kind, batch_size=7, steps=40, learning_rate=0.05))]
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_two_runs_are_equal_bit_for_bit(make: Make, kind: str) -> None:
-    first, second = make(kind), make(kind)
+def test_two_runs_give_the_same_bits(make_trainer: MakeTrainer, kind: str) -> None:
+    first, second = make_trainer(kind), make_trainer(kind)
     torch.manual_seed(1)
     reports = reports_of(first)
     torch.manual_seed(2)
@@ -226,10 +228,10 @@ def test_gradient_checkpointing_changes_nothing_even_where_the_model_has_dropout
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5, attn_pdrop=0.5)
     torch.manual_seed(0)
     plain = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    saving = copy.deepcopy(plain)
-    saving.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     gradients = []
-    for model in (plain, saving):
+    for model in (plain, checkpointed):
         prepare(model)
         prompt = KVPrompt.from_prefix(capture(model, torch.arange(5)[None]))
         trainer = Trainer(
@@ -241,67 +243,71 @@ def test_gradient_checkpointing_changes_nothing_even_where_the_model_has_dropout
         handle.remove()
         gradients.append((loss, [parameter.grad for parameter in trainer.parameters], len(ran)))
         assert not any(module.training for module in model.modules())
-    (loss, expected, once), (other, found, twice) = gradients
-    assert (once, twice) == (1, 2), "layers were computed again"
-    assert other == pytest.approx(loss, rel=1e-6)
-    for gradient, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, right, rtol=0, atol=1e-6 * float(right.abs().max()))
+    (expected_loss, expected, plain_calls), (loss, found, checkpointed_calls) = gradients
+    assert (plain_calls, checkpointed_calls) == (1, 2), "with checkpointing, layers run again in the backward pass"
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for gradient, expected_gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            gradient, expected_gradient, rtol=0, atol=1e-6 * float(expected_gradient.abs().max())
+        )
 
 
 # Checkpoints
 
 
-@pytest.mark.parametrize("cut", [0, 1, 4, 6])
-def test_a_run_that_was_cut_goes_on_bit_for_bit(make: Make, kind: str, tmp_path: Path, cut: int) -> None:
-    whole, first = make(kind, weight_decay=0.01), make(kind, weight_decay=0.01)
+@pytest.mark.parametrize("interrupted_at", [0, 1, 4, 6])
+def test_a_resumed_run_gives_the_same_bits(
+    make_trainer: MakeTrainer, kind: str, tmp_path: Path, interrupted_at: int
+) -> None:
+    whole, first = make_trainer(kind, weight_decay=0.01), make_trainer(kind, weight_decay=0.01)
     reports = reports_of(whole)
-    before = [replace(first.train_step(), seconds=0.0) for _ in range(cut)]
+    before = [replace(first.train_step(), seconds=0.0) for _ in range(interrupted_at)]
     first.save(tmp_path / "checkpoint", "me")
-    second = make(kind, weight_decay=0.01)
+    second = make_trainer(kind, weight_decay=0.01)
     second.load(tmp_path / "checkpoint", "me")
-    assert (second.step, second.saved) == (cut, cut)
+    assert (second.step, second.saved_step) == (interrupted_at, interrupted_at)
     assert before + reports_of(second) == reports
     assert_same(state_of(second), state_of(whole))
 
 
-def test_training_on_leaves_the_file_as_it_is(make: Make, tmp_path: Path) -> None:
+def test_resumed_training_does_not_change_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    first = make()
+    first = make_trainer()
     first.train_step()
     first.save(path, "me")
     content = path.read_bytes()
-    second = make()
+    second = make_trainer()
     second.load(path, "me")
     reports_of(second)
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "text"])
-def test_a_broken_checkpoint_is_refused_in_a_sentence(make: Make, tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "text"])
+def test_a_damaged_checkpoint_is_refused_with_a_message(make_trainer: MakeTrainer, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "checkpoint"
-    trainer = make()
+    trainer = make_trainer()
     trainer.train_step()
     trainer.save(path, "me")
     content = {"truncated": path.read_bytes()[:-5], "empty": b"", "text": b"not a checkpoint at all"}
     path.unlink()
-    if harm in content:
-        path.write_bytes(content[harm])
-    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .*delete it to start anew"):
-        make().load(path, "me")
+    if damage in content:
+        path.write_bytes(content[damage])
+    with pytest.raises(SoftPromptError, match=r"checkpoint: .* cannot be read .*delete it to start over"):
+        make_trainer().load(path, "me")
 
 
-def test_a_checkpoint_of_another_run_is_refused(make: Make, tmp_path: Path) -> None:
-    make().save(tmp_path / "checkpoint", "me")
-    trainer = make()
+def test_a_checkpoint_of_another_run_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer().save(tmp_path / "checkpoint", "me")
+    trainer = make_trainer()
     before = state_of(trainer)
     with pytest.raises(SoftPromptError, match="belongs to another run"):
         trainer.load(tmp_path / "checkpoint", "you")
     assert_same(state_of(trainer), before)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(make: Make, tmp_path: Path, full_disk: FullDisk) -> None:
+def test_a_full_disk_keeps_the_last_checkpoint(make_trainer: MakeTrainer, tmp_path: Path, full_disk: FullDisk) -> None:
     path = tmp_path / "checkpoint"
-    trainer = make()
+    trainer = make_trainer()
     trainer.train_step()
     trainer.save(path, "me")
     content = path.read_bytes()
@@ -309,13 +315,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(make: Make, tmp_path: Path, full
     with full_disk(), pytest.raises((OSError, SafetensorError)):
         trainer.save(path, "me")
     assert path.read_bytes() == content
-    assert trainer.saved == 1
+    assert trainer.saved_step == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_half_of_an_update_is_not_saved(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_update_is_not_saved(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "checkpoint"
-    trainer = make()
+    trainer = make_trainer()
     trainer.train_step()
     trainer.save(path, "me")
     content, update = path.read_bytes(), trainer.optimizer.step
@@ -329,4 +337,4 @@ def test_half_of_an_update_is_not_saved(make: Make, tmp_path: Path, monkeypatch:
         trainer.train_step()
     trainer.save(path, "me")
     assert path.read_bytes() == content
-    assert trainer.saved == 1
+    assert trainer.saved_step == 1

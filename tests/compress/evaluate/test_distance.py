@@ -1,4 +1,4 @@
-"""The figures of an evaluation against plain formulas, and the refusal of queries that need no context."""
+"""The figures of an evaluation against their formulas, and the refusal of queries that need no context."""
 
 from dataclasses import replace
 
@@ -30,12 +30,12 @@ def head(request: pytest.FixtureRequest) -> Head:
     return replace(head, bias=torch.randn(50, generator=generator), softcap=4.0)
 
 
-def test_equal_hidden_states_are_no_distance_apart(head: Head) -> None:
+def test_equal_hidden_states_have_distance_zero(head: Head) -> None:
     same = rows(9, 1)
     assert distance(head, same, same) == Distance(0.0, 1.0, 0.0, 9)
 
 
-def test_figures_are_those_of_plain_formulas(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_equal_their_formulas(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROWS", 4)
     student, teacher = rows(10, 1), [s + 0.3 * t for s, t in zip(rows(10, 1), rows(10, 2), strict=True)]
     double = replace(head, weight=head.weight.double(), bias=None if head.bias is None else head.bias.double())
@@ -49,14 +49,14 @@ def test_figures_are_those_of_plain_formulas(head: Head, monkeypatch: pytest.Mon
     assert found.entropy_gap == pytest.approx(float(gap), abs=1e-5)
 
 
-def test_a_vocabulary_entry_that_never_occurs_is_no_nan() -> None:
+def test_a_vocabulary_entry_of_probability_zero_gives_no_nan() -> None:
     head = Head(torch.eye(3), bias=torch.tensor([0.0, 0.0, -torch.inf]))
     same = [torch.tensor([[1.0, 2.0, 3.0]])]
     found = distance(head, same, same)
     assert (found.kl, found.entropy_gap) == (0.0, 0.0)
 
 
-def test_students_are_measured_by_name(model: PreTrainedModel, context: Prefix, examples: list[Example]) -> None:
+def test_every_student_is_measured(model: PreTrainedModel, context: Prefix, examples: list[Example]) -> None:
     students = {"none": None, "half": context.slice(0, 10), "all": context}
     found = measure(model, context, students, examples, SilentReporter(), "some")
     assert found["all"].kl == pytest.approx(0, abs=1e-6)
@@ -68,8 +68,8 @@ def test_students_are_measured_by_name(model: PreTrainedModel, context: Prefix, 
 
 
 def test_the_summary_holds_every_figure() -> None:
-    none, prompt, cut = Distance(2.0, 0.25, 0.5, 40), Distance(0.5, 0.75, -0.1, 40), Distance(1.5, 0.5, 0.2, 40)
-    assert summary({"none": none, "truncated": cut, "prompt": prompt}) == {
+    none, prompt, truncated = Distance(2.0, 0.25, 0.5, 40), Distance(0.5, 0.75, -0.1, 40), Distance(1.5, 0.5, 0.2, 40)
+    assert summary({"none": none, "truncated": truncated, "prompt": prompt}) == {
         "kl_none": 2.0,
         "kl_truncated": 1.5,
         "kl_prompt": 0.5,

@@ -1,4 +1,4 @@
-"""The table and the picture say what was measured, and nothing else."""
+"""The table and the curves show exactly what was measured."""
 
 import json
 import math
@@ -49,18 +49,18 @@ def step(number: int, **more: float) -> dict:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """Figures that are saved, as they were at that moment."""
+    """The matplotlib figures that a test saves."""
     figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     return figures
 
 
-def test_the_table_has_each_baseline_and_the_full_context_as_reference():
+def test_the_table_has_a_row_for_each_baseline_and_the_full_context():
     header, rows = evaluation_table(FIGURES)
-    assert header == ["before the query", "held-out KL", "recovered", "top-1", "training KL", "recovered", "top-1"]
+    assert header == ["model with", "held-out KL", "recovered", "top-1", "training KL", "recovered", "top-1"]
     assert [row[:4] for row in rows] == [
-        ["nothing", "0.800", "0.000", "0.500"],
+        ["no context", "0.800", "0.000", "0.500"],
         ["truncated context", "0.400", "0.500", "0.700"],
         ["untrained strided KV", "0.600", "0.250", "0.600"],
         ["soft prompt", "0.100", "0.875", "0.900"],
@@ -69,23 +69,23 @@ def test_the_table_has_each_baseline_and_the_full_context_as_reference():
     assert rows[3][4:] == ["0.040", "0.950", "0.900"]
 
 
-def test_a_worse_prompt_than_nothing_recovers_less_than_nothing():
+def test_a_prompt_worse_than_no_context_has_a_negative_recovered_fraction():
     _, rows = evaluation_table({"heldout": {"kl_none": 0.5, "kl_prompt": 0.75}})
     assert rows[1] == ["soft prompt", "0.750", "-0.500", "-"]
 
 
-def test_what_was_not_measured_has_no_row_and_no_column():
+def test_figures_that_were_not_measured_have_no_row_and_no_column():
     header, rows = evaluation_table({"queries": {"kl_none": 0.5, "kl_prompt": 0.25, "top1_agreement": 0.8}})
     assert header[1:] == ["given KL", "recovered", "top-1"]
-    assert [row[0] for row in rows] == ["nothing", "soft prompt", "full context"]
+    assert [row[0] for row in rows] == ["no context", "soft prompt", "full context"]
 
 
-def test_a_plain_table_lines_up():
+def test_the_columns_of_a_plain_table_are_aligned():
     text = table_text(["a", "b"], [["x", "1.0"], ["longer", "10.0"]])
     assert text.splitlines() == ["a          b", "------  ----", "x        1.0", "longer  10.0"]
 
 
-def test_a_step_done_again_counts_once_and_a_line_cut_off_not_at_all(tmp_path):
+def test_a_repeated_step_counts_once_and_a_truncated_line_is_ignored(tmp_path):
     path = write_metrics(tmp_path / "m.jsonl", [step(1), step(2), step(2, loss=9.0), step(3)])
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
@@ -122,14 +122,14 @@ def test_the_curves_show_loss_heldout_points_and_baselines(tmp_path, drawn):
     assert list(loss.lines[0].get_ydata()) == [1 / n for n in range(1, 41)]
     smooth = lines["training loss (mean of the last 10 steps)"].get_ydata()
     assert math.isclose(smooth[-1], sum(1 / n for n in range(31, 41)) / 10)
-    heights = {line.get_ydata()[0] for line in loss.lines if "held-out KL of" in str(line.get_label())}
+    heights = {line.get_ydata()[0] for line in loss.lines if "held-out KL, " in str(line.get_label())}
     assert heights == {0.8, 0.4, 0.6}
     assert loss.get_yscale() == gradient.get_yscale() == "log" and rate.get_yscale() == "linear"
     assert loss.get_ylabel() == "nats per token" and gradient.get_xlabel() == "step"
     assert "600 tokens" in loss.get_title() and "10.0×" in loss.get_title()
 
 
-def test_a_prompt_that_did_not_start_as_the_strided_baseline_starts_where_it_did(tmp_path, drawn):
+def test_the_held_out_curve_starts_at_the_kl_of_the_initial_prompt(tmp_path, drawn):
     figures = {"start": "initial", "heldout": {**HELDOUT, "kl_initial": 0.7}}
     save_curves(write_metrics(tmp_path / "m.jsonl", [step(1), step(2)]), figures, tmp_path / "c.png")
     (line,) = [line for line in drawn[0].axes[0].lines if line.get_label() == "held-out KL"]
@@ -139,14 +139,14 @@ def test_a_prompt_that_did_not_start_as_the_strided_baseline_starts_where_it_did
     ] == "prompt before training"
 
 
-def test_curves_without_an_evaluation_and_of_one_step_can_be_drawn(tmp_path, drawn):
+def test_curves_of_one_step_without_an_evaluation_can_be_drawn(tmp_path, drawn):
     metrics = write_metrics(tmp_path / "m.jsonl", [step(1, grad_norm=0.0)])
     save_curves(metrics, {}, tmp_path / "c.png")
     assert {line.get_label() for line in drawn[0].axes[0].lines} >= {"training loss (mean of the last 10 steps)"}
     assert not any("held-out" in str(line.get_label()) for line in drawn[0].axes[0].lines)
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_curves(tmp_path, monkeypatch):
     metrics = write_metrics(tmp_path / "m.jsonl", [step(1), step(2)])
     save_curves(metrics, {}, tmp_path / "c.png")
     before = (tmp_path / "c.png").read_bytes()

@@ -1,4 +1,4 @@
-"""Where the context ends and the query begins: cut so that both together are what the model would have been given."""
+"""The tokens of context and query: together they are exactly the chat that the template renders."""
 
 import copy
 
@@ -52,7 +52,7 @@ ONE_USER = [{"role": "user", "content": f"{INSTRUCTION}{CONTEXT}\n\n{QUERY}"}]
         pytest.param(
             "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}" + OPENING, SYSTEM_AND_USER, id="bos"
         ),
-        pytest.param(SYSTEM_INTO_USER, SYSTEM_AND_USER, id="system-put-into-the-user-turn"),
+        pytest.param(SYSTEM_INTO_USER, SYSTEM_AND_USER, id="system-merged-into-the-user-turn"),
         pytest.param(REFUSES_SYSTEM, ONE_USER, id="raises-for-system"),
         pytest.param(DROPS_SYSTEM, ONE_USER, id="drops-system"),
     ],
@@ -64,14 +64,14 @@ def test_context_and_query_together_are_the_rendered_chat(
     assert joined(chosen) == rendered(chosen, messages)
 
 
-def test_a_query_alone_starts_as_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_query_is_a_whole_user_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = ChatFormat(tokenizer)
     assert chat.query_ids(QUERY) == rendered(tokenizer, [{"role": "user", "content": QUERY}])
     text = tokenizer.decode(chat.context_ids(CONTEXT)[0])
     assert text.endswith(f"{CONTEXT}<|im_end|>\n")
 
 
-def test_bos_is_there_once_and_belongs_to_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_bos_occurs_once_and_belongs_to_the_context(tokenizer: PreTrainedTokenizerBase) -> None:
     chosen = with_template(tokenizer, REFUSES_SYSTEM.replace("<|im_start|>", "").replace("<|im_end|>", ""))
     chat = ChatFormat(chosen)
     assert chat.context_ids(CONTEXT)[0].tolist().count(chosen.bos_token_id) == 1
@@ -110,21 +110,21 @@ def test_an_empty_context_is_refused(tokenizer: PreTrainedTokenizerBase, text: s
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "nothing of it", "{% broken"])
-def test_a_template_that_keeps_no_turn_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def test_a_template_that_drops_the_turns_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     with pytest.raises(SoftPromptError, match="tokenizer: its chat template"):
         ChatFormat(with_template(tokenizer, template))
 
 
-def test_the_model_alone_starts_as_its_template_starts_it(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_query_without_context_is_the_chat_that_the_template_renders(tokenizer: PreTrainedTokenizerBase) -> None:
     for template in (tokenizer.chat_template, REFUSES_SYSTEM, SYSTEM_INTO_USER):
         chosen = with_template(tokenizer, template)
         chat = ChatFormat(chosen)
-        bare = chat.bare_ids()
-        alone = ([] if bare is None else bare[0].tolist()) + chat.query_ids(QUERY)
-        # A system turn that becomes a part of the user turn leaves the blank line between both to the query.
-        right = rendered(chosen, [{"role": "user", "content": QUERY}])
-        assert [token for token in alone if chosen.decode([token]) != "\n"] == [
-            token for token in right if chosen.decode([token]) != "\n"
+        before = chat.no_context_ids()
+        found = ([] if before is None else before[0].tolist()) + chat.query_ids(QUERY)
+        # Where the system turn is merged into the user turn, the blank line between them belongs to the query.
+        expected = rendered(chosen, [{"role": "user", "content": QUERY}])
+        assert [token for token in found if chosen.decode([token]) != "\n"] == [
+            token for token in expected if chosen.decode([token]) != "\n"
         ]
     plain = ChatFormat(with_template(tokenizer, None))
-    assert plain.bare_ids().tolist() == [[tokenizer.bos_token_id]]
+    assert plain.no_context_ids().tolist() == [[tokenizer.bos_token_id]]

@@ -1,4 +1,4 @@
-"""Models from folders: frozen, prepared, in the dtype that was asked for, or one sentence that says why not."""
+"""Models from folders: frozen, prepared and in the requested dtype, or refused with one message."""
 
 import json
 import shutil
@@ -25,17 +25,17 @@ def test_a_model_is_frozen_prepared_and_in_its_dtype(tiny_model_folder: Path, na
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("harm", ["truncated", "empty", "missing"])
-def test_a_broken_folder_is_refused_in_a_sentence(
-    tiny_model_folder: Path, tmp_path: Path, file: str, harm: str
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_folder_is_refused_with_one_message(
+    tiny_model_folder: Path, tmp_path: Path, file: str, damage: str
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
     path = folder / file
     content = path.read_bytes()
     path.unlink()
-    if harm != "missing":
-        path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"")
+    if damage != "missing":
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
     with pytest.raises(SoftPromptError, match=r"^(model|tokenizer): ") as error:
         load_model(str(folder), "auto", "cpu")
     assert "\n" not in str(error.value)
@@ -48,11 +48,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model_folde
     tokenizer = json.loads(path.read_text())
     tokenizer["model"]["vocab"] |= {f"extra{index}": 300 + index for index in range(20)}
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(SoftPromptError, match=r"tokenizer: got one of \d+ tokens, accepted is at most 300"):
+    with pytest.raises(SoftPromptError, match=r"tokenizer: got one of \d+ tokens, accepted are at most 300"):
         load_model(str(folder), "auto", "cpu")
 
 
-def test_a_family_that_is_not_served_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     folder = tmp_path / "model"
@@ -63,6 +63,6 @@ def test_a_family_that_is_not_served_is_refused(tiny_model_folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "mps", "xpu"])
-def test_a_device_that_is_not_there_is_refused(tiny_model_folder: Path, device: str) -> None:
+def test_a_device_that_does_not_exist_is_refused(tiny_model_folder: Path, device: str) -> None:
     with pytest.raises(SoftPromptError, match=f"device: got '{device}'"):
         load_model(str(tiny_model_folder), "auto", device)

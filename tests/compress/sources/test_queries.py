@@ -1,4 +1,4 @@
-"""Queries from files: what is wrong is named by its line, and no question stands on both sides of the split."""
+"""Queries from files: an invalid line is named by its number, and no question is in both sets of a split."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, save_queries, without, write_text
+from softprompt_kernels.compress.sources.queries import (
+    Query,
+    hold_out,
+    load_queries,
+    remove_held_out,
+    save_queries,
+    write_text,
+)
 from softprompt_kernels.errors import SoftPromptError
 
 
@@ -14,24 +21,24 @@ from softprompt_kernels.errors import SoftPromptError
     ("line", "reason"),
     [
         ("{not json", r"is not JSON \(.* at column 2\)"),
-        ('["a"]', 'is a list, accepted is an object with "input"'),
-        ('"a"', "is a str"),
-        ("3", "is a int"),
+        ('["a"]', 'is of type list, accepted is an object with "input"'),
+        ('"a"', "is of type str"),
+        ("3", "is of type int"),
         ('{"output": "a"}', 'needs an "input"'),
         ('{"input": ""}', 'needs an "input"'),
         ('{"input": " \\n"}', 'needs an "input"'),
         ('{"input": 3}', 'needs an "input"'),
         ('{"input": null}', 'needs an "input"'),
-        ('{"input": "a", "output": " "}', 'has an "output" that is no text'),
-        ('{"input": "a", "output": ["b"]}', 'has an "output" that is no text'),
+        ('{"input": "a", "output": " "}', 'has an "output" that is empty or not text'),
+        ('{"input": "a", "output": ["b"]}', 'has an "output" that is empty or not text'),
         ('{"input": "a", "answer": "b"}', 'has the unknown key "answer"'),
         ('{"input": "a\\ud800"}', "has half of a surrogate pair"),
         ('{"input": "a", "output": "\\udc00"}', "has half of a surrogate pair"),
-        ("[" * 100_000, "is no JSON that can be read|is not JSON"),
-        ('{"input": ' + "1" * 5000 + "}", "is no JSON that can be read"),
+        ("[" * 100_000, "cannot be read as JSON|is not JSON"),
+        ('{"input": ' + "1" * 5000 + "}", "cannot be read as JSON"),
     ],
 )
-def test_a_line_that_is_no_query_is_named(tmp_path: Path, line: str, reason: str) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text(f'{{"input": "first"}}\n\n{line}\n{{"input": "last"}}\n')
     with pytest.raises(SoftPromptError, match=rf"queries\.jsonl, line 3 ({reason})"):
@@ -54,7 +61,7 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
             load_queries(unreadable)
 
 
-def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+def test_saved_queries_are_read_back(tmp_path: Path) -> None:
     odd = 'a\u2028b\x85c\nd\re"f\\ \x0b g\u00fc\U0001f600'
     train, heldout = [Query("one"), Query("two", odd), Query(odd, "x")], [Query("three", "y")]
     path = tmp_path / "queries.jsonl"
@@ -63,7 +70,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert [path.read_text(encoding="utf-8").count(f'"split": "{part}"') for part in ("train", "heldout")] == [3, 1]
 
 
-def test_outer_blanks_make_no_other_question(tmp_path: Path) -> None:
+def test_blanks_around_a_question_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text('{"input": "What?"}\r\n{"input": " What?\\n"}\r\n{"input": "Who?"}')
     assert [query.input for query in load_queries(path)] == ["What?", "What?", "Who?"]
@@ -92,13 +99,13 @@ def test_hold_out_needs_two_inputs(queries: list[Query]) -> None:
         hold_out(queries, 0.5, 0)
 
 
-def test_without_drops_every_query_of_a_held_out_input() -> None:
+def test_remove_held_out_drops_every_query_of_a_held_out_input() -> None:
     queries = [Query("one", "a"), Query("two"), Query("one"), Query("three")]
-    assert without(queries, [Query("one", "z"), Query("four")]) == [Query("two"), Query("three")]
-    assert without(queries, []) == queries
+    assert remove_held_out(queries, [Query("one", "z"), Query("four")]) == [Query("two"), Query("three")]
+    assert remove_held_out(queries, []) == queries
 
 
-def test_a_full_disk_leaves_the_file_that_was_there(
+def test_a_full_disk_keeps_the_previous_file(
     tmp_path: Path, full_disk: Callable[[], AbstractContextManager[None]]
 ) -> None:
     path = tmp_path / "file.txt"

@@ -1,4 +1,4 @@
-"""Self-study: as many different questions as asked for, the same for the same seed, from all parts of the text."""
+"""Self-study: the requested number of different questions, reproducible by seed, from all parts of the text."""
 
 import pytest
 
@@ -20,18 +20,18 @@ def inputs(text: str, count: int, seed: int = 0) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 64, 150])
-def test_as_many_as_asked_for_all_different(count: int) -> None:
+def test_the_requested_number_of_different_queries(count: int) -> None:
     found = inputs(TEXT, count)
     assert len(found) == len(set(found)) == count
 
 
-def test_the_seed_alone_decides() -> None:
+def test_the_seed_determines_the_queries() -> None:
     assert inputs(TEXT, 60, 3) == inputs(TEXT, 60, 3)
     assert inputs(TEXT, 60, 3) != inputs(TEXT, 60, 4)
     assert inputs(TEXT, 60, 3)[:20] == inputs(TEXT, 20, 3)
 
 
-def test_many_queries_touch_every_sentence_and_phrase_and_every_general_one() -> None:
+def test_many_queries_cover_every_sentence_phrase_and_general_request() -> None:
     found = inputs(TEXT, 100_000)
     for sentence in SENTENCES:
         assert any(sentence in query for query in found)
@@ -41,7 +41,7 @@ def test_many_queries_touch_every_sentence_and_phrase_and_every_general_one() ->
     assert len(found) == len(set(found))
 
 
-def test_even_a_few_queries_touch_every_sentence() -> None:
+def test_even_a_few_queries_cover_every_sentence() -> None:
     found = inputs(TEXT, 24)
     for sentence in SENTENCES:
         assert any(" ".join(sentence.split()[:2]) in query for query in found)
@@ -53,7 +53,7 @@ def test_names_numbers_and_long_words_are_phrases() -> None:
     assert "It" not in phrases
 
 
-def test_sentences_have_three_words() -> None:
+def test_sentences_have_at_least_three_words() -> None:
     assert split_sentences("The Mill\n\nIt is old. Yes! Who knows why? One two; three four five") == [
         "It is old.",
         "Who knows why?",
@@ -61,7 +61,7 @@ def test_sentences_have_three_words() -> None:
     ]
 
 
-def test_a_text_without_a_stop_is_not_put_into_a_query_as_a_whole() -> None:
+def test_a_text_without_full_stops_is_cut_into_pieces() -> None:
     words = [f"word{index}" for index in range(1000)]
     found = inputs(" ".join(words), 100_000)
     assert max(len(query.split()) for query in found) < 80
@@ -69,7 +69,7 @@ def test_a_text_without_a_stop_is_not_put_into_a_query_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "   ", "Mill", "!!!", "a b c"])
-def test_short_texts_give_what_they_can(text: str) -> None:
+def test_short_texts_give_fewer_queries(text: str) -> None:
     found = inputs(text, 500)
     assert len(found) == len(set(found)) >= len(GENERAL)
 
@@ -84,6 +84,6 @@ def test_short_texts_give_what_they_can(text: str) -> None:
         "🙂 🙂 🙂 {0} {phrase} %s \\1",
     ],
 )
-def test_other_scripts_and_odd_characters_are_served(text: str) -> None:
+def test_other_scripts_and_special_characters_work(text: str) -> None:
     found = inputs(text, 60)
     assert len(found) == len(set(found)) >= len(GENERAL)

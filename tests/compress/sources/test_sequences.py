@@ -1,4 +1,4 @@
-"""Batches of examples: which rows predict what, and that padding and company change nothing."""
+"""Batches of examples: which row predicts which token, and that padding and the other sequences change nothing."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from softprompt_kernels.prompts import Prefix
 CPU = torch.device("cpu")
 
 
-def test_rows_and_labels_are_those_of_a_plain_loop(examples: list[Example]) -> None:
+def test_rows_and_labels_equal_those_of_a_loop_over_tokens(examples: list[Example]) -> None:
     batch = Batch.of(examples, CPU)
     width = max(len(e.input_ids) + len(e.output_ids) - 1 for e in examples)
     assert batch.input_ids.shape == (len(examples), width)
@@ -29,14 +29,14 @@ def test_rows_and_labels_are_those_of_a_plain_loop(examples: list[Example]) -> N
     assert total_targets(examples) == len(labels)
 
 
-def test_sequences_of_one_length_need_no_mask() -> None:
+def test_sequences_of_equal_length_need_no_mask() -> None:
     batch = Batch.of([Example((1, 2), (3, 4)), Example((5, 6, 7), (8,))], CPU)
     assert batch.attention_mask is None
     assert batch.input_ids.tolist() == [[1, 2, 3], [5, 6, 7]]
 
 
 @pytest.mark.parametrize("prompted", [True, False])
-def test_hidden_rows_are_those_of_each_sequence_alone(
+def test_hidden_states_equal_those_of_each_sequence_alone(
     model: PreTrainedModel, context: Prefix, examples: list[Example], prompted: bool
 ) -> None:
     prefix = context if prompted else None
@@ -45,7 +45,7 @@ def test_hidden_rows_are_those_of_each_sequence_alone(
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_hidden_rows_are_those_of_the_model_itself(
+def test_hidden_states_without_prefix_equal_those_of_transformers(
     tiny_model_folder: object, model: PreTrainedModel, examples: list[Example]
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -59,7 +59,7 @@ def test_hidden_rows_are_those_of_the_model_itself(
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 16, 1000])
-def test_groups_take_every_example_once_within_their_size(examples: list[Example], tokens: int) -> None:
+def test_groups_hold_every_example_once_and_keep_to_their_size(examples: list[Example], tokens: int) -> None:
     groups = list(in_batches(examples, tokens))
     assert sorted(index for group in groups for index in group) == list(range(len(examples)))
     for group in groups:

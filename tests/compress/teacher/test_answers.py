@@ -1,4 +1,4 @@
-"""The teacher's answers: where they end, that company changes nothing, and whose random numbers they take."""
+"""The teacher's answers: where they end, that the batch size does not change them, and how they are sampled."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +30,7 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Pre
 
 @pytest.fixture
 def common_end(model: PreTrainedModel) -> Iterator[frozenset[int]]:
-    """Half of the vocabulary ends an answer, so that rows of one batch end at different steps."""
+    """Every eighth token ends an answer, so that the rows of a batch end at different steps."""
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = list(range(0, 300, 8))
     yield end_tokens(model)
@@ -46,9 +46,7 @@ def greedy(model: PreTrainedModel, prefix: Prefix, example: Example, new_tokens:
     return tuple(found)
 
 
-def test_examples_are_in_the_order_of_the_queries_and_given_outputs_stay(
-    ask: Any, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_examples_keep_the_order_of_the_queries_and_given_outputs(ask: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     chat = ChatFormat(tokenizer)
     examples = ask()
     assert [list(example.input_ids) for example in examples] == [chat.query_ids(query.input) for query in QUERIES]
@@ -67,7 +65,7 @@ def test_an_answer_stops_at_its_first_end_token(ask: Any, common_end: frozenset[
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_greedy_answers_are_those_of_one_query_alone(
+def test_greedy_answers_equal_those_of_one_query_alone(
     ask: Any, model: PreTrainedModel, context: Prefix, common_end: frozenset[int], batch_size: int
 ) -> None:
     for query, example in zip(QUERIES, ask(temperature=0.0, batch_size=batch_size), strict=True):
@@ -75,7 +73,7 @@ def test_greedy_answers_are_those_of_one_query_alone(
             assert example.output_ids == greedy(model, context, example, 8)
 
 
-def test_the_seed_decides_and_the_callers_generator_is_left_alone(ask: Any) -> None:
+def test_the_seed_determines_answers_and_the_callers_random_state_is_kept(ask: Any) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = ask(seed=3)
@@ -85,7 +83,7 @@ def test_the_seed_decides_and_the_callers_generator_is_left_alone(ask: Any) -> N
     assert ask(seed=4) != first
 
 
-def test_sampling_takes_the_whole_distribution(
+def test_sampling_uses_the_whole_distribution(
     ask: Any, model: PreTrainedModel, context: Prefix, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     query = Query("Who?")
@@ -94,7 +92,7 @@ def test_sampling_takes_the_whole_distribution(
     count = 2000
     drawn = torch.tensor([e.output_ids[0] for e in ask([query] * count, new_tokens=1, batch_size=count)])
     frequencies = torch.bincount(drawn, minlength=300).double() / count
-    # Outside of what top-k 50, the default of transformers, would leave.
+    # The tokens that top-k 50, the default of transformers, would never sample.
     tail = p.argsort(descending=True)[50:]
     assert p[tail].sum() > 0.01
     deviation = (p[tail].sum() * (1 - p[tail].sum()) / count).sqrt()
@@ -103,7 +101,7 @@ def test_sampling_takes_the_whole_distribution(
     assert abs(frequencies[top] - p[top]) < 5 * (p[top] * (1 - p[top]) / count).sqrt()
 
 
-def test_hidden_states_come_in_the_order_of_the_examples(
+def test_hidden_states_are_in_the_order_of_the_examples(
     model: PreTrainedModel, context: Prefix, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("softprompt_kernels.compress.teacher.answers.TOKENS_PER_BATCH", 12)

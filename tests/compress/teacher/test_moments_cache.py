@@ -1,4 +1,4 @@
-"""The teacher's targets on disk: what they are, when they are used again, and when they are made anew."""
+"""The cached targets of the teacher: their values, when they are reused, and when they are computed again."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make(tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]) -> Any:
+def make_targets(tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]) -> Any:
     def call(
         identity: Any = "this", examples: list[Example] = examples, head: Head | None = None, **options: Any
     ) -> Targets:
@@ -37,17 +37,17 @@ def make(tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that the teacher is run."""
-    made: list[int] = []
+def teacher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry, the number of examples, for each time that the teacher runs."""
+    runs: list[int] = []
     original = module.hidden_states
 
-    def counted(*args: Any) -> list[torch.Tensor]:
-        made.append(len(args[2]))
+    def recorded(*args: Any) -> list[torch.Tensor]:
+        runs.append(len(args[2]))
         return original(*args)
 
-    monkeypatch.setattr(module, "hidden_states", counted)
-    return made
+    monkeypatch.setattr(module, "hidden_states", recorded)
+    return runs
 
 
 def hidden_of(model: PreTrainedModel, context: Prefix, examples: list[Example]) -> torch.Tensor:
@@ -56,14 +56,19 @@ def hidden_of(model: PreTrainedModel, context: Prefix, examples: list[Example]) 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("biased", [False, True])
-def test_moments_are_those_of_the_teachers_distribution(
-    make: Any, model: PreTrainedModel, context: Prefix, examples: list[Example], temperature: float, biased: bool
+def test_moments_equal_those_of_the_teachers_distribution(
+    make_targets: Any,
+    model: PreTrainedModel,
+    context: Prefix,
+    examples: list[Example],
+    temperature: float,
+    biased: bool,
 ) -> None:
     head = head_of(model)
     if biased:
         head = replace(head, bias=torch.randn(300, generator=torch.Generator().manual_seed(1)))
     chosen = [5, 0, 3, 3, 6]
-    moments = make(temperature=temperature, head=head).moments(chosen, CPU)
+    moments = make_targets(temperature=temperature, head=head).moments(chosen, CPU)
     weight, bias = head.weight.double(), torch.zeros(300).double() if head.bias is None else head.bias.double()
     hidden = hidden_of(model, context, [examples[i] for i in chosen]).double()
     log_p = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
@@ -77,74 +82,76 @@ def test_moments_are_those_of_the_teachers_distribution(
         assert moments.bias_mean is None
 
 
-def test_hidden_states_are_kept_as_they_are(
-    make: Any, model: PreTrainedModel, context: Prefix, examples: list[Example]
+def test_hidden_states_are_stored_unchanged(
+    make_targets: Any, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     chosen = [6, 1, 2]
-    rows = make(form="hidden").hidden(chosen, CPU)
+    rows = make_targets(form="hidden").hidden(chosen, CPU)
     torch.testing.assert_close(rows, hidden_of(model, context, [examples[i] for i in chosen]), rtol=0, atol=1e-5)
 
 
-def test_the_teacher_is_run_once(make: Any, calls: list[int]) -> None:
-    first = make().moments(range(7), CPU)
-    assert calls == [2, 2, 2, 1]
-    again = make().moments(range(7), CPU)
-    assert len(calls) == 4
+def test_the_teacher_runs_once(make_targets: Any, teacher_runs: list[int]) -> None:
+    first = make_targets().moments(range(7), CPU)
+    assert teacher_runs == [2, 2, 2, 1]
+    again = make_targets().moments(range(7), CPU)
+    assert len(teacher_runs) == 4
     assert torch.equal(first.mean, again.mean)
     assert torch.equal(first.entropy, again.entropy)
 
 
-def test_other_examples_model_form_or_temperature_make_them_anew(
-    make: Any, calls: list[int], examples: list[Example]
+def test_other_examples_model_form_or_temperature_are_computed_again(
+    make_targets: Any, teacher_runs: list[int], examples: list[Example]
 ) -> None:
     other = [*examples[:-1], Example(examples[-1].input_ids, (*examples[-1].output_ids, 9))]
     for options in ({}, {"identity": "that"}, {"examples": other}, {"form": "hidden"}, {"temperature": 2.0}):
-        calls.clear()
-        make(**options)
-        assert len(calls) == 4, options
+        teacher_runs.clear()
+        make_targets(**options)
+        assert len(teacher_runs) == 4, options
 
 
-def test_a_change_of_one_token_changes_what_comes_back(make: Any, examples: list[Example]) -> None:
-    before = make().moments([6], CPU).mean
+def test_a_change_of_one_token_changes_the_targets(make_targets: Any, examples: list[Example]) -> None:
+    before = make_targets().moments([6], CPU).mean
     changed = replace(examples[6], input_ids=(9, *examples[6].input_ids[1:]))
-    after = make(examples=[*examples[:6], changed]).moments([6], CPU).mean
+    after = make_targets(examples=[*examples[:6], changed]).moments([6], CPU).mean
     assert not torch.allclose(before, after)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "empty", "no index", "index is no record"])
-def test_a_broken_cache_is_made_anew(make: Any, calls: list[int], tmp_path: Path, harm: str) -> None:
-    expected = make().moments(range(7), CPU).mean.clone()
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "no index", "invalid index"])
+def test_a_damaged_cache_is_computed_again(
+    make_targets: Any, teacher_runs: list[int], tmp_path: Path, damage: str
+) -> None:
+    expected = make_targets().moments(range(7), CPU).mean.clone()
     shard, index = tmp_path / "cache" / "targets-00001.safetensors", tmp_path / "cache" / "index.json"
-    calls.clear()
-    if harm == "truncated":
+    teacher_runs.clear()
+    if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-8])
-    elif harm == "missing":
+    elif damage == "missing":
         shard.unlink()
-    elif harm == "empty":
+    elif damage == "empty":
         shard.write_bytes(b"")
-    elif harm == "no index":
+    elif damage == "no index":
         index.unlink()
     else:
         index.write_text("[]")
-    assert torch.equal(make().moments(range(7), CPU).mean, expected)
-    assert len(calls) == 4
+    assert torch.equal(make_targets().moments(range(7), CPU).mean, expected)
+    assert len(teacher_runs) == 4
 
 
 def test_an_interrupted_computation_leaves_no_cache(
-    make: Any, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    make_targets: Any, teacher_runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make()
-    counted = module.hidden_states
+    make_targets()
+    recorded = module.hidden_states
 
     def stopped(*args: Any) -> list[torch.Tensor]:
-        if len(calls) == 6:
+        if len(teacher_runs) == 6:
             raise KeyboardInterrupt
-        return counted(*args)
+        return recorded(*args)
 
     monkeypatch.setattr(module, "hidden_states", stopped)
     with pytest.raises(KeyboardInterrupt):
-        make(identity="that")
-    monkeypatch.setattr(module, "hidden_states", counted)
-    calls.clear()
-    make()
-    assert len(calls) == 4, "the index of the first set does not vouch for half of the second"
+        make_targets(identity="that")
+    monkeypatch.setattr(module, "hidden_states", recorded)
+    teacher_runs.clear()
+    make_targets()
+    assert len(teacher_runs) == 4, "the index of the first set must not be used for half of the second"

@@ -1,0 +1,82 @@
+"""Evaluation of a saved prompt: its distance from the full context, on queries of the caller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
+from softprompt_kernels.compress.evaluate.distance import measure, summary
+from softprompt_kernels.compress.inputs import check_window, read_text, sha256
+from softprompt_kernels.compress.reporter import Reporter, SilentReporter
+from softprompt_kernels.compress.sources.chat import ChatFormat
+from softprompt_kernels.compress.sources.model import load_model
+from softprompt_kernels.compress.sources.queries import load_queries
+from softprompt_kernels.compress.teacher.answers import answer
+from softprompt_kernels.compress.teacher.context import capture_context
+from softprompt_kernels.models import prefix_of
+from softprompt_kernels.prompts import load
+
+
+def evaluate_prompt(
+    model_name: str,
+    context: Path,
+    prompt_dir: Path,
+    queries: Path,
+    *,
+    new_tokens: int = 48,
+    sample_temperature: float = 1.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """The distance of a saved prompt, and of the baselines, from the full context on given queries.
+
+    Args:
+        model_name: folder or hub name of the model that the prompt was made for.
+        context: file of the text that was compressed.
+        prompt_dir: folder of the saved prompt.
+        queries: file of JSON Lines. The teacher answers those without an output.
+        new_tokens, sample_temperature, seed: at most so many tokens an answer, and how they are sampled.
+        dtype, device: as in `load_model`.
+        reporter: receives the progress; None reports nothing.
+
+    Returns:
+        `{"context_tokens", "prompt_tokens", "ratio", "queries": {...}}`. The last has the keys of a set of
+        evaluation.json. KL in nats per token.
+
+    Raises:
+        SoftPromptError: bad input.
+    """
+    reporter = reporter or SilentReporter()
+    text, asked = read_text(context, "context"), load_queries(queries)
+    model, tokenizer = load_model(model_name, dtype, device)
+    chat = ChatFormat(tokenizer)
+    prompt, record = load(prompt_dir, model, tokenizer)
+    made_from = (record or {}).get("context") or {}
+    if made_from.get("sha256") not in (None, sha256(text)):
+        reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")
+    ids = chat.context_ids(text)
+    check_window(model, chat, ids.shape[1], asked, new_tokens)
+    prefix = capture_context(model, ids)
+    examples = answer(
+        model,
+        chat,
+        prefix,
+        asked,
+        new_tokens=new_tokens,
+        temperature=sample_temperature,
+        batch_size=64,
+        seed=seed,
+        reporter=reporter,
+    )
+    students = baseline_prefixes(model, chat, prefix, prompt.length)
+    students["prompt"] = prefix_of(model, prompt).detach()
+    distances = measure(model, prefix, students, examples, reporter, "given")
+    return {
+        "context_tokens": prefix.length,
+        "prompt_tokens": prompt.length,
+        "ratio": prefix.length / prompt.length,
+        "queries": summary(distances),
+    }
