@@ -1,4 +1,4 @@
-"""The command `softprompt`."""
+"""The command line `softprompt`: one file for each command, and what the commands share."""
 
 from softprompt_kernels.cli.app import app, main
 

@@ -1,4 +1,4 @@
-"""The commands and the way into them."""
+"""The command line application: its commands and its entry point."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Sequence
 
 import typer
 
-from softprompt_kernels.cli.boundary import guarded
 from softprompt_kernels.cli.compress import compress
 from softprompt_kernels.cli.doctor import doctor
+from softprompt_kernels.cli.errors import with_error_messages
 from softprompt_kernels.cli.evaluate import evaluate
 from softprompt_kernels.cli.generate import generate
 
 
-def _paragraphs(docstring: str | None) -> str:
-    """A docstring without the line breaks within its paragraphs, for a terminal of any width."""
+def _unwrap(docstring: str | None) -> str:
+    """A docstring without the line breaks inside its paragraphs, for a terminal of any width."""
     return "\n\n".join(" ".join(part.split()) for part in (docstring or "").split("\n\n"))
 
 
 app = typer.Typer(
     name="softprompt",
-    help="Compress a long text into a soft prompt: the model answers nearly as if it had the text before it.",
+    help="Compress a long text into a soft prompt. With it, the model answers nearly as if it had read the text.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # a defect of ours is shown as Python shows it
+    pretty_exceptions_enable=False,  # an unexpected exception is shown as Python shows it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (compress, generate, evaluate, doctor):
-    app.command(help=_paragraphs(_command.__doc__))(guarded(_command))
+    app.command(help=_unwrap(_command.__doc__))(with_error_messages(_command))
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 2 input that cannot be served, 130 stopped by Ctrl-C.
+    """Run the command line and exit: 0 success, 2 invalid input, 130 stopped by Ctrl-C.
 
     Args:
-        args: what follows the command's name; None: what the process was started with.
+        args: the arguments after the name of the program; None: those of this process.
     """
     app(args=args, prog_name="softprompt")

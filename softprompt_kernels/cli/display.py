@@ -1,4 +1,4 @@
-"""How things look: tables and durations, with colour on a terminal and as plain text elsewhere."""
+"""Output on stdout: tables, pairs, durations and sizes. Coloured on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from softprompt_kernels.compress.report.table import table_text
 
 
 def on_terminal() -> bool:
-    """Whether a person looks at standard output, rather than a file or a program."""
+    """Whether standard output is a terminal, and not a file or a pipe."""
     return sys.stdout.isatty()
 
 
-def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: str | None = None) -> None:
-    """Prints a table on standard output.
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], highlight: str | None = None) -> None:
+    """Print a table on standard output.
 
     Args:
-        header, rows: text; the first column names the row, the others are figures.
-        strong: the first cell of the row that the table is about.
+        header, rows: the cells. The first column holds the names of the rows, the others hold figures.
+        highlight: the name of the row to highlight.
     """
     if not on_terminal():
         typer.echo(table_text(header, rows))
@@ -32,19 +32,19 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]], strong: str
     for index, name in enumerate(header):
         table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*row, style="bold green" if row[0] == strong else None)
+        table.add_row(*row, style="bold green" if row[0] == highlight else None)
     Console().print(table)
 
 
 def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Prints lines of a name and a value, the values under each other."""
+    """Print one line for each name and value, with the values aligned."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         typer.echo(f"{name.ljust(width)}  {value}")
 
 
 def duration(seconds: float) -> str:
-    """ "0.4 s", "12 s", "3 min 05 s", "2 h 07 min"."""
+    """Seconds as "0.4 s", "12 s", "3 min 05 s" or "2 h 07 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -56,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes, as "640 B", "3.2 MB"; 1 MB is 10⁶ bytes."""
+    """Bytes as "640 B" or "3.2 MB"; 1 MB is 10⁶ bytes."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:

@@ -1,4 +1,4 @@
-"""Options that several commands have, and the fields of the configuration as options."""
+"""Options that several commands share, and the fields of the configuration as options."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from pydantic_core import PydanticUndefined
 
 from softprompt_kernels.compress.config import CompressConfig, Dtype
 
-ModelName = Annotated[str, typer.Option("--model", help="Folder of the model with its tokenizer, or its hub name.")]
-DtypeName = Annotated[Dtype, typer.Option(help="Type of the model; auto: float32 on a CPU, as stored elsewhere.")]
+ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
+DtypeName = Annotated[Dtype, typer.Option(help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")]
 
 PANELS = {
-    "model": "What is compressed",
-    "kind": "The prompt",
+    "model": "Model, context and output",
+    "kind": "Soft prompt",
     "queries": "Queries and the teacher's answers",
-    "objective": "What is learnt",
+    "objective": "Training objective",
     "steps": "Training",
     "checkpoint_every": "Checkpoints and evaluation",
-    "seed": "Machine",
+    "seed": "Seed and device",
 }
-"""The headings of the help, by the first field under each."""
+"""The headings of the help page, by the first field under each."""
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces `**options` of a command by one option for each field of `CompressConfig`, None where not given."""
+    """Replaces `**options` of a command by one option for each field of `CompressConfig`; None if not given."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields, panel = [], ""
     for name, field in CompressConfig.model_fields.items():
         panel = PANELS.get(name, panel)
         info = typer.Option(_flag(name), help=_help(name), rich_help_panel=panel, show_default=False)
-        kind: Any = _plain(field.annotation) | None
-        annotation: Any = Annotated[kind, info]
+        option_type: Any = _plain_type(field.annotation) | None
+        annotation: Any = Annotated[option_type, info]
         fields.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
     return command
@@ -57,9 +57,9 @@ def _help(name: str) -> str:
     return text if field.default in (None, PydanticUndefined) else f"{text} Default: {field.default}."
 
 
-def _plain(annotation: Any) -> Any:
-    """The type without pydantic's annotations and without None: int, float, bool, str, Path or a Literal."""
+def _plain_type(annotation: Any) -> Any:
+    """The type without pydantic's annotations and None: int, float, bool, str, Path or a Literal."""
     for part in get_args(annotation):
         if part is not type(None) and (hasattr(part, "__metadata__") or part is Path):
-            return _plain(part)
+            return _plain_type(part)
     return getattr(annotation, "__origin__", annotation) if hasattr(annotation, "__metadata__") else annotation

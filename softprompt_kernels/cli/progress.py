@@ -1,7 +1,7 @@
-"""Progress of long work on standard error, so that standard output holds results alone.
+"""Progress on standard error, so that standard output holds only results.
 
-On a terminal a bar a stage, with rate, time left and figures. Elsewhere, as in a log, one line at the end of a stage
-and one every now and then before it, without control codes.
+On a terminal each stage is a bar with rate, time left and figures. Elsewhere, as in a log file, a stage prints a line
+every `INTERVAL` seconds and one at its end, without control codes.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.reporter import Advance, Reporter
 
 INTERVAL = 15.0
-"""Seconds between the lines of a log."""
+"""Seconds between two lines of one stage."""
 
 
 def terminal_reporter() -> Reporter:
-    """Bars if standard error is a terminal, lines if not."""
+    """Bars if standard error is a terminal, else lines."""
     return RichReporter() if sys.stderr.isatty() else PlainReporter()
 
 
 class RichReporter:
-    """Bars.
+    """Shows progress as bars.
 
     Args:
-        console: where to; None: standard error.
+        console: where to print; None: standard error.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
 
     def message(self, text: str) -> None:
-        """A line above the bar that is moving."""
+        """Print a line above the current bar."""
         self.console.print(text, markup=False, highlight=False)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """A bar that stays when it is full."""
+        """A bar, which stays on the screen when it is full."""
         bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -65,12 +65,12 @@ class RichReporter:
 
 
 class PlainReporter:
-    """Lines.
+    """Shows progress as lines of text.
 
     Args:
-        write: takes a line; None: standard error.
-        clock: seconds from any start.
-        interval: seconds between lines within a stage.
+        write: prints a line; None: to standard error.
+        clock: returns the time in seconds.
+        interval: seconds between two lines of one stage.
     """
 
     def __init__(
@@ -83,26 +83,26 @@ class PlainReporter:
         self.clock, self.interval = clock, interval
 
     def message(self, text: str) -> None:
-        """One line."""
+        """Print a line."""
         self.write(text)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """A line every `interval` seconds, and one at the end unless the stage is left by an error."""
-        begin = last = self.clock()
-        done = before = 0
-        since: float | None = None  # the first report: what a resumed run had done already comes with it
+        """A line every `interval` seconds, and one at the end unless an error ends the stage."""
+        begin = last_line = self.clock()
+        done = done_at_first = 0
+        first: float | None = None  # time of the first call, which includes the units that a resumed run had done
 
         def advance(count: int, **figures: float) -> None:
-            nonlocal done, before, since, last
+            nonlocal done, done_at_first, first, last_line
             done, now = done + count, self.clock()
-            if since is None:
-                since, before = now, done
-            if now - last >= self.interval and done < total:
-                last = now
+            if first is None:
+                first, done_at_first = now, done
+            if now - last_line >= self.interval and done < total:
+                last_line = now
                 parts = [f"{done}/{total}"]
-                if now > since and done > before:
-                    speed = (done - before) / (now - since)
+                if now > first and done > done_at_first:
+                    speed = (done - done_at_first) / (now - first)
                     parts += [_rate(speed, unit), f"{duration((total - done) / speed)} left"]
                 self.write(f"{description}: " + ", ".join(filter(None, [*parts, _figures(figures)])))
 
@@ -111,7 +111,7 @@ class PlainReporter:
 
 
 class _Rate(ProgressColumn):
-    """Units a second, or seconds a unit where that reads better."""
+    """A column with units per second, or with seconds per unit if the work is slow."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()

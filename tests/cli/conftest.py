@@ -1,4 +1,4 @@
-"""The command line in-process, a text, queries, and a run that has ended."""
+"""The command line in this process, a text, queries, and a finished run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ def _run(*arguments: object, stdin: str | bytes | None = None) -> Result:
 
 @pytest.fixture
 def run() -> Run:
-    """`run("generate", "--model", ...)`: exit code, standard output and standard error of `softprompt`."""
+    """`run("generate", "--model", ...)` returns exit code, standard output and standard error of `softprompt`."""
     return _run
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the commands are given."""
+    """The files that the commands read."""
 
     model: Path
     context: Path
@@ -36,7 +36,7 @@ class Inputs:
     heldout: Path
 
     def compress(self, output: Path, **changes: object) -> list[str]:
-        """The arguments of a small compression into `output`; None leaves one out."""
+        """The arguments of a small compression into `output`. A change to None leaves an option out."""
         options: dict[str, object] = {
             "model": self.model,
             "context": self.context,
@@ -57,7 +57,7 @@ class Inputs:
 
 @pytest.fixture(scope="session")
 def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """A model, a text of about 150 tokens, four queries to train on and two held out."""
+    """A model, a text of about 150 tokens, four training queries and two held-out queries."""
     folder = tmp_path_factory.mktemp("inputs")
     files = Inputs(tiny_model_folder, folder / "text.txt", folder / "queries.jsonl", folder / "heldout.jsonl")
     files.context.write_text(TEXT)
@@ -69,7 +69,7 @@ def inputs(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @dataclass(frozen=True)
 class Finished:
-    """A compression that has ended: its folder and what the command said."""
+    """A finished compression: its folder and the output of the command."""
 
     folder: Path
     result: Result
@@ -77,7 +77,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The run that the other commands work on. It is not changed."""
+    """The run that the tests of other commands use. They must not change it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     result = _run(*inputs.compress(folder))
     assert result.exit_code == 0, result.output
@@ -86,7 +86,7 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Finish
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
+    """At these sizes more threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""`softprompt compress` from the arguments to the folder, its forecast, and what an interrupt leaves."""
+"""`softprompt compress`: its output and files, the dry run, and resuming after Ctrl-C."""
 
 import json
 
@@ -8,12 +8,12 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Trainer
 
 
-def test_a_compression_ends_with_the_table_and_says_where_things_are(finished):
+def test_a_compression_ends_with_the_table_and_the_paths_of_its_files(finished):
     out = finished.result.stdout
     rows = [line.split("  ")[0].strip() for line in out.splitlines() if line.strip()]
-    start = rows.index("nothing")
+    start = rows.index("no context")
     assert rows[start : start + 5] == [
-        "nothing",
+        "no context",
         "truncated context",
         "untrained strided KV",
         "soft prompt",
@@ -25,7 +25,7 @@ def test_a_compression_ends_with_the_table_and_says_where_things_are(finished):
     assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_shows_what_evaluation_json_holds(finished):
+def test_the_table_shows_the_figures_of_evaluation_json(finished):
     figures = json.loads((finished.folder / "evaluation.json").read_text())
     (line,) = [line for line in finished.result.stdout.splitlines() if line.startswith("soft prompt")]
     shown = [float(cell) for cell in line.removeprefix("soft prompt").split()]
@@ -49,13 +49,13 @@ def test_the_same_command_again_shows_the_finished_run(run, inputs, finished):
     assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
 
 
-def test_another_configuration_in_the_same_folder_is_refused_by_name(run, inputs, finished):
+def test_another_configuration_in_the_same_folder_is_refused_with_the_options_that_differ(run, inputs, finished):
     other = run(*inputs.compress(finished.folder, steps=5, seed=3))
     assert other.exit_code == 2
     assert "holds another run, which differs in seed, steps" in other.stderr
 
 
-def test_options_win_over_the_yaml_file(run, inputs, tmp_path):
+def test_options_override_the_yaml_file(run, inputs, tmp_path):
     path = tmp_path / "config.yaml"
     fields = {"model": str(inputs.model), "context": str(inputs.context), "output": "x", "tokens": 12, "steps": 9}
     fields |= {"queries": str(inputs.queries), "heldout": str(inputs.heldout), "selfstudy": 0, "new_tokens": 4}
@@ -79,12 +79,13 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     result = run(*inputs.compress(tmp_path / "run"), "--dry-run")
     assert result.exit_code == 0, result.output
     names = {line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()}
-    assert names == {"context", "prompt", "ratio", "queries", "KL of nothing", "a step", "in all"}
-    assert "4 to train on, 2 held out" in result.stdout
+    sizes = {"context", "prompt", "ratio", "queries"}
+    assert names == sizes | {"KL without context", "time per step", "total time", "written"}
+    assert "4 for training, 2 held out" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_saves_and_the_same_command_ends_where_an_unbroken_run_does(
+def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(
     run, inputs, finished, tmp_path, monkeypatch
 ):
     train_step = Trainer.train_step
@@ -98,7 +99,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_where_an_unbroken_run_does(
         patch.setattr(Trainer, "train_step", interrupted)
         stopped = run(*inputs.compress(tmp_path / "run"))
     assert stopped.exit_code == 130
-    assert "Stopped at step 3 of 4" in stopped.stderr and "The same command goes on" in stopped.stderr
+    assert "Stopped at step 3 of 4" in stopped.stderr and "Run the same command again" in stopped.stderr
     assert "Traceback" not in stopped.output and not (tmp_path / "run" / "evaluation.json").exists()
 
     resumed = run(*inputs.compress(tmp_path / "run"))
@@ -109,11 +110,11 @@ def test_ctrl_c_saves_and_the_same_command_ends_where_an_unbroken_run_does(
     assert steps == [1, 2, 3, 4]
 
 
-def test_ctrl_c_before_training_says_how_to_go_on(run, inputs, tmp_path, monkeypatch):
+def test_ctrl_c_before_training_says_how_to_resume(run, inputs, tmp_path, monkeypatch):
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softprompt_kernels.compress.run.capture", stop)
+    monkeypatch.setattr("softprompt_kernels.compress.run.capture_context", stop)
     stopped = run(*inputs.compress(tmp_path / "run"))
-    assert stopped.exit_code == 130 and "The same command goes on" in stopped.stderr
+    assert stopped.exit_code == 130 and "Run the same command again" in stopped.stderr
     assert "Traceback" not in stopped.output

@@ -1,4 +1,4 @@
-"""`softprompt doctor` reports what is here, not what somebody wrote down."""
+"""`softprompt doctor` reports the actual state of the installation."""
 
 import importlib.metadata
 
@@ -10,7 +10,7 @@ from softprompt_kernels.ops import dispatch
 
 @pytest.fixture
 def versions(monkeypatch):
-    """`versions(numpy="1.0")`: what importlib.metadata says of a package; None: not installed."""
+    """`versions(numpy="1.0")` sets the version that importlib.metadata returns for a package; None: not installed."""
     real = importlib.metadata.version
 
     def pretend(**changes: str | None) -> None:
@@ -31,9 +31,9 @@ def line(text: str, name: str) -> str:
     return found
 
 
-def test_a_working_installation_is_usable(run):
+def test_a_working_installation(run):
     result = run("doctor")
-    assert result.exit_code == 0 and result.stdout.rstrip().endswith("Usable.")
+    assert result.exit_code == 0 and result.stdout.rstrip().endswith("This installation works.")
     for name in ("torch", "transformers", "numpy", "safetensors"):
         assert importlib.metadata.version(name) in line(result.stdout, name)
     backends = result.stdout.partition("Backends\n")[2].partition("Devices\n")[0]
@@ -42,41 +42,41 @@ def test_a_working_installation_is_usable(run):
     assert f"threads: {torch.get_num_threads()}" in line(result.stdout, "processor")
 
 
-def test_a_package_older_than_any_that_was_tried(run, versions):
+def test_a_package_older_than_the_lowest_tested_version(run, versions):
     versions(transformers="4.50.0")
     result = run("doctor")
-    assert result.exit_code == 1 and "Not usable: see transformers." in result.stdout
+    assert result.exit_code == 1 and "This installation does not work. See: transformers." in result.stdout
     assert "accepted is >=5.23" in line(result.stdout, "transformers") and "pip install" in result.stdout
 
 
-def test_a_package_that_is_missing(run, versions):
+def test_a_missing_package(run, versions):
     versions(safetensors=None)
     result = run("doctor")
     assert result.exit_code == 1 and "missing" in line(result.stdout, "safetensors")
 
 
-def test_an_optional_package_that_is_missing_keeps_nothing_from_working(run, versions):
+def test_a_missing_optional_package_is_not_an_error(run, versions):
     versions(peft=None)
     result = run("doctor")
     assert result.exit_code == 0
-    assert 'missing (optional, pip install "softprompt-kernels[peft]")' in line(result.stdout, "peft")
+    assert 'missing (optional: pip install "softprompt-kernels[peft]")' in line(result.stdout, "peft")
 
 
-@pytest.mark.parametrize(("version", "word"), [("2.13.0+cu130", ", tried"), ("2.9.1", "untried")])
-def test_another_torch_is_named_untried_but_kept(run, versions, version, word):
+@pytest.mark.parametrize(("version", "remark"), [("2.13.0+cu130", "(tested)"), ("2.9.1", "(tested: 2.13.0)")])
+def test_an_untested_torch_is_accepted_with_a_remark(run, versions, version, remark):
     versions(torch=version)
     result = run("doctor")
-    assert result.exit_code == 0 and word in line(result.stdout, "torch")
+    assert result.exit_code == 0 and remark in line(result.stdout, "torch")
 
 
-def test_a_backend_that_is_missing_says_how_to_get_it(run, monkeypatch):
+def test_an_unavailable_backend_says_how_to_get_it(run, monkeypatch):
     abacus = dispatch.Backend("abacus", "beads", {}, missing=lambda: "no beads here: buy some")
     monkeypatch.setattr(dispatch, "BACKENDS", (abacus, *dispatch.BACKENDS))
     result = run("doctor")
-    assert result.exit_code == 0 and "not here: no beads here: buy some" in line(result.stdout, "abacus")
+    assert result.exit_code == 0 and "not available: no beads here: buy some" in line(result.stdout, "abacus")
 
 
-def test_no_backend_at_all_is_not_usable(run, monkeypatch):
+def test_without_any_backend_the_installation_does_not_work(run, monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", ())
     result = run("doctor")
-    assert result.exit_code == 1 and "none can run here" in result.stdout
+    assert result.exit_code == 1 and "none is available" in result.stdout

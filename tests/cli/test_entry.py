@@ -1,10 +1,10 @@
-"""The installed command itself."""
+"""The entry point: unknown commands, the help page, and what it imports."""
 
 import subprocess
 import sys
 
 
-def test_the_command_explains_itself_and_knows_no_other(tmp_path):
+def test_an_unknown_command_gets_a_suggestion(tmp_path):
     program = "import sys; from softprompt_kernels.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", program]
     result = subprocess.run([*command, "compres"], capture_output=True, text=True, cwd=tmp_path)
@@ -18,7 +18,7 @@ def test_help_names_every_command(run):
         assert f" {name} " in text
 
 
-def test_help_and_mistakes_in_options_need_no_torch(tmp_path):
+def test_help_and_errors_in_options_do_not_import_torch(tmp_path):
     program = (
         "import sys\nfrom softprompt_kernels.cli import main\n"
         "try:\n    main(sys.argv[1:])\nfinally:\n    assert not {'torch', 'transformers'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""`softprompt evaluate` on a prompt and queries of one's own."""
+"""`softprompt evaluate`: a saved prompt on given queries."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def command(inputs, finished) -> list[object]:
-    """Arguments of an evaluation that works."""
+    """The arguments of an evaluation that succeeds."""
     files = ["--context", inputs.context, "--prompt", finished.folder / "prompt", "--queries", inputs.heldout]
     return ["evaluate", "--model", inputs.model, *files, "--new-tokens", 6, "--seed", 1]
 
@@ -20,7 +20,7 @@ def test_the_held_out_queries_of_a_run_get_the_figures_of_the_run(run, command, 
     for name in ("kl_none", "kl_prompt", "kl_truncated", "recovered", "top1_agreement"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
     assert [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1] in "ntsf" and "  " in line] == [
-        "nothing",
+        "no context",
         "truncated context",
         "soft prompt",
         "full context",
@@ -28,7 +28,7 @@ def test_the_held_out_queries_of_a_run_get_the_figures_of_the_run(run, command, 
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
-def test_another_text_than_the_prompts_own_is_remarked(run, command, tmp_path):
+def test_a_text_other_than_the_prompts_own_gives_a_message(run, command, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("A quite different text, about nothing that was in the first.")
     command[command.index("--context") + 1] = other
@@ -37,12 +37,12 @@ def test_another_text_than_the_prompts_own_is_remarked(run, command, tmp_path):
     assert "was made from another text" in result.stderr
 
 
-def test_where_the_figures_cannot_be_written_is_said_before_the_work(run, command, tmp_path):
+def test_a_missing_folder_for_the_figures_is_refused_before_the_model_is_loaded(run, command, tmp_path):
     result = run(*command, "--json", tmp_path / "no" / "e.json")
     assert result.exit_code == 2 and "--json" in result.stderr and "Loading" not in result.stderr
 
 
-def test_a_line_that_is_no_query_is_named(run, command, tmp_path):
+def test_an_invalid_query_is_named_by_line(run, command, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"input": "Who?"}\n{"input": 3}\n')
     command[command.index("--queries") + 1] = bad

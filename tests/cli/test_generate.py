@@ -1,4 +1,4 @@
-"""`softprompt generate`: each way of asking gives what the models layer gives."""
+"""`softprompt generate`: answers equal those of `softprompt_kernels.models.generate` with the same prefix."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ QUESTION = "Who owns it?"
 
 @pytest.fixture(scope="module")
 def answers(inputs, finished) -> dict[str, str]:
-    """The greedy answer of 8 tokens behind the full text, the soft prompt, and nothing."""
+    """The greedy answers of 8 tokens with the full context, the soft prompt, and no context."""
     model, tokenizer = load_model(str(inputs.model))
     chat = ChatFormat(tokenizer)
     ids = torch.tensor([chat.query_ids(QUESTION)])
     prefixes = {
-        "full text": capture(model, chat.context_ids(inputs.context.read_text())),
+        "full context": capture(model, chat.context_ids(inputs.context.read_text())),
         "soft prompt": prefix_of(model, load(finished.folder / "prompt", model, tokenizer)[0]),
-        "nothing": None,
+        "no context": None,
     }
     found = {}
     for name, prefix in prefixes.items():
@@ -30,23 +30,23 @@ def answers(inputs, finished) -> dict[str, str]:
 
 
 def shown(text: str) -> list[str]:
-    """Lines without blanks at their ends: the random model writes control characters too."""
+    """The lines without white space at their ends, because the random model also writes control characters."""
     return [line.strip() for line in text.strip().splitlines()]
 
 
-@pytest.mark.parametrize("before", ["soft prompt", "full text", "nothing"])
+@pytest.mark.parametrize("before", ["soft prompt", "full context", "no context"])
 def test_the_answer_is_streamed_to_standard_output(run, inputs, finished, answers, before):
     options = {
         "soft prompt": ["--prompt", finished.folder / "prompt"],
-        "full text": ["--context", inputs.context],
-        "nothing": [],
+        "full context": ["--context", inputs.context],
+        "no context": [],
     }[before]
     result = run("generate", "--model", inputs.model, *options, "--max-new-tokens", 8, QUESTION)
     assert result.exit_code == 0, result.output
     assert shown(result.stdout) == shown(answers[before])
 
 
-def test_several_questions_are_told_apart(run, inputs):
+def test_each_of_several_questions_is_repeated_before_its_answer(run, inputs):
     result = run("generate", "--model", inputs.model, "--max-new-tokens", 4, "Who?", "Where?")
     assert result.exit_code == 0, result.output
     assert "> Who?\n" in result.stdout and "> Where?\n" in result.stdout
@@ -55,7 +55,7 @@ def test_several_questions_are_told_apart(run, inputs):
 def test_questions_come_from_standard_input_a_line_each(run, inputs, answers):
     result = run("generate", "--model", inputs.model, "--max-new-tokens", 8, stdin=f"{QUESTION}\n\n{QUESTION}\n")
     assert result.exit_code == 0, result.output
-    assert shown(result.stdout) == shown(answers["nothing"]) * 2
+    assert shown(result.stdout) == shown(answers["no context"]) * 2
 
 
 def test_compare_puts_the_three_answers_under_the_question(run, inputs, finished, answers):
@@ -65,13 +65,13 @@ def test_compare_puts_the_three_answers_under_the_question(run, inputs, finished
     lines = result.stdout.splitlines()
     assert lines[0] == f"> {QUESTION}"
     heads = [line.split("|")[0].strip() for line in lines[1:] if "|" in line]
-    assert [head for head in heads if head] == ["full text", "soft prompt", "nothing"]
+    assert [head for head in heads if head] == ["full context", "soft prompt", "no context"]
     for name, text in answers.items():
         (line,) = [line for line in lines if line.strip().startswith(f"{name} ")]
         assert line.partition("| ")[2].strip() == text.splitlines()[0].strip()
 
 
-def test_a_seed_gives_the_same_sample_and_another_one_another(run, inputs):
+def test_the_seed_determines_the_sample(run, inputs):
     command = ["generate", "--model", inputs.model, "--max-new-tokens", 12, "--temperature", 1.0, QUESTION, "--seed"]
     first, second, third = (run(*command, seed).stdout for seed in (1, 1, 2))
     assert first == second != third
@@ -80,7 +80,7 @@ def test_a_seed_gives_the_same_sample_and_another_one_another(run, inputs):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["--prompt", "{prompt}", "--context", "{context}", "Who?"], "--compare with both"),
+        (["--prompt", "{prompt}", "--context", "{context}", "Who?"], "both with --compare"),
         (["--compare", "--prompt", "{prompt}", "Who?"], "--compare: needs both"),
         (["--prompt", "{folder}", "Who?"], "is not a saved prompt"),
         (["--context", "{folder}", "Who?"], "context:"),
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_sample_and_another_one_another(run, inputs):
         (["--device", "warp", "Who?"], "device: got 'warp'"),
     ],
 )
-def test_what_cannot_be_asked_is_said_in_a_sentence(run, inputs, finished, tmp_path, arguments, fragment):
+def test_bad_arguments_are_refused_with_one_message(run, inputs, finished, tmp_path, arguments, fragment):
     places = {"prompt": finished.folder / "prompt", "context": inputs.context, "folder": tmp_path}
     result = run("generate", "--model", inputs.model, *(text.format(**places) for text in arguments), stdin="")
     assert result.exit_code == 2, result.output
@@ -98,6 +98,6 @@ def test_what_cannot_be_asked_is_said_in_a_sentence(run, inputs, finished, tmp_p
     assert "Traceback" not in result.output
 
 
-def test_questions_that_are_no_text_are_refused(run, inputs):
+def test_questions_that_are_not_utf8_are_refused(run, inputs):
     result = run("generate", "--model", inputs.model, stdin=b"\xff\xfe\n")
     assert result.exit_code == 2 and "standard input is not UTF-8" in result.stderr

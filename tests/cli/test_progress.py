@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, plain lines in a log."""
+"""Progress: bars on a terminal, lines of text in a log file."""
 
 import io
 
@@ -10,7 +10,7 @@ from softprompt_kernels.cli.progress import PlainReporter, RichReporter
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test moves by hand."""
 
     now = 100.0
 
@@ -20,13 +20,13 @@ class Clock:
 
 @pytest.fixture
 def log() -> tuple[PlainReporter, list[str], Clock]:
-    """A reporter with a line every 10 s, its lines, and its clock."""
+    """A reporter that prints every 10 s, its lines, and its clock."""
     lines: list[str] = []
     clock = Clock()
     return PlainReporter(lines.append, clock, interval=10.0), lines, clock
 
 
-def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(log):
+def test_a_log_gets_a_line_per_interval_with_rate_and_time_left(log):
     reporter, lines, clock = log
     with reporter.progress("Training", 100, "step") as advance:
         for _ in range(20):
@@ -41,7 +41,7 @@ def test_a_log_gets_a_line_now_and_then_with_rate_and_time_left(log):
     ]
 
 
-def test_what_a_resumed_run_had_done_does_not_count_as_speed(log):
+def test_steps_before_a_resumed_run_do_not_count_for_the_rate(log):
     reporter, lines, clock = log
     with reporter.progress("Training", 100, "step") as advance:
         advance(50)
@@ -50,7 +50,7 @@ def test_what_a_resumed_run_had_done_does_not_count_as_speed(log):
     assert lines[0] == "Training: 60/100, 2 s/step, 1 min 20 s left"
 
 
-def test_a_short_stage_is_one_line_and_one_left_by_an_error_none(log):
+def test_a_short_stage_is_one_line_and_a_failed_one_none(log):
     reporter, lines, clock = log
     with reporter.progress("Asking", 3, "query") as advance:
         clock.now += 0.4
@@ -61,7 +61,7 @@ def test_a_short_stage_is_one_line_and_one_left_by_an_error_none(log):
     assert lines == ["Asking: 3 queries in 0.4 s", "done"]
 
 
-def test_fast_work_is_told_in_units_a_second(log):
+def test_fast_work_is_shown_in_units_per_second(log):
     reporter, lines, clock = log
     with reporter.progress("Asking", 1000, "query") as advance:
         advance(0)
@@ -92,7 +92,7 @@ def test_a_terminal_gets_a_bar_with_figures():
         (7620, "2 h 07 min"),
     ],
 )
-def test_durations_read_well(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
 
 
@@ -100,13 +100,13 @@ def test_durations_read_well(seconds, text):
     ("count", "text"),
     [(0, "0 B"), (640, "640 B"), (3170, "3.2 kB"), (99_960, "100 kB"), (999_600, "1.0 MB"), (5_200_000_000, "5.2 GB")],
 )
-def test_sizes_read_well(count, text):
+def test_sizes_are_readable(count, text):
     assert size(count) == text
 
 
 def test_a_table_on_a_terminal_has_the_same_cells(monkeypatch, capsys):
     monkeypatch.setattr("softprompt_kernels.cli.display.on_terminal", lambda: True)
-    show_table(["before", "KL"], [["nothing", "0.500"], ["soft prompt", "0.100"]], strong="soft prompt")
+    show_table(["before", "KL"], [["no context", "0.500"], ["soft prompt", "0.100"]], highlight="soft prompt")
     out = capsys.readouterr().out
-    for cell in ("before", "KL", "nothing", "0.500", "soft prompt", "0.100"):
+    for cell in ("before", "KL", "no context", "0.500", "soft prompt", "0.100"):
         assert cell in out

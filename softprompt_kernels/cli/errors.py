@@ -1,12 +1,12 @@
-"""What a command's errors become: one sentence and an exit code.
+"""Errors of a command as one message and an exit code.
 
-| raised | printed on stderr | code |
+| raised | printed on stderr | exit code |
 |---|---|---|
-| SoftPromptError | its sentence | 2 |
-| disk full, no permission, any other OSError; a broken safetensors file | what and where | 2 |
-| out of memory | so, and what to make smaller | 2 |
-| Ctrl-C | so | 130 |
-| anything else | the traceback: a defect of ours | 1 |
+| SoftPromptError | its message | 2 |
+| disk full, no permission, any other OSError; a damaged safetensors file | what and where | 2 |
+| out of memory | which options need less | 2 |
+| Ctrl-C | "Interrupted." or how to resume | 130 |
+| anything else | the traceback: it is a bug of this package | 1 |
 
 With `--debug` the first three show their traceback too.
 """
@@ -24,19 +24,19 @@ import typer
 
 from softprompt_kernels.errors import SoftPromptError
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
-NO_MEMORY = (
-    "memory ran out; a smaller --micro-batch-size, --sample-batch or --batch-size needs less, "
+Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
+OUT_OF_MEMORY = (
+    "out of memory; a smaller --micro-batch-size, --sample-batch or --batch-size needs less, "
     "and so does --gradient-checkpointing"
 )
 
 
 class Stopped(Exception):
-    """Ctrl-C, with a sentence of its own."""
+    """Ctrl-C, with a message that says how to resume."""
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with `--debug`, and with its errors as sentences."""
+def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds `--debug` to a command, and turns its errors into messages and exit codes."""
 
     @functools.wraps(command)
     def run(*args: Any, debug: bool, **options: Any) -> None:
@@ -48,12 +48,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 typer.echo(f"\n{error or 'Interrupted.'}", err=True)
                 raise typer.Exit(130) from None
             except BrokenPipeError:
-                raise  # the reader of our output has gone: typer ends without a word
+                raise  # the reader of stdout has closed it: typer exits silently
             except Exception as error:
-                sentence = sentence_of(error)
-                if debug or sentence is None:
+                message = message_of(error)
+                if debug or message is None:
                     raise
-                typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {sentence}", err=True)
+                typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {message}", err=True)
                 raise typer.Exit(2) from None
 
     signature = inspect.signature(command, eval_str=True)
@@ -62,22 +62,22 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def sentence_of(error: Exception) -> str | None:
-    """What to tell a user, None for what no user can have caused."""
+def message_of(error: Exception) -> str | None:
+    """The message for the user; None for a bug of this package."""
     text = " ".join(str(error).split())
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
-        place = getattr(error, "filename", None)
-        return "the disk is full" + (f", writing {place}" if place else "") + "; what was saved before is whole"
+        file = getattr(error, "filename", None)
+        return "the disk is full" + (f", writing {file}" if file else "") + "; files saved before are intact"
     if isinstance(error, SoftPromptError):
         return text
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return NO_MEMORY
+        return OUT_OF_MEMORY
     if type(error).__name__ == "SafetensorError":
-        return f"a safetensors file is truncated or broken ({text})"
+        return f"a safetensors file is truncated or damaged ({text})"
     if isinstance(error, ValueError) and text.startswith("backend"):
-        return f"SOFTPROMPT_BACKEND: {text}"  # no command has an option for it
+        return f"SOFTPROMPT_BACKEND: {text}"  # no command has an option for the backend
     return None
 
 

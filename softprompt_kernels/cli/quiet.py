@@ -1,4 +1,4 @@
-"""What is set in the libraries under a command: they keep quiet, for the command speaks for itself."""
+"""Silences the libraries that a command uses, so that only the command itself prints."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 
 
 def quiet_libraries() -> None:
-    """Silences transformers' logging and bars; a terminal still sees the bar of a download.
+    """Turn off transformers' logging and progress bars. On a terminal, downloads still show their bar.
 
     Raises:
-        ValueError: SOFTPROMPT_BACKEND names no backend.
+        ValueError: SOFTPROMPT_BACKEND is not the name of a backend.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
