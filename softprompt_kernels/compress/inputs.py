@@ -114,7 +114,8 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         )
     check_window(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
     if config.gradient_checkpointing:
-        # The model stays in evaluation mode. Only the trainer enables it, layer by layer (see `recompute_activations`).
+        # This takes effect only in training mode. The model stays in evaluation mode, and the trainer switches the
+        # layers while it needs them to recompute (see `recompute_activations`).
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
     return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)

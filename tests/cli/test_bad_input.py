@@ -145,7 +145,7 @@ def test_a_tokenizer_that_does_not_fit_the_model(refused, inputs, tmp_path):
 
 def test_an_output_folder_with_other_files(refused, inputs, tmp_path):
     (tmp_path / "letter.txt").write_text("keep me")
-    assert "holds files that are not of a run" in refused(*inputs.compress(tmp_path))
+    assert "holds files that do not belong to a run" in refused(*inputs.compress(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
     assert "is a file" in refused(*inputs.compress(tmp_path / "letter.txt"))
 

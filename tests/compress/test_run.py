@@ -331,7 +331,7 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(make_config: Make)
     config = make_config()
     config.output.mkdir()
     (config.output / "thesis.tex").write_text("mine")
-    with pytest.raises(SoftPromptError, match="holds files that are not of a run"):
+    with pytest.raises(SoftPromptError, match="holds files that do not belong to a run"):
         compress(config)
     assert [entry.name for entry in config.output.iterdir()] == ["thesis.tex"]
     file = make_config(output=config.output / "thesis.tex")

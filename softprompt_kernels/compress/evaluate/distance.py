@@ -82,7 +82,7 @@ def measure(
     Returns:
         The distances, by the same keys.
     """
-    head, names = head_of(model), {key: name.capitalize() for key, name in STUDENT_NAMES.items()}
+    head, names = head_of(model), {key: label[0].upper() + label[1:] for key, label in STUDENT_NAMES.items()}
     teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
     return {
         student: distance(

@@ -10,8 +10,11 @@ from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
 SETS = (("heldout", "held-out"), ("train", "training"), ("queries", "given"))
 """The sets of queries: the key in evaluation.json, or of `softprompt evaluate`, and the name in the table."""
 
-LEGEND = "KL: nats per token from the model with the full context. recovered: 1 - KL / KL without context."
-"""The meaning of the columns, for below the table."""
+LEGEND = (
+    "KL: in nats per token, from the model with the full context. recovered: 1 - KL / KL without context. "
+    "top-1: agreement of the most likely token."
+)
+"""The meaning of the columns, printed below the table."""
 
 MISSING = "-"
 

@@ -66,7 +66,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Check that the model has an embedding for every token of the tokenizer.
 
     Raises:
-        SoftPromptError: it has not.
+        SoftPromptError: a token has no embedding.
     """
     embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # not the number of tokens: ids may have gaps
