@@ -181,8 +181,8 @@ def test_a_finished_run_returns_its_figures_without_work(
 def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
     make_config: Make, tmp_path: Path, recording_reporter: Any, kind: str, step: int
 ) -> None:
-    whole = make_config(kind=kind, evaluate_every=2, output=tmp_path / "whole")
-    compress(whole)
+    uninterrupted = make_config(kind=kind, evaluate_every=2, output=tmp_path / "uninterrupted")
+    compress(uninterrupted)
     config = make_config(kind=kind, evaluate_every=2)
     with pytest.raises(Interrupted) as stop:
         compress(config, recording_reporter("Training", step))
@@ -191,14 +191,14 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
     reporter = recording_reporter()
     compress(config, reporter)
     assert f"Resuming from step {step}." in reporter.messages
-    assert_same_run(config.output, whole.output)
+    assert_same_run(config.output, uninterrupted.output)
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording_reporter: Any
 ) -> None:
-    whole = make_config(output=tmp_path / "whole")
-    compress(whole)
+    uninterrupted = make_config(output=tmp_path / "uninterrupted")
+    compress(uninterrupted)
     config = make_config()
     with pytest.raises(SystemError):
         compress(config, recording_reporter("Training", 3, SystemError))
@@ -208,7 +208,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
     reporter = recording_reporter()
     compress(config, reporter)
     assert "Resuming from step 2." in reporter.messages
-    assert_same_run(config.output, whole.output)
+    assert_same_run(config.output, uninterrupted.output)
 
 
 @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
 def test_a_run_that_is_interrupted_before_training_ends_with_the_same_bits(
     make_config: Make, tmp_path: Path, recording_reporter: Any, stage: str
 ) -> None:
-    whole = make_config(output=tmp_path / "whole")
+    uninterrupted = make_config(output=tmp_path / "uninterrupted")
     reporter = recording_reporter()
-    compress(whole, reporter)
+    compress(uninterrupted, reporter)
     config = make_config()
     with pytest.raises(KeyboardInterrupt):
         compress(config, recording_reporter(stage, reporter.done[stage]))
     compress(config)
-    assert_same_run(config.output, whole.output)
+    assert_same_run(config.output, uninterrupted.output)
 
 
 def test_a_run_resumes_with_other_checkpoint_micro_batch_and_thread_options(
@@ -241,15 +241,15 @@ def test_a_run_resumes_with_other_checkpoint_micro_batch_and_thread_options(
 def test_a_damaged_file_of_answers_is_made_again(
     make_config: Make, recording_reporter: Any, tmp_path: Path, damage: str
 ) -> None:
-    whole = make_config(output=tmp_path / "whole")
-    compress(whole)
+    uninterrupted = make_config(output=tmp_path / "uninterrupted")
+    compress(uninterrupted)
     config = make_config()
     with pytest.raises(Interrupted):
         compress(config, recording_reporter("Training", 3))
     path = config.output / "cache" / "examples.json"
     path.write_text(path.read_text()[:-20] if damage == "truncated" else "")
     compress(config)
-    assert_same_run(config.output, whole.output)
+    assert_same_run(config.output, uninterrupted.output)
 
 
 def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, recording_reporter: Any) -> None:
@@ -268,8 +268,8 @@ def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, rec
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: FullDisk
 ) -> None:
-    whole = make_config(output=tmp_path / "whole")
-    compress(whole)
+    uninterrupted = make_config(output=tmp_path / "uninterrupted")
+    compress(uninterrupted)
     config = make_config()
     path = config.output / "checkpoint.safetensors"
     save = Trainer.save
@@ -290,7 +290,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
     assert not (config.output / "evaluation.json").exists()
     monkeypatch.setattr(Trainer, "save", save)
     compress(config)
-    assert_same_run(config.output, whole.output)
+    assert_same_run(config.output, uninterrupted.output)
 
 
 # Folders that do not belong to this run

@@ -259,15 +259,15 @@ def test_gradient_checkpointing_changes_nothing_even_where_the_model_has_dropout
 def test_a_resumed_run_gives_the_same_bits(
     make_trainer: MakeTrainer, kind: str, tmp_path: Path, interrupted_at: int
 ) -> None:
-    whole, first = make_trainer(kind, weight_decay=0.01), make_trainer(kind, weight_decay=0.01)
-    reports = reports_of(whole)
+    uninterrupted, first = make_trainer(kind, weight_decay=0.01), make_trainer(kind, weight_decay=0.01)
+    reports = reports_of(uninterrupted)
     before = [replace(first.train_step(), seconds=0.0) for _ in range(interrupted_at)]
     first.save(tmp_path / "checkpoint", "me")
     second = make_trainer(kind, weight_decay=0.01)
     second.load(tmp_path / "checkpoint", "me")
     assert (second.step, second.saved_step) == (interrupted_at, interrupted_at)
     assert before + reports_of(second) == reports
-    assert_same(state_of(second), state_of(whole))
+    assert_same(state_of(second), state_of(uninterrupted))
 
 
 def test_resumed_training_does_not_change_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
