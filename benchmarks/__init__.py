@@ -1,1 +1,1 @@
-"""Time, memory and counts of the kernels and of a training step, beside baselines and floors."""
+"""Benchmarks of the kernels and of a training step: time, memory and counts, against baselines and floors."""

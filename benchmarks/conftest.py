@@ -1,4 +1,4 @@
-"""Options of the suites, and the report at their end.
+"""Options of the suites, and the report at the end of a run.
 
 python -m pytest -c benchmarks/pytest.ini benchmarks --benchmark-json runs/bench/bench.json
 """
@@ -20,41 +20,44 @@ LEFT_OUT = pytest.StashKey[set[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("softprompt")
-    group.addoption("--quick", action="store_true", help="tiny sizes, one round: do the suites run?")
-    group.addoption("--compile", action="store_true", help="measure torch.compile too (it compiles for minutes)")
+    group.addoption("--quick", action="store_true", help="tiny sizes and one round: only checks that the suites run")
+    group.addoption("--compile", action="store_true", help="also measure torch.compile (compiling takes minutes)")
     group.addoption("--plots", type=Path, default=HERE.parent / "runs" / "bench", help="folder for plots")
-    group.addoption("--model", type=Path, help="folder of the model of the suite `step`; skipped without one")
+    group.addoption("--model", type=Path, help="folder of the model for the suite `step`, which is skipped without it")
     group.addoption(
-        "--context", type=Path, default=HERE.parent / "demo" / "handbook.txt", help="what its teacher reads"
+        "--context", type=Path, default=HERE.parent / "demo" / "handbook.txt", help="text that the teacher reads"
     )
-    group.addoption("--queries", type=Path, default=HERE.parent / "demo" / "queries.jsonl", help="what it is asked")
+    group.addoption(
+        "--queries", type=Path, default=HERE.parent / "demo" / "queries.jsonl", help="queries that the teacher answers"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = set()
     if written := config.getoption("--benchmark-json"):
         Path(written).parent.mkdir(parents=True, exist_ok=True)
-        Path(written).unlink(missing_ok=True)  # else the report of a run without benchmarks would be that of another
+        # A run without benchmarks writes no file. Without this line it would report the file of an earlier run.
+        Path(written).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
 def settings(pytestconfig: pytest.Config) -> case.Settings:
-    """What the options say."""
+    """The settings that the options ask for."""
     if pytestconfig.getoption("--quick"):
         torch.set_num_threads(1)
     left_out = pytestconfig.stash[LEFT_OUT]
     wanted = pytestconfig.getoption("--compile")
-    missing = case.compiler_missing() if wanted else "torch.compile is measured with --compile only"
+    missing = case.compiler_missing() if wanted else "torch.compile is measured only with --compile"
     if missing:
         left_out.add(missing)
     return case.Settings(pytestconfig.getoption("--quick"), wanted and missing is None)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """What the report needs beside the records, and the plot."""
+    """Adds to the JSON file what the report needs beyond the records, and draws the scaling plot."""
     records = [benchmark["extra_info"] for benchmark in output_json["benchmarks"]]
-    if grown := [record for record in records if record.get("suite") == "scaling"]:
-        scaling.plot(grown, config.getoption("--plots") / "scaling.png")
+    if scaling_records := [record for record in records if record.get("suite") == "scaling"]:
+        scaling.plot(scaling_records, config.getoption("--plots") / "scaling.png")
     output_json["softprompt"] = {
         **machine.facts(),
         "quick": config.getoption("--quick"),
@@ -63,7 +66,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table."""
+    """Prints the report."""
     written = config.getoption("--benchmark-json")
     terminalreporter.ensure_newline()
     for skipped in terminalreporter.stats.get("skipped", []):

@@ -1,13 +1,13 @@
-"""Counts what PyTorch's own operations do, and how much memory is alive meanwhile.
+"""Counts bytes, FLOP and memory of PyTorch's own operations.
 
     with AtenTraffic() as traffic:
-        ...                                  # any device; on "meta" nothing is computed and sizes may be of any size
+        ...                                  # any device; on "meta" nothing is computed, and tensors may be of any size
 
-Each operation that is no view reads its tensor arguments once and writes its results once; that is a bound from below,
-which fused and well-written kernels reach. Products count 2·M·N·K FLOP. Memory is that of storages which were made
-inside and are still referenced by someone: `peak` is the most of it, `kept` what is left at the end.
+Each operation except a view reads its tensor arguments once and writes its results once. This is a lower bound, which
+well-written kernels reach. A GEMM counts 2·M·N·K FLOP. Memory is that of the storages which were made inside and are
+still referenced: `peak` is its maximum, `kept` what is left at the end.
 
-Triton kernels inside `unlaunched()` are noted and not run, as tensors without memory require.
+Inside `skip_launches()` Triton kernels are recorded by name and not run: tensors on "meta" have no memory to run on.
 """
 
 from __future__ import annotations
@@ -24,53 +24,50 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ALLOCATES_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-WRITES_ONLY = {"fill_", "zero_", "copy_", "normal_", "uniform_"}  # of the argument that they change
+GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
+WRITES_ONLY = {"fill_", "zero_", "copy_", "normal_", "uniform_"}  # they do not read the argument that they change
 
 
 class AtenTraffic(TorchDispatchMode):
-    """Bytes, FLOP, operations and memory of what PyTorch does while it is entered."""
+    """Bytes, FLOP, operations and memory of what PyTorch does inside the `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read = self.written = self.flop = self.operations = 0
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._known: dict[int, StorageWeakRef] = {}  # storages from outside; the references keep keys from being reused
+        # Storages that were made before. The references keep their keys from being reused.
+        self._outside: dict[int, StorageWeakRef] = {}
 
     @property
     def kept(self) -> int:
-        """Bytes that were made inside and are alive."""
+        """Bytes that were made inside and are still alive."""
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         return sum(size for _, size in self._alive.values())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function.namespace not in (
-            "aten",
-            "prims",
-            "prim",
-        ):  # an op of a package: what counts is what it consists of
-            with self:  # by its kernel for CPUs, past the modes that would bring it here again
+        if function.namespace not in ("aten", "prims", "prim"):  # an op of a package: count the operations inside it
+            with self:  # call its CPU kernel directly: a normal call would come back to this mode
                 return function.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in inputs:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._alive and storage._cdata not in self._known:
-                self._known[storage._cdata] = StorageWeakRef(storage)
+            if storage._cdata not in self._alive and storage._cdata not in self._outside:
+                self._outside[storage._cdata] = StorageWeakRef(storage)
         for tensor in outputs:
-            self._watch(tensor)
+            self._track(tensor)
         self.peak = max(self.peak, self.kept)
         name = function._overloadpacket.__name__
         if not function.is_view and name not in ALLOCATES_ONLY:
             self._count(function, name, args, kwargs, outputs, result)
         return result
 
-    def _watch(self, tensor: Tensor) -> None:
+    def _track(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known and storage._cdata not in self._alive:
+        if storage._cdata not in self._outside and storage._cdata not in self._alive:
             self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
     def _count(self, function: Any, name: str, args: Any, kwargs: Any, outputs: list[Tensor], result: Any) -> None:
@@ -82,13 +79,13 @@ class AtenTraffic(TorchDispatchMode):
         self.read += sum(_bytes(tensor) for tensor in read if isinstance(tensor, Tensor))
         self.written += sum(_bytes(tensor) for tensor in outputs)
         flop = flop_registry.get(function._overloadpacket)
-        if flop is not None and name in PRODUCTS:
-            operands = [value for value in args if isinstance(value, Tensor)]  # dtypes and factors change no count
+        if flop is not None and name in GEMMS:
+            operands = [value for value in args if isinstance(value, Tensor)]  # other arguments do not matter here
             self.flop += int(flop(*operands, out_val=result))
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of memory that a tensor looks at: what is expanded counts once."""
+    """Bytes of the memory that a tensor covers: expanded dimensions count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride else min(size, 1)
@@ -96,26 +93,27 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def unlaunched() -> Iterator[list[str]]:
-    """Triton kernels are noted by name, and not run."""
+def skip_launches() -> Iterator[list[str]]:
+    """Do not run Triton kernels; collect the names of those that were launched."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    noted: list[str] = []
+    skipped: list[str] = []
 
-    def note(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        noted.append(kernel.__name__)
+    def skip(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        skipped.append(kernel.__name__)
 
     before = {owner: owner.run for owner in (InterpretedFunction, JITFunction)}
     for owner in before:
-        owner.run = note
+        owner.run = skip
     try:
-        yield noted
+        yield skipped
     finally:
         for owner, run in before.items():
             owner.run = run
 
 
 def bytes_of(*tensors: Tensor) -> int:
-    """Of all elements."""
+    """Bytes of all elements of all tensors."""
+
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

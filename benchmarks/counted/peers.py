@@ -1,15 +1,15 @@
-"""Other packages' kernels for the same losses, from PyPI, called the way that their own modules call them.
+"""Kernels of other packages (peers) for the same losses, called as their own modules call them.
 
     pip install --no-deps liger-kernel flash-linear-attention fla-core einops
 
-None of them is needed; what is missing, or cannot run in Triton's interpreter, is left out with a reason. What these
-packages ask of a GPU is answered here, and nothing of theirs is copied:
+None of them is needed. A package that is missing, or that cannot run in Triton's interpreter, is left out with a
+reason. None of their code is copied.
 
-- Liger multiplies 16-bit hidden states to fp32 logits on a GPU, and in two steps, over 16-bit logits, elsewhere. On
-  tensors without data it takes the GPU's way, in which it needs less memory and moves fewer bytes.
-- A frozen head and a student that needs a gradient are asked for in all of them.
-
-cut-cross-entropy does other work (a cross-entropy of labels, no teacher), and asks a driver for its tiles.
+- All are called with a frozen head and a student that needs a gradient.
+- On a GPU, Liger multiplies 16-bit hidden states to fp32 logits; elsewhere it makes 16-bit logits first and converts
+  them. On tensors without data it is made to take the GPU's path, which needs less memory and moves fewer bytes.
+- cut-cross-entropy is not among them: it computes the cross-entropy of labels, without a teacher, and it asks a GPU
+  driver for its tile sizes.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ PACKAGES = {
 PYPI = {"liger_kernel": "liger-kernel", "fla": "flash-linear-attention fla-core einops"}
 
 
-def missing(way: str) -> str | None:
-    """Why a way cannot be run; None if it can, or is no peer's."""
-    package = PACKAGES.get(way)
+def missing(implementation: str) -> str | None:
+    """Why the implementation of a peer cannot be run; None if it can, or if it is not a peer's."""
+    package = PACKAGES.get(implementation)
     if package is None or importlib.util.find_spec(package) is not None:
         return None
     return f"{package} is not installed: pip install --no-deps {PYPI[package]}"
 
 
 def liger_logits(student: Tensor, teacher: Tensor) -> Tensor:
-    """Liger's kernel takes log-probabilities."""
+    """Liger's JSD of logits `[N, V]`. Its kernel takes log-probabilities, so they are made first."""
     from liger_kernel.transformers.functional import liger_jsd
 
     return liger_jsd(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), beta=0.0)
 
 
 def liger_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
-    """Loss and gradient are both of its forward."""
+    """Liger's JSD of hidden states `[N, d]`. Its forward makes both loss and gradient."""
     from liger_kernel.ops import fused_linear_jsd
 
     project = _project_on_a_gpu if student.device.type == "meta" else fused_linear_jsd._project_to_float32
@@ -68,14 +68,15 @@ def liger_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[
 
 
 def fla_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
-    """Loss and gradient are both of its forward."""
+    """flash-linear-attention's KL of hidden states `[N, d]`. Its forward makes both loss and gradient."""
     from fla.modules.fused_kl_div.ops import fused_kl_div_fwd
 
     return partial(fused_kl_div_fwd, student, teacher, weight, weight, "batchmean", use_dx=True, use_dw=False)
 
 
 def liger_probabilities(student: Tensor, teacher: Tensor, weight: Tensor) -> Callable[[], Any]:
-    """The teacher's probabilities of all words, V numbers a token, are made before."""
+    """Liger's KL with a cached teacher: its probabilities `[N, V]` of the whole vocabulary, made before the run."""
+
     from liger_kernel.ops.fused_linear_kl_div import fused_linear_kl_div_forward
 
     target = student.new_full((len(student), len(weight)), 1 / len(weight))

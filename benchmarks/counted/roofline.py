@@ -1,9 +1,9 @@
-"""From counts to a bound: the time that no kernel with these counts can beat on a GPU. Nothing here is measured.
+"""The roofline bound: from counts to the time that no kernel with these counts can beat on a GPU. Nothing is measured.
 
-    bound = max(bytes / bandwidth, FLOP / rate of the dtype's products, exponentials / rate of the special functions)
+    bound = max(bytes / bandwidth, FLOP / GEMM rate of the dtype, exponentials / rate of the special function units)
 
-Rates are the vendor's dense peaks (SXM, 80 GB A100; H100; B200), exponentials 16 a clock and multiprocessor. Real
-kernels reach 60 to 90 % of such a bound.
+Rates are the vendor's dense peaks (A100 SXM 80 GB, H100 SXM, B200), and 16 exponentials a clock and multiprocessor.
+Real kernels reach 60 to 90 % of such a bound.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published peaks, a second."""
+    """Published peak rates, per second."""
 
     bandwidth: float  # bytes
     flop: dict[str, float]  # by dtype of the operands
@@ -29,18 +29,19 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds, and which resource sets them."""
+    """A lower bound of the time, and the resource that sets it."""
 
     seconds: float
-    by: str  # memory, products, exponentials
+    by: str  # memory, GEMM or exponentials
 
 
 def bound(gpu: str, dtype: str, *, bytes_moved: float, flop: float, exponentials: float = 0.0) -> Bound:
-    """The bound on a GPU of `GPUS`, for products of `dtype` (bf16, fp16, tf32, fp32)."""
+    """The bound on a GPU of `GPUS`, for GEMMs of `dtype` (bf16, fp16, tf32, fp32)."""
+
     peaks = GPUS[gpu]
     needs = {
         "memory": bytes_moved / peaks.bandwidth,
-        "products": flop / peaks.flop[dtype],
+        "GEMM": flop / peaks.flop[dtype],
         "exponentials": exponentials / peaks.exponentials,
     }
     by = max(needs, key=lambda name: needs[name])

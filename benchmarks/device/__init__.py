@@ -1,1 +1,1 @@
-"""`make gpu`: times on a CUDA device."""
+"""The benchmark part of `make gpu`: times on a CUDA device."""

@@ -1,17 +1,17 @@
-"""Attention and losses on a CUDA device, ours against others, in one table.
+"""Times attention and losses on a CUDA device, ours and baselines, one table a case.
 
     python -m benchmarks.device [--rounds 20] [--json runs/bench/device.json]
 
 | column | is |
 |---|---|
-| ms | time on the device, median, cold L2 cache; see device_clock.py |
-| × ours | the way's time over ours |
-| % bandwidth | of the published peak, for bytes that no way can do without: inputs and results once, a head twice |
-| % FLOP | of the published peak of the dtype, for useful FLOP: what a mask hides does not count |
-| peak MiB | allocated above the inputs, results included |
-| error | of the worst result, ‖difference‖ / ‖right‖, right being made from fp32 copies by PyTorch |
+| ms | time on the device: median, with a cold L2 cache; see clock.py |
+| × ours | time over ours |
+| % bandwidth | share of the published peak, for bytes that must move: inputs and results once, a head twice |
+| % FLOP | share of the published peak of the dtype, for useful FLOP: pairs that a mask hides do not count |
+| peak MiB | memory allocated above the inputs, results included |
+| error | ‖difference‖ / ‖expected‖ of the worst result; the expected ones are made from fp32 copies by PyTorch |
 
-A way that is not installed, does not fit into memory or fails is left out with a reason. bf16 throughout.
+An implementation that is not installed, does not fit into memory or fails is left out with a reason. All in bf16.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from rich.console import Console
@@ -40,10 +38,10 @@ Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, prints, writes."""
+    """Measure each case, print its table, write the JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, default=Path("runs/bench/device.json"))
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds of each case (default: 20)")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/device.json"), help="file for all figures")
     chosen = parser.parse_args(arguments)
     if chosen.rounds < 1:
         parser.error(f"--rounds is {chosen.rounds}, accepted is at least 1")
@@ -65,29 +63,33 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def peaks(name: str) -> Gpu | None:
-    """The published peaks of a device by its name; None if it is not among those known."""
+    """The published peaks of a device, by its name; None if they are not known."""
     return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
 def measure(case: DeviceCase, device: Device, rounds: int) -> Record:
-    """Every way that runs: error, memory, then time in turns."""
+    """Errors and peak memory of all implementations that run, then their times, measured in turns.
+
+    Raises:
+        RuntimeError: ours fails. A baseline that fails is left out.
+    """
     inputs = case.inputs()
-    right = case.right(inputs)
+    expected = case.expected(inputs)
     entries: list[Record] = []
     runs: dict[str, Callable[[], Any]] = {}
     left_out: dict[str, str] = {}
-    for name, way in case.ways().items():
+    for name, implementation in case.implementations().items():
         try:
-            run = way(inputs)
-            error = max(distance(one, other) for one, other in zip(run(), right, strict=True))
-            entries.append({"way": name, "error": error, "peak": device.peak(run)})
+            run = implementation(inputs)
+            error = max(distance(one, other) for one, other in zip(run(), expected, strict=True))
+            entries.append({"implementation": name, "error": error, "peak": device.peak(run)})
             runs[name] = run
         except Exception as failure:  # not installed, no memory, a shape or a dtype that it does not take
             left_out[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
     if OURS not in runs:
         raise RuntimeError(f"{case.name}: ours fails: {left_out[OURS]}")
     for name, milliseconds in medians(device, runs, rounds).items():
-        next(entry for entry in entries if entry["way"] == name)["ms"] = milliseconds
+        next(entry for entry in entries if entry["implementation"] == name)["ms"] = milliseconds
     return {
         "case": case.name,
         "bytes": case.bytes,
@@ -99,20 +101,20 @@ def measure(case: DeviceCase, device: Device, rounds: int) -> Record:
 
 
 def table(title: str, record: Record, gpu: Gpu | None) -> Table:
-    """One row a way, ours first."""
-    made = Table("way", title=title, title_justify="left")
+    """One row an implementation, ours first."""
+    made = Table("implementation", title=title, title_justify="left")
     for column in COLUMNS:
         made.add_column(column, justify="right")
-    ours = next(entry for entry in record["entries"] if entry["way"] == OURS)
+    ours = next(entry for entry in record["entries"] if entry["implementation"] == OURS)
     for entry in record["entries"]:
-        made.add_row(entry["way"], *cells(record, entry, ours["ms"], gpu))
+        made.add_row(entry["implementation"], *cells(record, entry, ours["ms"], gpu))
     for name, reason in record["left_out"].items():
         made.add_row(name, "left out", reason)
     return made
 
 
 def cells(record: Mapping[str, Any], entry: Mapping[str, Any], ours: float, gpu: Gpu | None) -> list[str]:
-    """The figures of a way."""
+    """The figures of one row."""
     seconds = entry["ms"] * 1e-3
     return [
         f"{entry['ms']:.3f}",

@@ -1,4 +1,4 @@
-"""Problems and ways of the device benchmark: the sizes of a model of 8 billion parameters, in bf16."""
+"""Problems and implementations of the device benchmark: sizes of a model with 8 billion parameters, in bf16."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.counted import peers
-from benchmarks.suites import attention_implementations as attention_ways
-from benchmarks.suites import kl_implementations as kl_ways
+from benchmarks.suites import attention_implementations as attentions
+from benchmarks.suites import kl_implementations as losses
 from softprompt_kernels.ops import prompt_attention
 
 Results = tuple[Tensor, ...]
-Way = Callable[[Any], Callable[[], Results]]
+Implementation = Callable[[Any], Callable[[], Results]]
 OURS = "ours"
 
 
@@ -24,30 +24,30 @@ class DeviceCase(Protocol):
 
     @property
     def name(self) -> str:
-        """Its sizes."""
+        """Its sizes, as the table shows them."""
 
     @property
     def bytes(self) -> int:
-        """That no way can do without."""
+        """Bytes that every implementation must move."""
 
     @property
     def flop(self) -> float:
-        """Useful ones."""
+        """Useful FLOP."""
 
     def inputs(self) -> Any:
-        """On the default device, from a fixed seed."""
+        """The inputs, on the default device, from a fixed seed."""
 
-    def right(self, inputs: Any) -> Results:
-        """The results, from fp32 copies."""
+    def expected(self, inputs: Any) -> Results:
+        """The results, computed from fp32 copies of the inputs."""
 
-    def ways(self) -> Mapping[str, Way]:
-        """Ours is first."""
+    def implementations(self) -> Mapping[str, Implementation]:
+        """All implementations by name; ours is the first."""
 
 
-def distance(found: Tensor, right: Tensor) -> float:
-    """‖difference‖ / ‖right‖."""
-    found, right = found.detach().double(), right.detach().double()
-    return float((found - right).norm() / right.norm().clamp_min(1e-30))
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖difference‖ / ‖expected‖."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -55,7 +55,12 @@ def distance(found: Tensor, right: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Attention:
-    """Letters as in attention_problem.py; forward, or forward and backward to all five inputs."""
+    """Attention behind a shared prompt.
+
+    Args:
+        batch, queries, prompt, heads, kv_heads, size: B, M = N, P, Hq, Hkv, D.
+        backward: forward and backward to all five inputs, else forward only.
+    """
 
     batch: int
     queries: int
@@ -72,15 +77,15 @@ class Attention:
 
     @property
     def flop(self) -> float:
-        return attention_ways.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
+        return attentions.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
 
     @property
     def bytes(self) -> int:
         rows, own = self.heads * self.batch * self.queries, self.kv_heads * self.batch * self.queries
         once = 2 * self.size * (2 * rows + 2 * own + 2 * self.kv_heads * self.prompt)
-        return once * (3 if self.backward else 1)  # backward: all of it and dO, and as many gradients
+        return once * (3 if self.backward else 1)  # backward: the same and dO, and as many bytes of gradients
 
-    def inputs(self) -> attention_ways.Inputs:
+    def inputs(self) -> attentions.Inputs:
         torch.manual_seed(0)
 
         def tensor(batch: int, tokens: int, heads: int) -> Tensor:
@@ -90,29 +95,29 @@ class Attention:
         own = (self.batch, self.queries, self.kv_heads)
         shared = (1, self.prompt, self.kv_heads)
         query = tensor(self.batch, self.queries, self.heads)
-        return attention_ways.Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
+        return attentions.Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
 
-    def right(self, inputs: attention_ways.Inputs) -> Results:
-        wide = attention_ways.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))
+    def expected(self, inputs: attentions.Inputs) -> Results:
+        wide = attentions.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))
         return self._run(lambda given: lambda: prompt_attention(*given, backend="reference"))(wide)()
 
-    def ways(self) -> Mapping[str, Way]:
+    def implementations(self) -> Mapping[str, Implementation]:
         if self.queries > 1:
             sdpa = {
-                **attention_ways.MASKED,
-                attention_ways.COMPILED: attention_ways.compiled(attention_ways.float_mask),
+                **attentions.MASKED,
+                attentions.COMPILED: attentions.compiled(attentions.float_mask),
             }
         else:
-            sdpa = attention_ways.UNMASKED
-        ways = {OURS: attention_ways.ours, **sdpa, "FlexAttention, compiled": flex_attention}
-        return {name: self._run(way) for name, way in ways.items()}
+            sdpa = attentions.UNMASKED
+        implementations = {OURS: attentions.ours, **sdpa, "FlexAttention, compiled": flex_attention}
+        return {name: self._run(implementation) for name, implementation in implementations.items()}
 
-    def _run(self, way: Callable[[attention_ways.Inputs], attention_ways.Forward]) -> Way:
-        return attention_ways.prepared(way, self.backward, torch.ones_like)
+    def _run(self, implementation: Callable[[attentions.Inputs], attentions.Forward]) -> Implementation:
+        return attentions.as_implementation(implementation, self.backward, torch.ones_like)
 
 
-def flex_attention(inputs: attention_ways.Inputs) -> Callable[[], Tensor]:
-    """Over concatenated keys, with a block mask that skips what is hidden."""
+def flex_attention(inputs: attentions.Inputs) -> Callable[[], Tensor]:
+    """FlexAttention over concatenated keys, with a block mask that skips hidden tiles."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
@@ -138,9 +143,14 @@ def flex_attention(inputs: attention_ways.Inputs) -> Callable[[], Tensor]:
 
 @dataclass(frozen=True)
 class Loss:
-    """Forward KL and its gradient by the student: N tokens of size d, V words."""
+    """Forward KL and the gradient of the student's hidden states.
 
-    kind: str  # live, moments
+    Args:
+        kind: "live" or "moments", see kl_cases.py.
+        tokens, size, vocab: N, d, V.
+    """
+
+    kind: str
     tokens: int
     size: int = 4096
     vocab: int = 128256
@@ -150,45 +160,45 @@ class Loss:
         return f"{self.kind} KL N{self.tokens} d{self.size} V{self.vocab}"
 
     @property
-    def products(self) -> int:
-        """Of the head's size."""
+    def gemms(self) -> int:
+        """The number of GEMMs of the head's size."""
         return 3 if self.kind == "live" else 2
 
     @property
     def flop(self) -> float:
-        return self.products * 2.0 * self.tokens * self.size * self.vocab
+        return self.gemms * 2.0 * self.tokens * self.size * self.vocab
 
     @property
     def bytes(self) -> int:
-        return 2 * (2 * self.vocab * self.size + self.products * self.tokens * self.size)
+        return 2 * (2 * self.vocab * self.size + self.gemms * self.tokens * self.size)
 
-    def inputs(self) -> kl_ways.Inputs:
+    def inputs(self) -> losses.Inputs:
         torch.manual_seed(0)
         weight = torch.randn(self.vocab, self.size, dtype=torch.bfloat16).mul_(3 / self.size**0.5)
         teacher = torch.randn(self.tokens, self.size)
         student = teacher + 0.1 * torch.randn(self.tokens, self.size)
-        return kl_ways.Inputs(student.bfloat16().requires_grad_(), teacher.bfloat16(), weight)
+        return losses.Inputs(student.bfloat16().requires_grad_(), teacher.bfloat16(), weight)
 
-    def right(self, inputs: kl_ways.Inputs) -> Results:
-        return tuple(kl_ways.chunked(kl_ways.Inputs(*(tensor.detach().float() for tensor in inputs)))())
+    def expected(self, inputs: losses.Inputs) -> Results:
+        return tuple(losses.chunked(losses.Inputs(*(tensor.detach().float() for tensor in inputs)))())
 
-    def ways(self) -> Mapping[str, Way]:
+    def implementations(self) -> Mapping[str, Implementation]:
         if self.kind == "moments":
-            return {OURS: kl_ways.from_moments, "F.kl_div, teacher kept": kl_ways.kept}
+            return {OURS: losses.from_moments, "F.kl_div, cached teacher": losses.kl_div_with_cached_teacher}
         return {
-            OURS: kl_ways.live,
-            "F.kl_div of all logits": kl_ways.plain,
-            "F.kl_div of all logits, compiled": kl_ways.compiled,
+            OURS: losses.live,
+            "F.kl_div of all logits": losses.kl_div_of_all_logits,
+            "F.kl_div of all logits, compiled": losses.compiled,
             peers.LIGER_HIDDEN: _peer(peers.liger_hidden),
             peers.FLA_HIDDEN: _peer(peers.fla_hidden),
         }
 
 
-def _peer(way: Callable[..., Callable[[], Any]]) -> Way:
-    """Of what a peer returns, loss and gradient."""
+def _peer(implementation: Callable[..., Callable[[], Any]]) -> Implementation:
+    """Keep only loss and gradient of what a peer returns."""
 
-    def prepare(inputs: kl_ways.Inputs) -> Callable[[], Results]:
-        run = way(*(tensor.detach() for tensor in inputs))
+    def prepare(inputs: losses.Inputs) -> Callable[[], Results]:
+        run = implementation(*(tensor.detach() for tensor in inputs))
         return lambda: tuple(run()[:2])
 
     return prepare

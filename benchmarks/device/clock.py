@@ -1,11 +1,10 @@
-"""Times on a GPU: the device's own clock, medians over rounds in which all ways take turns, a cold L2 cache each time.
+"""Times on a GPU: by the device's own clock, medians over rounds in which all implementations take turns.
 
-    before a run    the cache is filled with something else: twice its size is written
-    a run           lies between two events on the stream: what Python does meanwhile counts only where the device has
-                    to wait for it
-    warm-up         a run of each way first compiles and allocates
+    warm-up         each implementation runs once before, which compiles and allocates
+    before a run    twice the size of the L2 cache is written, so that each run starts with a cold cache
+    a run           lies between two events on the stream; Python's time counts only where the device waits for it
 
-What talks to the device is in `Cuda`, so that all else can be tested without one.
+Only `Cuda` talks to the device, so everything else can be tested without one.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ Run = Callable[[], Any]
 
 
 class Device(Protocol):
-    """What is asked of a GPU."""
+    """What the clock needs of a GPU."""
 
     def flush(self) -> None:
-        """Leaves nothing of earlier runs in the cache."""
+        """Overwrite the L2 cache, so that nothing of earlier runs is left in it."""
 
     def event(self) -> Any:
-        """A mark on the stream, here."""
+        """Record an event on the stream."""
 
-    def between(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two marks, waiting for the second."""
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Wait for the second event; returns the milliseconds between the two."""
 
     def peak(self, run: Run) -> int:
-        """Bytes that a run has at most beyond those before it."""
+        """Peak bytes allocated during a run, above those allocated before it."""
 
 
 class Cuda:
@@ -50,7 +49,7 @@ class Cuda:
         event.record()
         return event
 
-    def between(self, begin: Any, end: Any) -> float:
+    def elapsed(self, begin: Any, end: Any) -> float:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
@@ -64,18 +63,18 @@ class Cuda:
         return torch.cuda.max_memory_allocated() - before
 
 
-def medians(device: Device, ways: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """Milliseconds of each way."""
-    for run in ways.values():
+def medians(device: Device, implementations: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each implementation, by name."""
+    for run in implementations.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
+    times: dict[str, list[float]] = {name: [] for name in implementations}
+    order = list(implementations)
     for turn in range(rounds):
         first = turn % len(order)
         for name in (*order[first:], *order[:first]):
             device.flush()
             begin = device.event()
-            result = ways[name]()
-            times[name].append(device.between(begin, device.event()))
+            result = implementations[name]()
+            times[name].append(device.elapsed(begin, device.event()))
             del result
     return {name: median(found) for name, found in times.items()}

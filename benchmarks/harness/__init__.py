@@ -1,1 +1,1 @@
-"""Comparisons of implementations: cases, timing, memory, the machine, requirements and the report."""
+"""The measuring tools: comparisons of implementations, timing, peak memory, the machine, requirements, the report."""

@@ -1,29 +1,29 @@
-"""What a case of the suites `attention` and `kl` is, and how one is measured.
+"""The cases of the suites `attention` and `kl`, and how one is measured.
 
-A case is a problem of some size. A way is a function from its inputs to a call that does the work once: what is made
-before the call (masks, buffers) is not timed and counts as input.
+A case is a problem of a given size. An implementation is a function that takes the inputs of a case and returns a call;
+the call does the work once. What is made before the call (masks, buffers) is not timed and counts as input.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness.comparison import ALTERNATIVE, OURS, Contest, Entry, Results, hold
-from benchmarks.harness.memory import PeakResident, give_back_freed, in_fresh_process
-from benchmarks.harness.recorded_calls import served_by
+from benchmarks.harness.comparison import BASELINE, OURS, Comparison, Entry, Results, check_and_time
+from benchmarks.harness.memory import PeakResident, in_fresh_process, release_freed_memory
+from benchmarks.harness.recorded_calls import record_backends
 
-Way = Callable[[Any], Callable[[], Results]]
-Rule = tuple[str, float]  # see requirements.py
+Implementation = Callable[[Any], Callable[[], Results]]
+Rule = tuple[str, float]  # kind and limit, see requirements.py
 COMPOSED = "composed"
 
 
 class Case(Protocol):
-    """A problem. It is pickled, to be made again in the process that memory is measured in."""
+    """A problem. It is pickled and made again in the process in which memory is measured."""
 
     @property
     def name(self) -> str:
@@ -31,112 +31,110 @@ class Case(Protocol):
 
     @property
     def flop(self) -> float | None:
-        """Useful FLOP, of any way."""
+        """Useful FLOP; the same for every implementation."""
 
     @property
     def tolerance(self) -> float:
-        """Of the results of any two ways."""
+        """The largest accepted ‖difference‖ / ‖ours‖ between results."""
 
     @property
     def result_bytes(self) -> int:
-        """Of what a way returns."""
+        """Bytes of the results."""
 
     def inputs(self) -> Any:
-        """Made from a fixed seed."""
+        """The inputs, made from a fixed seed."""
 
-    def ways(self) -> Mapping[str, tuple[str, Way]]:
-        """`name -> (role, way)`, the first is `OURS`."""
+    def implementations(self) -> Mapping[str, tuple[str, Implementation]]:
+        """`name -> (role, implementation)`; the first is `OURS`."""
 
-    def compiled(self) -> Mapping[str, tuple[str, Way]]:
-        """Those that torch.compile makes."""
+    def compiled(self) -> Mapping[str, tuple[str, Implementation]]:
+        """The implementations that use torch.compile."""
 
     def rules(self) -> list[Rule]:
         """What is required of ours."""
 
     def tiny(self) -> Case:
-        """The same in a size that takes no time."""
+        """The same problem in a size that takes no time."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run of the suites.
+    """Settings of a run of the suites.
 
     Args:
-        quick: tiny sizes, one round: whether it works, not how fast.
-        compiled: measure torch.compile too.
-        left_out: gets a sentence for all that was not measured.
+        quick: tiny sizes and one round. The run shows that the suites work, not how fast the kernels are.
+        compiled: also measure torch.compile.
     """
 
     quick: bool
     compiled: bool
-    left_out: set[str] = field(default_factory=set)
 
 
 def measure(
-    benchmark: Any, suite: str, case: Case, settings: Settings, *, seconds: float, most: int, extra: list[Entry]
+    benchmark: Any, suite: str, case: Case, settings: Settings, *, seconds: float, max_rounds: int, extra: list[Entry]
 ) -> None:
-    """Hold the contest of a case.
+    """Compare the implementations of a case: results, time and peak memory.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its `extra_info` gets the record.
-        suite: the report groups by it.
-        seconds, most: of the rounds.
-        extra: entries beside the case's own ways.
+        benchmark: pytest-benchmark's fixture; the record goes to its `extra_info`.
+        suite: the suite that the report shows the case under.
+        seconds, max_rounds: see `check_and_time`.
+        extra: further entries beside the case's own implementations.
     """
     case = case.tiny() if settings.quick else case
     inputs = case.inputs()
-    ways = dict(case.ways())
+    implementations = dict(case.implementations())
     if settings.compiled:
-        ways |= case.compiled()
-    served: dict[str, set[str]] = {}
+        implementations |= case.compiled()
+    backends: dict[str, set[str]] = {}
     entries = []
-    for name, (role, way) in ways.items():
-        call = way(inputs)
-        with served_by() as served[name]:
+    for name, (role, implementation) in implementations.items():
+        call = implementation(inputs)
+        with record_backends() as backends[name]:
             call()
-        if name == COMPOSED and served[name] == served[OURS]:
-            continue  # ours already is
+        if name == COMPOSED and backends[name] == backends[OURS]:
+            continue  # ours already runs on the composed backend
         measured = role == OURS or not settings.quick
-        peak = in_fresh_process(_peak_here, case, name, torch.get_num_threads()) if measured else None
-        entries.append(Entry(name, role, call, case.flop if role in (OURS, ALTERNATIVE) else None, peak))
-    contest = Contest([*entries, *extra], case.tolerance)
-    hold(benchmark, contest, seconds=seconds, most=most, quick=settings.quick)
+        peak = in_fresh_process(_peak_in_this_process, case, name, torch.get_num_threads()) if measured else None
+        entries.append(Entry(name, role, call, case.flop if role in (OURS, BASELINE) else None, peak))
+    comparison = Comparison([*entries, *extra], case.tolerance)
+    check_and_time(benchmark, comparison, seconds=seconds, max_rounds=max_rounds, quick=settings.quick)
     benchmark.extra_info |= {
         "suite": suite,
         "case": case.name,
         "flop": case.flop,
-        "served_by": sorted(served[OURS]),
+        "backends": sorted(backends[OURS]),
         "rules": case.rules(),
         "result_bytes": case.result_bytes,
     }
 
 
-def _peak_here(case: Case, name: str, threads: int) -> int:
-    """Bytes above the inputs that one run takes. A tiny run before it has set up the libraries."""
+def _peak_in_this_process(case: Case, name: str, threads: int) -> int:
+    """Peak bytes of one run above the inputs. A tiny run before it sets up the libraries."""
     torch.set_num_threads(threads)
     compiled = name in case.compiled()
-    _, way = (case.compiled() if compiled else case.ways())[name]
-    # What was compiled is for one size, and compiling takes memory that running does not.
+    _, implementation = (case.compiled() if compiled else case.implementations())[name]
+    # Compiled code serves one size only, and compiling takes memory that a run does not: warm up at the full size.
     warm = case if compiled else case.tiny()
-    warm_call = way(warm.inputs())
+    warm_call = implementation(warm.inputs())
     warm_call()
-    call = warm_call if compiled else way(case.inputs())
+    call = warm_call if compiled else implementation(case.inputs())
     del warm_call
-    give_back_freed()
+    release_freed_memory()
     with PeakResident() as peak:
         results = call()
     del results
     return peak.growth
 
 
-def compile_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one size. What it made before is forgotten, since it gives up on a function of many sizes."""
+def compile_for_one_size(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one size, after a reset: torch.compile stops compiling a function that saw many sizes."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
 
 def compiler_missing() -> str | None:
-    """Why torch.compile cannot make code for this CPU; None if it can."""
+    """Why torch.compile cannot compile for this CPU; None if it can."""
     if sys.platform == "win32":
         return "torch.compile is not tried on Windows"
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -1,16 +1,21 @@
-"""A contest: several ways of doing the same work, checked against each other, then timed in turns.
+"""Compares implementations of the same work: checks that their results agree, then times them in turns.
 
-pytest-benchmark times one function after another, and on a shared machine whatever slows it for a minute would then
-fall on one of them. So one benchmark is one whole contest: in a round every way has a turn, each round starting with
-another one, and it is the ways' own times that the report is made of. They go where pytest-benchmark has room for what
-it does not know, `benchmark.extra_info`; its own statistics are those of a round.
+pytest-benchmark times one function after another. On a shared machine, a slow minute would then hit only one of the
+implementations. Here one benchmark is one whole comparison. In each round every implementation has a turn, and each
+round starts with another one. The report uses the times of the implementations. They are stored in
+`benchmark.extra_info`; pytest-benchmark's own statistics are those of a round.
 
-Where a way takes milliseconds, what the one before left of the caches, of its own code among them, and in the allocator
-is a good part of that. So in such a contest each way runs twice in its turn, and the second time counts; the first is
-kept beside it, as it is what one call costs in the midst of other work. (One way at growing sizes runs once: what the
-cache holds of the small ones would bend the line.)
+Where an implementation takes milliseconds, its time depends on what the implementation before it left in the caches
+(also of code) and in the allocator. In such a comparison each implementation runs twice in its turn:
 
-Floors take part in each round too, as does a product of two square matrices, `RULER`: its rate is what "% of mm" means.
+    cold    the first run, right after another implementation: what a single call costs between other work
+    warm    the second run: the time that the report compares
+
+Where all take longer, each runs once. So do the growing sizes of the suite `scaling`: there a warm cache would help
+only the small sizes, and the curve would bend.
+
+Two more entries have a turn in each round: the floors, and a reference GEMM of two square matrices. The column
+"% of GEMM" is relative to the rate of that GEMM.
 """
 
 from __future__ import annotations
@@ -29,26 +34,26 @@ from torch import Tensor
 from benchmarks.harness.machine import OtherLoad
 
 OURS = "ours"
-ALTERNATIVE = "alternative"  # another way to the same results
-FLOOR = "floor"  # the bare products
-TWIN = "twin"  # ours on another problem, for a ratio
-RULER = "ruler"
-RULER_SIZE, QUICK_RULER_SIZE = 1024, 64
-TWICE_BELOW = 0.02  # seconds that the fastest way takes
+BASELINE = "baseline"  # another implementation of the same work
+FLOOR = "floor"  # the bare GEMMs
+PAIRED_VARIANT = "paired variant"  # ours on another problem (dtype or size), for a ratio of the two
+REFERENCE_GEMM = "reference GEMM"
+REFERENCE_SIZE, QUICK_REFERENCE_SIZE = 1024, 64
+RUN_TWICE_BELOW = 0.02  # seconds of the fastest implementation
 
 Results = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One way.
+    """One implementation in a comparison.
 
     Args:
-        name: of the way.
-        role: OURS (exactly one in a contest), ALTERNATIVE, FLOOR, TWIN or RULER.
+        name: as the report shows it.
+        role: OURS (exactly one in a comparison of results), BASELINE, FLOOR, PAIRED_VARIANT or REFERENCE_GEMM.
         run: does the work once.
-        flop: useful FLOP of a run, None where products are not what it is about.
-        peak_bytes: at most in memory above the inputs, None if not measured.
+        flop: useful FLOP of a run; None where the work is not made of GEMMs.
+        peak_bytes: peak memory above the inputs; None if it was not measured.
     """
 
     name: str
@@ -58,25 +63,31 @@ class Entry:
     peak_bytes: int | None = None
 
 
-def ruler(quick: bool) -> Entry:
-    """A product of two square matrices in fp32, into memory that is there."""
-    size = QUICK_RULER_SIZE if quick else RULER_SIZE
-    left, right, out = (torch.rand(size, size) for _ in range(3))
-    return Entry(f"mm {size}³", RULER, lambda: (torch.mm(left, right, out=out),), 2 * size**3)
+def reference_gemm(quick: bool) -> Entry:
+    """`torch.mm` of two square fp32 matrices into an existing output."""
+    size = QUICK_REFERENCE_SIZE if quick else REFERENCE_SIZE
+    a, b, out = (torch.rand(size, size) for _ in range(3))
+    return Entry(f"mm {size}³", REFERENCE_GEMM, lambda: (torch.mm(a, b, out=out),), 2 * size**3)
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Entries, and how far apart results may be, ‖difference‖ / ‖ours‖; None: they were checked, and run, before."""
+class Comparison:
+    """Entries that are timed together.
+
+    Args:
+        entries: the implementations.
+        tolerance: the largest accepted ‖difference‖ / ‖ours‖ of a baseline's results; None: the caller has checked
+            and run all entries before.
+    """
 
     entries: list[Entry]
     tolerance: float | None
 
     def check(self) -> dict[str, float]:
-        """The largest difference of each alternative; also the warm-up of all entries.
+        """Run each entry once, which is also the warm-up; returns the largest difference of each baseline.
 
         Raises:
-            AssertionError: one differs by more than the tolerance, and what it would be timed at means nothing.
+            AssertionError: a baseline differs by more than the tolerance. Its time would mean nothing.
         """
         if self.tolerance is None:
             return {}
@@ -85,32 +96,39 @@ class Contest:
         differences = {}
         for entry in self.entries:
             found = entry.run()
-            if entry.role != ALTERNATIVE:
+            if entry.role != BASELINE:
                 continue
             difference = max(_difference(one, other) for one, other in zip(found, expected, strict=True))
-            assert difference <= self.tolerance, f"{entry.name}: differs by {difference:.1e}, not {self.tolerance:.0e}"
+            assert difference <= self.tolerance, (
+                f"{entry.name}: results differ by {difference:.1e}, accepted is {self.tolerance:.0e}"
+            )
             differences[entry.name] = difference
         return differences
 
     def round(self, times: Times, twice: bool) -> None:
-        """Each entry once, or twice in its turn, appending to its times."""
-        turn = min(map(len, times.counted.values())) % len(self.entries)
+        """Run each entry once, or twice in its turn, and append to its times."""
+        turn = min(map(len, times.reported.values())) % len(self.entries)
         for entry in (*self.entries[turn:], *self.entries[:turn]):
             if twice:
-                times.after_others[entry.name].append(_seconds(entry))
-            times.counted[entry.name].append(_seconds(entry))
+                times.cold[entry.name].append(_seconds(entry))
+            times.reported[entry.name].append(_seconds(entry))
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each entry, round by round: those that count, and, where it runs twice, of the first run."""
+    """Seconds of each entry, one number a round.
 
-    counted: dict[str, list[float]]
-    after_others: dict[str, list[float]]
+    Args:
+        reported: the last run of each turn: the warm one where an entry runs twice, else the only one.
+        cold: the first of two runs; empty where an entry runs once.
+    """
+
+    reported: dict[str, list[float]]
+    cold: dict[str, list[float]]
 
     @classmethod
     def of(cls, entries: Sequence[Entry]) -> Times:
-        """None yet."""
+        """No times yet."""
         return cls({entry.name: [] for entry in entries}, {entry.name: [] for entry in entries})
 
 
@@ -124,52 +142,56 @@ def _seconds(entry: Entry) -> float:
 
 def _difference(one: Tensor, other: Tensor) -> float:
     """‖one − other‖ / ‖other‖; infinite where either is not finite."""
-    one, other = one.detach().double(), other.double()
+    one, other = one.detach().double(), other.detach().double()
     distance = float((one - other).norm() / other.norm().clamp_min(1e-30))
     return distance if distance < float("inf") else float("inf")
 
 
-def hold(benchmark: Any, contest: Contest, *, seconds: float, most: int, quick: bool) -> dict[str, Any]:
-    """Check, then time in turns; the record of it, which is in the benchmark's `extra_info` too.
+def check_and_time(
+    benchmark: Any, comparison: Comparison, *, seconds: float, max_rounds: int, quick: bool
+) -> dict[str, Any]:
+    """Check the results, then time all entries in turns; returns the record, which also goes to `extra_info`.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        contest: the ways.
-        seconds: about how long; at least 3 rounds, at most `most`, one if `quick`.
-        most, quick: see there.
+        comparison: the implementations; the reference GEMM is added here.
+        seconds: about how long to measure. There are at least 3 rounds.
+        max_rounds: at most so many rounds.
+        quick: one round, whatever `seconds` says.
     """
-    contest = replace(contest, entries=[*contest.entries, ruler(quick)])
-    differences = contest.check()
-    times = Times.of(contest.entries)
+    comparison = replace(comparison, entries=[*comparison.entries, reference_gemm(quick)])
+    differences = comparison.check()
+    times = Times.of(comparison.entries)
     rounds, twice = 1, quick
     with OtherLoad() as load:
         if not quick:
+            # A first round says how long a round takes. It counts as one where each entry runs once.
             begin = time.perf_counter()
-            contest.round(times, False)
+            comparison.round(times, False)
             passed = time.perf_counter() - begin
-            compared = [entry.name for entry in contest.entries if entry.role in (OURS, ALTERNATIVE)]
-            twice = min((times.counted[name][0] for name in compared), default=math.inf) < TWICE_BELOW
-            rounds = min(most, max(3, int(seconds / (passed * (2 if twice else 1))))) - (0 if twice else 1)
-            times = Times.of(contest.entries) if twice else times
+            compared = [entry.name for entry in comparison.entries if entry.role in (OURS, BASELINE)]
+            twice = min((times.reported[name][0] for name in compared), default=math.inf) < RUN_TWICE_BELOW
+            rounds = min(max_rounds, max(3, int(seconds / (passed * (2 if twice else 1))))) - (0 if twice else 1)
+            times = Times.of(comparison.entries) if twice else times
         gc.collect()
-        benchmark.pedantic(contest.round, args=(times, twice), rounds=rounds, iterations=1)
-    ruled = _of(contest, RULER)
+        benchmark.pedantic(comparison.round, args=(times, twice), rounds=rounds, iterations=1)
+    reference = _entry_of_role(comparison, REFERENCE_GEMM)
     record = {
-        "rounds": min(map(len, times.counted.values())),
+        "rounds": min(map(len, times.reported.values())),
         "other_load": load.share,
-        "mm_gflops": ruled.flop / median(times.counted[ruled.name]) * 1e-9,
-        "entries": [_record(entry, times, differences.get(entry.name)) for entry in contest.entries],
+        "reference_gflops": reference.flop / median(times.reported[reference.name]) * 1e-9,
+        "entries": [_record(entry, times, differences.get(entry.name)) for entry in comparison.entries],
     }
     benchmark.extra_info.update(record)
     return record
 
 
-def _of(contest: Contest, role: str) -> Any:
-    return next(entry for entry in contest.entries if entry.role == role)
+def _entry_of_role(comparison: Comparison, role: str) -> Any:
+    return next(entry for entry in comparison.entries if entry.role == role)
 
 
 def _record(entry: Entry, times: Times, difference: float | None) -> dict[str, Any]:
-    seconds, after_others = times.counted[entry.name], times.after_others[entry.name]
+    seconds, cold = times.reported[entry.name], times.cold[entry.name]
     return {
         "name": entry.name,
         "role": entry.role,
@@ -178,7 +200,7 @@ def _record(entry: Entry, times: Times, difference: float | None) -> dict[str, A
         "min": min(seconds),
         "max": max(seconds),
         "seconds": seconds,
-        "after_others": median(after_others) if after_others else None,
+        "cold": median(cold) if cold else None,
         "peak_bytes": entry.peak_bytes,
         "difference": difference,
     }

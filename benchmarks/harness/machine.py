@@ -1,4 +1,4 @@
-"""What figures were measured on: processor, threads, PyTorch, and how busy others kept it meanwhile."""
+"""The machine that was measured on: processor, threads, PyTorch, and the load of other processes meanwhile."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from softprompt_kernels.ops.dispatch import available_backends
 
 
 def processor() -> str:
-    """Its name, as far as the system tells."""
+    """The name of the processor, as far as the system tells."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def facts() -> dict[str, object]:
-    """All that a reader of the figures has to know of the machine."""
+    """What a reader of the figures has to know of the machine, for JSON."""
     return {
         "processor": processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -32,15 +32,16 @@ def facts() -> dict[str, object]:
     }
 
 
-def describe(known: dict[str, object]) -> str:
-    """The same in a line."""
-    return f"{known['processor']} ({known['vectors']}), {known['threads']} threads, torch {known['torch']}"
+def describe(facts: dict[str, object]) -> str:
+    """The `facts` in one line."""
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return f"{facts['processor']} ({facts['vectors']}), {threads}, torch {facts['torch']}"
 
 
 class OtherLoad:
-    """`with OtherLoad() as load: ...`, then `load.share`: of all processors' time, what went to other processes.
+    """`with OtherLoad() as load: ...`, then `load.share`: the share of all CPU time that other processes took.
 
-    Above a few percent, times mean little: whoever waits for all its threads waits for the one that was held up.
+    Above a few percent, times mean little: an op waits for all its threads, and so for the one that was delayed.
     """
 
     share: float
@@ -57,7 +58,7 @@ class OtherLoad:
 
 
 def _busy_seconds() -> float:
-    """Of all processors, in all processes but this one."""
+    """CPU seconds of all processes but this one, over all processors."""
     every, own = psutil.cpu_times(), psutil.Process().cpu_times()
     idle = every.idle + getattr(every, "iowait", 0.0) + getattr(every, "guest", 0.0)
     return sum(every) - idle - own.user - own.system

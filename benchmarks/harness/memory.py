@@ -1,6 +1,7 @@
-"""Peak memory: how far the resident memory of a fresh process grows while something runs.
+"""Peak memory: how far the resident memory of a fresh process grows while a function runs.
 
-On Linux the kernel keeps the peak (VmHWM, set back through /proc/self/clear_refs); elsewhere a thread looks every 5 ms.
+On Linux the kernel records the peak (VmHWM, reset through /proc/self/clear_refs). On other systems a thread samples the
+resident memory every 5 ms.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-INTERVAL = 0.005
+INTERVAL = 0.005  # seconds between two samples
 PRELOADED = ["torch.nn.attention.bias", "softprompt_kernels.ops", "psutil"]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -26,12 +27,13 @@ T = TypeVar("T")
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function of a module returns, called in a process that has done nothing but import.
+    """Call a module-level function in a process that has only imported modules, and return its result.
 
-    Where the system can, it is the copy of a process that has imported PyTorch and this package: a second less each.
+    Where the system has a fork server, the process is a copy of one that has imported PyTorch and this package. This
+    saves a second a call.
 
     Raises:
-        concurrent.futures.process.BrokenProcessPool: that process was killed, as by a system without memory left.
+        concurrent.futures.process.BrokenProcessPool: the process was killed, most likely because memory ran out.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -41,7 +43,7 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 class PeakResident:
-    """`with PeakResident() as peak: ...`, then `peak.growth`: bytes of resident memory at most, less those before."""
+    """`with PeakResident() as peak: ...`, then `peak.growth`: peak resident bytes, minus those at the start."""
 
     growth: int
 
@@ -50,9 +52,9 @@ class PeakResident:
         self._by_kernel = _reset_high_water()
         self._before = self._highest = self._process.memory_info().rss
         self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
         if not self._by_kernel:
-            self._watcher.start()
+            self._sampler.start()
         return self
 
     def __exit__(
@@ -62,10 +64,10 @@ class PeakResident:
             self._highest = _high_water()
         else:
             self._ended.set()
-            self._watcher.join()
+            self._sampler.join()
         self.growth = self._highest - self._before
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while True:
             self._highest = max(self._highest, self._process.memory_info().rss)
             if self._ended.wait(INTERVAL):
@@ -73,7 +75,7 @@ class PeakResident:
 
 
 def _reset_high_water() -> bool:
-    """Whether the kernel keeps a high-water mark that starts now."""
+    """Reset the kernel's high-water mark of resident memory; returns whether the kernel has one."""
     try:
         RESET.write_text("5")
         return _high_water() > 0
@@ -82,13 +84,14 @@ def _reset_high_water() -> bool:
 
 
 def _high_water() -> int:
-    """Bytes, as the kernel says it: "VmHWM:  123 kB"."""
+    """The high-water mark in bytes; the kernel writes "VmHWM:  123 kB"."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def give_back_freed() -> None:
-    """Let the allocator return what was freed so far: else later growth would hide in it."""
+def release_freed_memory() -> None:
+    """Return freed memory to the system. Otherwise later allocations would reuse it, and no growth would be seen."""
+
     gc.collect()
     with suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Sees what the ops ask of the kernels: which backend serves a call, and with which arguments."""
+"""Records the calls that the ops make to the kernels: op, backend, function and arguments."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from unittest.mock import patch
 
 from softprompt_kernels.ops import dispatch
 
-Seen = Callable[[str, str, str, tuple[Any, ...]], None]
+OnCall = Callable[[str, str, str, tuple[Any, ...]], None]  # op, backend, function, arguments
 
 
 @contextmanager
-def watched(seen: Seen) -> Iterator[None]:
-    """Calls `seen(op, backend, function, arguments)` before each call of a kernel's function."""
+def record_calls(on_call: OnCall) -> Iterator[None]:
+    """Call `on_call(op, backend, function, arguments)` before each call of a kernel's function."""
     select = dispatch.select
 
-    def watched_select(op: str, *arguments: Any) -> Any:
-        return _Watched(select(op, *arguments), op, seen)
+    def recording_select(op: str, *arguments: Any) -> Any:
+        return _RecordedKernel(select(op, *arguments), op, on_call)
 
-    with patch.object(dispatch, "select", watched_select):
+    with patch.object(dispatch, "select", recording_select):
         yield
 
 
 @contextmanager
-def served_by() -> Iterator[set[str]]:
-    """Collects the names of the backends that serve."""
+def record_backends() -> Iterator[set[str]]:
+    """Collect the names of the backends that serve calls."""
     names: set[str] = set()
-    with watched(lambda op, backend, function, arguments: names.add(backend)):
+    with record_calls(lambda op, backend, function, arguments: names.add(backend)):
         yield names
 
 
-class _Watched:
-    """A kernel module, as the ops see it."""
+class _RecordedKernel:
+    """Stands in for a kernel module: reports each call of its functions, then makes the call."""
 
-    def __init__(self, kernel: Any, op: str, seen: Seen) -> None:
-        self._kernel, self._op, self._seen = kernel, op, seen
+    def __init__(self, kernel: Any, op: str, on_call: OnCall) -> None:
+        self._kernel, self._op, self._on_call = kernel, op, on_call
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._kernel, name)
@@ -44,7 +44,7 @@ class _Watched:
         backend = module.split(".")[2]  # softprompt_kernels.kernels.NAME.…
 
         def called(*arguments: Any) -> Any:
-            self._seen(self._op, backend, name, arguments)
+            self._on_call(self._op, backend, name, arguments)
             return function(*arguments)
 
         return called if callable(function) else function

@@ -1,11 +1,17 @@
-"""The report of the suites, from the JSON that pytest-benchmark wrote.
+"""Prints the report of the suites from the JSON that pytest-benchmark wrote.
 
-    python benchmarks/harness/report.py runs/bench/bench.json
+    python -m benchmarks.harness.report runs/bench/bench.json
 
-Seconds are medians over rounds in which all ways of a case took turns; "after others" is the time right after another
-way, where a second run is the one that counts. GFLOP/s counts useful FLOP only; "% of mm" is of the rate of a large
-fp32 product in the same rounds. "× ours" is the way's time over ours, "× floor" over the bare products of the same
-sizes (attention: its useful FLOP at the mm rate). Memory is the peak above the inputs.
+| column | is |
+|---|---|
+| ms | median over rounds in which all implementations took turns |
+| min..max | of the same times |
+| cold ms | median of runs right after another implementation, where "ms" is that of a second run in the same turn |
+| GFLOP/s | useful FLOP only: pairs that a mask hides do not count |
+| % of GEMM | this rate over that of the reference GEMM, a large fp32 `torch.mm` in the same rounds |
+| × ours | time over ours |
+| × floor | time over the bare GEMMs of the same sizes (attention: over its useful FLOP at the reference GEMM's rate) |
+| peak MiB | peak memory above the inputs |
 """
 
 from __future__ import annotations
@@ -21,52 +27,68 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.machine import describe
-from benchmarks.harness.requirements import Record, Verdict, busy, floor_seconds, one, verdicts
+from benchmarks.harness.requirements import Record, Verdict, busy, entry_of_role, floor_seconds, verdicts
 
-COLUMNS = ("ms", "min..max", "after others", "GFLOP/s", "% of mm", "× ours", "× floor", "peak MiB")
+COLUMNS = ("ms", "min..max", "cold ms", "GFLOP/s", "% of GEMM", "× ours", "× floor", "peak MiB")
+LEGEND = (
+    "ms: median over rounds in which all implementations took turns. cold ms: right after another implementation; ms "
+    "is then the second (warm) run.\n"
+    "GFLOP/s: useful FLOP only. % of GEMM: of the rate of the reference GEMM. × ours, × floor: time over ours, over "
+    "the bare GEMMs. peak MiB: above the inputs."
+)
 WIDTH = 172
 
 
 def show(path: Path) -> None:
-    """Print it."""
+    """Print the report."""
     written = json.loads(path.read_text())
-    known = written["softprompt"]
+    run = written["softprompt"]
     records = [benchmark["extra_info"] for benchmark in written["benchmarks"] if "suite" in benchmark["extra_info"]]
     if not records:
         return
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    rates = [record["mm_gflops"] for record in records]
-    title = f"{describe(known)}; mm {median(rates):.0f} GFLOP/s ({min(rates):.0f}..{max(rates):.0f})"
+    rates = [record["reference_gflops"] for record in records]
+    title = (
+        f"{describe(run)}\n"
+        f"reference GEMM (torch.mm, fp32): {median(rates):.0f} GFLOP/s ({min(rates):.0f}..{max(rates):.0f})"
+    )
     console.print(_table(title, records))
-    for record in records:
-        for note in record.get("notes", []):
-            console.print(f"{record['suite']}: {note}")
+    console.print(LEGEND)
+    for suite in dict.fromkeys(record["suite"] for record in records):
+        notes = [note for record in records if record["suite"] == suite for note in record.get("notes", [])]
+        if notes:
+            console.print(f"\n[bold]{suite}[/]")
+        for note in notes:
+            console.print(f"  {note}")
+    console.print()
     if disturbed := [record for record in records if busy(record)]:
         console.print(
-            f"[bold]Others used the machine during {len(disturbed)} of {len(records)} cases (up to "
-            f"{max(record['other_load'] for record in disturbed):.0%} of it): measure those, marked !, again.[/]"
+            f"[bold]Other processes used the machine during {len(disturbed)} of {len(records)} cases (up to "
+            f"{max(record['other_load'] for record in disturbed):.0%} of its CPU time). "
+            "Measure these cases, marked !, again.[/]"
         )
-    if known["quick"]:
-        console.print("Quick: sizes are tiny, and the figures mean nothing.")
+    if run["quick"]:
+        console.print("Quick run: the sizes are tiny, and the figures mean nothing.")
     else:
         console.print(_required(verdicts(records)))
-    for sentence in known["left_out"]:
+    for sentence in run["left_out"]:
         console.print(f"Left out: {sentence}.")
     console.print(f"All figures: {path}")
 
 
 def _table(title: str, records: list[Record]) -> Table:
-    table = Table("case, way", title=title, title_justify="left")
+    table = Table("case, implementation", title=title, title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for record in records:
         if not record.get("in_table", True):
             continue
-        served = ", ".join(record["served_by"])
+        backends = ", ".join(record["backends"])
+        rounds = "1 round" if record["rounds"] == 1 else f"{record['rounds']} rounds"
         mark = "! " if busy(record) else ""
-        table.add_row(f"[bold]{mark}{record['suite']} {record['case']}[/] (ours: {served}; {record['rounds']} rounds)")
+        table.add_row(f"[bold]{mark}{record['suite']} {record['case']}[/] (backend: {backends}; {rounds})")
         for entry in record["entries"]:
-            if entry["role"] != "ruler":
+            if entry["role"] != "reference GEMM":
                 table.add_row(f"  {entry['name']}", *_cells(record, entry))
         table.add_section()
     return table
@@ -75,23 +97,24 @@ def _table(title: str, records: list[Record]) -> Table:
 def _cells(record: Record, entry: dict[str, Any]) -> list[str]:
     seconds, floor = entry["median"], floor_seconds(record)
     rate = None if entry["flop"] is None else entry["flop"] / seconds * 1e-9
-    peak, after_others = entry["peak_bytes"], entry["after_others"]
-    comparable = entry["role"] != "twin"
+    peak, cold = entry["peak_bytes"], entry["cold"]
+    same_work = entry["role"] != "paired variant"
     return [
         f"{seconds * 1e3:.2f}",
         f"{entry['min'] * 1e3:.2f}..{entry['max'] * 1e3:.2f}",
-        "" if after_others is None else f"{after_others * 1e3:.2f}",
+        "" if cold is None else f"{cold * 1e3:.2f}",
         "" if rate is None else f"{rate:.1f}",
-        "" if rate is None else f"{rate / record['mm_gflops']:.0%}",
-        f"{seconds / one(record, 'ours')['median']:.2f}",
-        "" if floor is None or not comparable else f"{seconds / floor:.2f}",
+        "" if rate is None else f"{rate / record['reference_gflops']:.0%}",
+        f"{seconds / entry_of_role(record, 'ours')['median']:.2f}",
+        "" if floor is None or not same_work else f"{seconds / floor:.2f}",
         "" if peak is None else f"{peak / 2**20:.1f}",
     ]
 
 
 def _required(found: list[Verdict]) -> Table:
     held = sum(verdict.holds for verdict in found)
-    table = Table("case", "required", title=f"Required: {held} of {len(found)} hold", title_justify="left")
+    title = f"Requirements: {held} of {len(found)} hold"
+    table = Table("case", "requirement", title=title, title_justify="left")
     table.add_column("limit", justify="right")
     table.add_column("figure", justify="right")
     table.add_column("")
@@ -106,5 +129,5 @@ def _required(found: list[Verdict]) -> Table:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("json", type=Path, help="written by pytest-benchmark")
+    parser.add_argument("json", type=Path, help="file that pytest-benchmark wrote")
     show(parser.parse_args().json)

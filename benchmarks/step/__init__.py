@@ -1,1 +1,1 @@
-"""A whole training step: implementations, memory, profile and floor."""
+"""A whole training step, for the suite `step`: implementations, their memory, a profile and a floor."""

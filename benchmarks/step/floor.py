@@ -1,7 +1,9 @@
-"""The floor of our ops in a training step: what their products alone would take.
+"""The floor of our ops in a training step: the time that their GEMMs alone would take.
 
-Attention: its useful FLOP, at the measured rate of a large product. Loss: bare products of the sizes that it makes,
-measured. Both are counted while a step runs, from what the ops ask of the kernels.
+    attention   its useful FLOP, at the measured rate of the reference GEMM
+    loss        bare GEMMs of the sizes that the loss needs, measured
+
+Both are derived from the calls that the ops make to the kernels while a step runs.
 """
 
 from __future__ import annotations
@@ -13,31 +15,32 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.comparison import ruler
-from benchmarks.harness.recorded_calls import watched
-from benchmarks.step.implementations import Side
+from benchmarks.harness.comparison import reference_gemm
+from benchmarks.harness.recorded_calls import record_calls
+from benchmarks.step.implementations import StepImplementation
 from benchmarks.step.problem import timed
-from benchmarks.step.profile import breakdown
+from benchmarks.step.profile import OTHER, breakdown
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference.visibility import visibility
 
 REPEATS = 3
+LARGEST_OTHERS = 12
 
 
 @dataclass
 class Work:
-    """Of one step.
+    """The work of the ops in one step.
 
     Args:
-        attention_flop: useful ones.
+        attention_flop: useful FLOP of all attention calls.
         loss_sizes: N, d, V of each call of the loss.
     """
 
     attention_flop: float = 0.0
     loss_sizes: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def seen(self, op: str, backend: str, function: str, arguments: tuple[Any, ...]) -> None:
-        """Adds a call of a kernel."""
+    def add_call(self, op: str, backend: str, function: str, arguments: tuple[Any, ...]) -> None:
+        """Add the work of one call of a kernel's function."""
         problem = arguments[0]
         if op == "prompt_attention":
             needs = arguments[-1] if function == "backward" else None
@@ -48,80 +51,92 @@ class Work:
 
 
 def attention_flop(problem: AttentionProblem, needs: Needs | None) -> float:
-    """Useful FLOP of a forward (`needs` None), or of a backward to what is needed."""
+    """Useful FLOP of a forward (`needs` is None), or of a backward to the gradients that are needed."""
     heads, queries, size = problem.query.shape[1:]
     batch, prompt = problem.key.shape[0], problem.prompt_key.shape[2]
     visible = visibility(problem).visible
     visible = visible.expand(batch, queries, visible.shape[2])
-    flop = 0
-    for seen, key, value in ((visible[..., :prompt], 3, 4), (visible[..., prompt:], 1, 2)):
-        products = 2 if needs is None else _backward_products(needs.query, needs[key], needs[value])
-        flop += products * int(seen.sum())
-    return 2.0 * size * heads * flop
+    pairs = 0  # of a query and a visible key, once for each GEMM
+    # The prompt's segment and the own one, with the indices of key and value in `Needs`.
+    for segment, key, value in ((visible[..., :prompt], 3, 4), (visible[..., prompt:], 1, 2)):
+        gemms = 2 if needs is None else _backward_gemms(needs.query, needs[key], needs[value])
+        pairs += gemms * int(segment.sum())
+    return 2.0 * size * heads * pairs
 
 
-def _backward_products(query: bool, key: bool, value: bool) -> int:
-    """Scores; the gradient of scores, if queries or keys need theirs; and one for each that does."""
+def _backward_gemms(query: bool, key: bool, value: bool) -> int:
+    """GEMMs of a backward: the scores; their gradient, if query or key needs one; one for each needed gradient."""
     if not (query or key or value):
         return 0
     return 1 + (query or key) + query + key + value
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of a step, in seconds: parts by name, medians; what their sum is of the ops' products alone."""
+class StepCost:
+    """Seconds of one of our steps.
+
+    Args:
+        parts: medians of all parts by name, see profile.py.
+        others: the largest events that "other operations" consists of, in one step.
+        attention_floor, loss_floor: seconds of the GEMMs of each op alone.
+    """
 
     parts: dict[str, float]
+    others: dict[str, float]
     attention_floor: float
     loss_floor: float
 
     def of(self, prefix: str) -> float:
-        """The parts whose name starts so."""
+        """The sum of the parts whose name starts with `prefix`."""
         return sum(seconds for name, seconds in self.parts.items() if name.startswith(prefix))
 
     @property
     def over_floor(self) -> float:
-        """Seconds of both ops over those of their products."""
+        """Time of both ops over that of their GEMMs."""
         return (self.of("attention op") + self.of("loss op")) / (self.attention_floor + self.loss_floor)
 
     def notes(self) -> list[str]:
-        """For the report."""
+        """Lines for the report."""
         total, ops = self.of(""), ("attention op", "loss op")
-        model = {"the model's products": self.of("model"), "its other operations": self.of("elsewhere")}
-        shares = model | {name: self.of(name) for name in ops}
+        shares = {"GEMMs of the model": self.of("model"), OTHER: self.of(OTHER)}
+        shares |= {name: self.of(name) for name in ops}
         floors = dict(zip(ops, (self.attention_floor, self.loss_floor), strict=True))
         return [
-            f"a step of ours, {total:.2f} s under the profiler: "
+            f"profile of one of our steps ({total:.2f} s): "
             + ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in shares.items()),
-            ", ".join(f"{name} {self.of(name):.3f} s, {self.of(name) / floors[name]:.2f}× its products" for name in ops)
-            + f"; both {self.over_floor:.2f}×",
+            "time of the ops over their bare GEMMs: "
+            + ", ".join(f"{name} {self.of(name) / floors[name]:.2f}× ({self.of(name):.3f} s)" for name in ops)
+            + f", both {self.over_floor:.2f}×",
         ]
 
 
-def cost(side: Side, quick: bool) -> Cost:
-    """Profiled steps, taking turns with the products that they are held against."""
+def measure_cost(implementation: StepImplementation, quick: bool) -> StepCost:
+    """Profile steps, in turns with the GEMMs that they are compared with."""
     work = Work()
-    with watched(work.seen):
-        side.step()
-    square, loss = ruler(quick), _products(work.loss_sizes)
+    with record_calls(work.add_call):
+        implementation.step()
+    square, loss = reference_gemm(quick), _bare_gemms(work.loss_sizes)
     parts: list[dict[str, float]] = []
+    others: dict[str, float] = {}
     square_seconds, loss_seconds = [], []
     for _ in range(1 if quick else REPEATS):
-        parts.append(breakdown(side)[0])
+        found, others = breakdown(implementation)
+        parts.append(found)
         square_seconds += [timed(square.run)[1] for _ in range(5)]
         loss_seconds.append(timed(loss)[1])
     assert square.flop is not None
     rate = square.flop / median(square_seconds)
     names = {name for found in parts for name in found}
-    return Cost(
+    return StepCost(
         {name: median(found.get(name, 0.0) for found in parts) for name in names},
+        dict(list(others.items())[:LARGEST_OTHERS]),
         work.attention_flop / rate,
         median(loss_seconds),
     )
 
 
-def _products(sizes: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
-    """To logits and back, for each size; run once, so that memory is there."""
+def _bare_gemms(sizes: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+    """For each size a GEMM to logits and one back, into existing outputs; run once here, as a warm-up."""
     made = []
     for tokens, size, vocab in sizes:
         hidden, weight = torch.rand(tokens, size), torch.rand(vocab, size)

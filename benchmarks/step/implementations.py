@@ -1,14 +1,14 @@
-"""The ways of a training step. All have `step() -> loss` and the `gradient()` that the last step used.
+"""The implementations of a training step. Each has `step() -> loss` and `gradient()`, the one that the last step used.
 
-| | `CachedMoments` | `Obvious` |
+| | `CachedMoments` | `TransformersPeft` |
 |---|---|---|
 | teacher | read from disk: d + 1 floats a token | forward over context + query + output, each step |
 | student | hidden states behind a shared prompt | PEFT's CARTRIDGE: keys and values of the prompt for each sequence |
 | head | fused with the loss, on the rows that predict the output | logits of all tokens, `F.log_softmax`, `F.kl_div` |
 
-`ComposedMoments` is `CachedMoments` without native kernels. Where the obvious way could be written worse, it is given
-the better: inputs are padded once and not in each step, the teacher keeps no cache, and only the rows that are needed
-of its logits outlive its forward.
+`ComposedMoments` is `CachedMoments` without native kernels. `TransformersPeft` is the baseline: a step as the
+documentation of both packages leads to. Where there is a choice, it gets the faster one: inputs are padded once and not
+in each step, the teacher keeps no cache, and of the teacher's logits only the needed rows outlive its forward.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from softprompt_kernels.prompts import KVPrompt
 from softprompt_kernels.prompts.layout import flatten
 
 LEARNING_RATE = 2e-2
-# Longer than any measurement, so that the rate hardly falls.
+# Far more steps than are measured, so that the learning rate hardly falls.
 SCHEDULE = Schedule(steps=10_000, learning_rate=LEARNING_RATE)
 
 
-class Side(Protocol):
-    """One way of a training step."""
+class StepImplementation(Protocol):
+    """An implementation of a training step."""
 
     def step(self) -> float:
-        """One update of the prompt; the loss before it, in nats per token."""
+        """Updates the prompt once; returns the loss before the update, in nats per token."""
 
     def gradient(self) -> Tensor:
-        """`[k − frozen, L·2·Hkv·D]` of the last step."""
+        """The prompt's gradient in the last step, `[k − frozen, L·2·Hkv·D]`."""
 
 
 class CachedMoments:
-    """The package's own trainer."""
+    """Ours: `Trainer.train_step` of this package, with a KV prompt."""
 
     def __init__(self, problem: Problem, model: PreTrainedModel) -> None:
         head = head_of(model)
@@ -77,15 +77,15 @@ class CachedMoments:
 
 
 class ComposedMoments(CachedMoments):
-    """The same, with no kernel of the package's own."""
+    """The same on the backend `composed`: no kernel of this package's own."""
 
     def step(self) -> float:
         with patch.dict(os.environ, SOFTPROMPT_BACKEND="composed"):
             return super().step()
 
 
-class Obvious:
-    """transformers and PEFT, as their documentation leads to."""
+class TransformersPeft:
+    """The baseline: transformers and PEFT, as their documentation leads to."""
 
     def __init__(self, problem: Problem, model: PreTrainedModel) -> None:
         from peft import CartridgeConfig, get_peft_model
@@ -100,8 +100,8 @@ class Obvious:
         self.optimizer = torch.optim.AdamW([self.parameter], lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
         sequences = [(*example.input_ids, *example.output_ids) for example in problem.examples]
         outputs = [example.targets for example in problem.examples]
-        self.short = _padded(sequences, outputs)
-        self.full = _padded([(*problem.context_ids, *sequence) for sequence in sequences], outputs)
+        self.student_inputs = _padded(sequences, outputs)
+        self.teacher_inputs = _padded([(*problem.context_ids, *sequence) for sequence in sequences], outputs)
 
     @staticmethod
     def load(name: str) -> PreTrainedModel:
@@ -110,10 +110,10 @@ class Obvious:
 
     def step(self) -> float:
         self.optimizer.zero_grad()
-        ids, mask, rows = self.full
+        ids, mask, rows = self.teacher_inputs
         with torch.no_grad():
             teacher = self.teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits[rows]
-        ids, mask, rows = self.short
+        ids, mask, rows = self.student_inputs
         student = self.student(input_ids=ids, attention_mask=mask).logits[rows]
         loss = F.kl_div(
             F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), log_target=True, reduction="batchmean"
@@ -134,18 +134,18 @@ def _padded(
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    where = torch.zeros(ids.shape, dtype=torch.bool)
+    predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for index, (sequence, targets) in enumerate(zip(sequences, outputs, strict=True)):
         ids[index, : len(sequence)] = torch.tensor(sequence)
         mask[index, : len(sequence)] = 1
-        where[index, len(sequence) - targets - 1 : len(sequence) - 1] = True
-    row, position = where.nonzero(as_tuple=True)
+        predicts[index, len(sequence) - targets - 1 : len(sequence) - 1] = True
+    row, position = predicts.nonzero(as_tuple=True)
     return ids, mask, (row, position)
 
 
-SIDES: dict[str, type[CachedMoments] | type[Obvious]] = {
+IMPLEMENTATIONS: dict[str, type[CachedMoments] | type[TransformersPeft]] = {
     "cached moments": CachedMoments,
     "cached moments, composed": ComposedMoments,
-    "obvious": Obvious,
+    "transformers + PEFT": TransformersPeft,
 }
-"""All ways by name, ours first, the obvious one last."""
+"""All implementations by name: ours is the first, the baseline the last."""

@@ -1,6 +1,6 @@
-"""What both ways of a training step start from: one batch, one prompt, and the moments of the teacher.
+"""What all implementations of a training step start from: one batch, one prompt, and the moments of the teacher.
 
-Made once, before anything is timed, and put into a folder so that fresh processes start from the same numbers.
+It is made once, before anything is timed, and written into a folder. So fresh processes start from the same numbers.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Problem:
 
     Args:
         model: folder or name of the model.
-        context_ids: C tokens, what the teacher reads before every query.
+        context_ids: the context, C tokens, which the teacher reads before every query.
         examples: the batch, at most 64 sequences.
-        tokens: k, of the prompt.
-        folder: holds the prompt's start (`prompt.safetensors`) and the teacher's moments (`moments.safetensors`).
-        micro_batch_size: sequences that our side runs at once; the baseline always runs all of them.
-        threads: of torch.
+        tokens: k, the prompt's length.
+        folder: holds the initial prompt (`prompt.safetensors`) and the teacher's moments (`moments.safetensors`).
+        micro_batch_size: sequences that ours runs at once; the baseline always runs all of them.
+        threads: torch's number of threads.
     """
 
     model: str
@@ -60,6 +60,13 @@ class Problem:
         """Tokens in the loss."""
         return sum(example.targets for example in self.examples)
 
+    def describe(self) -> str:
+        """The sizes in one line."""
+        return (
+            f"{len(self.examples)} sequences (ours: {self.micro_batch_size} at once), {self.targets} tokens in the "
+            f"loss; context {len(self.context_ids)} tokens, prompt {self.tokens} tokens; fp32"
+        )
+
     def start(self) -> tuple[Tensor, Tensor]:
         """The prompt before the first step: key and value `[L, Hkv, k, D]`."""
         tensors = load_file(self.folder / "prompt.safetensors")
@@ -74,7 +81,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What cached moments cost before training, in seconds: the context once, the rest for each sequence once."""
+    """Seconds that cached moments cost before training.
+
+    Args:
+        context: to run the context through the model, once.
+        moments_per_sequence: to take the moments of one sequence, once for each sequence.
+    """
 
     context: float
     moments_per_sequence: float
@@ -92,20 +104,20 @@ def make_problem(
     micro_batch_size: int | None = None,
     new_tokens: int = 48,
 ) -> tuple[Problem, Preparation]:
-    """Capture the context, let the teacher answer the queries, take the moments of what it says.
+    """Capture the context, let the teacher answer the queries, and take the teacher's moments of the answers.
 
     Args:
-        name: what the model was loaded by.
+        name: name or folder that the model was loaded from.
         model, tokenizer: from `load_model`.
         text: the context.
         queries: one for each sequence of the batch, at most 64.
-        folder: exists; gets the files.
+        folder: an existing folder; the files are written there.
         tokens: k; None: an eighth of the context. The prompt starts as the context's first k tokens.
-        micro_batch_size: None: the whole batch.
-        new_tokens: at most, of each answer; temperature 0.7, seed 0.
+        micro_batch_size: sequences that ours runs at once; None: the whole batch.
+        new_tokens: the most tokens of an answer, which is sampled with temperature 0.7 and seed 0.
 
     Raises:
-        SoftPromptError: a batch or a prompt of a size that cannot be measured, or a head without moments.
+        SoftPromptError: the batch or the prompt has a size that cannot be measured, or the head has a softcap.
     """
     if not 1 <= len(queries) <= EXAMPLES_PER_SHARD:
         raise SoftPromptError(f"queries: got {len(queries)}, accepted is 1 to {EXAMPLES_PER_SHARD}")
@@ -156,7 +168,8 @@ def make_problem(
 
 
 def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What `work` returns, and the seconds that it took."""
+    """The result of `work`, and the seconds that it took."""
+
     begin = time.perf_counter()
     result = work()
     return result, time.perf_counter() - begin

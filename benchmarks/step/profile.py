@@ -1,6 +1,7 @@
-"""Where the time of one of our steps goes: each event of torch's profiler is charged, by its own time, to one part.
+"""Where the time of one of our training steps goes, by torch's profiler.
 
-The part is that of the innermost event around it that is a product of matrices or one of the package's ops.
+Each event is charged to one part, by its own time (without the events inside it). The part is that of the innermost
+event around it that is a GEMM or one of the package's ops.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step.implementations import Side
+from benchmarks.step.implementations import StepImplementation
 
 GEMMS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::addmv_"}
 GEMMS |= {"softprompt_kernels::product"}
@@ -20,25 +21,34 @@ OPS = {
     "softprompt_kernels::linear_kl_div": "loss op",
     "softprompt_kernels::scale_rows": "loss op",
 }
+OTHER = "other operations"
 
 
-def breakdown(side: Side) -> tuple[dict[str, float], dict[str, float]]:
-    """`(parts, rest)` of one step, in seconds: all parts, and the events that "elsewhere" is made of, largest first."""
+def breakdown(implementation: StepImplementation) -> tuple[dict[str, float], dict[str, float]]:
+    """Profile one step; returns two dictionaries of seconds, both with the largest first.
+
+    Returns:
+        parts: all parts of the step: "model: GEMMs", "attention op: flash", ..., and "other operations".
+        others: the events that "other operations" consists of, by their names.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        side.step()
+        implementation.step()
     parts: Counter[str] = Counter()
-    rest: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for event in profiler.events() or ():
         seconds = event.self_cpu_time_total * 1e-6
         part = _part(event)
         parts[part] += seconds
-        if part == "elsewhere":
-            rest[event.name] += seconds
-    return dict(parts.most_common()), dict(rest.most_common())
+        if part == OTHER:
+            others[event.name] += seconds
+    return dict(parts.most_common()), dict(others.most_common())
 
 
 def _part(event: Any) -> str:
-    """GEMMs of the model or of an op, an op's flash kernels, an op's own work (a native kernel too), or "elsewhere"."""
+    """The part of an event: GEMMs of the model or of an op, an op's flash kernel, an op's own work, or `OTHER`.
+
+    An op's own work includes that of native kernels.
+    """
     inner = None
     while event is not None:
         name = event.name
@@ -48,4 +58,4 @@ def _part(event: Any) -> str:
             if name.startswith(op):
                 return f"{part}: {inner or 'its own work'}"
         event = event.cpu_parent
-    return f"model: {inner}" if inner else "elsewhere"
+    return f"model: {inner}" if inner else OTHER

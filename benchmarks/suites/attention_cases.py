@@ -1,26 +1,26 @@
 """Cases of the suite `attention`: a batch behind a shared prompt, forward, or forward and backward to all five inputs.
 
-Useful FLOP: 4·D for each pair of a query and a key that it sees, and each head, forward; 10·D more backward (scores
-again, and the gradients of scores, queries, keys and values). Pairs under the causal mask do not count.
-The floor is that many FLOP at the measured rate of a large fp32 product, in bf16 as well.
+Useful FLOP: 4·D a head for each pair of a query and a key that it sees, forward; 10·D more backward (scores again, and
+the gradients of scores, queries, keys and values). Pairs that the causal mask hides do not count.
+The floor is this number of FLOP at the measured rate of the reference GEMM, which is fp32, also for bf16 cases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import COMPOSED, Rule, Way
-from benchmarks.harness.comparison import ALTERNATIVE, OURS
-from benchmarks.suites import attention_implementations as ways
-from benchmarks.suites.attention_implementations import Inputs
+from benchmarks.harness.case import COMPOSED, Implementation, Rule
+from benchmarks.harness.comparison import BASELINE, OURS
+from benchmarks.suites import attention_implementations as attentions
+from benchmarks.suites.attention_implementations import Attention, Inputs
 
-FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # of the mm rate, required
-BF16_TIME = 1.3  # times that of fp32, required
-ODD_COST = 1.15  # of a unit of work at M = 257, times that at M = 256, required
+FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # required rate, as a share of the reference GEMM's
+BF16_TIME = 1.3  # required of bf16: at most so many times the time of fp32
+UNALIGNED_COST = 1.15  # required of M = 257: at most so many times the time per FLOP of M = 256
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class AttentionCase:
 
     Args:
         batch, heads, kv_heads, queries, prompt, size: B, Hq, Hkv, M = N, P, D.
-        backward: forward and backward, else forward.
+        backward: forward and backward, else forward only.
         dtype: of all five tensors.
-        masked_ratio: required of the time of concatenation and SDPA with a mask, over ours; None: nothing.
-        share: whether a share of the mm rate is required.
+        sdpa_speedup: required: the time of the fastest concatenation + SDPA over ours; None: nothing is required.
+        require_share: whether a share of the reference GEMM's rate is required.
     """
 
     batch: int
@@ -43,8 +43,8 @@ class AttentionCase:
     size: int
     backward: bool = True
     dtype: torch.dtype = torch.float32
-    masked_ratio: float | None = None
-    share: bool = True
+    sdpa_speedup: float | None = None
+    require_share: bool = True
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class AttentionCase:
 
     @property
     def flop(self) -> float:
-        return ways.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
+        return attentions.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
 
     @property
     def tolerance(self) -> float:
@@ -78,26 +78,27 @@ class AttentionCase:
         query = tensor(self.batch, self.heads, self.queries)
         return Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
 
-    def ways(self) -> Mapping[str, tuple[str, Way]]:
-        made: dict[str, tuple[str, Way]] = {OURS: (OURS, self.run(ways.ours))}
-        others: dict[str, Callable[[Inputs], Callable[[], Tensor]]] = {COMPOSED: ways.composed}
-        others |= ways.MASKED if self.queries > 1 else ways.UNMASKED
-        if self.queries > 1 and self.prompt <= self.queries:  # else nearly all of it would be padding
-            others |= ways.PADDED
-        return made | {name: (ALTERNATIVE, self.run(way)) for name, way in others.items()}
+    def implementations(self) -> Mapping[str, tuple[str, Implementation]]:
+        made: dict[str, tuple[str, Implementation]] = {OURS: (OURS, self.implementation(attentions.ours))}
+        baselines: dict[str, Attention] = {COMPOSED: attentions.composed}
+        baselines |= attentions.MASKED if self.queries > 1 else attentions.UNMASKED
+        if self.queries > 1 and self.prompt <= self.queries:  # for longer prompts nearly all queries would be padding
+            baselines |= attentions.PADDED
+        return made | {name: (BASELINE, self.implementation(baseline)) for name, baseline in baselines.items()}
 
-    def compiled(self) -> Mapping[str, tuple[str, Way]]:
-        if self.dtype != torch.float32 or self in ODD:
+    def compiled(self) -> Mapping[str, tuple[str, Implementation]]:
+        if self.dtype != torch.float32 or self in UNALIGNED:
             return {}  # torch.compile leaves SDPA as it is: once for each shape is enough
-        plain = next(iter((ways.MASKED if self.queries > 1 else ways.UNMASKED).values()))
-        return {ways.COMPILED: (ALTERNATIVE, self.run(ways.compiled(plain)))}
+        eager = next(iter((attentions.MASKED if self.queries > 1 else attentions.UNMASKED).values()))
+        return {attentions.COMPILED: (BASELINE, self.implementation(attentions.compiled(eager)))}
 
     def rules(self) -> list[Rule]:
-        found: list[Rule] = [("never slower", 1.0)]
-        if self.masked_ratio is not None:
-            found.append(("times faster than concat + SDPA", self.masked_ratio))
-        if self.share:
-            found.append(("share of the mm rate", TRAINING_SHARE if self.backward else FORWARD_SHARE))
+        found: list[Rule] = [("speedup over the fastest baseline", 1.0)]
+        if self.sdpa_speedup is not None:
+            found.append(("speedup over concat + SDPA", self.sdpa_speedup))
+        if self.require_share:
+            share = TRAINING_SHARE if self.backward else FORWARD_SHARE
+            found.append(("rate, as a share of the reference GEMM's", share))
         return found
 
     def tiny(self) -> AttentionCase:
@@ -105,13 +106,13 @@ class AttentionCase:
         prompt = min(self.prompt, 4 if self.prompt <= self.queries else 12)
         return replace(self, batch=2, queries=queries, prompt=prompt, size=16)
 
-    def run(self, way: Callable[[Inputs], Callable[[], Tensor]]) -> Way:
-        """Way to out, and, if wanted, on to the gradients for a fixed gradient of out."""
+    def implementation(self, attention: Attention) -> Implementation:
+        """`attention` forward, and with `backward` on to the gradients of the inputs for a fixed gradient of out."""
 
-        def upstream(query: Tensor) -> Tensor:
+        def grad_out(query: Tensor) -> Tensor:
             return torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype)
 
-        return ways.prepared(way, self.backward, upstream)
+        return attentions.as_implementation(attention, self.backward, grad_out)
 
 
 _SHAPES = [
@@ -120,11 +121,11 @@ _SHAPES = [
     (AttentionCase(4, 16, 8, 512, 64, 64), 2.2),
     (AttentionCase(2, 8, 8, 1024, 16, 128), 2.0),
 ]
-TRAINING = [replace(case, masked_ratio=ratio) for case, ratio in _SHAPES]
+TRAINING = [replace(case, sdpa_speedup=speedup) for case, speedup in _SHAPES]
 FORWARD = [replace(case, backward=False) for case, _ in _SHAPES]
-LONG_PREFIX = AttentionCase(8, 14, 2, 128, 4096, 64, backward=False, masked_ratio=2.0)
-# One query a sequence is bound by reading the prompt, not by products.
-DECODE = AttentionCase(8, 14, 2, 1, 4096, 64, backward=False, masked_ratio=10.0, share=False)
-BF16 = [replace(case, dtype=torch.bfloat16, masked_ratio=None, share=False) for case in [*FORWARD, *TRAINING]]
-ODD = [replace(case, queries=257, masked_ratio=None, share=False) for case in (FORWARD[0], TRAINING[0])]
-CASES = [*TRAINING, *FORWARD, LONG_PREFIX, DECODE, *BF16, *ODD]
+LONG_PREFIX = AttentionCase(8, 14, 2, 128, 4096, 64, backward=False, sdpa_speedup=2.0)
+# With one query a sequence, reading the prompt from memory is the bound, not the GEMMs.
+DECODE = AttentionCase(8, 14, 2, 1, 4096, 64, backward=False, sdpa_speedup=10.0, require_share=False)
+BF16 = [replace(case, dtype=torch.bfloat16, sdpa_speedup=None, require_share=False) for case in [*FORWARD, *TRAINING]]
+UNALIGNED = [replace(case, queries=257, sdpa_speedup=None, require_share=False) for case in (FORWARD[0], TRAINING[0])]
+CASES = [*TRAINING, *FORWARD, LONG_PREFIX, DECODE, *BF16, *UNALIGNED]

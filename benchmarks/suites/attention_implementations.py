@@ -1,8 +1,11 @@
-"""Ways to the attention of a batch behind a shared prompt: the op, and what one writes with PyTorch alone.
+"""Implementations of the attention of a batch behind a shared prompt: the op, and what one writes with PyTorch alone.
 
-With PyTorch alone the prompt is expanded over the batch and concatenated with the own keys. Then SDPA takes a mask, of
-booleans or of numbers, for few key heads as they are or repeated; or the queries are padded in front until the plain
-causal rule holds, which lets SDPA skip what is masked at the price of more queries.
+With PyTorch alone, the prompt is expanded over the batch and concatenated with the own keys. There are then two ways
+to call SDPA:
+
+- with a mask, boolean or float, and with key heads either shared (GQA) or repeated;
+- with `is_causal`, after the queries are padded in front until there are as many as keys. SDPA then skips masked tiles,
+  and pays with more queries.
 """
 
 from __future__ import annotations
@@ -16,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.harness.case import compile_afresh
+from benchmarks.harness.case import compile_for_one_size
 from softprompt_kernels.ops import prompt_attention
 
-Forward = Callable[[], Tensor]
+Forward = Callable[[], Tensor]  # returns out [B, Hq, M, D]
 
 
 class Inputs(NamedTuple):
-    """Of the op."""
+    """Inputs of the op."""
 
     query: Tensor  # [B, Hq, M, D]
     key: Tensor  # [B, Hkv, M, D]
@@ -32,91 +35,102 @@ class Inputs(NamedTuple):
     prompt_value: Tensor  # [1, Hkv, P, D]
 
 
+Attention = Callable[[Inputs], Forward]
+
+
 def ours(inputs: Inputs) -> Forward:
-    """The op, on the backend that it chooses."""
+    """`prompt_attention` on the backend that it chooses."""
     return partial(prompt_attention, *inputs)
 
 
 def composed(inputs: Inputs) -> Forward:
-    """The op, from PyTorch's own kernels."""
+    """`prompt_attention` on the backend `composed`, which uses PyTorch's own kernels."""
     return partial(prompt_attention, *inputs, backend="composed")
 
 
 def unmasked(inputs: Inputs) -> Forward:
-    """A single query sees everything."""
+    """SDPA without a mask, for a single query, which sees every key."""
 
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(inputs.query, *_joined(inputs), enable_gqa=True)
+        return F.scaled_dot_product_attention(inputs.query, *_concatenated(inputs), enable_gqa=True)
 
     return forward
 
 
 def unmasked_repeated(inputs: Inputs) -> Forward:
-    """The same, key heads repeated."""
+    """SDPA without a mask, with repeated key heads."""
 
     def forward() -> Tensor:
-        key, value = (_repeated(inputs, tensor) for tensor in _joined(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value)
 
     return forward
 
 
 def float_mask(inputs: Inputs) -> Forward:
-    """The mask is added to the scores."""
+    """SDPA with a float mask, which is added to the scores."""
     return _masked(inputs, _float_mask(inputs))
 
 
 def bool_mask(inputs: Inputs) -> Forward:
-    """The mask says what is seen."""
+    """SDPA with a boolean mask, which says which keys are visible."""
     return _masked(inputs, _visible(inputs))
 
 
 def float_mask_repeated(inputs: Inputs) -> Forward:
-    """The mask is added to the scores, key heads are repeated."""
+    """SDPA with a float mask and repeated key heads."""
     mask = _float_mask(inputs)
 
     def forward() -> Tensor:
-        key, value = (_repeated(inputs, tensor) for tensor in _joined(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=mask)
 
     return forward
 
 
 def lower_right(inputs: Inputs) -> Forward:
-    """PyTorch's own name for this mask."""
+    """SDPA with PyTorch's `causal_lower_right` mask and repeated key heads."""
     queries, prompt = inputs.query.shape[2], inputs.prompt_key.shape[2]
     bias = causal_lower_right(queries, prompt + queries)
 
     def forward() -> Tensor:
-        key, value = (_repeated(inputs, tensor) for tensor in _joined(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=bias)
 
     return forward
 
 
 def padded(inputs: Inputs) -> Forward:
-    """P queries of zeros in front make it square; their rows are dropped."""
+    """Causal SDPA with P queries of zeros in front, whose rows of out are dropped."""
     prompt = inputs.prompt_key.shape[2]
 
     def forward() -> Tensor:
         query = F.pad(inputs.query, (0, 0, prompt, 0))
-        return F.scaled_dot_product_attention(query, *_joined(inputs), is_causal=True, enable_gqa=True)[:, :, prompt:]
+        return F.scaled_dot_product_attention(query, *_concatenated(inputs), is_causal=True, enable_gqa=True)[
+            :, :, prompt:
+        ]
 
     return forward
 
 
-def compiled(way: Callable[[Inputs], Forward]) -> Callable[[Inputs], Forward]:
-    """A way, through torch.compile for its sizes."""
-    return lambda inputs: compile_afresh(way(inputs))
+def compiled(attention: Attention) -> Attention:
+    """`attention`, compiled by torch.compile for the sizes of its inputs."""
+    return lambda inputs: compile_for_one_size(attention(inputs))
 
 
-def prepared(
-    way: Callable[[Inputs], Forward], backward: bool, upstream: Callable[[Tensor], Tensor]
+def as_implementation(
+    attention: Attention, backward: bool, make_grad_out: Callable[[Tensor], Tensor]
 ) -> Callable[[Inputs], Callable[[], tuple[Tensor, ...]]]:
-    """A way to out, and, if wanted, on to the gradients of all inputs for the gradient of out that `upstream` makes."""
+    """An implementation that returns out, and with `backward` also the gradients of all inputs.
+
+    Args:
+        attention: the forward.
+        backward: whether to run the backward too; without it the forward runs under `torch.no_grad`.
+        make_grad_out: makes the gradient of out, given the query (which has the shape of out).
+    """
 
     def prepare(inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-        forward = way(inputs)
+        forward = attention(inputs)
         if not backward:
 
             def inference() -> tuple[Tensor, ...]:
@@ -124,7 +138,7 @@ def prepared(
                     return (forward(),)
 
             return inference
-        grad_out = upstream(inputs.query)
+        grad_out = make_grad_out(inputs.query)
 
         def training() -> tuple[Tensor, ...]:
             out = forward()
@@ -136,7 +150,7 @@ def prepared(
 
 
 def useful_flop(batch: int, heads: int, queries: int, prompt: int, size: int, backward: bool) -> float:
-    """Of two products of D for each pair of a query and a key that it sees, of seven with the gradients."""
+    """FLOP of 2 GEMMs (7 with the gradients) of D for each pair of a query and a visible key."""
     pairs = queries * prompt + queries * (queries + 1) // 2
     return (14 if backward else 4) * size * float(pairs * heads * batch)
 
@@ -154,19 +168,20 @@ PADDED = {"padded queries + causal SDPA": padded}
 
 def _masked(inputs: Inputs, mask: Tensor) -> Forward:
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(inputs.query, *_joined(inputs), attn_mask=mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(inputs.query, *_concatenated(inputs), attn_mask=mask, enable_gqa=True)
 
     return forward
 
 
-def _joined(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, Hkv, P + M, D]."""
+def _concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompt and sequence, `[B, Hkv, P + M, D]` each."""
+
     batch = inputs.query.shape[0]
     key = torch.cat([inputs.prompt_key.expand(batch, -1, -1, -1), inputs.key], dim=2)
     return key, torch.cat([inputs.prompt_value.expand(batch, -1, -1, -1), inputs.value], dim=2)
 
 
-def _repeated(inputs: Inputs, tensor: Tensor) -> Tensor:
+def _repeated_heads(inputs: Inputs, tensor: Tensor) -> Tensor:
     return tensor.repeat_interleave(inputs.query.shape[1] // tensor.shape[1], dim=1)
 
 

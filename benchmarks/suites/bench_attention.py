@@ -1,4 +1,4 @@
-"""The suite `attention`; cases in attention_cases.py, ways in attention_ways.py."""
+"""The suite `attention`; its cases are in attention_cases.py, the implementations in attention_implementations.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.harness.case import Rule, Settings, measure
-from benchmarks.harness.comparison import TWIN, Entry
-from benchmarks.suites.attention_cases import BF16_TIME, CASES, ODD, ODD_COST, AttentionCase
+from benchmarks.harness.comparison import PAIRED_VARIANT, Entry
+from benchmarks.suites.attention_cases import BF16_TIME, CASES, UNALIGNED, UNALIGNED_COST, AttentionCase
 from benchmarks.suites.attention_implementations import ours
 
 SECONDS, ROUNDS = 4, 25
@@ -18,18 +18,22 @@ SECONDS, ROUNDS = 4, 25
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def bench_attention(benchmark: Any, case: AttentionCase, settings: Settings) -> None:
-    twin, rules = _twin(case, settings)
-    measure(benchmark, "attention", case, settings, seconds=SECONDS, most=ROUNDS, extra=twin)
+    variant, rules = _paired_variant(case, settings)
+    measure(benchmark, "attention", case, settings, seconds=SECONDS, max_rounds=ROUNDS, extra=variant)
     benchmark.extra_info["rules"] += rules
 
 
-def _twin(case: AttentionCase, settings: Settings) -> tuple[list[Entry], list[Rule]]:
-    """Ours on the problem that a case is measured against: fp32 for bf16, M = 256 for M = 257."""
+def _paired_variant(case: AttentionCase, settings: Settings) -> tuple[list[Entry], list[Rule]]:
+    """Ours on the problem that the case is compared with: fp32 for bf16, M = 256 for M = 257."""
+    rules: list[Rule]
     if case.dtype == torch.bfloat16:
-        other, rules, name = replace(case, dtype=torch.float32), [("times the twin's time", BF16_TIME)], "ours, fp32"
-    elif case in ODD:
-        other, rules, name = replace(case, queries=256), [("times the twin's cost", ODD_COST)], "ours, M 256"
+        name, variant = "ours, fp32", replace(case, dtype=torch.float32)
+        rules = [("time over the paired variant's", BF16_TIME)]
+    elif case in UNALIGNED:
+        name, variant = "ours, M 256", replace(case, queries=256)
+        rules = [("time per FLOP over the paired variant's", UNALIGNED_COST)]
     else:
         return [], []
-    other = other.tiny() if settings.quick else other
-    return [Entry(name, TWIN, other.run(ours)(other.inputs()), other.flop)], rules
+    variant = variant.tiny() if settings.quick else variant
+    run = variant.implementation(ours)(variant.inputs())
+    return [Entry(name, PAIRED_VARIANT, run, variant.flop)], rules

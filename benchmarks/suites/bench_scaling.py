@@ -1,4 +1,7 @@
-"""The suite `scaling`; see scaling.py. A contest is one op and one growing size, its entries are the sizes."""
+"""The suite `scaling`; its cases are in scaling_cases.py.
+
+A comparison is one op with one growing size. Its entries are our implementation at each of the sizes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.case import Settings
-from benchmarks.harness.comparison import OURS, TWIN, Contest, Entry, hold
-from benchmarks.harness.recorded_calls import served_by
-from benchmarks.suites.scaling_cases import AXES, Axis, note
+from benchmarks.harness.comparison import OURS, PAIRED_VARIANT, Comparison, Entry, check_and_time
+from benchmarks.harness.recorded_calls import record_backends
+from benchmarks.suites.scaling_cases import AXES, Axis, summary
 
 SECONDS, ROUNDS = 5, 15
 QUICK_POINTS = 2
@@ -20,17 +23,18 @@ def bench_scaling(benchmark: Any, axis: Axis, settings: Settings) -> None:
     points = [(size, case.tiny()) for size, case in axis.points[:QUICK_POINTS]] if settings.quick else axis.points
     entries, backends = [], set()
     for size, case in points:
-        call = case.ways()[OURS][1](case.inputs())
-        with served_by() as served:
+        call = case.implementations()[OURS][1](case.inputs())
+        with record_backends() as used:
             call()
-        backends |= served
-        entries.append(Entry(f"{axis.letter} {size}", TWIN, call, case.flop))
-    record = hold(benchmark, Contest(entries, None), seconds=SECONDS, most=ROUNDS, quick=settings.quick)
+        backends |= used
+        entries.append(Entry(f"{axis.letter} {size}", PAIRED_VARIANT, call, case.flop))
+    comparison = Comparison(entries, None)
+    record = check_and_time(benchmark, comparison, seconds=SECONDS, max_rounds=ROUNDS, quick=settings.quick)
     benchmark.extra_info |= {
         "suite": "scaling",
         "case": axis.name,
         "in_table": False,
-        "served_by": sorted(backends),
+        "backends": sorted(backends),
         "op": axis.op,
         "letter": axis.letter,
         "sizes": [size for size, _ in points],
@@ -38,4 +42,4 @@ def bench_scaling(benchmark: Any, axis: Axis, settings: Settings) -> None:
         "medians": [entry["median"] for entry in record["entries"][: len(points)]],
         "rules": [],
     }
-    benchmark.extra_info["notes"] = [note(benchmark.extra_info)]
+    benchmark.extra_info["notes"] = [summary(benchmark.extra_info)]

@@ -1,9 +1,11 @@
-"""Ways to a forward KL and its gradient: the ops, and what one writes with PyTorch alone.
+"""Implementations of a forward KL and its gradient: the ops, and what one writes with PyTorch alone.
 
-Each returns the mean over the tokens and the gradient for the student. `F.kl_div` makes all logits of student and
-teacher; the chunked form makes those of some tokens at a time and writes its gradient out by hand, which is the best
-that PyTorch alone gives. Against cached moments stands a teacher whose log-probabilities are all kept: V numbers a
-token in place of d + 1, in memory that counts as input.
+Each returns the mean loss over the tokens and the gradient of the student's hidden states (or logits). `F.kl_div` makes
+all logits of student and teacher. The chunked form makes the logits of some tokens at a time and computes the gradient
+by hand, which is the best that PyTorch alone gives.
+
+The baselines of the op that takes cached moments get a cached teacher too: its log-probabilities for the whole
+vocabulary. These are V numbers a token in place of d + 1, and their memory counts as input.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.case import compile_afresh
+from benchmarks.harness.case import compile_for_one_size
 from benchmarks.harness.comparison import Results
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
@@ -26,7 +28,7 @@ Call = Callable[[], Results]
 
 
 class Inputs(NamedTuple):
-    """Hidden states, or logits."""
+    """Hidden states of student and teacher, and the head. The kind `logits` has logits [N, V] in place of states."""
 
     student: Tensor  # [N, d]
     teacher: Tensor  # [N, d]
@@ -42,7 +44,7 @@ def live(inputs: Inputs, backend: str | None = None) -> Call:
 
 
 def from_moments(inputs: Inputs, backend: str | None = None) -> Call:
-    """`linear_kl_div_from_moments`."""
+    """`linear_kl_div_from_moments`; the moments count as input."""
     moments = teacher_moments(inputs.teacher, inputs.weight, backend=backend)
     loss = partial(linear_kl_div_from_moments, inputs.student, moments, inputs.weight, backend=backend)
     return _with_gradient(inputs.student, loss)
@@ -56,77 +58,80 @@ def from_logits(inputs: Inputs, backend: str | None = None) -> Call:
 # --- PyTorch alone ----------------------------------------------------------------------------------------------------
 
 
-def plain_logits(inputs: Inputs) -> Call:
-    """`F.kl_div` of logits."""
+def kl_div_of_given_logits(inputs: Inputs) -> Call:
+    """`F.kl_div` of logits that are the inputs."""
     return _with_gradient(inputs.student, partial(_kl_of_logits, inputs.student, inputs.teacher))
 
 
-def plain(inputs: Inputs) -> Call:
-    """`F.kl_div` of hidden states."""
+def kl_div_of_all_logits(inputs: Inputs) -> Call:
+    """`F.kl_div` of the logits of all tokens, made from hidden states."""
     return _with_gradient(inputs.student, partial(_kl_of_hidden, *inputs))
 
 
-def kept(inputs: Inputs) -> Call:
-    """`F.kl_div`, the teacher's log-probabilities being there."""
-    return _with_gradient(inputs.student, partial(_kl_of_kept, inputs.student, _kept(inputs), inputs.weight))
+def kl_div_with_cached_teacher(inputs: Inputs) -> Call:
+    """`F.kl_div`, with the teacher's log-probabilities as input."""
+    log_p_teacher = _teacher_log_probabilities(inputs)
+    loss = partial(_kl_with_cached_teacher, inputs.student, log_p_teacher, inputs.weight)
+    return _with_gradient(inputs.student, loss)
 
 
 def chunked(inputs: Inputs) -> Call:
-    """Some tokens at a time, gradient by hand."""
+    """Some tokens at a time, with the gradient by hand."""
 
     def call() -> Results:
         student, teacher, weight = (tensor.detach() for tensor in inputs)
         loss, gradient = student.new_zeros(()), torch.empty_like(student)
         for start in range(0, student.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            ours = F.log_softmax(student[rows] @ weight.T, dim=-1)
-            theirs = F.log_softmax(teacher[rows] @ weight.T, dim=-1)
-            loss += F.kl_div(ours, theirs, log_target=True, reduction="sum")
-            torch.mm(ours.exp_().sub_(theirs.exp_()), weight, out=gradient[rows])
+            log_p_student = F.log_softmax(student[rows] @ weight.T, dim=-1)
+            log_p_teacher = F.log_softmax(teacher[rows] @ weight.T, dim=-1)
+            loss += F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="sum")
+            torch.mm(log_p_student.exp_().sub_(log_p_teacher.exp_()), weight, out=gradient[rows])
         return loss / student.shape[0], gradient / student.shape[0]
 
     return call
 
 
-def chunked_kept(inputs: Inputs) -> Call:
-    """Some tokens at a time, the teacher's log-probabilities being there."""
-    log_probabilities = _kept(inputs)
+def chunked_with_cached_teacher(inputs: Inputs) -> Call:
+    """Some tokens at a time, with the teacher's log-probabilities as input."""
+    log_probabilities = _teacher_log_probabilities(inputs)
 
     def call() -> Results:
         student, _, weight = (tensor.detach() for tensor in inputs)
         loss, gradient = student.new_zeros(()), torch.empty_like(student)
         for start in range(0, student.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            ours, theirs = F.log_softmax(student[rows] @ weight.T, dim=-1), log_probabilities[rows]
-            loss += F.kl_div(ours, theirs, log_target=True, reduction="sum")
-            torch.mm(ours.exp_().sub_(theirs.exp()), weight, out=gradient[rows])
+            log_p_student, log_p_teacher = F.log_softmax(student[rows] @ weight.T, dim=-1), log_probabilities[rows]
+            loss += F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="sum")
+            torch.mm(log_p_student.exp_().sub_(log_p_teacher.exp()), weight, out=gradient[rows])
         return loss / student.shape[0], gradient / student.shape[0]
 
     return call
 
 
 def compiled(inputs: Inputs) -> Call:
-    """`F.kl_div` of hidden states, through torch.compile."""
-    return _with_gradient(inputs.student, partial(compile_afresh(_kl_of_hidden), *inputs))
+    """`kl_div_of_all_logits`, compiled by torch.compile."""
+    return _with_gradient(inputs.student, partial(compile_for_one_size(_kl_of_hidden), *inputs))
 
 
-def compiled_kept(inputs: Inputs) -> Call:
-    """The same, with the teacher's log-probabilities being there."""
-    function = compile_afresh(_kl_of_kept)
-    return _with_gradient(inputs.student, partial(function, inputs.student, _kept(inputs), inputs.weight))
+def compiled_with_cached_teacher(inputs: Inputs) -> Call:
+    """`kl_div_with_cached_teacher`, compiled by torch.compile."""
+    function = compile_for_one_size(_kl_with_cached_teacher)
+    loss = partial(function, inputs.student, _teacher_log_probabilities(inputs), inputs.weight)
+    return _with_gradient(inputs.student, loss)
 
 
 def compiled_logits(inputs: Inputs) -> Call:
-    """`F.kl_div` of logits, through torch.compile."""
-    function = compile_afresh(_kl_of_logits)
+    """`kl_div_of_given_logits`, compiled by torch.compile."""
+    function = compile_for_one_size(_kl_of_logits)
     return _with_gradient(inputs.student, partial(function, inputs.student, inputs.teacher))
 
 
 # --- floors -----------------------------------------------------------------------------------------------------------
 
 
-def products(inputs: Inputs, logits: int) -> Call:
-    """So many bare products to logits and one back, into memory that is there."""
+def bare_gemms(inputs: Inputs, logits: int) -> Call:
+    """`logits` GEMMs from hidden states to logits and one back, each into an existing output."""
     student, _, weight = (tensor.detach() for tensor in inputs)
     out, gradient = student.new_zeros(student.shape[0], weight.shape[0]), torch.zeros_like(student)
 
@@ -139,7 +144,7 @@ def products(inputs: Inputs, logits: int) -> Call:
 
 
 def one_pass(inputs: Inputs) -> Call:
-    """Reads two tensors and writes a third of the logits' size."""
+    """Reads two tensors of the logits' size and writes a third."""
     student, teacher, _ = (tensor.detach() for tensor in inputs)
     out = torch.zeros_like(student)
     return lambda: (torch.sub(student, teacher, out=out),)
@@ -157,46 +162,62 @@ def _with_gradient(student: Tensor, loss: Callable[[], Tensor]) -> Call:
 
 
 def _kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
-    ours, theirs = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    log_p_student, log_p_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    return F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="batchmean")
 
 
 def _kl_of_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return _kl_of_logits(student @ weight.T, teacher @ weight.T)
 
 
-def _kl_of_kept(student: Tensor, log_probabilities: Tensor, weight: Tensor) -> Tensor:
-    ours = F.log_softmax(student @ weight.T, dim=-1)
-    return F.kl_div(ours, log_probabilities, log_target=True, reduction="batchmean")
+def _kl_with_cached_teacher(student: Tensor, log_p_teacher: Tensor, weight: Tensor) -> Tensor:
+    log_p_student = F.log_softmax(student @ weight.T, dim=-1)
+    return F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="batchmean")
 
 
-def _kept(inputs: Inputs) -> Tensor:
+def _teacher_log_probabilities(inputs: Inputs) -> Tensor:
+    """`[N, V]`."""
     return F.log_softmax(inputs.teacher @ inputs.weight.T, dim=-1)
 
 
-# kind -> ours, composed, the others by name, the floor and its name
-OF_KIND = {
-    "live": (
+class Implementations(NamedTuple):
+    """The implementations of one kind of problem."""
+
+    ours: Callable[[Inputs], Call]
+    composed: Callable[[Inputs], Call]
+    baselines: dict[str, Callable[[Inputs], Call]]
+    floor_name: str
+    floor: Callable[[Inputs], Call]
+
+
+BY_KIND = {
+    "live": Implementations(
         live,
         partial(live, backend="composed"),
-        {"F.kl_div of all logits": plain, "chunks of tokens, by hand": chunked},
-        ("3 bare products", partial(products, logits=2)),
+        {"F.kl_div of all logits": kl_div_of_all_logits, "chunked by hand": chunked},
+        "3 bare GEMMs",
+        partial(bare_gemms, logits=2),
     ),
-    "moments": (
+    "moments": Implementations(
         from_moments,
         partial(from_moments, backend="composed"),
-        {"F.kl_div, teacher kept": kept, "chunks by hand, teacher kept": chunked_kept},
-        ("2 bare products", partial(products, logits=1)),
+        {
+            "F.kl_div, cached teacher": kl_div_with_cached_teacher,
+            "chunked by hand, cached teacher": chunked_with_cached_teacher,
+        },
+        "2 bare GEMMs",
+        partial(bare_gemms, logits=1),
     ),
-    "logits": (
+    "logits": Implementations(
         from_logits,
         partial(from_logits, backend="composed"),
-        {"F.kl_div of logits": plain_logits},
-        ("one pass", one_pass),
+        {"F.kl_div of logits": kl_div_of_given_logits},
+        "one pass over the logits",
+        one_pass,
     ),
 }
 COMPILED = {
     "live": {"F.kl_div of all logits, compiled": compiled},
-    "moments": {"F.kl_div, teacher kept, compiled": compiled_kept},
+    "moments": {"F.kl_div, cached teacher, compiled": compiled_with_cached_teacher},
     "logits": {"F.kl_div of logits, compiled": compiled_logits},
 }

@@ -1,7 +1,7 @@
-"""Cases of the suite `scaling`: one size grows, the others stay, and time should grow with the work.
+"""Cases of the suite `scaling`: one size grows, the others stay. Time should grow no faster than the work.
 
-A point is out of line where its cost per unit of work is more than a quarter above that of the best point below it:
-where it takes longer than a smaller problem led to expect.
+A size is flagged as superlinear where its time per unit of work is more than 1.25 times the best one of the smaller
+sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.harness.case import Case
 from benchmarks.suites.attention_cases import AttentionCase
 from benchmarks.suites.kl_cases import LIVE, LOGITS, MOMENTS, KlCase
 
-MOST_EXCESS = 1.25
+MAX_EXCESS = 1.25
 
 _ATTENTION = AttentionCase(4, 8, 2, 128, 128, 64)
 _KL = {LIVE: KlCase(LIVE, 256, 256, 16384), MOMENTS: KlCase(MOMENTS, 256, 256, 16384)}
@@ -28,9 +28,9 @@ class Axis:
 
     Args:
         op: as the plot names it.
-        letter: of the size, as the ops' docstrings have it.
-        points: the size, and the case.
-        work: of a case: useful FLOP, or elements of the logits.
+        letter: the size as the ops' docstrings call it (B, P, N, V).
+        points: pairs of a size and its case.
+        work: gives the work of a case: useful FLOP, or elements of the logits.
     """
 
     op: str
@@ -68,23 +68,25 @@ AXES = [
 
 
 def excess(work: Sequence[float], seconds: Sequence[float]) -> list[float]:
-    """Of each point after the first: its cost per unit of work, over the least one before it."""
+    """For each point after the first: its time per unit of work, over the least one of the points before it."""
     costs = [second / unit for second, unit in zip(seconds, work, strict=True)]
     return [cost / min(costs[: index + 1]) for index, cost in enumerate(costs[1:])]
 
 
-def note(record: dict[str, Any]) -> str:
-    """A line of the report."""
-    pairs = zip(record["sizes"], record["medians"], strict=True)
-    times = ", ".join(f"{size}: {seconds * 1e3:.2f}" for size, seconds in pairs)
-    over = excess(record["work"], record["medians"])
-    flagged = [size for size, more in zip(record["sizes"][1:], over, strict=True) if more > MOST_EXCESS]
-    word = f"OUT OF LINE at {', '.join(map(str, flagged))}" if flagged else "in line"
-    return f"{record['case']}: ms {times}; at most {max(over):.2f}× its share of work: {word}"
+def summary(record: dict[str, Any]) -> str:
+    """One line of the report: the times, the largest excess, and the sizes that are flagged."""
+    points = [f"{size} → {seconds * 1e3:.2f}" for size, seconds in zip(record["sizes"], record["medians"], strict=True)]
+    found = excess(record["work"], record["medians"])
+    flagged = [str(size) for size, more in zip(record["sizes"][1:], found, strict=True) if more > MAX_EXCESS]
+    verdict = f"SUPERLINEAR at {record['letter']} {', '.join(flagged)}" if flagged else "linear or better"
+    return (
+        f"{record['case']}: {verdict} (time per unit of work at most {max(found):.2f}× that of the best smaller size); "
+        f"ms by {record['letter']}: {', '.join(points)}"
+    )
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Seconds over work, both relative to an axis' first point, with the line of slope 1."""
+    """Plot time over work, both relative to the first point of an axis, and a line of slope 1 for comparison."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,15 +96,21 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, len(ops), figsize=(4.5 * len(ops), 4.2), squeeze=False, layout="constrained")
     for op, panel in zip(ops, panels[0], strict=True):
         chosen = [record for record in records if record["op"] == op]
-        furthest = max(record["work"][-1] / record["work"][0] for record in chosen)
-        panel.plot([1, furthest], [1, furthest], color="grey", linestyle="--", linewidth=1, label="slope 1")
+        most_work = max(record["work"][-1] / record["work"][0] for record in chosen)
+        panel.plot([1, most_work], [1, most_work], color="grey", linestyle="--", linewidth=1, label="slope 1")
         for record in chosen:
             work = [unit / record["work"][0] for unit in record["work"]]
             seconds = [second / record["medians"][0] for second in record["medians"]]
-            first = f"{record['letter']} from {record['sizes'][0]} to {record['sizes'][-1]}"
-            panel.plot(work, seconds, marker="o", markersize=4, label=f"{first}, {record['medians'][0] * 1e3:.2g} ms")
-        panel.set(xscale="log", yscale="log", title=op, xlabel="work, times the first", ylabel="time, times the first")
-        panel.legend(fontsize=8, title="first point's time", title_fontsize=8)
+            sizes = f"{record['letter']} from {record['sizes'][0]} to {record['sizes'][-1]}"
+            panel.plot(work, seconds, marker="o", markersize=4, label=f"{sizes}, {record['medians'][0] * 1e3:.2g} ms")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            title=op,
+            xlabel="work / work of first point",
+            ylabel="time / time of first point",
+        )
+        panel.legend(fontsize=8, title="size, and time of the first point", title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

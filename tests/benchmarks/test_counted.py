@@ -1,4 +1,4 @@
-"""What is counted of kernels and of PyTorch's operations, on work whose counts are known."""
+"""The counters of Triton kernels and of PyTorch's operations, on work whose counts are known."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    """Kernels run in Triton's interpreter, or the test is skipped."""
+    """Skips the test where kernels do not run in Triton's interpreter."""
     if runtime.missing() or not runtime.interpreting():
         pytest.skip("kernels are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     yield
@@ -33,17 +33,17 @@ if not runtime.missing():
     import triton.language as tl
 
     @triton.jit
-    def product(left, right, bias, out, rows, columns, depth, BLOCK: tl.constexpr):
-        """out = left right + bias."""
+    def gemm(a, b, bias, out, rows, columns, depth, BLOCK: tl.constexpr):
+        """out = a b + bias."""
         m, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK, BLOCK), tl.float32)
         for start in range(0, depth, BLOCK):
             k = start + tl.arange(0, BLOCK)
             inside_left = (m[:, None] < rows) & (k[None, :] < depth)
             inside_right = (k[:, None] < depth) & (n[None, :] < columns)
-            a = tl.load(left + m[:, None] * depth + k[None, :], mask=inside_left, other=0)
-            b = tl.load(right + k[:, None] * columns + n[None, :], mask=inside_right, other=0)
-            total = tl.dot(a, b, total)
+            a_tile = tl.load(a + m[:, None] * depth + k[None, :], mask=inside_left, other=0)
+            b_tile = tl.load(b + k[:, None] * columns + n[None, :], mask=inside_right, other=0)
+            total = tl.dot(a_tile, b_tile, total)
         # One number for each column, asked for by every row of the tile.
         total += tl.load(bias + n[None, :] + 0 * m[:, None], mask=n[None, :] < columns, other=0)
         inside = (m[:, None] < rows) & (n[None, :] < columns)
@@ -57,14 +57,14 @@ if not runtime.missing():
         tl.atomic_add(out, tl.sum(e))
 
 
-def test_loads_and_stores_count_by_lane_program_and_group(interpreter: None) -> None:
+def test_loads_and_stores_count_by_lane_program_and_wave(interpreter: None) -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
-    left, right, bias = torch.randn(40, 24), torch.randn(24, 56), torch.randn(56)
+    a, b, bias = torch.randn(40, 24), torch.randn(24, 56), torch.randn(56)
     out = torch.empty(40, 56)
-    with Traffic(group=3) as traffic:
-        product[(3, 4)](left, right, bias, out, 40, 56, 24, BLOCK=16)
-    torch.testing.assert_close(out, left @ right + bias)
+    with Traffic(wave=3) as traffic:
+        gemm[(3, 4)](a, b, bias, out, 40, 56, 24, BLOCK=16)
+    torch.testing.assert_close(out, a @ b + bias)
     (launch,) = traffic.launches
     assert (launch.kernel, launch.programs) == ("product", 12)
     assert launch.flop == 12 * 2 * (2 * 16**3)
@@ -72,49 +72,49 @@ def test_loads_and_stores_count_by_lane_program_and_group(interpreter: None) -> 
     assert found["left"].unique_read == 4 * 40 * 24
     assert found["left"].issued_read == 4 * found["left"].unique_read  # for each of 4 tiles of columns
     assert found["right"].issued_read == 3 * 4 * 24 * 56
-    # A group is a column of 3 tiles: it reads its part of `right` once, and all of `left`, as the group before it did.
-    assert found["right"].grouped_read == 4 * 24 * 56
-    assert found["left"].grouped_read == 4 * 40 * 24
-    assert found["bias"].issued_read == 3 * 4 * 56  # lanes that share an address are one access
+    # A wave is a column of 3 tiles. It reads its part of `b` once, and all of `a`, which the wave before it read too.
+    assert found["right"].missed_read == 4 * 24 * 56
+    assert found["left"].missed_read == 4 * 40 * 24
+    assert found["bias"].issued_read == 3 * 4 * 56  # lanes that share an address count once
     assert found["out"].issued_written == found["out"].unique_written == 4 * 40 * 56
-    assert traffic.total("grouped", of=lambda name: name == "out") == 4 * 40 * 56
+    assert traffic.total("missed", accept=lambda name: name == "out") == 4 * 40 * 56
 
 
-def test_a_group_that_shares_nothing_with_the_one_before_fetches_again(interpreter: None) -> None:
+def test_wave_fetches_again_what_the_wave_before_did_not_read(interpreter: None) -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
-    left, right, bias, out = torch.randn(32, 16), torch.randn(16, 32), torch.randn(32), torch.empty(32, 32)
-    with Traffic(group=1) as traffic:
-        product[(2, 2)](left, right, bias, out, 32, 32, 16, BLOCK=16)
+    a, b, bias, out = torch.randn(32, 16), torch.randn(16, 32), torch.randn(32), torch.empty(32, 32)
+    with Traffic(wave=1) as traffic:
+        gemm[(2, 2)](a, b, bias, out, 32, 32, 16, BLOCK=16)
     figures = traffic.launches[0].tensors
-    # In the order of programs the rows alternate, and the columns change once.
-    assert figures["left"].grouped_read == 2 * 4 * 32 * 16
-    assert figures["right"].grouped_read == 4 * 16 * 32
+    # In the order of the programs, the row of tiles alternates and the column changes once.
+    assert figures["left"].missed_read == 2 * 4 * 32 * 16
+    assert figures["right"].missed_read == 4 * 16 * 32
 
 
-def test_exponentials_and_atomics(interpreter: None) -> None:
+def test_exponentials_and_atomics_are_counted(interpreter: None) -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     values, out = torch.randn(100), torch.zeros(1)
     with Traffic() as traffic:
         total_exp[(4,)](values, out, 100, BLOCK=32)
-    assert traffic.total("exponentials") == 4 * 32  # masks spare none
+    assert traffic.total("exponentials") == 4 * 32  # masked lanes count too
     assert traffic.total("atomics") == 4
     figures = traffic.launches[0].tensors
     assert figures["values"].issued_read == 4 * 100
     assert (figures["out"].issued_read, figures["out"].issued_written, figures["out"].unique_written) == (16, 16, 4)
 
 
-def test_tensors_that_overlap_are_one(interpreter: None) -> None:
+def test_tensors_that_overlap_are_one_region(interpreter: None) -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     values = torch.randn(64, 64)
     with Traffic() as traffic:
-        product[(4, 4)](torch.randn(64, 16), torch.randn(16, 64), values[0], values, 64, 64, 16, BLOCK=16)
+        gemm[(4, 4)](torch.randn(64, 16), torch.randn(16, 64), values[0], values, 64, 64, 16, BLOCK=16)
     assert "bias=out" in traffic.launches[0].tensors or "out=bias" in traffic.launches[0].tensors
 
 
-def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> None:
+def test_interpreter_is_restored_after_an_exception(interpreter: None) -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     from benchmarks.counted.triton_traffic import Traffic
@@ -129,15 +129,15 @@ def test_nothing_is_counted_or_left_patched_afterwards(interpreter: None) -> Non
 def test_operations_of_pytorch_count_what_they_read_write_and_multiply(device: str) -> None:
     from benchmarks.counted.aten_traffic import AtenTraffic
 
-    left, right = torch.zeros(8, 4, device=device), torch.zeros(4, 16, device=device)
+    a, b = torch.zeros(8, 4, device=device), torch.zeros(4, 16, device=device)
     out = torch.empty(8, 16, device=device)
     with AtenTraffic() as traffic:
-        torch.mm(left, right, out=out)
-        left.t().expand(4, 8).view(4, 8)  # views cost nothing
+        torch.mm(a, b, out=out)
+        a.t().expand(4, 8).view(4, 8)  # views cost nothing
     assert (traffic.operations, traffic.flop) == (1, 2 * 8 * 4 * 16)
     assert (traffic.read, traffic.written) == (4 * (8 * 4 + 4 * 16), 4 * 8 * 16)
     with AtenTraffic() as traffic:
-        torch.addmm(out, left, right, out=out)  # adds to what it writes
+        torch.addmm(out, a, b, out=out)  # adds to what it writes
     assert traffic.read == 4 * (8 * 16 + 8 * 4 + 4 * 16)
     assert traffic.flop == 2 * 8 * 4 * 16
     with AtenTraffic() as traffic:
@@ -149,7 +149,7 @@ def test_operations_of_pytorch_count_what_they_read_write_and_multiply(device: s
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_memory_is_that_of_what_is_alive_together(device: str) -> None:
+def test_peak_memory_is_that_of_storages_alive_together(device: str) -> None:
     from benchmarks.counted.aten_traffic import AtenTraffic
 
     given = torch.zeros(1000, device=device)
@@ -167,27 +167,27 @@ def test_memory_is_that_of_what_is_alive_together(device: str) -> None:
     assert traffic.kept == 0
 
 
-def test_kernels_are_noted_and_not_run_where_there_is_no_data() -> None:
+def test_skipped_kernels_are_recorded_and_not_run() -> None:
     if runtime.missing():
         pytest.skip(str(runtime.missing()))
-    from benchmarks.counted.aten_traffic import unlaunched
+    from benchmarks.counted.aten_traffic import skip_launches
 
     values = torch.zeros(100, device="meta")
-    with unlaunched() as noted:
+    with skip_launches() as skipped:
         total_exp[(4,)](values, torch.zeros(1, device="meta"), 100, BLOCK=32)
-    assert noted == ["total_exp"]
+    assert skipped == ["total_exp"]
 
 
-def test_a_bound_is_of_the_scarcest_resource() -> None:
+def test_bound_is_that_of_the_scarcest_resource() -> None:
     from benchmarks.counted.roofline import bound
 
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=1.0).seconds == pytest.approx(1e-3)
-    assert bound("H100", "bf16", bytes_moved=3.35e9, flop=989e9 * 2).by == "products"
+    assert bound("H100", "bf16", bytes_moved=3.35e9, flop=989e9 * 2).by == "GEMM"
     assert bound("A100", "fp32", bytes_moved=1.0, flop=19.5e9).seconds == pytest.approx(1e-3)
     assert bound("B200", "bf16", bytes_moved=1.0, flop=1.0, exponentials=1e12).by == "exponentials"
 
 
-def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
+def test_our_counts_meet_all_requirements(interpreter: None) -> None:
     from benchmarks.counted.problems import (
         AttentionCase,
         HeadCase,
@@ -196,17 +196,17 @@ def test_our_counts_are_within_what_is_required(interpreter: None) -> None:
         count_head,
         count_logits,
     )
-    from benchmarks.counted.requirements import judge
+    from benchmarks.counted.requirements import check_requirements
 
     tiny = {"heads": 2, "kv_heads": 1, "size": 16}
     counts = [count for batch in (2, 4) for count in count_attention(AttentionCase(batch=batch, **tiny))]
-    counts += count_logits(LogitsCase(rows=4, vocab=600)) + count_head(HeadCase(sampled=2))
-    required = judge([count.record() for count in counts])
+    counts += count_logits(LogitsCase(rows=4, vocab=600)) + count_head(HeadCase(counted_rows=2))
+    required = check_requirements([count.record() for count in counts])
     assert len(required) >= 15
     assert not [one for one in required if not one.holds]
 
 
-def test_the_table_names_ways_floors_and_what_is_required(interpreter: None, tmp_path: Path) -> None:
+def test_command_prints_implementations_floors_and_requirements(interpreter: None, tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
     command = [sys.executable, "-m", "benchmarks.counted", "kl", "--json", str(written)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,4 +1,4 @@
-"""The device benchmark without a device: what it does with a clock, and with ways that fail."""
+"""The device benchmark on a fake device: its clock, and implementations that fail."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeDevice:
-    """Its clock moves when a way says so, and a run with a warm cache is told apart."""
+    """Its clock moves when an implementation calls `work`. A run with a warm cache takes a tenth of the time."""
 
     def __init__(self) -> None:
         self.now, self.cold, self.flushes = 0.0, False, 0
@@ -26,7 +26,7 @@ class FakeDevice:
     def event(self) -> float:
         return self.now
 
-    def between(self, begin: float, end: float) -> float:
+    def elapsed(self, begin: float, end: float) -> float:
         return end - begin
 
     def peak(self, run: Callable[[], Any]) -> int:
@@ -38,7 +38,7 @@ class FakeDevice:
         self.cold = False
 
 
-def test_medians_are_of_cold_runs_in_turns() -> None:
+def test_medians_are_of_runs_with_a_cold_cache_in_turns() -> None:
     from benchmarks.device.clock import medians
 
     device, order = FakeDevice(), []
@@ -68,11 +68,11 @@ class Case:
     def inputs(self) -> torch.Tensor:
         return torch.ones(100)
 
-    def right(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def expected(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (2 * inputs,)
 
-    def ways(self) -> Mapping[str, Any]:
-        def way(factor: float, milliseconds: float) -> Any:
+    def implementations(self) -> Mapping[str, Any]:
+        def implementation(factor: float, milliseconds: float) -> Any:
             def prepare(inputs: torch.Tensor) -> Any:
                 def run() -> tuple[torch.Tensor, ...]:
                     self.device.work(milliseconds)
@@ -85,31 +85,31 @@ class Case:
         def broken(inputs: torch.Tensor) -> Any:
             raise ModuleNotFoundError("no such package")
 
-        return {"ours": way(2.0, 1.0), "rounded": way(2.02, 3.0), "not installed": broken}
+        return {"ours": implementation(2.0, 1.0), "rounded": implementation(2.02, 3.0), "not installed": broken}
 
 
-def test_ways_are_checked_measured_and_left_out_with_a_reason() -> None:
+def test_implementations_are_checked_and_measured_or_left_out_with_a_reason() -> None:
     from benchmarks.device.__main__ import measure
 
     device = FakeDevice()
     record = measure(Case(device), device, rounds=3)
     ours, rounded = record["entries"]
-    assert (ours["way"], ours["error"], ours["ms"], ours["peak"]) == ("ours", 0.0, 1.0, 2**20)
+    assert (ours["implementation"], ours["error"], ours["ms"], ours["peak"]) == ("ours", 0.0, 1.0, 2**20)
     assert rounded["error"] == pytest.approx(0.01) and rounded["ms"] == 3.0
     assert record["left_out"] == {"not installed": "ModuleNotFoundError: no such package"}
 
 
-def test_a_failure_of_ours_is_an_error() -> None:
+def test_failure_of_ours_is_an_error() -> None:
     from benchmarks.device.__main__ import measure
 
     case = Case(FakeDevice())
-    ways = case.ways()
-    case.ways = lambda: {"ours": ways["not installed"]}  # type: ignore[method-assign]
+    implementations = case.implementations()
+    case.implementations = lambda: {"ours": implementations["not installed"]}  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="doubling: ours fails: ModuleNotFoundError"):
         measure(case, case.device, rounds=1)
 
 
-def test_figures_are_shares_of_published_peaks_where_the_device_is_known() -> None:
+def test_figures_are_shares_of_the_published_peaks_of_a_known_device() -> None:
     from benchmarks.device.__main__ import cells, peaks
 
     record = {"bytes": 3.35e9, "flop": 98.9e9, "dtype": "bf16"}
@@ -118,7 +118,7 @@ def test_figures_are_shares_of_published_peaks_where_the_device_is_known() -> No
     assert cells(record, entry, 1.0, peaks("Some GPU")) == ["2.000", "2.00", "", "", "3", "1.0e-03"]
 
 
-def test_cases_know_their_work() -> None:
+def test_flop_and_bytes_of_cases() -> None:
     from benchmarks.device.cases import CASES, Attention, Loss
 
     case = Attention(2, 3, 5, backward=False, heads=4, kv_heads=2, size=8)
@@ -127,10 +127,10 @@ def test_cases_know_their_work() -> None:
     assert Loss("live", 4, size=2, vocab=10).flop == 3 * 2 * 4 * 2 * 10
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
-        assert next(iter(case.ways())) == "ours"
+        assert next(iter(case.implementations())) == "ours"
 
 
-def test_the_ways_of_a_case_agree_on_the_processor() -> None:
+def test_implementations_of_a_case_agree_on_a_cpu() -> None:
     from benchmarks.device.cases import Attention, Loss, distance
 
     cases = [
@@ -140,14 +140,18 @@ def test_the_ways_of_a_case_agree_on_the_processor() -> None:
     ]
     for case in cases:
         inputs = case.inputs()
-        right = case.right(inputs)
-        ways = {name: way for name, way in case.ways().items() if "compiled" not in name and "fused" not in name}
-        for name, way in ways.items():
-            for found, expected in zip(way(inputs)(), right, strict=True):
-                assert distance(found, expected) < 0.05, f"{case.name}: {name}"
+        expected = case.expected(inputs)
+        implementations = {
+            name: implementation
+            for name, implementation in case.implementations().items()
+            if "compiled" not in name and "fused" not in name
+        }
+        for name, implementation in implementations.items():
+            for found, right in zip(implementation(inputs)(), expected, strict=True):
+                assert distance(found, right) < 0.05, f"{case.name}: {name}"
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.device import __main__ as device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

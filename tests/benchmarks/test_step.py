@@ -1,67 +1,91 @@
-"""The benchmark of a training step compares two ways of doing the same work."""
+"""The suite `step`: all implementations of a training step do the same work, and their time and memory are measured."""
 
-import json
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+
+from softprompt_kernels.compress import load_model
+from softprompt_kernels.compress.sources.queries import Query
+from softprompt_kernels.errors import SoftPromptError
 
 pytest.importorskip("peft")
 pytest.importorskip("psutil")
 
 REPOSITORY = Path(__file__).parents[2]
+CONTEXT = "the cat sat on the mat and the dog ran to the red house " * 2
+QUERIES = ["where is the dog?", "what is red?", "who sat?"]
 
 
-@pytest.fixture
-def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY)
-    from benchmarks.step import comparison as step
-
-    return step
 
 
-@pytest.fixture
-def arguments(tiny_model_folder: Path, tmp_path: Path) -> list[str]:
-    (tmp_path / "context.txt").write_text("the cat sat on the mat and the dog ran to the red house " * 2)
-    queries = ["where is the dog?", "what is red?", "who sat?"]
-    (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"input": query}) + "\n" for query in queries))
-    given = {"model": tiny_model_folder, "context": tmp_path / "context.txt", "queries": tmp_path / "queries.jsonl"}
-    sizes = {"batch": 3, "new-tokens": 6, "repeats": 1, "micro-batch-size": 2, "tokens": 9}
-    return [part for name, value in (given | sizes).items() for part in (f"--{name}", str(value))]
+def make_problem(model_folder: Path, folder: Path, **sizes: Any) -> Any:
+    from benchmarks.step import problem
+
+    model, tokenizer = load_model(str(model_folder), "float32", "cpu")
+    queries = [Query(text) for text in QUERIES]
+    given = {"tokens": 9, "micro_batch_size": 2, "new_tokens": 6} | sizes
+    queries = queries[: given.pop("batch", len(queries))]
+    return problem.make_problem(str(model_folder), model, tokenizer, CONTEXT, queries, folder, **given)
 
 
-def test_all_sides_have_the_same_loss_and_gradient_and_need_memory(
-    step: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_all_implementations_have_the_same_loss_and_gradient(tiny_model_folder: Path, tmp_path: Path) -> None:
+    from benchmarks.step.first_step import first_step
+
+    problem, preparation = make_problem(tiny_model_folder, tmp_path)
+    started = first_step(problem)
+    losses = started.losses
+    assert list(losses) == ["cached moments", "cached moments, composed", "transformers + PEFT"]
+    assert losses["cached moments"] > 0.01
+    assert max(losses.values()) - min(losses.values()) <= 1e-4
+    assert started.gradient_difference < 1e-4
+    assert preparation.context > 0 and preparation.moments_per_sequence > 0
+    assert "3 sequences (ours: 2 at once)" in problem.describe()
+
+
+def test_cost_of_a_step_names_its_parts(tiny_model_folder: Path, tmp_path: Path) -> None:
+    from benchmarks.step.first_step import first_step
+    from benchmarks.step.floor import measure_cost
+
+    problem, _ = make_problem(tiny_model_folder, tmp_path)
+    cost = measure_cost(first_step(problem).implementations["cached moments"], quick=True)
+    assert any(name.startswith("attention op: ") for name in cost.parts)
+    assert {"model: GEMMs", "loss op: GEMMs", "other operations"} <= set(cost.parts)
+    assert 0 < sum(cost.others.values()) <= cost.parts["other operations"]
+    assert cost.attention_floor > 0 and cost.loss_floor > 0
+
+
+@pytest.mark.parametrize("name", ["cached moments", "transformers + PEFT"])
+def test_peak_memory_of_a_step_is_measured(tiny_model_folder: Path, tmp_path: Path, name: str) -> None:
+    from benchmarks.step.memory import peak_of
+
+    problem, _ = make_problem(tiny_model_folder, tmp_path)
+    assert peak_of(name, problem) > 0
+
+
+def test_different_losses_are_refused() -> None:
+    from benchmarks.step.first_step import check_same_loss
+
+    with pytest.raises(SoftPromptError, match="loss"):
+        check_same_loss({"cached moments": 1.0, "transformers + PEFT": 1.001})
+    with pytest.raises(SoftPromptError, match="loss"):
+        check_same_loss({"cached moments": float("nan"), "transformers + PEFT": 1.0})
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"tokens": 1}, {"tokens": 10_000}], ids=str)
+def test_sizes_that_cannot_be_measured_are_refused(
+    tiny_model_folder: Path, tmp_path: Path, sizes: dict[str, int]
 ) -> None:
-    step.main([*arguments, "--profile", "--json", str(tmp_path / "figures.json")])
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    ours, theirs = (figures["sides"][name] for name in ("cached moments", "obvious"))
-    composed = figures["sides"]["cached moments, composed"]
-    assert ours["loss"] > 0.01
-    assert abs(ours["loss"] - composed["loss"]) <= 1e-4
-    assert abs(ours["loss"] - theirs["loss"]) <= 1e-4
-    assert figures["gradient_difference"] < 1e-4
-    assert ours["peak_bytes"] > 0
-    assert theirs["peak_bytes"] > 0
-    assert figures["times_faster"] == pytest.approx(theirs["seconds"][0] / ours["seconds"][0])
-    shown = capsys.readouterr().out
-    assert f"{ours['loss']:.6f}" in shown
-    assert "attention op: " in shown
-    assert "loss op: GEMMs" in shown
-
-
-def test_other_losses_are_refused(step: ModuleType) -> None:
-    with pytest.raises(step.SoftPromptError, match="loss"):
-        step.check_same_loss({"cached moments": 1.0, "obvious": 1.001})
-    with pytest.raises(step.SoftPromptError, match="loss"):
-        step.check_same_loss({"cached moments": float("nan"), "obvious": 1.0})
+    with pytest.raises(SoftPromptError, match="queries: got 0" if "batch" in sizes else "tokens: got"):
+        make_problem(tiny_model_folder, tmp_path, **sizes)
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
-def test_a_peak_that_is_gone_at_the_end_is_seen(
-    step: ModuleType, monkeypatch: pytest.MonkeyPatch, by_kernel: bool
-) -> None:
+def test_peak_is_seen_after_its_memory_was_freed(monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
     from benchmarks.harness import memory
 
     if not by_kernel:
@@ -71,8 +95,3 @@ def test_a_peak_that_is_gone_at_the_end_is_seen(
         for _ in range(5):
             torch.ones(size, dtype=torch.uint8)
     assert size * 0.9 < peak.growth < size * 2
-
-
-def test_sizes_below_one_are_refused(step: ModuleType, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        step.main([*arguments, "--batch", "0"])
