@@ -122,7 +122,7 @@ def _kernels(traffic: Traffic) -> list[dict[str, Any]]:
 
 @contextmanager
 def small_gpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
-    """Make the drivers plan for a GPU with so many multiprocessors while they run in the interpreter."""
+    """Make the drivers in the interpreter plan for a GPU with this number of multiprocessors."""
     name = targets.target_of(torch.device("cpu")).name
     before = targets.TARGETS[name]
     targets.TARGETS[name] = replace(before, multiprocessors=multiprocessors)

@@ -98,8 +98,8 @@ class Attention:
         return attentions.Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
 
     def expected(self, inputs: attentions.Inputs) -> Results:
-        wide = attentions.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))
-        return self._run(lambda given: lambda: prompt_attention(*given, backend="reference"))(wide)()
+        copies = attentions.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))
+        return self._implementation(lambda given: lambda: prompt_attention(*given, backend="reference"))(copies)()
 
     def implementations(self) -> Mapping[str, Implementation]:
         if self.queries > 1:
@@ -110,10 +110,10 @@ class Attention:
         else:
             sdpa = attentions.UNMASKED
         implementations = {OURS: attentions.ours, **sdpa, "FlexAttention, compiled": flex_attention}
-        return {name: self._run(implementation) for name, implementation in implementations.items()}
+        return {name: self._implementation(implementation) for name, implementation in implementations.items()}
 
-    def _run(self, implementation: Callable[[attentions.Inputs], attentions.Forward]) -> Implementation:
-        return attentions.as_implementation(implementation, self.backward, torch.ones_like)
+    def _implementation(self, attention: attentions.Attention) -> Implementation:
+        return attentions.as_implementation(attention, self.backward, torch.ones_like)
 
 
 def flex_attention(inputs: attentions.Inputs) -> Callable[[], Tensor]:

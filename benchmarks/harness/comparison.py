@@ -156,7 +156,7 @@ def check_and_time(
         benchmark: pytest-benchmark's fixture.
         comparison: the implementations; the reference GEMM is added here.
         seconds: about how long to measure. There are at least 3 rounds.
-        max_rounds: at most so many rounds.
+        max_rounds: the largest number of rounds.
         quick: one round, whatever `seconds` says.
     """
     comparison = replace(comparison, entries=[*comparison.entries, reference_gemm(quick)])

@@ -11,7 +11,7 @@
 | % of GEMM | this rate over that of the reference GEMM, a large fp32 `torch.mm` in the same rounds |
 | × ours | time over ours |
 | × floor | time over the bare GEMMs of the same sizes (attention: over its useful FLOP at the reference GEMM's rate) |
-| peak MiB | peak memory above the inputs |
+| peak MiB | peak memory above the inputs (training step: above the loaded model) |
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from benchmarks.harness.machine import describe
 from benchmarks.harness.requirements import Record, Verdict, busy, entry_of_role, floor_seconds, verdicts
 
 COLUMNS = ("ms", "min..max", "cold ms", "GFLOP/s", "% of GEMM", "× ours", "× floor", "peak MiB")
-LEGEND = (
-    "ms: median over rounds in which all implementations took turns. cold ms: right after another implementation; ms "
-    "is then the second (warm) run.\n"
-    "GFLOP/s: useful FLOP only. % of GEMM: of the rate of the reference GEMM. × ours, × floor: time over ours, over "
-    "the bare GEMMs. peak MiB: above the inputs."
-)
+LEGEND = """\
+ms         median over rounds in which all implementations took turns; with "cold ms", of the warm (second) run
+cold ms    the first run, right after another implementation
+GFLOP/s    useful FLOP only; "% of GEMM" is this rate over that of the reference GEMM
+× ours     time over ours; "× floor" is time over the bare GEMMs (attention: over its FLOP at the reference GEMM's rate)
+peak MiB   memory above the inputs (training step: above the loaded model)"""
+TITLES = {  # of the notes of a suite
+    "scaling": "scaling: ms at each size; largest time per unit of work, over that of the best smaller size",
+    "step": "training step",
+}
 WIDTH = 172
 
 
@@ -57,7 +61,7 @@ def show(path: Path) -> None:
     for suite in dict.fromkeys(record["suite"] for record in records):
         notes = [note for record in records if record["suite"] == suite for note in record.get("notes", [])]
         if notes:
-            console.print(f"\n[bold]{suite}[/]")
+            console.print(f"\n[bold]{TITLES.get(suite, suite)}[/]")
         for note in notes:
             console.print(f"  {note}")
     console.print()

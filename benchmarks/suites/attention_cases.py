@@ -19,8 +19,8 @@ from benchmarks.suites import attention_implementations as attentions
 from benchmarks.suites.attention_implementations import Attention, Inputs
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # required rate, as a share of the reference GEMM's
-BF16_TIME = 1.3  # required of bf16: at most so many times the time of fp32
-UNALIGNED_COST = 1.15  # required of M = 257: at most so many times the time per FLOP of M = 256
+BF16_TIME = 1.3  # limit of the time in bf16 over that in fp32
+UNALIGNED_COST = 1.15  # limit of the time per FLOP at M = 257 over that at M = 256
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from benchmarks.harness.recorded_calls import record_backends
 BATCH, MICRO_BATCH, NEW_TOKENS = 8, 4, 48
 QUICK_NEW_TOKENS = 6
 SECONDS, ROUNDS = 90, 5
-OVER_FLOOR = 1.3  # required: at most so many times the bare GEMMs of the ops
+OVER_FLOOR = 1.3  # limit of the ops' time over that of their bare GEMMs
 
 
 def bench_step(benchmark: Any, pytestconfig: pytest.Config, settings: Settings, tmp_path: Path) -> None:

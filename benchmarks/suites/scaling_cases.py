@@ -75,14 +75,12 @@ def excess(work: Sequence[float], seconds: Sequence[float]) -> list[float]:
 
 def summary(record: dict[str, Any]) -> str:
     """One line of the report: the times, the largest excess, and the sizes that are flagged."""
-    points = [f"{size} → {seconds * 1e3:.2f}" for size, seconds in zip(record["sizes"], record["medians"], strict=True)]
+    pairs = zip(record["sizes"], record["medians"], strict=True)
+    times = ", ".join(f"{record['letter']} {size}: {seconds * 1e3:.2f}" for size, seconds in pairs)
     found = excess(record["work"], record["medians"])
     flagged = [str(size) for size, more in zip(record["sizes"][1:], found, strict=True) if more > MAX_EXCESS]
-    verdict = f"SUPERLINEAR at {record['letter']} {', '.join(flagged)}" if flagged else "linear or better"
-    return (
-        f"{record['case']}: {verdict} (time per unit of work at most {max(found):.2f}× that of the best smaller size); "
-        f"ms by {record['letter']}: {', '.join(points)}"
-    )
+    verdict = f"SUPERLINEAR at {record['letter']} {', '.join(flagged)}" if flagged else "linear"
+    return f"{record['case']}: {times}; at most {max(found):.2f}×: {verdict}"
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

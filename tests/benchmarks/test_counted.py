@@ -39,10 +39,10 @@ if not runtime.missing():
         total = tl.zeros((BLOCK, BLOCK), tl.float32)
         for start in range(0, depth, BLOCK):
             k = start + tl.arange(0, BLOCK)
-            inside_left = (m[:, None] < rows) & (k[None, :] < depth)
-            inside_right = (k[:, None] < depth) & (n[None, :] < columns)
-            a_tile = tl.load(a + m[:, None] * depth + k[None, :], mask=inside_left, other=0)
-            b_tile = tl.load(b + k[:, None] * columns + n[None, :], mask=inside_right, other=0)
+            inside_a = (m[:, None] < rows) & (k[None, :] < depth)
+            inside_b = (k[:, None] < depth) & (n[None, :] < columns)
+            a_tile = tl.load(a + m[:, None] * depth + k[None, :], mask=inside_a, other=0)
+            b_tile = tl.load(b + k[:, None] * columns + n[None, :], mask=inside_b, other=0)
             total = tl.dot(a_tile, b_tile, total)
         # One number for each column, asked for by every row of the tile.
         total += tl.load(bias + n[None, :] + 0 * m[:, None], mask=n[None, :] < columns, other=0)
@@ -66,15 +66,15 @@ def test_loads_and_stores_count_by_lane_program_and_wave(interpreter: None) -> N
         gemm[(3, 4)](a, b, bias, out, 40, 56, 24, BLOCK=16)
     torch.testing.assert_close(out, a @ b + bias)
     (launch,) = traffic.launches
-    assert (launch.kernel, launch.programs) == ("product", 12)
+    assert (launch.kernel, launch.programs) == ("gemm", 12)
     assert launch.flop == 12 * 2 * (2 * 16**3)
     found = launch.tensors
-    assert found["left"].unique_read == 4 * 40 * 24
-    assert found["left"].issued_read == 4 * found["left"].unique_read  # for each of 4 tiles of columns
-    assert found["right"].issued_read == 3 * 4 * 24 * 56
+    assert found["a"].unique_read == 4 * 40 * 24
+    assert found["a"].issued_read == 4 * found["a"].unique_read  # for each of 4 tiles of columns
+    assert found["b"].issued_read == 3 * 4 * 24 * 56
     # A wave is a column of 3 tiles. It reads its part of `b` once, and all of `a`, which the wave before it read too.
-    assert found["right"].missed_read == 4 * 24 * 56
-    assert found["left"].missed_read == 4 * 40 * 24
+    assert found["b"].missed_read == 4 * 24 * 56
+    assert found["a"].missed_read == 4 * 40 * 24
     assert found["bias"].issued_read == 3 * 4 * 56  # lanes that share an address count once
     assert found["out"].issued_written == found["out"].unique_written == 4 * 40 * 56
     assert traffic.total("missed", accept=lambda name: name == "out") == 4 * 40 * 56
@@ -88,8 +88,8 @@ def test_wave_fetches_again_what_the_wave_before_did_not_read(interpreter: None)
         gemm[(2, 2)](a, b, bias, out, 32, 32, 16, BLOCK=16)
     figures = traffic.launches[0].tensors
     # In the order of the programs, the row of tiles alternates and the column changes once.
-    assert figures["left"].missed_read == 2 * 4 * 32 * 16
-    assert figures["right"].missed_read == 4 * 16 * 32
+    assert figures["a"].missed_read == 2 * 4 * 32 * 16
+    assert figures["b"].missed_read == 4 * 16 * 32
 
 
 def test_exponentials_and_atomics_are_counted(interpreter: None) -> None:
