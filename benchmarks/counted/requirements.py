@@ -50,8 +50,9 @@ def _attention(ours: list[Record]) -> Iterator[Requirement]:
     for records, limit in ((forward, 1.15), (backward, 1.3)):
         for record in records:
             yield Requirement(f"{record['suite']} {record['case']}: bytes over the floor", record["times_floor"], limit)
-    for there, back in zip(forward, backward, strict=True):
-        yield Requirement(f"attention {there['case']}: launches", there["launches"] + back["launches"], 5)
+    for record, backward_record in zip(forward, backward, strict=True):
+        launches = record["launches"] + backward_record["launches"]
+        yield Requirement(f"attention {record['case']}: launches", launches, 5)
     for records in (forward, backward):
         for half, whole in pairwise(records):
             if is_double_batch(half["case"], whole["case"]):

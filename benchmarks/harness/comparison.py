@@ -142,7 +142,7 @@ def _seconds(entry: Entry) -> float:
 
 def _difference(one: Tensor, other: Tensor) -> float:
     """‖one − other‖ / ‖other‖; infinite where either is not finite."""
-    one, other = one.detach().double(), other.detach().double()
+    one, other = one.detach().double(), other.double()
     distance = float((one - other).norm() / other.norm().clamp_min(1e-30))
     return distance if distance < float("inf") else float("inf")
 
