@@ -34,7 +34,7 @@ lint: $(VENV)/test ## check style and types: ruff and mypy
 # The second run is for the Triton kernels: Triton's interpreter needs a process of its own.
 test: lint ## lint, then run all tests; the Triton kernels run in Triton's interpreter
 	$(PYTEST) --dist loadfile
-	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -k "triton or counters" \
+	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -k "triton or counted" \
 		tests/kernels tests/ops tests/traps tests/benchmarks
 
 changed: lint ## lint, then run the tests that the changes since BASE (origin/main) need, but for the slow ones
