@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = run(tests, [*pytest_arguments, *slow])
     again = interpreted(changed, tests)
     if again:
-        only = ["-k", "triton or counters"]
+        only = ["-k", "triton or counted"]
         status = run(again, [*pytest_arguments, *slow, *only], TRITON_INTERPRET="1") or status
     if any(path.startswith(CUDA) for path in changed):
         print("CUDA kernels have changed: run `make simt`, which compiles them for the host, and `make mutants`.")
