@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.step.implementations import StepImplementation
 
 GEMMS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::addmv_"}
-GEMMS |= {"softprompt_kernels::product"}
+GEMMS |= {"softprompt_kernels::gemm"}
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 OPS = {
     "softprompt_kernels::prompt_attention": "attention op",

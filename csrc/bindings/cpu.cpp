@@ -1,4 +1,5 @@
-// The Python module of the CPU kernels. It knows addresses, sizes and strides, but no torch, so one build serves each.
+// The Python module of the CPU kernels. It takes addresses, sizes and strides and includes no header of torch, so one
+// build works with every version of torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,12 +11,12 @@
 namespace softprompt {
 void bind_attention(pybind11::module_& module);
 void bind_kl(pybind11::module_& module);
-void bind_product(pybind11::module_& module);
+void bind_gemm(pybind11::module_& module);
 }  // namespace softprompt
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of softprompt-kernels";
-  module.def("instruction_set", [] { return softprompt::kernels().name; }, "the one that runs");
+  module.def("instruction_set", [] { return softprompt::kernels().name; }, "the instruction set that runs");
   module.def(
       "instruction_sets",
       [] {
@@ -23,8 +24,8 @@ PYBIND11_MODULE(_native, module) {
         const char* const* names = softprompt::usable_instruction_sets(count);
         return std::vector<std::string>(names, names + count);
       },
-      "those that were compiled and that this machine has, widest first");
+      "the instruction sets that were compiled in and that this machine has, widest first");
   softprompt::bind_attention(module);
   softprompt::bind_kl(module);
-  softprompt::bind_product(module);
+  softprompt::bind_gemm(module);
 }

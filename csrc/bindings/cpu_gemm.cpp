@@ -1,23 +1,22 @@
-// The Python function of dense products.
+// The GEMM of the CPU for Python.
 #include "bindings/checks.h"
 #include "cpu/gemm/gemm.h"
 
 namespace softprompt {
 namespace {
 
-void product(Address out, Address left, Address right, int64_t rows, int64_t depth, int64_t columns, int64_t out_stride,
-             int64_t left_stride, int64_t right_stride, int right_dtype, bool right_transposed, bool accumulate,
-             int threads) {
+void gemm(Address out, Address left, Address right, int64_t rows, int64_t depth, int64_t columns, int64_t out_stride,
+          int64_t left_stride, int64_t right_stride, int right_dtype, bool right_transposed, bool accumulate,
+          int threads) {
   Gemm call = {};
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  check_range("rows", rows, 0, kMost);
-  check_range("depth", depth, 0, kMost);
-  check_range("columns", columns, 0, kMost);
+  const int64_t right_rows = right_transposed ? columns : depth, right_columns = right_transposed ? depth : columns;
+  check_range("rows", rows, 0, kMostSize);
+  check_range("depth", depth, 0, kMostSize);
+  check_range("columns", columns, 0, kMostSize);
   check_stride("out_stride", out_stride, rows, columns, true);
   check_stride("left_stride", left_stride, rows, depth, false);
-  check_stride("right_stride", right_stride, right_transposed ? columns : depth, right_transposed ? depth : columns,
-               false);
-  check_range("threads", threads, 1, kMostThreads);
+  check_stride("right_stride", right_stride, right_rows, right_columns, false);
+  check_threads(threads);
   call.out = pointer<float>("out", out, rows * columns);
   call.a = pointer<const float>("left", left, rows * depth);
   call.b = pointer<const void>("right", right, depth * columns);
@@ -26,16 +25,17 @@ void product(Address out, Address left, Address right, int64_t rows, int64_t dep
   call.b_dtype = dtype_of("right_dtype", right_dtype);
   call.b_transposed = right_transposed, call.accumulate = accumulate;
   call.threads = threads;
-  run_released(call);
+  const py::gil_scoped_release released;
+  run(call);
 }
 
 }  // namespace
 
-void bind_product(py::module_& module) {
+void bind_gemm(py::module_& module) {
   using py::literals::operator""_a;
-  module.def("has_products", has_gemm, "whether `product` can be called");
-  module.def("has_fast_products", has_fast_gemm, "whether `product` is faster than MKL on this processor");
-  module.def("product", product, py::kw_only(), "out"_a, "left"_a, "right"_a, "rows"_a, "depth"_a, "columns"_a,
+  module.def("has_gemm", has_gemm, "whether `gemm` can be called");
+  module.def("has_fast_gemm", has_fast_gemm, "whether `gemm` is faster than MKL on this processor");
+  module.def("gemm", gemm, py::kw_only(), "out"_a, "left"_a, "right"_a, "rows"_a, "depth"_a, "columns"_a,
              "out_stride"_a, "left_stride"_a, "right_stride"_a, "right_dtype"_a, "right_transposed"_a, "accumulate"_a,
              "threads"_a);
 }

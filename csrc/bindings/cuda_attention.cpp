@@ -12,7 +12,7 @@ namespace softprompt {
 namespace {
 
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // see attention.h
-constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max(), kMostHeads = 65535;
+constexpr int64_t kMostBlocks = kMostSize, kMostHeads = 65535;
 constexpr int64_t kAlignment = 8;  // elements of 16 bits in 16 bytes
 
 // A tensor whose rows lie at multiples of 16 bytes.
@@ -22,7 +22,7 @@ HeadTensor aligned(const char* name, const View& view, const Shape& expected) {
   if (sizes[0] * sizes[1] * sizes[2] * sizes[3] == 0) return tensor;
   bool aligned = address % 16 == 0;
   for (int i = 0; i < 3; ++i) aligned = aligned && (sizes[i] <= 1 || strides[i] % kAlignment == 0);
-  require(aligned, name, "of rows at multiples of 16 bytes", "strides " + text(strides));
+  if (!aligned) refuse(name, "of rows at multiples of 16 bytes", "strides " + text(strides));
   return tensor;
 }
 
@@ -33,21 +33,18 @@ class Problem {
           const View& prompt_value, const std::optional<Vector>& prompt_index,
           const std::optional<Vector>& prompt_lengths, const std::optional<Vector>& key_lengths, bool causal,
           std::optional<int64_t> window, std::optional<double> softcap, double scale) {
-    check_range("dtype", dtype, 1, 2);
+    problem_.dtype = dtype_of_16_bits("dtype", dtype);
     const auto [batch, heads, queries, size] = std::get<1>(query);
     const auto [key_batch, kv_heads, keys, key_size] = std::get<1>(key);
     const auto [prompts, prompt_heads, prompt_keys, prompt_size] = std::get<1>(prompt_key);
-    require(size == 64 || size == 96 || size == 128, "query's head size", "64, 96 or 128", std::to_string(size));
+    if (size != 64 && size != 96 && size != 128) refuse("query's head size", "64, 96 or 128", std::to_string(size));
     check_range("key's heads", kv_heads, 1, kMostHeads);
-    require(heads % kv_heads == 0, "query's heads", "a multiple of key's", std::to_string(heads));
-    const int64_t group = heads / kv_heads;
+    const int64_t group = group_of(heads, kv_heads);
     check_range("query's rows a key head", queries * group, 0, kMostTokens);
     check_range("positions", prompt_keys + keys + queries, 0, kMostTokens);
     check_range("query's batch", batch, 0, kMostTokens);
-    require(batch == 0 || prompt_index || prompts == 1 || prompts == batch, "prompt_index", "given for several prompts",
-            std::to_string(prompts) + " prompts");
-    require(batch == 0 || prompts > 0, "prompt_key's prompts", "at least 1", std::to_string(prompts));
-    if (window) positive("window", *window);
+    check_prompts(prompt_index.has_value(), prompts, batch);
+    if (window) check_at_least("window", *window, 1);
     problem_.query = aligned("query", query, {batch, heads, queries, size});
     problem_.key = aligned("key", key, {batch, kv_heads, keys, size});
     problem_.value = aligned("value", value, {batch, kv_heads, keys, size});
@@ -56,7 +53,6 @@ class Problem {
     problem_.prompt_index = optional_vector<const int64_t>("prompt_index", prompt_index, batch);
     problem_.prompt_lengths = optional_vector<const int64_t>("prompt_lengths", prompt_lengths, prompts);
     problem_.key_lengths = optional_vector<const int64_t>("key_lengths", key_lengths, batch);
-    problem_.dtype = static_cast<Dtype>(dtype);
     problem_.batch = static_cast<int>(batch), problem_.heads = static_cast<int>(heads);
     problem_.kv_heads = static_cast<int>(kv_heads), problem_.group = static_cast<int>(group);
     problem_.size = static_cast<int>(size), problem_.queries = static_cast<int>(queries);
@@ -86,8 +82,11 @@ class Problem {
     const int64_t part = prompt[0] * prompt[1] * prompt[2] * prompt[3];
     check_range("splits", splits, 1, 1024);
     check_range("tiles of keys", (own[2] / 64 + 1) * own[0] + (prompt[2] / 64 + 1) * prompt[0] * splits, 0, kMostBlocks);
-    require(splits == 1 || ((!prompt_key || prompt_key_parts) && (!prompt_value || prompt_value_parts)), "parts",
-            "given where there are splits", "None");
+    if (splits > 1) {
+      check_given_with("prompt_key_parts", prompt_key_parts.has_value(), "several splits", prompt_key.has_value());
+      check_given_with("prompt_value_parts", prompt_value_parts.has_value(), "several splits",
+                       prompt_value.has_value());
+    }
     const auto optional = [](const char* name, const std::optional<View>& view, const Shape& shape) {
       return view ? aligned(name, *view, shape) : HeadTensor{};
     };

@@ -2,7 +2,6 @@
 // everything that can be checked without looking at memory is checked before a launch.
 #include <pybind11/stl.h>
 
-#include <cstdio>
 #include <optional>
 #include <tuple>
 
@@ -14,47 +13,37 @@ namespace {
 
 using Matrix = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, strides of rows and columns
 
-constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // blocks of a grid
+constexpr int64_t kMostRows = kMostSize;  // blocks of a grid
 
-std::string brief(double value) {
-  char words[32];
-  std::snprintf(words, sizeof words, "%g", value);
-  return words;
-}
-
-float finite(const char* name, double value, double least) {
-  const double most = std::numeric_limits<float>::max();
-  require(value >= least && value <= most, name, "in [" + brief(least) + ", " + brief(most) + "]", brief(value));
-  return static_cast<float>(value);
-}
+Dtype dtype_of_matrix(const char* name, int dtype) { return dtype_of(std::string(name) + "'s dtype", dtype); }
 
 // Of numbers of a dtype: at a multiple of their size.
 void check_address(const char* name, Address address, Dtype dtype) {
   const int64_t bytes = kBytes[static_cast<int>(dtype)];
-  require(address % bytes == 0, std::string(name) + "'s address", "a multiple of " + std::to_string(bytes),
-          std::to_string(address));
+  if (address % bytes != 0) {
+    refuse(std::string(name) + "'s address", "a multiple of " + std::to_string(bytes), std::to_string(address));
+  }
 }
-
-float finite(const char* name, double value) { return finite(name, value, -std::numeric_limits<float>::max()); }
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 // A matrix that is written to: rows apart, columns beside each other.
 template <class T>
 T* written(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
-  require(columns <= 1 || std::get<3>(matrix) == 1, name, "a matrix with a last stride of 1",
-          std::to_string(std::get<3>(matrix)));
-  check_stride((std::string(name) + "'s row stride").c_str(), std::get<2>(matrix), rows, columns, true);
-  check_address(name, std::get<0>(matrix), dtype_of(name, std::get<1>(matrix)));
+  if (columns > 1 && std::get<3>(matrix) != 1) {
+    refuse(std::string(name) + "'s last stride", "1", std::to_string(std::get<3>(matrix)));
+  }
+  check_stride(std::string(name) + "'s row stride", std::get<2>(matrix), rows, columns, true);
+  check_address(name, std::get<0>(matrix), dtype_of_matrix(name, std::get<1>(matrix)));
   return pointer<T>(name, std::get<0>(matrix), rows * columns);
 }
 
 LogitRows logits_of(const char* name, const Matrix& matrix, Address bias, int64_t rows, int64_t vocab) {
   const auto [address, dtype, stride, column_stride] = matrix;
-  check_stride((std::string(name) + "'s row stride").c_str(), stride, rows, vocab, false);
-  check_stride((std::string(name) + "'s column stride").c_str(), column_stride, vocab, 1, false);
-  check_address(name, address, dtype_of(name, dtype));
-  return {pointer<const void>(name, address, rows * vocab), dtype_of(name, dtype), stride, column_stride,
+  check_stride(std::string(name) + "'s row stride", stride, rows, vocab, false);
+  check_stride(std::string(name) + "'s column stride", column_stride, vocab, 1, false);
+  check_address(name, address, dtype_of_matrix(name, dtype));
+  return {pointer<const void>(name, address, rows * vocab), dtype_of_matrix(name, dtype), stride, column_stride,
           optional_pointer<const float>(bias)};
 }
 
@@ -63,11 +52,10 @@ void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teache
                            const std::optional<Matrix>& gradient, int64_t rows, int64_t vocab, int64_t columns, double scale,
                            double inner, bool capped, bool negated, double beta, double loss_scale, double gradient_scale,
                            Address stream) {
-  check_range("kind", kind, 0, 2);
+  const Divergence divergence = divergence_of(kind);
   check_range("rows", rows, 0, kMostRows);
-  check_range("vocab", vocab, 1, std::numeric_limits<int32_t>::max());
-  require(beta >= 0 && beta <= 1, "beta", "in [0, 1]", std::to_string(beta));
-  require(loss != 0 || statistics != 0 || rows == 0, "statistics", "given where no loss is measured", "0");
+  check_range("vocab", vocab, 1, kMostSize);
+  if (loss == 0 && statistics == 0 && rows != 0) refuse("statistics", "given where there is no loss", "none");
   DivergenceRows call = {};
   call.student = logits_of("student", student, student_bias, rows, vocab);
   call.teacher = logits_of("teacher", teacher, teacher_bias, rows, vocab);
@@ -76,17 +64,18 @@ void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teache
   call.statistics = optional_pointer<float>(statistics);
   call.loss = optional_pointer<float>(loss);
   if (gradient) {
-    check_range("columns", columns, vocab, std::numeric_limits<int32_t>::max());
+    check_range("columns", columns, vocab, kMostSize);
     call.gradient = written<void>("gradient", *gradient, rows, columns);
-    call.gradient_dtype = dtype_of("gradient", std::get<1>(*gradient));
+    call.gradient_dtype = dtype_of_matrix("gradient", std::get<1>(*gradient));
     call.gradient_stride = std::get<2>(*gradient);
   }
   call.rows = rows, call.vocab = vocab, call.columns = columns;
-  call.scale = finite("scale", scale, std::numeric_limits<float>::min()), call.inner = finite("inner", inner);
-  call.beta = static_cast<float>(beta), call.capped = capped, call.negated = negated;
+  call.scale = finite_at_least("scale", scale, std::numeric_limits<float>::min());
+  call.inner = finite("inner", inner);
+  call.beta = static_cast<float>(beta_of(beta)), call.capped = capped, call.negated = negated;
   call.loss_scale = finite("loss_scale", loss_scale), call.gradient_scale = finite("gradient_scale", gradient_scale);
   const py::gil_scoped_release released;
-  divergence_rows(static_cast<Divergence>(kind), call, stream_of(stream));
+  divergence_rows(divergence, call, stream_of(stream));
 }
 
 void bound_exponential_rows(const Matrix& products, Address bias, Address weights, Address labels, Address largest,
@@ -94,11 +83,11 @@ void bound_exponential_rows(const Matrix& products, Address bias, Address weight
                             int64_t size, const std::optional<Matrix>& high, const std::optional<Matrix>& low, int64_t rows,
                             int64_t columns, int64_t first, double scale, double part_scale, Address stream) {
   check_range("rows", rows, 0, kMostRows);
-  check_range("columns", columns, 1, std::numeric_limits<int32_t>::max());
-  check_count("size", size);
-  check_count("first", first);
-  require(std::get<1>(products) == static_cast<int>(Dtype::float32), "products", "fp32", "another dtype");
-  require(labels != 0 || label_logit == 0, "labels", "given for their logits", "0");
+  check_range("columns", columns, 1, kMostSize);
+  check_at_least("size", size, 0);
+  check_at_least("first", first, 0);
+  check_choice("products' dtype", std::get<1>(products), {kFloat32});
+  check_given_with("labels", labels != 0, "label_logit", label_logit != 0);
   ExponentialRows call = {};
   call.products = written<const float>("products", products, rows, columns);
   call.products_stride = std::get<2>(products);
@@ -116,16 +105,17 @@ void bound_exponential_rows(const Matrix& products, Address bias, Address weight
   if (high) {
     call.high = written<void>("high", *high, rows, columns);
     call.high_stride = std::get<2>(*high);
-    call.part_dtype = dtype_of("high", std::get<1>(*high));
+    call.part_dtype = dtype_of_matrix("high", std::get<1>(*high));
   }
   if (low) {
-    require(high && std::get<1>(*low) == std::get<1>(*high) && std::get<1>(*low) != 0, "low",
-            "of 16 bits, beside a `high` of the same dtype", "another dtype");
+    check_given_with("high", high.has_value(), "low", true);
+    const Dtype dtype = dtype_of_16_bits("low's dtype", std::get<1>(*low));
+    if (dtype != call.part_dtype) refuse("low's dtype", "that of high", std::to_string(std::get<1>(*low)));
     call.low = written<void>("low", *low, rows, columns);
     call.low_stride = std::get<2>(*low);
   }
   call.rows = rows, call.columns = columns, call.size = size, call.mean_stride = mean_stride, call.first = first;
-  call.scale = finite("scale", scale), call.part_scale = finite("part_scale", part_scale, 0);
+  call.scale = finite("scale", scale), call.part_scale = finite_at_least("part_scale", part_scale, 0);
   const py::gil_scoped_release released;
   exponential_rows(call, stream_of(stream));
 }

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, or a reason to skip their tests."""
+"""Fixtures of the kernel tests: the compiled CPU module, the number of threads, and a guard against synchronisation."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -11,6 +11,7 @@ from softprompt_kernels.kernels.cpu import native
 
 @pytest.fixture(scope="session")
 def module() -> ModuleType:
+    """The compiled CPU kernels; without them the test is skipped."""
     if native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
     return native.module()
@@ -18,7 +19,7 @@ def module() -> ModuleType:
 
 @pytest.fixture
 def threads(module: ModuleType) -> Callable[[int], None]:
-    """`threads(n)` sets how many threads work; put back afterwards."""
+    """`threads(n)` sets the number of threads of the CPU kernels. After the test the old number is set again."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -26,7 +27,7 @@ def threads(module: ModuleType) -> Callable[[int], None]:
 
 @pytest.fixture
 def forbid_waiting(monkeypatch):
-    """What would copy a number from a device to the host raises, but for what the interpreter itself does."""
+    """Everything that copies a number from the device to the host raises, except inside a launch in the interpreter."""
     from softprompt_kernels.kernels.triton.launch import Launch
 
     launching = []

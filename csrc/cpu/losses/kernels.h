@@ -1,4 +1,4 @@
-// The loss kernels of one instruction set: the work of one thread.
+// The loss kernels of one instruction set. Each call does the work of one thread.
 #pragma once
 
 #include "cpu/losses/kl.h"

@@ -1,20 +1,20 @@
-// The KL kernels of one thread: divergences of rows in place and of given logits, and the exponentials of a head's
-// expectation. A row is worked on from its first sweep to its last while it is in the cache.
+// The loss kernels of one thread that see rows: divergences of rows in place, divergences of given logits, and the
+// exponentials of a head's expectation. A row stays in the cache from its first pass to its last.
 #include "cpu/losses/divergence_fallback.h"
-#include "cpu/losses/kl.h"
 #include "cpu/losses/kernels.h"
+#include "cpu/losses/kl.h"
 
 namespace softprompt::SPK_ISA {
 namespace {
 
 template <Divergence kind, Want want>
 RowResult divergence_of(const Row& row) {
-  const Centre centre = find_centre<kind>(row);
-  if (!centre.near) return far_divergence<kind>(row, want);
+  const RowMaxima maxima = find_maxima<kind>(row);
+  if (!maxima.formulas_hold) return fallback_divergence<kind>(row, want);
   if constexpr (kind == Divergence::jsd) {
-    return near_jsd<want>(row, centre);
+    return jsd_of_row<want>(row, maxima);
   } else {
-    return near_kl<kind, want>(row, centre);
+    return kl_of_row<kind, want>(row, maxima);
   }
 }
 
@@ -23,29 +23,31 @@ RowResult divergence_of(const Row& row, Want want) {
   switch (want) {
     case Want::loss: return divergence_of<kind, Want::loss>(row);
     case Want::gradient: return divergence_of<kind, Want::gradient>(row);
-    default: return divergence_of<kind, Want::capped_gradient>(row);
+    case Want::capped_gradient: return divergence_of<kind, Want::capped_gradient>(row);
   }
+  __builtin_trap();
 }
 
 RowResult divergence_of(Divergence kind, const Row& row, Want want) {
   switch (kind) {
     case Divergence::forward: return divergence_of<Divergence::forward>(row, want);
     case Divergence::reverse: return divergence_of<Divergence::reverse>(row, want);
-    default: return divergence_of<Divergence::jsd>(row, want);
+    case Divergence::jsd: return divergence_of<Divergence::jsd>(row, want);
   }
+  __builtin_trap();  // the bindings refuse any other number
 }
 
-template <bool grows, class T>
+template <bool apply_expm1, class T>
 void write_gradient(const Row& row, float centre, float scale, T* gradient) {
   for_each_vector(row.weight, row.value, 0, row.vocab,
         [&](int64_t i, Vec weight, Vec value, int count) __attribute__((always_inline)) {
-          store_n(gradient + i, weight * (grows ? expm1(value - centre) : value - centre) * scale, count);
+          store_n(gradient + i, weight * (apply_expm1 ? expm1(value - centre) : value - centre) * scale, count);
         });
 }
 
 template <class T>
 void write_gradient(const Row& row, const RowResult& result, float scale, T* gradient) {
-  if (result.grows) {
+  if (result.applies_expm1) {
     write_gradient<true>(row, result.centre, result.scale * scale, gradient);
   } else {
     write_gradient<false>(row, result.centre, result.scale * scale, gradient);
@@ -66,17 +68,17 @@ void read_logits(const T* row, int64_t vocab, float* out) {
   if (i < vocab) store_part(out + i, load_part(row + i, static_cast<int>(vocab - i)), static_cast<int>(vocab - i));
 }
 
-// Row `index` in fp32: in place, or converted into `scratch`.
-const float* logits_of(const void* logits, Dtype dtype, int64_t offset, int64_t vocab, float* scratch) {
+// A row in fp32: where it lies, or converted into `workspace`.
+const float* logits_of(const void* logits, Dtype dtype, int64_t offset, int64_t vocab, float* workspace) {
   switch (dtype) {
     case Dtype::float32: return static_cast<const float*>(logits) + offset;
-    case Dtype::bfloat16: read_logits(static_cast<const BFloat16*>(logits) + offset, vocab, scratch); break;
-    case Dtype::float16: read_logits(static_cast<const Float16*>(logits) + offset, vocab, scratch); break;
+    case Dtype::bfloat16: read_logits(static_cast<const BFloat16*>(logits) + offset, vocab, workspace); break;
+    case Dtype::float16: read_logits(static_cast<const Float16*>(logits) + offset, vocab, workspace); break;
   }
-  return scratch;
+  return workspace;
 }
 
-// The gradient of a row in its dtype, and 0 after it; a row of weight 0 (`row` is nullptr) is 0 throughout.
+// The gradient of a row in its dtype, and 0 in the columns after it. A row of weight 0 (`row` is nullptr) gets all 0.
 template <class T>
 void write_row(const KlLogits& call, int64_t index, const Row* row, const RowResult& result, T zero) {
   T* gradient = static_cast<T*>(call.gradient) + index * call.gradient_stride;
@@ -123,7 +125,7 @@ void kl_rows(const KlRows& call, int thread) {
 }
 
 void kl_logits(const KlLogits& call, int thread) {
-  float* value = call.scratch + 2 * call.vocab * thread;
+  float* value = call.workspace + 2 * call.vocab * thread;
   float* weight = value + call.vocab;
   const Want want = call.gradient == nullptr ? Want::loss : Want::gradient;
   const auto [begin, end] = thread_range(call.rows, thread, call.threads);
@@ -158,7 +160,7 @@ void kl_logits(const KlLogits& call, int thread) {
 
 namespace {
 
-// Adds the bias and keeps the label's logit; the largest logit.
+// Adds the bias, stores the label's logit, and returns the largest logit.
 float finish_tile(const ExpectationRows& call, int64_t index, float* logits) {
   finish_logits(logits, call.bias, call.bias_scale, call.columns, 0);
   if (call.labels != nullptr) {
@@ -168,14 +170,14 @@ float finish_tile(const ExpectationRows& call, int64_t index, float* logits) {
   return row_max(logits, call.columns);
 }
 
-// What was summed relative to the largest logit before, relative to a larger one.
+// Makes the sums relative to a larger row max; `factor` is exp(old - new).
 void rescale(const ExpectationRows& call, int64_t index, double factor) {
-  call.total[index] *= factor;
-  if (call.bias_total != nullptr) call.bias_total[index] *= factor;
-  if (call.sum == nullptr) return;
-  float* sum = call.sum + index * call.sum_stride;
+  call.row_sum[index] *= factor;
+  if (call.bias_sum != nullptr) call.bias_sum[index] *= factor;
+  if (call.mean == nullptr) return;
+  float* mean = call.mean + index * call.mean_stride;
   const float scale = static_cast<float>(factor);
-  for (int64_t i = 0; i < call.size; ++i) sum[i] *= scale;
+  for (int64_t i = 0; i < call.size; ++i) mean[i] *= scale;
 }
 
 }  // namespace
@@ -184,29 +186,29 @@ void expectation_rows(const ExpectationRows& call, int thread) {
   const auto [begin, end] = thread_range(call.rows, thread, call.threads);
   for (int64_t index = begin; index < end; ++index) {
     float* logits = call.logits + index * call.stride;
-    const float before = call.largest[index], found = finish_tile(call, index, logits);
-    if (found > before) {
-      if (before > -kInfinity) rescale(call, index, __builtin_exp(static_cast<double>(before) - found));
-      call.largest[index] = found;
+    const float before = call.row_max[index], tile_max = finish_tile(call, index, logits);
+    if (tile_max > before) {
+      if (before > -kInfinity) rescale(call, index, __builtin_exp(static_cast<double>(before) - tile_max));
+      call.row_max[index] = tile_max;
     }
-    const float largest = call.largest[index] > -kInfinity ? call.largest[index] : 0;
+    const float row_max = call.row_max[index] > -kInfinity ? call.row_max[index] : 0;
     sum_blocks(call.columns, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
-      Vec totals = {};
+      Vec row_sums = {};
       for_each_vector(logits, first, last, [&](int64_t i, Vec z, int count) __attribute__((always_inline)) {
-        const Vec e = exp2((z - largest) * kLog2E);
-        totals += e;
+        const Vec e = exp2((z - row_max) * kLog2E);
+        row_sums += e;
         store_n(logits + i, e, count);
       });
-      call.total[index] += sum_lanes(totals);
+      call.row_sum[index] += sum_lanes(row_sums);
     });
-    if (call.bias_total == nullptr) continue;
+    if (call.bias_sum == nullptr) continue;
     sum_blocks(call.columns, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
-      Vec totals = {};
-      for_each_vector(logits, call.bias, first, last,
-                      [&](int64_t, Vec e, Vec bias, int) __attribute__((always_inline)) {
-        totals += select(bias == -kInfinity, Vec{}, e * bias);  // no probability, and nothing to expect of it
-      });
-      call.bias_total[index] += sum_lanes(totals);
+      Vec bias_sums = {};
+      const auto add = [&](int64_t, Vec e, Vec bias, int) __attribute__((always_inline)) {
+        bias_sums += select(bias == -kInfinity, Vec{}, e * bias);  // an absent entry adds nothing
+      };
+      for_each_vector(logits, call.bias, first, last, add);
+      call.bias_sum[index] += sum_lanes(bias_sums);
     });
   }
 }

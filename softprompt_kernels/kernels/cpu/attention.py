@@ -1,10 +1,10 @@
-"""Attention over [prompt ; own tokens] in C++: one online softmax over both segments, prompts read where they lie.
+"""Attention over [prompt ; own tokens] in C++: one online softmax over both segments, and no copy of the prompts.
 
-Arithmetic is fp32, whatever the dtype of the tensors; where the processor has a matrix unit (AMX), its products are as
-accurate as fp32, or, of weights with tensors of 16 bits, as those. Everything of the op is served: banks, ragged and
-packed sequences, windows, softcap, sinks, a differentiable lse. The kernels stand in `csrc/cpu/attention/forward.cpp`
-and `backward.cpp`; the sums of dK and dV over the batch are made in fp32 in an order that the number of
-threads alone decides.
+Arithmetic is fp32, whatever the dtype of the tensors. On processors with a matrix unit (AMX), the GEMMs are as accurate
+as fp32; GEMMs of softmax weights with tensors of 16 bits are as accurate as those 16 bits. All features of the op are
+supported: banks, ragged and packed sequences, windows, softcap, sinks, a differentiable lse. The kernels are in
+`csrc/cpu/attention/forward.cpp` and `backward.cpp`. The sums of dK and dV over the batch are fp32, in an order that
+depends on the number of threads alone.
 """
 
 from typing import Any
@@ -27,12 +27,12 @@ Vector = tuple[int, int]  # address, length
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
-    """It serves everything on a CPU but float64."""
+    """Why the problem is not supported, None if it is: everything on a CPU is, except float64."""
     return native.unsupported_tensor("query", problem.query)
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
+    """out [B, Hq, M, Dv] in the dtype of the query, and lse [B, Hq, M] in fp32."""
     out = empty_output(problem)
     lse = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
     _kept, native_problem = _problem(problem)
@@ -43,7 +43,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    """Gradients of the inputs named in `needs`; what none of them depends on is not computed."""
+    """Gradients of the inputs named in `needs`. Work that only other gradients need is skipped."""
     _kept, native_problem = _problem(problem)
     out, grad_out = unit_stride(out), unit_stride(grad_out)
     lse = lse.contiguous()
@@ -71,7 +71,7 @@ def backward(
 
 
 def _problem(problem: AttentionProblem) -> tuple[list[Tensor | None], Any]:
-    """The tensors that hold the memory, and what the module makes of them."""
+    """The native problem, and before it the tensors whose memory it points to: keep them as long as the problem."""
     strided = [problem.query, problem.key, problem.value, problem.prompt_key, problem.prompt_value]
     dense = [problem.prompt_index, problem.prompt_lengths, problem.key_lengths, problem.cu_seqlens, problem.sinks]
     views: list[View] = []

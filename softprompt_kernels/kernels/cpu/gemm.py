@@ -1,10 +1,12 @@
-"""Dense products of fp32 accuracy, where they are faster than those that PyTorch makes on a CPU.
+"""GEMM with fp32 accuracy, for the processors on which it is faster than PyTorch's.
 
-On the matrix unit of processors that have one (AMX) they take about 0.6 of the time of PyTorch's fp32 products, which
-run on vectors, and less than half of it with a right side of 16 bits; an infinity in a row or column makes NaN of its
-sums. On vectors (AVX-512) they are faster on processors of other makers than Intel, where MKL leaves them unused:
-about half of its time on AMD's Zen 5, the only one tried. A right side of 16 bits is read as it lies, and never copied
-to fp32 as a whole. The kernels stand in `csrc/cpu/gemm/gemm_amx.cpp` and `gemm_avx512.cpp`.
+- Matrix unit (AMX): it takes about 0.6 of the time of PyTorch's fp32 GEMM, which runs on vectors, and less than half of
+  that time with a right matrix of 16 bits. An infinity in a row or column makes NaN of the sums of that row or column.
+- AVX-512 on processors that are not Intel's: MKL does not use AVX-512 there. It takes about half of MKL's time on AMD's
+  Zen 5, the only such processor that was measured.
+
+A right matrix of 16 bits is read as it is. No fp32 copy of the whole matrix is made. The kernels are in
+`csrc/cpu/gemm/gemm_amx.cpp` and `gemm_avx512.cpp`.
 """
 
 import torch
@@ -16,27 +18,28 @@ from softprompt_kernels.kernels.host.gemm import TORCH, Gemm
 from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 
-def has_products() -> bool:
-    """Whether `product_` can be called here."""
-    return not native.missing() and bool(native.module().has_products())
+def has_gemm() -> bool:
+    """Whether `gemm_` can be called on this machine."""
+    return not native.missing() and bool(native.module().has_gemm())
 
 
-def has_fast_products() -> bool:
-    """Whether its products are the fastest here; where not, PyTorch's are."""
-    return not native.missing() and bool(native.module().has_fast_products())
+def has_fast_gemm() -> bool:
+    """Whether `gemm_` is faster than PyTorch's GEMM on this machine."""
+    return not native.missing() and bool(native.module().has_fast_gemm())
 
 
-def products() -> Gemm:
-    """For the losses: the fastest here."""
-    if not has_fast_products():
+def fastest_gemm() -> Gemm:
+    """The faster of `gemm_` and PyTorch's GEMM on this machine, for the losses."""
+    if not has_fast_gemm():
         return TORCH
-    on_tiles = native.instruction_set() == "amx"
-    # The weight's rows were measured on tiles with whole losses (chunks of 128 tokens and sweeps of 512 take the same
-    # time at d = 576), on vectors with 24 to 160 rows of d = 576 and 896.
+    on_matrix_unit = native.instruction_set() == "amx"
+    # weight_cost was measured on the matrix unit with whole losses at d = 576: there chunks of 128 tokens that keep
+    # their logits take as long as 512 tokens that stream the vocabulary. It was measured on vectors with 24 to 160 rows
+    # of d = 576 and 896.
     return Gemm(
         _multiply,
         mixed=True,
-        weight_cost=90 if on_tiles else 25,
+        weight_cost=90 if on_matrix_unit else 25,
         max_columns=2048,
         max_depth=2048,
         copies_result=False,
@@ -45,19 +48,19 @@ def products() -> Gemm:
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
-    plain = _is_row_major(right) or _is_row_major(right.mT)
-    with record_function("softprompt_kernels::product"):
-        product_(out, left, right if plain else right.contiguous(), accumulate)
+    readable = _is_row_major(right) or _is_row_major(right.mT)
+    with record_function("softprompt_kernels::gemm"):
+        gemm_(out, left, right if readable else right.contiguous(), accumulate)
 
 
-def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> Tensor:
-    """out [n, m] = left [n, k] right [k, m], or with `accumulate`, out += left right.
+def gemm_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False) -> Tensor:
+    """out [n, m] = left [n, k] right [k, m]; with `accumulate`, out += left right.
 
-    `out` and `left` are fp32 with unit last strides; `right` is fp32, bf16 or fp16 with either stride 1: the transpose
-    of a row-major matrix is as good as one.
+    `out` and `left` are fp32 with a last stride of 1. `right` is fp32, bf16 or fp16 and has a stride of 1 in either
+    dimension: it may be row-major, or the transpose of a row-major matrix.
 
     Raises:
-        ValueError: on this machine, or of this dtype or these strides, there is none.
+        ValueError: the shapes, dtypes or strides are others, or this machine has neither AMX nor AVX-512.
     """
     rows, depth = left.shape
     columns = right.shape[1]
@@ -65,15 +68,16 @@ def product_(out: Tensor, left: Tensor, right: Tensor, accumulate: bool = False)
         raise ValueError(f"out must be [n, m] for [n, k] and [k, m]; got {out.shape}, {left.shape} and {right.shape}")
     if out.dtype != torch.float32 or left.dtype != torch.float32 or right.dtype not in DTYPES:
         raise ValueError(
-            f"out and left must be float32 and right of 16 or 32 bits; got {out.dtype}, {left.dtype}, {right.dtype}"
+            "out and left must be float32 and right float32, bfloat16 or float16; got "
+            f"{out.dtype}, {left.dtype} and {right.dtype}"
         )
     transposed = not _is_row_major(right)
     if not (_is_row_major(out) and _is_row_major(left)) or (transposed and not _is_row_major(right.mT)):
         raise ValueError(
-            "out and left must have a last stride of 1 and right any stride of 1; got strides "
+            "out and left must have a last stride of 1 and right a stride of 1 in either dimension; got strides "
             f"{out.stride()}, {left.stride()} and {right.stride()}"
         )
-    native.module().product(
+    native.module().gemm(
         out=out.data_ptr(),
         left=left.data_ptr(),
         right=right.data_ptr(),

@@ -1,7 +1,7 @@
 """Divergence between given logits, in C++: a row is read, and its gradient written, while it is in the cache.
 
-Forward and backward both compute from the logits, which are read in their own dtype and with their own row stride.
-Scratch is 2 V numbers a thread. The forward needs one exponential of each logit, the backward the same again.
+Forward and backward both compute from the logits, in their own dtype and with their own row stride. The workspace is
+2 V fp32 numbers a thread. The forward computes one exponential a logit, and the backward computes it again.
 """
 
 from collections.abc import Iterator
@@ -19,21 +19,21 @@ STATISTICS = 0
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
-    """It serves every divergence of fp32, bf16 and fp16 logits on a CPU."""
+    """Why the problem is not supported, None if it is: every divergence of fp32, bf16 and fp16 logits on a CPU is."""
     return native.unsupported_tensor("student_logits", problem.student) or native.unsupported_tensor(
         "teacher_logits", problem.teacher
     )
 
 
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
-    """Loss of each row, [N]; no statistics."""
+    """Loss of each row [N], and no statistics."""
     loss = problem.student.new_zeros(problem.student.shape[0], dtype=torch.float32)
     _run(problem, loss, None, None)
     return loss, no_statistics(loss)
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
-    """Σ_n row_scale[n] · loss[n], derived by the student's logits."""
+    """Gradient of Σ_n row_scale[n] · loss[n] by the student's logits."""
     gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype)
     _run(problem, None, row_scale.contiguous(), gradient)
     return gradient
@@ -67,7 +67,7 @@ def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, 
 
 
 def _parts(problem: LogitsProblem) -> Iterator[slice]:
-    """All rows at once, or, where neighbours in a row are not neighbours in memory, as many as may be copied."""
+    """All rows at once, or parts whose fp32 copies fit the workspace: logits without a last stride of 1 are copied."""
     tokens, step = problem.student.shape[0], problem.student.shape[0]
     if any(t.stride(1) != 1 for t in (problem.student, problem.teacher)):
         columns = problem.student.shape[1] + problem.teacher.shape[1]

@@ -1,9 +1,9 @@
-"""The compiled module of the CPU kernels, or why it is not here."""
+"""The compiled module of the CPU kernels, or the reason why it is missing."""
 
 import importlib
 from types import ModuleType
 
-# Torch is imported before the module, which runs on the threads of torch's OpenMP runtime and brings none of its own.
+# torch comes before the module, which uses the threads of torch's OpenMP runtime and brings no runtime of its own.
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.tensors import DTYPES
@@ -19,15 +19,15 @@ except ImportError as error:
 
 
 def missing() -> str | None:
-    """Why the kernels cannot run here, None if they can."""
+    """Why the kernels cannot run on this machine, None if they can."""
     return _why_missing
 
 
 def module() -> ModuleType:
-    """The module.
+    """The compiled module.
 
     Raises:
-        RuntimeError: it is missing.
+        RuntimeError: it is missing; the message says why.
     """
     if _module is None or _why_missing is not None:
         raise RuntimeError(_why_missing)
@@ -35,7 +35,10 @@ def module() -> ModuleType:
 
 
 def instruction_set() -> str:
-    """The instruction set that runs, as far as it can be told: SOFTPROMPT_ISA may name one that is not there."""
+    """The name of the instruction set that runs, "none" without the module.
+
+    If SOFTPROMPT_ISA names an instruction set that is not available, the text of that error.
+    """
     if _module is None:
         return "none"
     try:
@@ -45,7 +48,7 @@ def instruction_set() -> str:
 
 
 def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
-    """Why a tensor cannot be given to the kernels, which take fp32, bf16 and fp16 on the CPU."""
+    """Why the kernels cannot take a tensor, None if they can: they take fp32, bf16 and fp16 on the CPU."""
     if tensor.device.type != "cpu":
         return f"{name} is on {tensor.device}, and it serves the CPU"
     if tensor.dtype not in DTYPES:

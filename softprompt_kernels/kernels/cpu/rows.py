@@ -1,4 +1,7 @@
-"""Row work of the losses in C++: kernels in `csrc/cpu/losses/kl_rows.cpp` and `kl_tile.cpp`, on torch's threads."""
+"""Calls of the row kernels of the losses in C++, `csrc/cpu/losses/kl_rows.cpp` and `kl_tile.cpp`, on torch's threads.
+
+Each works in place on logits [n, columns] that the driver has computed.
+"""
 
 import threading
 
@@ -15,7 +18,7 @@ _kept = threading.local()
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element, 0 for None."""
+    """The address of the first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -57,22 +60,22 @@ def add_tile_(
     state: KlTileState,
 ) -> None:
     """See `DivergenceTileKernel` in `kernels/host/rows.py`."""
-    weighted, plain = (None, None) if state.sums is None else state.sums.chunk(2)
+    gradient, mean = (None, None) if state.sums is None else state.sums.chunk(2)
     native.module().kl_tile(
         student=address(student),
         teacher=address(teacher),
         student_bias=address(student_activation.bias),
         teacher_bias=address(teacher_activation.bias),
-        so_far=address(state.scalars),
-        sum=address(weighted),
-        total=address(plain),
+        state=address(state.scalars),
+        gradient_accumulator=address(gradient),
+        mean_accumulator=address(mean),
         rows=student.shape[0],
         columns=student.shape[1],
-        size=0 if weighted is None else weighted.shape[1],
+        size=0 if mean is None else mean.shape[1],
         student_stride=student.stride(0),
         teacher_stride=teacher.stride(0),
-        sum_stride=0 if weighted is None else weighted.stride(0),
-        total_stride=0 if plain is None else plain.stride(0),
+        gradient_stride=0 if gradient is None else gradient.stride(0),
+        mean_stride=0 if mean is None else mean.stride(0),
         divergence=divergence.code,
         softcap=student_activation.softcap or 0.0,
         threads=torch.get_num_threads(),
@@ -87,15 +90,15 @@ def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int,
         bias=address(bias),
         labels=address(state.labels),
         label_logit=address(state.label_logit),
-        largest=address(state.row_max),
-        total=address(state.row_sum),
-        bias_total=address(state.bias_sum),
-        sum=address(mean),
+        row_max=address(state.row_max),
+        row_sum=address(state.row_sum),
+        bias_sum=address(state.bias_sum),
+        mean=address(mean),
         rows=logits.shape[0],
         columns=logits.shape[1],
         size=0 if mean is None else mean.shape[1],
         stride=logits.stride(0),
-        sum_stride=0 if mean is None else mean.stride(0),
+        mean_stride=0 if mean is None else mean.stride(0),
         first_column=first,
         bias_scale=scale,
         threads=torch.get_num_threads(),
@@ -103,16 +106,17 @@ def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int,
 
 
 def workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised matrix, which the thread's next one will overwrite.
+    """An uninitialised matrix [rows, columns]. The next call in the same thread returns the same memory.
 
-    It is kept for the thread: new pages for the logits of a chunk cost as much time as the row work on them. What is
-    larger than the budget, which only an explicit chunk_tokens or a huge vocabulary can ask for, is not kept.
+    Each thread keeps its memory, because new pages for the logits of a chunk cost as much time as the row kernel on
+    them. A matrix of more than CPU_WORKSPACE_BYTES is not kept. Only an explicit chunk_tokens or a huge vocabulary
+    needs one.
     """
     size = rows * columns
     if size * dtype.itemsize > CPU_WORKSPACE_BYTES:
         return torch.empty(rows, columns, dtype=dtype)
     kept: Tensor | None = getattr(_kept, "workspace", None)
     if kept is None or kept.numel() < size or kept.dtype != dtype:
-        with torch.inference_mode(False):  # a tensor made in that mode could not be written to outside of it
+        with torch.inference_mode(False):  # outside of that mode, a tensor made in it cannot be written to
             kept = _kept.workspace = torch.empty(size, dtype=dtype)
     return kept[:size].view(rows, columns)

@@ -1,4 +1,4 @@
-"""The compiled module itself: instruction sets, threads, forks, memory, and what it refuses."""
+"""The compiled attention: instruction sets agree, threads, forks, memory that runs out, arguments that are refused."""
 
 import os
 import re
@@ -57,16 +57,16 @@ def test_instruction_sets_agree(module, tmp_path, dtype):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
-def test_an_instruction_set_that_is_not_there_is_named_with_those_that_are(module):
+def test_an_unknown_instruction_set_is_refused_with_the_available_ones(module):
     done = python(PROBE.replace("DTYPE", "float32"), SOFTPROMPT_ISA="mmx")
     accepted = ", ".join(module.instruction_sets())
     assert f"SOFTPROMPT_ISA must be one of {accepted} on this machine; got 'mmx'" in done.stderr
 
 
-def test_without_permission_for_tile_registers_the_next_instruction_set_runs(module):
-    """Linux refuses them to a process that has a signal stack on which they do not fit."""
+def test_without_permission_for_amx_the_next_instruction_set_runs(module):
+    """Linux refuses tile registers to a process whose signal stack is too small for them."""
     if module.instruction_sets()[0] != "amx":
-        pytest.skip("there is no matrix unit here")
+        pytest.skip("this machine has no AMX")
     small_signal_stack = """
 import ctypes
 class Stack(ctypes.Structure):
@@ -89,8 +89,8 @@ assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
     assert "SOFTPROMPT_ISA must be one of avx512" in done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_one_openmp_runtime_is_loaded_and_it_is_torch_s():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc")
+def test_torch_s_openmp_runtime_is_the_only_one_that_is_loaded():
     code = PROBE.replace("DTYPE", "float32") + (
         "maps = open('/proc/self/maps').read().splitlines()\n"
         "print(*{line.split()[-1] for line in maps if 'omp' in line.split()[-1].rsplit('/', 1)[-1]}, sep='\\n')"
@@ -116,16 +116,16 @@ def test_calls_from_several_python_threads_at_once():
         together = list(pool.map(work, problems))
     for a, b in zip(alone, together, strict=True):
         for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y)  # a thread of its own may be given another number of threads
+            torch.testing.assert_close(x, y)  # not equal: a Python thread may get another number of OpenMP threads
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_after_use_works_and_gives_the_same_bits():
     code = PROBE.replace("DTYPE", "float32") + (
         "import os\n"
         "child = os.fork()\n"
         "again, _ = prompt_attention(*inputs, softcap=4.0, window=100, return_lse=True, backend='cpu')\n"
-        "if child == 0:  # compared by numpy: torch's own kernels hang there, waiting for the parent's threads\n"
+        "if child == 0:  # compared by numpy: torch's kernels would wait for threads that only the parent has\n"
         "    os._exit(0 if (out.detach().numpy() == again.detach().numpy()).all() else 3)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
     )
@@ -133,13 +133,13 @@ def test_a_fork_after_use_works_and_gives_the_same_bits():
     assert done.stdout.strip() == "0", done.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
-def test_a_failed_allocation_is_a_memory_error_and_nothing_comes_out():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space this way")
+def test_a_failed_allocation_is_a_memory_error_and_leaves_no_gradient():
     code = """
 import resource, torch
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.ops import prompt_attention
-torch.set_num_threads(4)  # each wants 40 MiB for rows of this size
+torch.set_num_threads(4)  # each thread needs a workspace of 40 MiB for rows of this size
 inputs = [torch.randn(1, 1, tokens, 8192, requires_grad=True) for tokens in (1024, 1, 1, 1, 1)]
 prompt_attention(*inputs, backend="cpu").sum().backward()
 for tensor in inputs:
@@ -158,11 +158,11 @@ print([t.grad for t in inputs])
     assert done.stdout.split("\n")[:3] == ["MemoryError", "MemoryError", str([None] * 5)], done.stderr
 
 
-# --- what the bindings refuse, before a pointer is followed -----------------------------------------------------------
+# --- what the bindings refuse before a pointer is followed ------------------------------------------------------------
 
 
 def view(*sizes, strides=None):
-    """A tensor at an address that must not be looked at."""
+    """A tensor at an address of no memory: whoever follows it crashes."""
     return 16, sizes, torch.empty(sizes, device="meta").stride() if strides is None else strides
 
 
@@ -189,33 +189,36 @@ def arguments(**changes):
 
 
 REFUSED = [
-    ({"dtype": 3}, "dtype must be 0, 1 or 2; got 3"),
-    ({"threads": 0}, "threads must be at least 1; got 0"),
+    ({"dtype": 3}, "dtype must be one of 0 (float32), 1 (bfloat16), 2 (float16); got 3"),
+    ({"threads": 0}, "threads must be in [1, 4096]; got 0"),
     ({"window": 0}, "window must be at least 1; got 0"),
-    ({"value": view(2, 2, 4, 6)}, "value must have shape [2, 2, 5, 6]; got [2, 2, 4, 6]"),
-    ({"prompt_value": view(1, 1, 7, 6)}, "prompt_value must have shape [1, 2, 7, 6]; got [1, 1, 7, 6]"),
-    ({"query": view(2, 3, 3, 8)}, "query's heads must be a multiple of key's; got 3 and 2"),
-    ({"key": view(2, 2, 5, 8, strides=(80, 40, 1, 5))}, "key must have a last stride of 1; got strides [80, 40, 1, 5]"),
-    ({"prompt_index": (16, 3)}, "prompt_index must have 2 elements; got 3"),
-    ({"prompt_key": view(3, 2, 7, 8), "prompt_value": view(3, 2, 7, 6)}, "prompt_index must be given for 3 prompts"),
-    ({"cu_seqlens": (16, 2)}, "cu_seqlens must come with one batch"),
-    ({"sinks": (16, 5)}, "sinks must have 4 elements; got 5"),
+    ({"value": view(2, 2, 4, 6)}, "value's shape must be [2, 2, 5, 6]; got [2, 2, 4, 6]"),
+    ({"prompt_value": view(1, 1, 7, 6)}, "prompt_value's shape must be [1, 2, 7, 6]; got [1, 1, 7, 6]"),
+    ({"query": view(2, 3, 3, 8)}, "query's heads must be a multiple of key's heads, 2; got 3"),
+    ({"key": view(2, 2, 5, 8, strides=(80, 40, 1, 5))}, "key's last stride must be 1; got strides [80, 40, 1, 5]"),
+    ({"prompt_index": (16, 3)}, "prompt_index's length must be 2; got 3"),
+    (
+        {"prompt_key": view(3, 2, 7, 8), "prompt_value": view(3, 2, 7, 6)},
+        "prompt_index must be given for 3 prompts and 2 sequences; got None",
+    ),
+    ({"cu_seqlens": (16, 2)}, "cu_seqlens must be given for a batch of 1"),
+    ({"sinks": (16, 5)}, "sinks's length must be 4; got 5"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
-def test_sizes_and_strides_are_checked_before_pointers_are_taken(module, changes, message):
+def test_sizes_and_strides_are_checked_before_pointers_are_followed(module, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         module.AttentionProblem(*arguments(**changes))
 
 
 def test_outputs_are_checked_too(module):
     problem = module.AttentionProblem(*arguments())
-    with pytest.raises(ValueError, match=re.escape("out must have shape [2, 4, 3, 6]; got [2, 4, 3, 8]")):
+    with pytest.raises(ValueError, match=re.escape("out's shape must be [2, 4, 3, 6]; got [2, 4, 3, 8]")):
         problem.forward(view(2, 4, 3, 8), (16, 24))
-    with pytest.raises(ValueError, match="out must lie in memory as"):
+    with pytest.raises(ValueError, match="out must be dense in memory as"):
         problem.forward(view(2, 4, 3, 6), (16, 24))
-    with pytest.raises(ValueError, match="lse must have 24 elements; got 23"):
+    with pytest.raises(ValueError, match="lse's length must be 24; got 23"):
         problem.forward(view(2, 4, 3, 6, strides=(72, 6, 24, 1)), (16, 23))
 
 
@@ -242,7 +245,7 @@ def test_indices_and_lengths_out_of_range_are_refused(name):
         ([0, 4], "cu_seqlens must be in [0, 3]; got 4 at 1"),
     ],
 )
-def test_packed_starts_that_are_no_partition_are_refused(starts, message):
+def test_cu_seqlens_that_do_not_partition_the_tokens_are_refused(starts, message):
     query, key, prompt = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
     with pytest.raises(ValueError, match=re.escape(message)):
         prompt_attention(query, key, key, prompt, prompt, cu_seqlens=torch.tensor(starts), backend="cpu")
