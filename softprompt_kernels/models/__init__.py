@@ -1,4 +1,4 @@
-"""transformers models behind a prefix: capture, forward, generate, head, rotary shifts."""
+"""Run transformers models with a prefix: capture, forward, generate, head, rotary shifts."""
 
 from softprompt_kernels.models.capture import capture, embed_prefix, prefix_of
 from softprompt_kernels.models.forward import prompted_hidden, prompted_logits

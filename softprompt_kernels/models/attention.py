@@ -1,11 +1,11 @@
-"""The attention that prepared models call: transformers' arguments on one side, `prompt_attention` on the other.
+"""The attention function of prepared models. It translates transformers' arguments into a call of `prompt_attention`.
 
-transformers calls it once a layer with query, key and value after the rotary embedding. What belongs to the prompt
-travels as one keyword argument of the model's forward, `softprompt`, which transformers hands through to every layer
-untouched; the layer picks its keys and values by `module.layer_idx`. Nothing is kept between calls, so calls from
-several threads do not meet.
+transformers calls it once per layer, with query, key and value after the rotary embedding. The prompt is passed to the
+model's forward as one keyword argument, `softprompt`, of type `Call`. transformers passes unknown keyword arguments on
+to the attention of every layer. Each layer picks its keys and values by `module.layer_idx`. No state is kept between
+calls, so several threads can call one model at the same time.
 
-Without that argument the model runs as it did before `prepare`: P = 0, causal, padding from `attention_mask`.
+Without `softprompt` the model runs as it did before `prepare`: P = 0, causal, padding from `attention_mask`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.padding import Packing, Placement, compaction, is_right_padded, take_rows
+from softprompt_kernels.models.padding import Packing, Placement, compaction, gather_tokens, is_right_padded
 from softprompt_kernels.ops import prompt_attention
 from softprompt_kernels.prompts.prefix import Prefix
 
-# transformers looks for "sdpa", "flash" and "flex_attention" inside the name and changes what it does.
+# transformers changes its behaviour if the name contains "sdpa", "flash" or "flex_attention".
 NAME = "softprompt"
 
 
 class KeyValueSink(Protocol):
-    """Receives what each layer computed for its own tokens."""
+    """Receives the keys and values that each layer computed for its own tokens."""
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """`key [B, Hkv, N, D]` after the rotary embedding, `value [B, Hkv, N, Dv]`."""
@@ -36,17 +36,17 @@ class KeyValueSink(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What one forward of the model is told about prompt and padding.
+    """The prompt and the padding of one forward of the model.
 
     Args:
         prefix: keys and values of the bank, None for no prompt.
         prompt_index: `[B]` int64, the row of the bank that each sequence reads; None as in `prompt_attention`.
-        key_lengths: `[B]` int64, real own keys of a row, which come first. None: all.
-        placement: where the queries sit; None when query i is at own position N − M + i.
-        packing: where sequences begin in a packed batch, of which prompt_index `[S]` has an entry each; then there is
-            neither key_lengths nor placement.
+        key_lengths: `[B]` int64, how many own keys of a row are real; these come first. None: all.
+        placement: the positions of the queries; None when query i is at own position N − M + i.
+        packing: where the S sequences begin in a packed batch. Then prompt_index has shape `[S]`, and key_lengths and
+            placement are None.
         sink: receives own keys and values, None to drop them.
-        wants_grad: a graph is wanted, so the layers must run with gradients enabled.
+        wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
     """
 
     prefix: Prefix | None
@@ -58,13 +58,16 @@ class Call:
     wants_grad: bool = False
 
 
-_PLAIN = Call(None)
+_NO_PROMPT = Call(None)
 
 
 def register() -> None:
-    """Make the name known to transformers: the attention, and the mask without which padding is dropped silently."""
+    """Register NAME with transformers: the attention function, and the mask function.
+
+    Without a registered mask function, transformers silently drops the padding mask.
+    """
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, own_padding)
+    AttentionMaskInterface.register(NAME, own_padding_mask)
 
 
 def attend(
@@ -85,16 +88,17 @@ def attend(
 
     Args:
         query: `[B, Hq, M, D]` after the rotary embedding.
-        key, value: `[B, Hkv, N, D]`, `[B, Hkv, N, Dv]`: this forward's own tokens, or all of a cache.
-        attention_mask: what `own_padding` returned, used when there is no `softprompt`.
+        key, value: `[B, Hkv, N, D]`, `[B, Hkv, N, Dv]`: this forward's own tokens, or all tokens of a cache.
+        attention_mask: what `own_padding_mask` returned. Used only without `softprompt`.
         s_aux: `[Hq]` attention sinks.
+        softprompt: prompt and padding of this forward of the model.
 
     Returns:
-        `[B, M, Hq, Dv]` contiguous, and None in place of the attention weights, which are never formed.
+        `[B, M, Hq, Dv]` contiguous, and None in place of the attention weights, which are never computed.
 
     Raises:
-        SoftPromptError: dropout, returned weights, packed sequences or a 4-D mask are asked for, or re-entrant
-            gradient checkpointing, which runs the layers without gradients.
+        SoftPromptError: the call asks for dropout, attention weights, packed sequences or a 4-D mask, or runs under
+            re-entrant gradient checkpointing, which runs the layers without gradients.
     """
     if dropout:
         raise SoftPromptError(
@@ -102,13 +106,13 @@ def attend(
             "model's dropout probabilities to 0"
         )
     if others.get("output_attentions"):
-        raise SoftPromptError("output_attentions: got True, accepted is False: the weights are never formed")
+        raise SoftPromptError("output_attentions: got True, accepted is False: the weights are never computed")
     if others.get("cu_seq_lens_q") is not None:
         raise SoftPromptError("cu_seq_lens_q: packed sequences are not accepted, pad them to a batch")
 
     call = softprompt
     if call is None:
-        call, key, value = _ordinary(attention_mask, query, key, value)
+        call, key, value = _call_from_mask(attention_mask, query, key, value)
     if call.wants_grad and not torch.is_grad_enabled():
         raise SoftPromptError(
             "gradient checkpointing: got the re-entrant kind, which loses the gradient of a prompt; accepted is "
@@ -116,16 +120,16 @@ def attend(
         )
     if call.sink is not None:
         call.sink.put(module.layer_idx, key, value)
-    prompt_key, prompt_value = _prompt(call, module.layer_idx, key, value)
+    prompt_key, prompt_value = _layer_prompt(call, module.layer_idx, key, value)
     packing = call.packing
-    longest = key.shape[2] if packing is None else packing.longest
-    window = _binding_window(sliding_window, prompt_key.shape[2] + longest)
+    own_keys = key.shape[2] if packing is None else packing.max_seqlen
+    window = _effective_window(sliding_window, prompt_key.shape[2] + own_keys)
 
     placement, lengths = call.placement, None if call.prefix is None else call.prefix.lengths
     if query.shape[2] == 1 and window is None:
-        placement = None  # a single last query sees all real keys wherever it sits
+        placement = None  # the only query is the last token: it sees all real keys at any position
     if placement is not None:
-        query = take_rows(query, placement.query_of_slot)
+        query = gather_tokens(query, placement.query_of_slot)
     out = cast(
         Tensor,
         prompt_attention(
@@ -134,10 +138,10 @@ def attend(
             value,
             prompt_key,
             prompt_value,
-            prompt_index=_on(call.prompt_index, query),
-            prompt_lengths=_on(lengths, query),
-            key_lengths=_on(call.key_lengths, query),
-            cu_seqlens=None if packing is None else _on(packing.cu_seqlens, query),
+            prompt_index=_to_device_of(call.prompt_index, query),
+            prompt_lengths=_to_device_of(lengths, query),
+            key_lengths=_to_device_of(call.key_lengths, query),
+            cu_seqlens=None if packing is None else _to_device_of(packing.cu_seqlens, query),
             window=window,
             softcap=softcap,
             sinks=s_aux,
@@ -145,11 +149,11 @@ def attend(
         ),
     )
     if placement is not None:
-        out = take_rows(out, placement.slot_of_query)
+        out = gather_tokens(out, placement.slot_of_query)
     return out.transpose(1, 2).contiguous(), None
 
 
-def own_padding(
+def own_padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -160,10 +164,10 @@ def own_padding(
     allow_is_causal_skip: bool = True,
     **_: Any,
 ) -> Tensor | None:
-    """What `attend` gets as its mask: `[B, kv_length]` bool, True for real keys, or None when all are real.
+    """The mask that transformers passes to `attend`: `[B, kv_length]` bool, True for real keys, None when all are real.
 
     Raises:
-        SoftPromptError: a mask that is more than causal, window and padding, or a cache of fixed size.
+        SoftPromptError: the mask expresses more than causal, window and padding, or the cache has a fixed size.
     """
     if not allow_is_causal_skip:
         raise SoftPromptError(
@@ -179,10 +183,13 @@ def own_padding(
     return attention_mask[:, -kv_length:]
 
 
-def _ordinary(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Call, Tensor, Tensor]:
-    """A call without a prefix: the padding of `mask` as lengths, with key and value moved where that is needed."""
+def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Call, Tensor, Tensor]:
+    """`Call`, key and value of a forward without a prefix. The padding of `mask` becomes `key_lengths`.
+
+    Unless the mask is right-padded, real keys and values are moved to the front of their rows.
+    """
     if mask is None:
-        return _PLAIN, key, value
+        return _NO_PROMPT, key, value
     if mask.dim() != 2 or mask.shape != (key.shape[0], key.shape[2]):
         raise SoftPromptError(
             f"attention_mask: got shape {tuple(mask.shape)}, accepted is [batch, tokens] with one entry for each token"
@@ -191,23 +198,23 @@ def _ordinary(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) ->
     if is_right_padded(mask):
         return Call(None, key_lengths=lengths), key, value
     order, inverse = compaction(mask)
-    placement = Placement.by_order(order, inverse, query.shape[2])
-    return Call(None, key_lengths=lengths, placement=placement), take_rows(key, order), take_rows(value, order)
+    placement = Placement.from_compaction(order, inverse, query.shape[2])
+    return Call(None, key_lengths=lengths, placement=placement), gather_tokens(key, order), gather_tokens(value, order)
 
 
-def _prompt(call: Call, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The prefix of one layer where the layer lives and in its dtype: `[R, Hkv, P, D]`, `[R, Hkv, P, Dv]`."""
+def _layer_prompt(call: Call, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The prefix of one layer, `[R, Hkv, P, D]` and `[R, Hkv, P, Dv]`, in the layer's dtype and on its device."""
     if call.prefix is None:
         return key.new_empty(1, key.shape[1], 0, key.shape[3]), value.new_empty(1, value.shape[1], 0, value.shape[3])
     prompt_key, prompt_value = call.prefix.layers[layer]
     return prompt_key.to(key.device, key.dtype), prompt_value.to(value.device, value.dtype)
 
 
-def _on(tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """On the device of `like`: the layers of a model may be spread over several."""
+def _to_device_of(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """`tensor` on the device of `like`. The layers of a model may be on several devices."""
     return None if tensor is None else tensor.to(like.device)
 
 
-def _binding_window(window: int | None, keys: int) -> int | None:
-    """The window, or None when all keys lie inside it: the kernels are faster without."""
+def _effective_window(window: int | None, keys: int) -> int | None:
+    """The window, or None when it covers all keys. The kernels are faster without a window."""
     return None if window is None or window >= keys else window

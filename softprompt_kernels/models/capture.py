@@ -1,11 +1,12 @@
-"""Turn things into prefixes: a context, an embedding prompt, or any kind of prompt.
+"""Make a prefix from a context, from an embedding prompt, or from any kind of prompt.
 
-A prefix is computed by running the model over the tokens alone and keeping what every layer's attention was given.
-Prompt tokens come first and attention is causal, so these keys and values are the ones that the concatenated run
-would compute, at batch 1 whatever the batch of inputs.
+The model runs over the prompt tokens alone, and the keys and values of every layer's attention are kept. Prompt tokens
+come first and attention is causal, so these keys and values equal those of a run over prompt and inputs together.
 
-Keys and values are taken where the attention receives them, not from a cache: sliding layers keep all their tokens,
-the graph stays whole, and gradient checkpointing, which drops caches, changes nothing.
+Cost: one forward over the prompt tokens at batch 1, independent of the batch of inputs.
+
+The keys and values are taken from the calls of the attention function, not from a cache. Sliding layers therefore keep
+all their tokens, the autograd graph is complete, and gradient checkpointing, which drops caches, changes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
-from softprompt_kernels.models.families import check_window
+from softprompt_kernels.models.families import check_positions
 from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
@@ -34,8 +35,8 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
     Args:
         model: a prepared model.
         input_ids: `[1, C]` int64 (or `[R, C]`: several contexts of one length).
-        chunk_tokens: run this many tokens at a time, each chunk behind the keys and values of those before it. The
-            result is the same; activations shrink from C tokens to `chunk_tokens`. None: all at once.
+        chunk_tokens: run this many tokens at a time, each chunk with the earlier chunks as its prefix. The result is
+            the same; activations shrink from C tokens to `chunk_tokens`. None: all at once.
 
     Returns:
         A prefix of C tokens in the model's dtype.
@@ -47,7 +48,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
     if chunk_tokens is not None and chunk_tokens < 1:
         raise SoftPromptError(f"chunk_tokens: got {chunk_tokens}, accepted is 1 or more, or None")
     total = input_ids.shape[1]
-    context = _Context(total)
+    context = _ContextBuffers(total)
     for start in range(0, total, chunk_tokens or total):
         chunk = input_ids[:, start : start + (chunk_tokens or total)]
         positions = torch.arange(start, start + chunk.shape[1], device=input_ids.device)[None]
@@ -58,21 +59,21 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
 
 
 def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | None = None) -> Prefix:
-    """Run embedding prompts through the model: their keys and values, differentiable with respect to `embedding`.
+    """Keys and values of embedding prompts, differentiable with respect to `embedding`.
 
-    Costs R·k tokens whatever the batch that reads them.
+    Cost: a forward over R·k tokens, independent of the batch that reads them.
 
     Args:
         model: a prepared model.
-        embedding: `[k, d]`, or `[R, k, d]` for a bank; any floating dtype, computed in that of the model's
-            embedding. What the first layer would receive for a token: the output of the embedding module.
-        lengths: `[R]` int64, real tokens of each prompt, which come first. None: all k.
+        embedding: `[k, d]`, or `[R, k, d]` for a bank; any floating dtype, cast to that of the model's embedding. The
+            rows take the place of the embedding module's output.
+        lengths: `[R]` int64, how many tokens of each prompt are real; these come first. None: all k.
 
     Returns:
         A prefix of R rows, k tokens, with `lengths`.
 
     Raises:
-        SoftPromptError: another size than the model's, or k beyond its window.
+        SoftPromptError: the embedding size is not the model's, or k is larger than the model's window.
     """
     check_prepared(model)
     bank = embedding[None] if embedding.dim() == 2 else embedding
@@ -82,8 +83,8 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
         raise SoftPromptError(
             f"embedding: got shape {tuple(embedding.shape)}, accepted is [k, {width}] or [R, k, {width}], k ≥ 1"
         )
-    check_window(model.config, bank.shape[1], 0)
-    layers = _Layers()
+    check_positions(model.config, bank.shape[1], 0)
+    layers = _LayerSink()
     positions = torch.arange(bank.shape[1], device=table.device)[None]
     graph = torch.is_grad_enabled() and embedding.requires_grad
     call = Call(None, key_lengths=lengths, sink=layers, wants_grad=graph)
@@ -99,13 +100,13 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt) -> Prefix: ...
 @overload
 def prefix_of(model: PreTrainedModel, prompt: None) -> None: ...
 def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
-    """The prefix of any kind of prompt, differentiable; None, no prompt, stays None.
+    """The prefix of any kind of prompt, differentiable. None (no prompt) stays None.
 
-    Keys and values come in the dtype of the model's embedding, converted once for all layers. A `Prefix` is returned
-    as it is.
+    Keys and values have the dtype of the model's embedding; the cast is done once for all layers. A `Prefix` is
+    returned unchanged.
 
     Raises:
-        TypeError: something else.
+        TypeError: `prompt` has another type.
         SoftPromptError: as `embed_prefix`.
     """
     dtype = _embedding_table(model).dtype
@@ -124,18 +125,18 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
 
 
 def _embedding_table(model: PreTrainedModel) -> Tensor:
-    """`[V, d]`; its dtype is what the model computes in, quantised or not."""
+    """`[V, d]`. The model computes in its dtype, also where the layers are quantised."""
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
-class _Layers:
-    """Keeps each layer's keys and values with their graph, until closed."""
+class _LayerSink:
+    """Keeps each layer's keys and values, with their graph, until `close`."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
-        # Gradient checkpointing runs a layer again in the backward pass; by then the prefix has been handed out.
+        # Gradient checkpointing runs a layer again in the backward pass. The prefix has been returned by then.
         if self.layers is not None:
             self.layers[layer] = (key, value)
 
@@ -145,8 +146,8 @@ class _Layers:
         return Prefix.of((layers[index] for index in range(len(layers))), lengths)
 
 
-class _Context:
-    """Buffers for all C tokens of every layer, filled from the left; `length` is how far."""
+class _ContextBuffers:
+    """Buffers for all C tokens of every layer. The first `length` tokens are filled."""
 
     def __init__(self, total: int) -> None:
         self.total = total

@@ -1,8 +1,8 @@
-"""Which transformers models can be served, and the few facts about them that the rest of the folder needs.
+"""The supported transformers model families, and the facts about their configurations that this folder needs.
 
-A family is served when its attention goes through transformers' AttentionInterface, looks only backwards, keeps one
-key and value a token, and was tested to equal the concatenated run. Everything else is refused by name: a model that
-ignores the prefix would run without an error and be wrong.
+A family is supported when its attention goes through transformers' AttentionInterface, is causal, keeps one key and one
+value per token, and when tests show that a prefix gives the same logits as the concatenated sequence. All other
+families are refused by name. A model that ignored the prefix would run without an error and give wrong results.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FAMILIES = (
 )
 
 
-def check_served(model: PreTrainedModel) -> None:
-    """Raise unless the model is one whose attention can be given a prefix.
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise unless the model's attention can take a prefix.
 
     Raises:
-        TypeError: not a transformers model.
-        SoftPromptError: a family, or an option of a served family, that would run wrong.
+        TypeError: `model` is not a transformers model.
+        SoftPromptError: the family, or an option of a supported family, would give wrong results.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers PreTrainedModel")
@@ -46,7 +46,7 @@ def check_served(model: PreTrainedModel) -> None:
         raise SoftPromptError(f"model: got a '{config.model_type}' with cross-attention, accepted are decoders without")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise SoftPromptError(f"model: got a '{config.model_type}' with bidirectional attention, accepted is causal")
-    # A copy of the modelling code may bring an attention of its own under a known name.
+    # Modelling code from elsewhere may have a known model_type and an attention of its own.
     if not model._can_set_attn_implementation():
         raise SoftPromptError(
             f"model: {type(model).__name__} computes its attention itself, accepted are models that "
@@ -60,38 +60,38 @@ def check_served(model: PreTrainedModel) -> None:
 
 
 def attention_modules(model: nn.Module) -> Iterator[Any]:
-    """The modules that call the attention function: those that know their layer and their scale."""
+    """The modules that call the attention function. They are those with a `layer_idx` and a `scaling`."""
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling"):
             yield module
 
 
 def rope_parameters(config: Any) -> dict[str | None, dict[str, Any]]:
-    """Rotary settings by layer type; the key is None where all layers share one, and it is empty without any."""
+    """Rotary settings by layer type. The key is None when all layers share one setting. Empty: no rotary embedding."""
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         return {}
     if "rope_type" in parameters:
         return {None: parameters}
-    return {layer_type: one for layer_type, one in parameters.items() if one is not None}
+    return {layer_type: settings for layer_type, settings in parameters.items() if settings is not None}
 
 
-def window(config: Any) -> int:
-    """Largest number of positions, prompt and own tokens together, at which the model computes what it was trained to.
+def max_positions(config: Any) -> int:
+    """The model's context window: the largest number of prompt tokens and own tokens together.
 
-    With longrope all frequencies change beyond `original_max_position_embeddings`. Keys that were rotated before that
-    point would not fit queries after it, so there the window ends.
+    A longrope model changes all frequencies when the sequence is longer than `original_max_position_embeddings`. Keys
+    that were rotated before that point do not fit queries after it, so the window ends there.
     """
     limit = config.max_position_embeddings
-    for one in rope_parameters(config).values():
-        if one["rope_type"] == "longrope":
-            limit = min(limit, one["original_max_position_embeddings"])
+    for settings in rope_parameters(config).values():
+        if settings["rope_type"] == "longrope":
+            limit = min(limit, settings["original_max_position_embeddings"])
     return limit
 
 
-def check_window(config: Any, prompt: int, own: int, new: int = 0) -> None:
-    """Raise a SoftPromptError when the positions would not fit."""
-    limit = window(config)
+def check_positions(config: Any, prompt: int, own: int, new: int = 0) -> None:
+    """Raise a SoftPromptError when `prompt + own + new` tokens are more than the model's window."""
+    limit = max_positions(config)
     if prompt + own + new > limit:
         generated = f" + {new} new" if new else ""
         raise SoftPromptError(

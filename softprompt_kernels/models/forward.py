@@ -1,9 +1,13 @@
-"""Run a model behind a prefix: last hidden states or logits of a batch of inputs.
+"""Run a model with a prefix: last hidden states or logits of a batch of inputs.
 
-Positions: the tokens of a row start at the length of the row's prompt, padding not counted. Padding may be anywhere.
-Where the attention's kernels are as good at packed sequences it does not run through the model: what is real of a batch
-goes through it as one sequence, which no part of a causal model notices but the attention, and that is told where each
-row begins. Elsewhere rows are brought into the form of right-padded ones, one gather of ids and one of hidden states.
+Positions: the tokens of a row start at the length of the row's prompt; padding is not counted. Padding may be anywhere
+in a row. A padded batch runs in one of two forms:
+
+- Packed, when the attention backend is good at packed sequences. Padding is removed, and the real tokens of the batch
+  run through the model as one sequence. Only the attention has to know where each row begins (`cu_seqlens`); all other
+  parts of the model work on single tokens.
+- Right-padded, otherwise. The real tokens of each row are moved to its front. This costs one gather of the ids before
+  the model and one gather of the hidden states after it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
-from softprompt_kernels.models.families import check_window
+from softprompt_kernels.models.families import check_positions
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
@@ -40,17 +44,17 @@ def prompted_hidden(
         model: a prepared model, or the base model of one.
         input_ids: `[B, M]` int64.
         prefix: R rows of keys and values, None for no prompt.
-        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. Best on the CPU, where it is looked at.
-            What comes out at padding is finite and means nothing.
+        attention_mask: `[B, M]`, non-zero for real tokens; None: all are real. It is read on the CPU, so a CPU tensor
+            avoids waiting for the device. The output at padding is finite and has no meaning.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
-            sequence b where R = B.
+            sequence b if R = B.
 
     Returns:
         `[B, M, d]` in the model's dtype.
 
     Raises:
-        SoftPromptError: the model is not prepared, the prefix belongs to another model, shapes do not fit, all is
-            padding, or the sequence is longer than the model's window.
+        SoftPromptError: the model is not prepared, the prefix belongs to another model, shapes do not fit, all tokens
+            are padding, or the sequence is longer than the model's window.
     """
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index)
     first = first_position(prefix, prompt_index, input_ids)
@@ -72,6 +76,7 @@ def prompted_hidden(
 
 
 def _packed_hidden(model: PreTrainedModel, call: Call, first: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states `[B, M, d]` of a padded batch, run as one packed sequence; 0 at padding."""
     batch, width = input_ids.shape
     packing = Packing.of(mask, input_ids.device)
     positions = packing.pack(first + packing.own_positions)
@@ -88,16 +93,16 @@ def prompted_logits(
     attention_mask: Tensor | None = None,
     prompt_index: Tensor | None = None,
 ) -> Tensor:
-    """Logits `[B, M, V]` as the model itself gives them; arguments and errors as in `prompted_hidden`."""
+    """Logits `[B, M, V]`, as the model's own forward gives them. Arguments and errors as in `prompted_hidden`."""
     hidden = prompted_hidden(model, input_ids, prefix, attention_mask=attention_mask, prompt_index=prompt_index)
     return head_of(model).logits(hidden)
 
 
 def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Tensor) -> Tensor:
-    """One forward of the model without its head, at `positions [1 or B, M]`, of `input_ids` or `inputs_embeds`."""
+    """One forward of `input_ids` or `inputs_embeds` without the head, at `positions [1 or B, M]`: `[B, M, d]`."""
     if call.packing is not None:
-        # A mask of four dimensions is handed through to the attention, which does not look at it. Without one
-        # transformers would see that positions begin anew and ask for a mask of its own, which waits for the device.
+        # transformers passes a 4-D mask on to the attention unchanged, and `attend` ignores it. Without this mask
+        # transformers would notice that the positions restart, and would build a mask, which waits for the device.
         inputs["attention_mask"] = positions.new_zeros(1, 1, 1, 1)
     output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
     hidden: Tensor = output.last_hidden_state
@@ -105,16 +110,16 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
 
 
 def wants_grad(prefix: Prefix | None) -> bool:
-    """Whether this forward has to keep a graph for keys or values."""
+    """Whether this forward needs a graph for the prefix's keys or values."""
     if prefix is None or not torch.is_grad_enabled():
         return False
     return any(key.requires_grad or value.requires_grad for key, value in prefix.layers)
 
 
 def first_position(prefix: Prefix | None, prompt_index: Tensor | None, like: Tensor) -> Tensor:
-    """Position of the first own token, `[1, 1]`, or `[B, 1]` for prompts of different lengths."""
+    """Position of the first own token: `[1, 1]`, or `[B, 1]` for prompts of different lengths."""
     if prefix is None or prefix.lengths is None:
-        return torch.full((1, 1), longest(prefix), device=like.device)
+        return torch.full((1, 1), prefix_length(prefix), device=like.device)
     lengths = prefix.lengths.to(like.device)
     return (lengths if prompt_index is None else lengths[prompt_index.to(like.device)])[:, None]
 
@@ -127,7 +132,7 @@ def check_inputs(
     prompt_index: Tensor | None,
     new_tokens: int = 0,
 ) -> None:
-    """Raise a SoftPromptError for what the model or the op could only answer with a puzzle."""
+    """Raise a SoftPromptError for inputs that would otherwise give an unclear error inside the model or the op."""
     check_prepared(model)
     if input_ids.dim() != 2 or input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
         raise SoftPromptError(f"input_ids: got shape {tuple(input_ids.shape)}, accepted is [B, M] with B and M ≥ 1")
@@ -148,20 +153,21 @@ def check_inputs(
             )
         if prompt_index is not None and prompt_index.shape != (batch,):
             raise SoftPromptError(f"prompt_index: got shape {tuple(prompt_index.shape)}, accepted is ({batch},)")
-        # Elsewhere than on the CPU the check would wait for the device.
+        # On other devices than the CPU this check would wait for the device.
         if prompt_index is not None and prompt_index.device.type == "cpu":
             low, high = int(prompt_index.min()), int(prompt_index.max())
             if low < 0 or high >= prefix.rows:
                 raise SoftPromptError(f"prompt_index: got {low} to {high}, accepted is 0 to {prefix.rows - 1}")
-    check_window(model.config, longest(prefix), input_ids.shape[1], new_tokens)
+    check_positions(model.config, prefix_length(prefix), input_ids.shape[1], new_tokens)
 
 
-def longest(prefix: Prefix | None) -> int:
-    """Tokens of the longest row, padding of the bank included."""
+def prefix_length(prefix: Prefix | None) -> int:
+    """P, the tokens of a row of the prefix, padding included; 0 without a prefix."""
     return 0 if prefix is None else prefix.length
 
 
 def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
+    """Raise unless layers, key heads and head size of the prefix are the model's."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = _head_size(model)

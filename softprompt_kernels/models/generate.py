@@ -1,9 +1,11 @@
-"""transformers' own `generate` behind a prefix: sampling, beams, streamers, stopping and logits processors all work.
+"""transformers' own `generate` with a prefix: sampling, beams, streamers, stopping and logits processors all work.
 
-`generate` rejects keywords that it does not know, so the prefix is put into the model's forward by a pre-hook, which
-answers only to the cache of its own call: other calls on the same model, in this thread or another, pass untouched.
-The cache and the attention mask that transformers sees hold own tokens only, so all of its bookkeeping is that of an
-ordinary run; the hook adds the prompt's length to the positions.
+`generate` rejects keywords that it does not know. Therefore a pre-hook on the model's forward adds the prefix. The hook
+acts only on calls that carry the cache of its own `generate` call. Other calls on the same model, in this thread or
+another, are unchanged.
+
+The cache and the attention mask that transformers sees contain own tokens only, so its bookkeeping is that of a run
+without a prefix. The hook adds the prompt's length to the positions.
 """
 
 from __future__ import annotations
@@ -22,9 +24,17 @@ from softprompt_kernels.models.padding import Placement, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.prefix import Prefix
 
-_OURS = ("past_key_values", "position_ids", "inputs_embeds", "cache_implementation", "use_cache", "prefill_chunk_size")
-_DEFAULT_NEW_TOKENS = 20  # transformers', where nothing says how many
-_UNSERVED = ("assistant_model", "prompt_lookup_num_tokens", "inputs", "custom_generate")
+# Arguments of `model.generate` that are set here, and arguments that do not work with a prefix.
+_RESERVED = (
+    "past_key_values",
+    "position_ids",
+    "inputs_embeds",
+    "cache_implementation",
+    "use_cache",
+    "prefill_chunk_size",
+)
+_UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "inputs", "custom_generate")
+_DEFAULT_NEW_TOKENS = 20  # the default of transformers
 
 
 def generate(
@@ -36,34 +46,34 @@ def generate(
     prompt_index: Tensor | None = None,
     **generate_kwargs: Any,
 ) -> Tensor:
-    """Continue `input_ids` behind a prefix.
+    """Continue `input_ids` after a prefix.
 
     Args:
         model: a prepared model that can generate.
         input_ids: `[B, M]` int64.
         prefix: R rows of keys and values, None for no prompt.
-        attention_mask: `[B, M]`, non-zero for real tokens, padding on the left. None: all are real, padding tokens
-            are not guessed from their id.
+        attention_mask: `[B, M]`, non-zero for real tokens, padding on the left. None: all tokens are real; padding is
+            not guessed from token ids.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads, as in `prompted_hidden`.
-        generate_kwargs: everything else that `model.generate` takes.
+        generate_kwargs: other arguments of `model.generate`.
 
     Returns:
         What `model.generate` returns: `[B, M + new]` int64, the inputs with the new tokens appended.
 
     Raises:
-        SoftPromptError: as `prompted_hidden`; padding on the right; prompt, input and new tokens beyond the window;
-            or an argument that would replace the cache or the positions.
+        SoftPromptError: as `prompted_hidden`; or padding on the right; or prompt, input and new tokens are more than
+            the model's window; or an argument would replace the cache or the positions.
     """
-    for name in _OURS + _UNSERVED:
+    for name in _RESERVED + _UNSUPPORTED:
         if generate_kwargs.get(name) is not None:
-            reason = "the prefix sets it" if name in _OURS else "it cannot be combined with a prefix"
+            reason = "the prefix sets it" if name in _RESERVED else "it cannot be combined with a prefix"
             raise SoftPromptError(f"{name}: not accepted by generate, {reason}")
     check_prepared(model)
     if not model.can_generate():
         raise SoftPromptError(f"model: {type(model).__name__} cannot generate, accepted is a ...ForCausalLM")
-    new_tokens = _new_tokens(model, input_ids, generate_kwargs)
+    new_tokens = _new_token_limit(model, input_ids, generate_kwargs)
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
-    steps = _Steps(model, input_ids, prefix, attention_mask, prompt_index)
+    steps = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)
     handle = model.register_forward_pre_hook(steps.inject, with_kwargs=True)
     try:
         generator: Any = model
@@ -72,16 +82,19 @@ def generate(
             attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
             past_key_values=steps.cache,
             use_cache=True,
-            cache_implementation=None,  # a model's generation config may ask for a static one
-            **{name: value for name, value in generate_kwargs.items() if name not in _OURS},
+            cache_implementation=None,  # the model's generation config may ask for a static cache
+            **{name: value for name, value in generate_kwargs.items() if name not in _RESERVED},
         )
         return tokens
     finally:
         handle.remove()
 
 
-class _Steps:
-    """The state of one `generate` call: its cache, and what each forward of it is told."""
+class _GenerationState:
+    """The state of one `generate` call: its cache, and the prompt and padding that each forward gets.
+
+    `first` is the position of the first own token, `pads [B]` the padding of each row, `max_padding` its maximum.
+    """
 
     def __init__(
         self,
@@ -96,12 +109,12 @@ class _Steps:
             self.prompt_index = torch.arange(prefix.rows, device=input_ids.device)
         self.first = first_position(prefix, self.prompt_index, input_ids)
         self.pads: Tensor | None = None
-        self.slack = 0
+        self.max_padding = 0
         if attention_mask is not None and not bool((mask := attention_mask.to(input_ids.device).bool()).all()):
             if not is_right_padded(mask.flip(1)) or not bool(mask[:, -1].all()):
                 raise SoftPromptError("attention_mask: got padding right of real tokens, accepted is left padding")
             self.pads = (~mask).sum(dim=1)
-            self.slack = int(self.pads.max())
+            self.max_padding = int(self.pads.max())
         self.cache = OwnCache(self.pads)
 
     def inject(
@@ -109,15 +122,15 @@ class _Steps:
     ) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of the model's forward.
 
-        PyTorch enters and leaves a hook, and that it wants keywords, one after the other: the forward of another thread
-        in between calls it without them.
+        PyTorch registers the hook and its `with_kwargs` flag in two steps. A forward of another thread between these
+        steps calls the hook without keywords; it must then do nothing.
         """
         if kwargs is None or kwargs.get("past_key_values") is not self.cache:
             return None
         batch, queries = kwargs["input_ids"].shape
         keys = self.cache.get_seq_length() + queries
-        positions = kwargs["position_ids"] + _rows(self.first, batch)
-        # The padding is told by `softprompt`; without the mask transformers has none to prepare.
+        positions = kwargs["position_ids"] + _repeat_for_batch(self.first, batch)
+        # `softprompt` carries the padding. Without an attention mask, transformers prepares none.
         return args, kwargs | {
             "position_ids": positions,
             "attention_mask": None,
@@ -125,25 +138,26 @@ class _Steps:
         }
 
     def _call(self, batch: int, queries: int, keys: int) -> Call:
-        index = None if self.prompt_index is None else _rows(self.prompt_index, batch)
+        """Prompt and padding of a forward of the last `queries` of `keys` columns, over `batch` rows."""
+        index = None if self.prompt_index is None else _repeat_for_batch(self.prompt_index, batch)
         if self.pads is None:
             return Call(self.prefix, index)
-        lengths = keys - _rows(self.pads, batch)
-        placement = Placement.at_row_ends(lengths, keys, queries, self.slack)
+        lengths = keys - _repeat_for_batch(self.pads, batch)
+        placement = Placement.at_row_ends(lengths, keys, queries, self.max_padding)
         return Call(self.prefix, index, lengths, placement)
 
 
-def _rows(tensor: Tensor, batch: int) -> Tensor:
-    """One entry for each row of the batch that transformers made of the inputs: beams and samples are neighbours."""
+def _repeat_for_batch(tensor: Tensor, batch: int) -> Tensor:
+    """One entry for each row that transformers made of the inputs. Beams and samples of an input are neighbours."""
     return tensor if tensor.shape[0] in (1, batch) else tensor.repeat_interleave(batch // tensor.shape[0], dim=0)
 
 
-def _new_tokens(model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> int:
-    """How many tokens the call may add, by transformers' own order of precedence."""
+def _new_token_limit(model: PreTrainedModel, input_ids: Tensor, kwargs: dict[str, Any]) -> int:
+    """How many tokens the call may add. The order of precedence is that of transformers."""
 
     def setting(name: str) -> int | None:
         sources = (kwargs.get(name), getattr(kwargs.get("generation_config"), name, None))
-        return next((one for one in sources if one is not None), getattr(model.generation_config, name))
+        return next((value for value in sources if value is not None), getattr(model.generation_config, name))
 
     new, total = setting("max_new_tokens"), setting("max_length")
     if new is not None:

@@ -1,6 +1,6 @@
-"""The language-model head as numbers, for the losses that never form logits:
+"""The parameters of a model's language-model head, for losses that never store all logits.
 
-logits = softcap(logit_scale · (W h + b)),   softcap(x) = c · tanh(x / c) where the model has one.
+logits = softcap(logit_scale · (W h + b)),   softcap(x) = c · tanh(x / c),   without a softcap: the identity
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Head:
         weight: `[V, d]`, the model's own tensor, not a copy.
         bias: `[V]` or None.
         softcap: c, or None.
-        logit_scale: what the linear output is multiplied by.
+        logit_scale: factor of the linear output.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model.
 
     Raises:
-        SoftPromptError: the model has none, or its weight is packed by a quantiser.
+        SoftPromptError: the model has no head, or the head's weight is quantised (not a floating-point matrix).
     """
     head = model.get_output_embeddings()
     if head is None:

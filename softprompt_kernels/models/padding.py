@@ -1,15 +1,18 @@
-"""Own-token padding in the forms that the attention op knows.
+"""Bring padded batches into the forms that the attention op accepts.
 
-Where nothing but the batch at hand matters and the kernels are good at it, what is real of it is packed: `Packing`.
-Else rows stay rows, real keys first, `key_lengths` of them. Batches come padded on the right (training), on the left
-(generation), or with holes; all are brought into that form by moving tokens, never by a mask in the kernel:
+The op takes no mask. Batches come padded on the right (training), on the left (generation), or with padding between
+real tokens. There are two forms for them:
 
-    order [B, N]     columns of a row, real ones first, each group in its old order
-    inverse [B, N]   where each column went; `x.gather(order).gather(inverse) = x`
+- `Packing`: the real tokens of all rows become one sequence, with `cu_seqlens`. Used for a forward without a cache if
+  the attention backend is good at packed sequences.
+- Rows with real keys first, and `key_lengths`. `compaction` gives the gather indices that move the tokens:
 
-Queries need moving too when they do not sit at the end of the real keys. The op puts query i of M at own position
-N − M + i; a row with n real keys wants its queries to end at n. `Placement` gives them a longer run of M' slots and
-says which slot holds which query; the slots that are left over compute something that nobody reads.
+      order [B, N]     columns of a row, real ones first, otherwise in the old order
+      inverse [B, N]   the new column of each old one: `x.gather(order).gather(inverse) = x`
+
+In the second form queries may have to move too. The op puts query i of M at own position N − M + i, but in a row with
+n < N real keys the queries should end at n. `Placement` therefore puts the M queries into M' ≥ M slots and says which
+slot holds which query. The output of the remaining slots is not used.
 """
 
 from __future__ import annotations
@@ -25,26 +28,26 @@ from softprompt_kernels.errors import SoftPromptError
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """The real tokens of a padded batch [B, M], one sequence after the other.
+    """The T real tokens of a padded batch `[B, M]`, one sequence after the other.
 
     Args:
-        real: `[T]` int64, where they are in the flattened batch.
-        cu_seqlens: `[B + 1]` int64, where sequences begin among them.
-        own_positions: `[B, M]` int64, 0, 1, ... over the real tokens of a row; anything at padding.
-        longest: at least as long as any sequence.
+        real: `[T]` int64, their indices in the flattened batch.
+        cu_seqlens: `[B + 1]` int64, the first of the T tokens of each sequence, and T.
+        own_positions: `[B, M]` int64, 0, 1, ... for the real tokens of a row; any value at padding.
+        max_seqlen: an upper bound of the sequences' lengths.
     """
 
     real: Tensor
     cu_seqlens: Tensor
     own_positions: Tensor
-    longest: int
+    max_seqlen: int
 
     @classmethod
     def of(cls, mask: Tensor, device: torch.device) -> Packing:
-        """That of `mask [B, M]` (bool, True for a real token), on a device. Waits for the mask's.
+        """The packing of `mask [B, M]` (bool, True for a real token), on `device`. Waits for the device of `mask`.
 
         Raises:
-            SoftPromptError: nothing is real.
+            SoftPromptError: no token is real.
         """
         counts = mask.to(torch.int64)
         real = counts.flatten().nonzero().squeeze(1)
@@ -60,51 +63,51 @@ class Packing:
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Whether in each row of `mask [B, N]` (bool) all real tokens come first. Waits for the device."""
+    """Whether all real tokens come first in each row of `mask [B, N]` (bool). Waits for the device."""
     return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`order`, `inverse` `[B, N]` int64 of `mask [B, N]` (bool, True for a real token)."""
+    """The gather indices `order` and `inverse`, `[B, N]` int64, for `mask [B, N]` (bool, True for a real token)."""
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     return order, torch.argsort(order, dim=1)
 
 
-def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """`tensor [B, H, N, D]` with token `index[b, s]` at s: `[B, H, S, D]`."""
+def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
+    """Gather tokens: `out[b, h, s] = tensor[b, h, index[b, s]]`, from `[B, H, N, D]` to `[B, H, S, D]`."""
     return tensor.take_along_dim(index[:, None, :, None], dim=2)
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the M queries of each row sit in a run of M' slots that ends where the keys end.
+    """Puts the M queries of each row into M' slots. The last slot has the position of the last key column.
 
-    `query_of_slot [B, M']` and `slot_of_query [B, M]`, int64. Slots without a query repeat one, and queries that are
-    padding read any slot.
+    `query_of_slot [B, M']` and `slot_of_query [B, M]`, int64. A slot without a query repeats some query. A query that
+    is padding reads some slot.
     """
 
     query_of_slot: Tensor
     slot_of_query: Tensor
 
     @classmethod
-    def at_row_ends(cls, lengths: Tensor, keys: int, queries: int, slack: int) -> Placement:
-        """For rows whose last query is their last real token.
+    def at_row_ends(cls, lengths: Tensor, keys: int, queries: int, max_padding: int) -> Placement:
+        """For rows whose last query is their last real token. M' = min(N, M + max_padding).
 
         Args:
-            lengths: `[B]` int64, real keys of a row, these queries' own keys among them.
+            lengths: `[B]` int64, number of real keys of a row, including the keys of these queries.
             keys: N, columns of the key tensor.
             queries: M.
-            slack: at least `max(N − lengths)`, on the host.
+            max_padding: at least `max(N − lengths)`. A Python int, so that it need not be read from the device.
         """
-        slots = min(keys, queries + slack)
-        # Query i of a row is its real token n − M + i; slot s stands for own position N − M' + s.
+        slots = min(keys, queries + max_padding)
+        # Query i of a row is its real token n − M + i. Slot s has own position N − M' + s.
         first = (lengths - queries)[:, None] - (keys - slots)
         slot = torch.arange(slots, device=lengths.device)
         query = torch.arange(queries, device=lengths.device)
         return cls((slot - first).clamp(0, queries - 1), (query + first).clamp(0, slots - 1))
 
     @classmethod
-    def by_order(cls, order: Tensor, inverse: Tensor, queries: int) -> Placement:
-        """For the last M columns of any mask, from its `compaction`: M' = N."""
+    def from_compaction(cls, order: Tensor, inverse: Tensor, queries: int) -> Placement:
+        """For queries in the last M columns of any mask, from its `compaction`. M' = N."""
         keys = order.shape[1]
         return cls((order - (keys - queries)).clamp(min=0), inverse[:, keys - queries :])

@@ -1,4 +1,4 @@
-"""Make a model able to take a prefix: switch its attention to ours, and back."""
+"""Switch a model to the attention that can take a prefix, and back."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import NAME, register
-from softprompt_kernels.models.families import check_served
+from softprompt_kernels.models.families import check_supported
 
-# Kept on the model itself, so that it dies with it.
+# Attribute of the model that holds the name of its previous attention.
 _PREVIOUS = "_softprompt_previous_attention"
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """Let `model` take a prefix, in place. Calling it again changes nothing.
+    """Make `model` able to take a prefix. Changes the model in place; a second call changes nothing.
 
-    The model keeps working as before without a prefix: same logits, same `generate`, padding included. Two things
-    it can no longer do until `release`: return attention weights, and take packed sequences or 4-D masks.
+    Without a prefix the model works as before: same logits, same `generate`, also with padding. Until `release` it
+    cannot return attention weights, and does not accept packed sequences or 4-D masks.
 
     Raises:
-        TypeError: not a transformers model.
-        SoftPromptError: a model whose attention cannot be served.
+        TypeError: `model` is not a transformers model.
+        SoftPromptError: the model's attention is not supported.
     """
-    check_served(model)
+    check_supported(model)
     register()
     previous = model.config._attn_implementation
     if previous == NAME:
@@ -32,7 +32,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 def release(model: PreTrainedModel) -> None:
-    """Give `model` back the attention that it had before `prepare`; nothing happens if it was not prepared."""
+    """Give `model` back the attention that it had before `prepare`. Does nothing if it was not prepared."""
     previous = getattr(model, _PREVIOUS, None)
     if previous is not None:
         model.set_attn_implementation(previous)
@@ -40,7 +40,7 @@ def release(model: PreTrainedModel) -> None:
 
 
 def check_prepared(model: PreTrainedModel) -> None:
-    """Raise unless `prepare` was called: any other attention would ignore the prefix without a word."""
+    """Raise unless `prepare` was called. Any other attention would silently ignore the prefix."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers PreTrainedModel")
     if model.config._attn_implementation != NAME:

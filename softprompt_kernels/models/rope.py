@@ -1,12 +1,14 @@
 """Move the keys of a prefix to other positions.
 
-A rotary key at position p is `k = s·R(p θ) k₀`, with one angular frequency θ a pair of features and a fixed scale s
-(yarn). Rotations add, so
+A rotary key at position p is `k = s·R(p θ) k₀`. Each pair of features has an angular frequency θ, and s is a fixed
+scale (yarn has one). The angles of successive rotations add up, so
 
     s·R((p + δ) θ) k₀ = R(δ θ) k
 
-is exact, needs neither p nor s, and scores see only differences of positions. Features beyond the rotary part (Phi-3,
-GPT-NeoX) stay as they are. All served families pair feature i with feature i + r/2 of the r rotary ones.
+The shift is exact and needs neither p nor s. Scores depend on differences of positions only. Features after the rotary
+part (Phi-3, GPT-NeoX) are unchanged. All supported families pair feature i with feature i + r/2 of the r rotary ones.
+
+Cost: one pass over the keys. The values are shared.
 """
 
 from __future__ import annotations
@@ -21,24 +23,25 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.families import rope_parameters
 from softprompt_kernels.prompts.prefix import Prefix
 
-# Frequencies of these depend on how long the sequence is, so there is no rotation that holds for all of them.
+# Types whose frequencies depend on the length of the sequence. No single rotation moves their keys.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
-    """`prefix` with all keys at positions `delta` later (earlier if negative). Values are shared, not copied.
+    """`prefix` with all keys moved by `delta` positions. Values are shared, not copied.
 
     Args:
         model: the model that the keys come from.
         prefix: keys `[R, Hkv, P, D]` after the rotary embedding, at any positions.
-        delta: in tokens. A context of C tokens that is cut to k of its keys is moved by `k − C`, so that a sequence
-            that continues at k sees them at the distances that it saw them at from C.
+        delta: in tokens; positive is later. Example: k keys are chosen from a context of C tokens and moved by
+            `k − C`. A sequence that continues at position k then has the same distances to them as one that continues
+            at C after the whole context.
 
     Returns:
         A prefix in the same dtype, differentiable with respect to the given one.
 
     Raises:
-        SoftPromptError: a model with learned positions (delta ≠ 0), or with frequencies that depend on length.
+        SoftPromptError: delta ≠ 0 for a model with learned positions, or with frequencies that depend on the length.
     """
     if delta == 0:
         return prefix
@@ -49,10 +52,10 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
             f"delta: got {delta} for a '{config.model_type}', whose positions are learned and cannot be moved; "
             "accepted is 0"
         )
-    for one in parameters.values():
-        if one["rope_type"] in _LENGTH_DEPENDENT:
+    for settings in parameters.values():
+        if settings["rope_type"] in _LENGTH_DEPENDENT:
             raise SoftPromptError(
-                f"model: got the rotary type '{one['rope_type']}', whose frequencies depend on the length; "
+                f"model: got the rotary type '{settings['rope_type']}', whose frequencies depend on the length; "
                 "accepted are types with fixed frequencies"
             )
     rotary = model.base_model.rotary_emb
@@ -67,22 +70,22 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
 
 
 def _frequencies(rotary: Any, layer_type: str | None) -> Tensor:
-    """θ `[r/2]` in radians a token, of one layer type."""
+    """θ `[r/2]` of one layer type, in radians per token."""
     frequencies: Tensor = rotary.inv_freq if layer_type is None else getattr(rotary, f"{layer_type}_inv_freq")
     return frequencies
 
 
 def _rotation(frequencies: Tensor, delta: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of δθ, `[r/2]` float64: an angle of thousands of radians keeps 1e-12."""
+    """cos and sin of δθ, `[r/2]`. In float64 an angle of thousands of radians is exact to 1e-12."""
     angle = frequencies.double() * delta
     return angle.cos(), angle.sin()
 
 
 def _rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary features of `key [R, Hkv, P, D]` turned, the others untouched."""
+    """`key [R, Hkv, P, D]` with its rotary features rotated and the others unchanged."""
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     half = cos.shape[0]
     cos, sin = cos.to(key.device, dtype), sin.to(key.device, dtype)
     first, second = key[..., :half].to(dtype), key[..., half : 2 * half].to(dtype)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(key.dtype)
-    return torch.cat((turned, key[..., 2 * half :]), dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(key.dtype)
+    return torch.cat((rotated, key[..., 2 * half :]), dim=-1)
