@@ -1,6 +1,7 @@
 """Compress a long context into a soft prompt.
 
-Names are imported when they are first asked for: `softprompt --help` and a mistake in a configuration need no torch.
+A public name is imported when it is first used. `softprompt --help` and checks of a configuration therefore need no
+torch.
 """
 
 from importlib import import_module
@@ -29,7 +30,7 @@ __all__ = [
     "teacher_moments",
 ]
 
-_HOMES = {
+_MODULE_OF = {
     "TeacherMoments": "softprompt_kernels.ops",
     "kl_div": "softprompt_kernels.ops",
     "linear_kl_div": "softprompt_kernels.ops",
@@ -43,8 +44,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value

@@ -1,8 +1,8 @@
-"""The one error that a user's input can raise."""
+"""The error that the package raises for a user's input."""
 
 
 class SoftPromptError(ValueError):
-    """Input that cannot be served: one sentence that names what was given and what is accepted.
+    """Input that cannot be used. The message is one sentence that names what was given and what is accepted.
 
-    The command line prints the sentence and exits with code 2, without a traceback.
+    The command line prints the message and exits with code 2, without a traceback.
     """

@@ -1,4 +1,4 @@
-"""Soft prompts: their parameters, where they start, how they are saved."""
+"""Soft prompts: their parameters, their initialisation, and their files."""
 
 from softprompt_kernels.prompts.adapter import check_destination, describe, load, save
 from softprompt_kernels.prompts.bank import PromptBank

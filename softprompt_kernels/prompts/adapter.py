@@ -1,13 +1,13 @@
-"""A saved prompt: a PEFT adapter folder that PEFT itself loads, and one more file that says what it is.
+"""Save and load a prompt as a PEFT adapter folder, with one additional file.
 
-| file | holds | read by |
+| file | content | read by |
 |---|---|---|
-| adapter_config.json | type, sizes, name of the base model | PEFT and us |
-| adapter_model.safetensors | `prompt_embeddings [k, d]` or `[k, L·2·Hkv·D]` (see `layout`), fp32 | PEFT and us |
-| softprompt.json | position convention, context, model and tokenizer fingerprints, objective, figures | us |
+| adapter_config.json | type, sizes, name of the base model | PEFT, this package |
+| adapter_model.safetensors | `prompt_embeddings [k, d]` or `[k, L·2·Hkv·D]` (see `layout`), fp32 | PEFT, this package |
+| softprompt.json | positions, context, model and tokenizer fingerprints, objective, figures | this package |
 
-`PeftModel.from_pretrained(model, folder)` gives the logits that the prompt gives here: the sequence continues at
-position k in both. The folder is written as a whole or not at all.
+`PeftModel.from_pretrained(model, folder)` gives the same logits as this package: in both, the sequence continues at
+position k. The folder is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import atomic_folder as folder
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint, tokenizer_fingerprint
-from softprompt_kernels.prompts.json_file import dump, integer, plain, read_object
+from softprompt_kernels.prompts.json_file import dump, integer, read_object, to_json
 from softprompt_kernels.prompts.kv import KVPrompt
 from softprompt_kernels.prompts.layout import flatten, unflatten
 
@@ -55,23 +55,23 @@ def save(
     objective: Mapping[str, Any] | None = None,
     figures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a prompt as an adapter folder, replacing a prompt saved there before.
+    """Write a prompt as an adapter folder. A prompt that was saved there before is replaced.
 
     Args:
         path: a new or empty folder, or one that `save` wrote.
-        prompt: saved in fp32; its frozen tokens are recorded.
-        model: the model that it belongs to.
-        tokenizer: recorded if given.
-        kv_type: what PEFT is told that a KV prompt is. CARTRIDGE keeps the frozen tokens frozen if PEFT trains on,
-            PREFIX_TUNING is known to older versions of PEFT; the numbers are the same.
-        context: of what the prompt was made: `{"sha256": ..., "tokens": ...}`.
-        objective: what it was trained for.
-        figures: what it reached. In all three, numbers that are not finite become null.
+        prompt: saved in fp32; the number of its frozen tokens is recorded.
+        model: the model that the prompt belongs to.
+        tokenizer: its fingerprint is recorded if given.
+        kv_type: the PEFT type of a KV prompt. With CARTRIDGE the frozen tokens stay frozen if PEFT trains the prompt
+            further. PREFIX_TUNING is known to older versions of PEFT. The stored numbers are the same.
+        context: the context that the prompt was made from: `{"sha256": ..., "tokens": ...}`.
+        objective: the training objective.
+        figures: results of the training. In context, objective and figures, NaN and infinities become null.
 
     Raises:
-        SoftPromptError: the folder holds something else or cannot be written (what was there is unchanged), or the
-            prompt does not fit the model or has numbers that are not finite.
-        TypeError: a record that is no JSON.
+        SoftPromptError: the folder holds something else or cannot be written (its content is unchanged), or the prompt
+            does not fit the model or has numbers that are not finite.
+        TypeError: context, objective or figures cannot be written as JSON.
     """
     fingerprint = model_fingerprint(model)
     if isinstance(prompt, EmbeddingPrompt):
@@ -88,36 +88,37 @@ def save(
         "positions": POSITIONS,
         "prompt_tokens": prompt.length,
         "frozen_tokens": prompt.frozen_tokens,
-        "context": plain("context", context or {}),
+        "context": to_json("context", context or {}),
         "model": fingerprint,
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        "objective": plain("objective", objective or {}),
-        "figures": plain("figures", figures or {}),
+        "objective": to_json("objective", objective or {}),
+        "figures": to_json("figures", figures or {}),
     }
     files = {
         CONFIG: dump(config),
         WEIGHTS: safetensors_torch.save({TENSOR: tensor.cpu().contiguous()}, metadata={"format": "pt"}),
         RECORD: dump(record),
     }
-    folder.replace_folder(path, files, mark=RECORD)
+    folder.replace_folder(path, files, marker=RECORD)
 
 
 def load(
     path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[EmbeddingPrompt | KVPrompt, dict[str, Any] | None]:
-    """Reads a prompt that `save` or PEFT wrote, onto the model's device.
+    """Read a prompt that `save` or PEFT wrote, onto the model's device.
 
     Args:
         path: an adapter folder of type PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE.
         model: compared with the recorded fingerprint.
-        tokenizer: compared with the recorded one if both are there.
+        tokenizer: compared with the recorded fingerprint, if there is one.
 
     Returns:
-        The prompt, fp32, and what softprompt.json says. The latter is None, after a warning, for a folder that PEFT
-        wrote: then the shapes were checked, but not whose weights it was trained against.
+        The prompt in fp32, and the content of softprompt.json. A folder that PEFT wrote has no such file. Then the
+        second value is None, and a warning says that only shapes were checked, not the weights of the model.
 
     Raises:
-        SoftPromptError: no adapter, a broken file, or a prompt for another model or tokenizer (what differs is named).
+        SoftPromptError: there is no adapter, a file is broken, or the prompt belongs to another model or tokenizer
+            (the message names the differences).
     """
     config, record = describe(path)
     fingerprint = model_fingerprint(model)
@@ -154,10 +155,10 @@ def load(
 
 
 def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a folder says about itself without its tensors: adapter_config.json and softprompt.json (None without).
+    """The content of adapter_config.json and of softprompt.json (None if there is no such file). Reads no tensors.
 
     Raises:
-        SoftPromptError: no adapter folder, no prompt, a broken file, or one of a later version.
+        SoftPromptError: not an adapter folder, not a prompt, a broken file, or a file of a later version.
     """
     folder.recover(path)
     if not (Path(path) / CONFIG).is_file():
@@ -182,19 +183,19 @@ def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def check_destination(path: str | Path) -> None:
-    """Refuses, before any work is done, a path that `save` would refuse.
+    """Raise for a path that `save` would refuse. For use before any work is done.
 
     Raises:
-        SoftPromptError: it holds something else than nothing or a saved prompt.
+        SoftPromptError: the path holds something other than a saved prompt or an empty folder.
     """
-    folder.check_replaceable(path, (CONFIG, WEIGHTS, RECORD), mark=RECORD)
+    folder.check_replaceable(path, (CONFIG, WEIGHTS, RECORD), marker=RECORD)
 
 
 # adapter_config.json
 
 
 def embedding_config(prompt: EmbeddingPrompt, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT has to know of an embedding prompt."""
+    """adapter_config.json of an embedding prompt."""
     return common_config("PROMPT_TUNING", prompt.length, fingerprint) | {
         "token_dim": prompt.hidden_size,
         "num_attention_heads": fingerprint["attention_heads"],
@@ -203,20 +204,20 @@ def embedding_config(prompt: EmbeddingPrompt, fingerprint: dict[str, Any]) -> di
 
 
 def kv_config(prompt: KVPrompt, fingerprint: dict[str, Any], kv_type: str) -> dict[str, Any]:
-    """What PEFT has to know of a KV prompt."""
+    """adapter_config.json of a KV prompt."""
     if kv_type not in ("CARTRIDGE", "PREFIX_TUNING"):
         raise ValueError(f'kv_type: got {kv_type!r}, accepted are "CARTRIDGE" and "PREFIX_TUNING"')
     _, heads, _, dim = prompt.key.shape
-    own = {"num_frozen_tokens": prompt.frozen_tokens} if kv_type == "CARTRIDGE" else {"prefix_projection": False}
+    extra = {"num_frozen_tokens": prompt.frozen_tokens} if kv_type == "CARTRIDGE" else {"prefix_projection": False}
     return common_config(kv_type, prompt.length, fingerprint) | {
         "token_dim": heads * dim,
         "num_attention_heads": heads,
-        **own,
+        **extra,
     }
 
 
 def common_config(kind: str, tokens: int, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The fields that all kinds share."""
+    """The fields of adapter_config.json that all types share."""
     return {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
@@ -231,7 +232,7 @@ def common_config(kind: str, tokens: int, fingerprint: dict[str, Any]) -> dict[s
 
 
 def read_tensor(path: str | Path) -> Tensor:
-    """`prompt_embeddings` in fp32 on the CPU: a matrix of finite numbers, or a sentence that says why not."""
+    """`prompt_embeddings` in fp32 on the CPU. Raises a SoftPromptError unless it is a matrix of finite numbers."""
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise SoftPromptError(f"{path} has no {WEIGHTS}; prompts are read from safetensors only")
@@ -246,7 +247,7 @@ def read_tensor(path: str | Path) -> Tensor:
     if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
         raise SoftPromptError(
             f"{file}: {TENSOR} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}, "
-            "accepted is a floating-point matrix with one row a token"
+            "accepted is a floating-point matrix with one row per token"
         )
     tensor = tensor.float()
     check_finite(str(file), tensor)
@@ -254,7 +255,7 @@ def read_tensor(path: str | Path) -> Tensor:
 
 
 def frozen_tokens(path: str | Path, config: dict[str, Any], record: dict[str, Any] | None, tokens: int) -> int:
-    """How many of the first tokens are frozen: our record knows for every kind, PEFT for its cartridges."""
+    """How many of the first tokens are frozen. softprompt.json records it, or PEFT's configuration of a CARTRIDGE."""
     if record is not None:
         frozen = integer(Path(path) / RECORD, record, "frozen_tokens", 0)
     elif config["peft_type"] == "CARTRIDGE":
@@ -270,7 +271,7 @@ def frozen_tokens(path: str | Path, config: dict[str, Any], record: dict[str, An
 
 
 def check_same(path: str | Path, what: str, saved: Any, now: dict[str, Any]) -> None:
-    """Refuses another model or tokenizer and says how it differs."""
+    """Raise if the fingerprint of the model or tokenizer differs from the saved one. The message says how."""
     if not isinstance(saved, dict):
         raise SoftPromptError(f"{path}: {RECORD} has no fingerprint of the {what}")
     found = differences(saved, now)
@@ -279,7 +280,7 @@ def check_same(path: str | Path, what: str, saved: Any, now: dict[str, Any]) -> 
 
 
 def check_fits(path: str, prompt: EmbeddingPrompt | KVPrompt, fingerprint: dict[str, Any]) -> None:
-    """Refuses a prompt whose shape is not the model's."""
+    """Raise if the prompt's shape does not fit the model."""
     if isinstance(prompt, EmbeddingPrompt):
         if prompt.hidden_size != fingerprint["hidden_size"]:
             raise SoftPromptError(
@@ -297,6 +298,6 @@ def check_fits(path: str, prompt: EmbeddingPrompt | KVPrompt, fingerprint: dict[
 
 
 def check_finite(path: str, tensor: Tensor) -> None:
-    """Refuses a prompt that would turn every logit into NaN."""
+    """Raise if the prompt has NaN or infinities. They would turn every logit into NaN."""
     if not bool(tensor.isfinite().all()):
         raise SoftPromptError(f"{path}: the prompt has numbers that are not finite")

@@ -1,9 +1,10 @@
-"""Writes a folder of files as a whole, or leaves what was there.
+"""Replace a folder of files atomically: either all new files are written, or the old folder is unchanged.
 
-A new folder is written beside the old one, flushed to the disk, and renamed into its place, so a full disk, an
-interrupt or a lost machine never costs the last good one. A folder cannot be swapped for another in one step on every
-system: for an instant between two renames the old one is called `.NAME.previous`. Should the machine stop right
-there, `recover` gives it its name back.
+The new folder is written next to the old one, flushed to the disk, and renamed to the old name. A full disk, an
+interrupt or a crash therefore never loses the last good folder.
+
+Not every system can exchange two folders in one step. Between two renames the old folder is called `.NAME.previous`. If
+the machine stops at that moment, `recover` renames it back.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from pathlib import Path
 from softprompt_kernels.errors import SoftPromptError
 
 
-def replace_folder(path: str | Path, files: Mapping[str, bytes], mark: str) -> None:
-    """Makes `path` a folder with exactly `files` (name to content).
+def replace_folder(path: str | Path, files: Mapping[str, bytes], marker: str) -> None:
+    """Make `path` a folder with exactly `files` (name to content).
 
     Args:
         path: the folder; parents are created.
-        files: what it will hold.
-        mark: the file by which a folder that may be replaced is known.
+        files: the new content.
+        marker: name of a file. Only a folder that has this file, or an empty one, is replaced.
 
     Raises:
-        SoftPromptError: `path` holds something else (see `check_replaceable`), or cannot be written; what was there
-            is unchanged.
+        SoftPromptError: `path` holds something else (see `check_replaceable`), or cannot be written. Its content is
+            unchanged.
     """
     target = Path(os.path.realpath(path))
     recover(path)
-    check_replaceable(path, files, mark)
+    check_replaceable(path, files, marker)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
@@ -46,13 +47,13 @@ def replace_folder(path: str | Path, files: Mapping[str, bytes], mark: str) -> N
         raise
 
 
-def check_replaceable(path: str | Path, names: Collection[str], mark: str) -> None:
-    """Refuses a path that holds anything but nothing, an empty folder, or a folder of ours.
+def check_replaceable(path: str | Path, names: Collection[str], marker: str) -> None:
+    """Raise unless `path` is free, an empty folder, or a folder that may be replaced.
 
-    Ours has the file `mark` and no file beyond `names`.
+    A folder may be replaced if it has the file `marker` and no other files than `names`.
 
     Raises:
-        SoftPromptError: it holds something else, named.
+        SoftPromptError: the path holds something else; the message names it.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -62,8 +63,8 @@ def check_replaceable(path: str | Path, names: Collection[str], mark: str) -> No
             raise SoftPromptError(f"{path} is a file; accepted is a new or empty folder, or a saved prompt to replace")
         found = {entry.name for entry in target.iterdir()}
     except OSError as error:
-        raise SoftPromptError(f"{path} cannot be looked into: {error.strerror or error}") from error
-    if found and (mark not in found or found - set(names)):
+        raise SoftPromptError(f"{path} cannot be read: {error.strerror or error}") from error
+    if found and (marker not in found or found - set(names)):
         other = sorted(found - set(names)) or sorted(found)
         raise SoftPromptError(
             f"{path} holds something else ({', '.join(other[:3])}{', …' if len(other) > 3 else ''}); "
@@ -72,10 +73,10 @@ def check_replaceable(path: str | Path, names: Collection[str], mark: str) -> No
 
 
 def recover(path: str | Path) -> None:
-    """Gives a folder its name back if the machine stopped between the two renames of `swap`.
+    """Rename a folder back if the machine stopped between the two renames of `swap`.
 
     Raises:
-        SoftPromptError: the place cannot be looked into.
+        SoftPromptError: the parent folder cannot be read.
     """
     target = Path(os.path.realpath(path))
     previous = previous_name(target)
@@ -83,11 +84,11 @@ def recover(path: str | Path) -> None:
         if previous.is_dir() and not target.exists():
             os.rename(previous, target)
     except OSError as error:
-        raise SoftPromptError(f"{path} cannot be looked into: {error.strerror or error}") from error
+        raise SoftPromptError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def swap(new: Path, target: Path) -> None:
-    """Renames `new` to `target`; a folder that was there is gone afterwards, or back if that failed."""
+    """Rename `new` to `target`. The old `target` is deleted; if a rename fails, it is restored."""
     if not target.exists():
         os.rename(new, target)
         return
@@ -103,7 +104,7 @@ def swap(new: Path, target: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes and waits until the disk has it: a rename may otherwise overtake the data."""
+    """Write a file and wait until its data is on the disk. Otherwise a rename may reach the disk before the data."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -111,5 +112,5 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def previous_name(target: Path) -> Path:
-    """What a folder is called while its successor takes its place."""
+    """The name of the old folder between the two renames of `swap`."""
     return target.with_name(f".{target.name}.previous")

@@ -1,7 +1,7 @@
-"""A bank: several prompts side by side, so that each sequence of a batch can read its own.
+"""A bank of several prompts. Each sequence of a batch can read another prompt.
 
-Prompts of one kind and one model, of any lengths k_r. They are padded at the end to the longest, K = max k_r, and the
-lengths travel along; a sequence that reads prompt r continues at position k_r, as it would alone.
+The prompts are of one kind and one model; their lengths k_r may differ. They are padded at the end to the longest,
+K = max k_r, and the lengths are kept. A sequence that reads prompt r continues at position k_r, as without a bank.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from softprompt_kernels.prompts.prefix import Prefix
 
 
 class PromptBank(nn.Module):
-    """R prompts, trainable where they are (a prompt may be shared with other banks).
+    """R prompts. The bank holds the prompts themselves, not copies: training it trains them.
 
     Args:
-        prompts: one or more, all `EmbeddingPrompt` or all `KVPrompt`, of the same model's shape.
+        prompts: one or more, all `EmbeddingPrompt` or all `KVPrompt`, of one model's shape.
 
     Raises:
-        ValueError: none, kinds mixed, or shapes of different models.
+        ValueError: no prompts, different kinds, or shapes of different models.
     """
 
     def __init__(self, prompts: Sequence[EmbeddingPrompt | KVPrompt]) -> None:
@@ -48,7 +48,7 @@ class PromptBank(nn.Module):
 
     @property
     def is_kv(self) -> bool:
-        """Whether it holds KV prompts (`prefix`) or embedding prompts (`vectors`)."""
+        """Whether the bank holds KV prompts (use `prefix`) or embedding prompts (use `vectors`)."""
         return isinstance(self.prompts[0], KVPrompt)
 
     @property
@@ -57,32 +57,32 @@ class PromptBank(nn.Module):
         return max(cast(EmbeddingPrompt | KVPrompt, prompt).length for prompt in self.prompts)
 
     def ragged_lengths(self) -> Tensor | None:
-        """`[R]` int64, or None where all prompts have the same length."""
+        """The prompts' lengths `[R]` int64, or None if all are equal."""
         ragged = any(prompt.length != self.length for prompt in self.prompts)
         return self.lengths if ragged else None
 
     def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
-        """R rows of K tokens, zeros behind the end of the shorter ones, differentiable, in `dtype` (None: fp32).
+        """A prefix of R rows of K tokens, differentiable, in `dtype` (None: fp32). Shorter prompts end with zeros.
 
         Raises:
-            TypeError: a bank of embedding prompts, which only the model can turn into a prefix.
+            TypeError: the bank holds embedding prompts. Only the model can make a prefix of them.
         """
         if not self.is_kv:
             raise TypeError("prefix: got a bank of EmbeddingPrompt, accepted is KVPrompt (see models.prefix_of)")
         keys, values = [], []
         for prompt in self.prompts:
             key, value = cast(KVPrompt, prompt).stacked(dtype)
-            behind = (0, 0, 0, self.length - key.shape[2])
-            keys.append(pad(key, behind))
-            values.append(pad(value, behind))
+            padding = (0, 0, 0, self.length - key.shape[2])
+            keys.append(pad(key, padding))
+            values.append(pad(value, padding))
         layers = zip(torch.stack(keys, dim=1).unbind(), torch.stack(values, dim=1).unbind(), strict=True)
         return Prefix.of(layers, self.ragged_lengths())
 
     def vectors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[R, K, d]`, zeros behind the end of the shorter ones, differentiable, and `ragged_lengths`.
+        """The vectors `[R, K, d]`, differentiable, and `ragged_lengths`. Shorter prompts end with zeros.
 
         Raises:
-            TypeError: a bank of KV prompts, which have no vectors.
+            TypeError: the bank holds KV prompts, which have no vectors.
         """
         if self.is_kv:
             raise TypeError("vectors: got a bank of KVPrompt, accepted is EmbeddingPrompt")
@@ -91,7 +91,7 @@ class PromptBank(nn.Module):
 
 
 def model_shape(prompt: EmbeddingPrompt | KVPrompt) -> tuple[int, ...]:
-    """What two prompts of one model have in common: `(L, Hkv, D, Dv)` or `(d,)`."""
+    """The sizes that all prompts of one model share: `(L, Hkv, D, Dv)` or `(d,)`."""
     if isinstance(prompt, KVPrompt):
         return (*prompt.key.shape[:2], prompt.key.shape[3], prompt.value.shape[3])
     return (prompt.hidden_size,)

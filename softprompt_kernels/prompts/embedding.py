@@ -1,9 +1,9 @@
-"""Embedding prompt: k vectors in the place of token embeddings (prompt tuning).
+"""Embedding prompt: k trainable vectors before the token embeddings (prompt tuning).
 
     σ [k, d],  input of the model = [σ ; embed(tokens)]
 
-The model turns it into a prefix by running it once, as a sequence of its own (`models.embed_prefix`): prompt tokens
-come first and attention is causal, so nothing that follows changes what they compute.
+The model turns σ into a prefix in one run over σ alone (`models.embed_prefix`). This is exact: prompt tokens come first
+and attention is causal, so their keys and values do not depend on the tokens that follow.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softprompt_kernels.prompts.kv import master
+from softprompt_kernels.prompts.kv import to_training_dtype
 
 
 class EmbeddingPrompt(nn.Module):
     """One trainable sequence of embeddings.
 
-    Parameter `embedding [k−n, d]` holds the trainable rows, buffer `frozen [n, d]` the first n = `frozen_tokens`,
-    out of reach of gradient and weight decay. Both are fp32 masters, whatever the model computes in.
+    Parameter `embedding [k−n, d]` holds the trainable rows. Buffer `frozen [n, d]` holds the first n = `frozen_tokens`
+    rows, which neither gradients nor weight decay change. Both are fp32 whatever dtype the model computes in.
 
     Args:
-        embedding: `[k, d]`, all rows, frozen ones first. Copied, converted to fp32 (float64 stays). It is what the
-            first decoder layer would receive for a token: the output of the model's embedding module.
+        embedding: `[k, d]`, all rows, frozen ones first. Copied and converted to fp32 (float64 stays). The rows take
+            the place of the output of the model's embedding module, which is the input of its first decoder layer.
         frozen_tokens: n, from 0 to k.
 
     Raises:
-        ValueError: not `[k, d]` with k ≥ 1, or `frozen_tokens` out of range.
+        ValueError: `embedding` is not `[k, d]` with k ≥ 1, or `frozen_tokens` is out of range.
     """
 
     def __init__(self, embedding: Tensor, *, frozen_tokens: int = 0) -> None:
@@ -37,24 +37,24 @@ class EmbeddingPrompt(nn.Module):
             raise ValueError(
                 f"frozen_tokens: got {frozen_tokens}, accepted is 0 to {embedding.shape[0]} (the prompt's length)"
             )
-        embedding = master(embedding)
+        embedding = to_training_dtype(embedding)
         self.embedding = nn.Parameter(embedding[frozen_tokens:].clone())
         self.frozen: Tensor
         self.register_buffer("frozen", embedding[:frozen_tokens].clone())
 
     @property
     def length(self) -> int:
-        """k, frozen rows included."""
+        """k, including frozen rows."""
         return self.frozen_tokens + self.embedding.shape[0]
 
     @property
     def frozen_tokens(self) -> int:
-        """How many rows at the start are not trained."""
+        """n, the number of rows at the start that are not trained."""
         return self.frozen.shape[0]
 
     @property
     def hidden_size(self) -> int:
-        """d."""
+        """d, the size of a vector."""
         return self.embedding.shape[1]
 
     def vectors(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,14 +1,15 @@
-"""Which model and tokenizer a prompt belongs to, cheap enough to check at every load.
+"""Fingerprints of the model and tokenizer that a prompt belongs to. They are compared when a prompt is loaded.
 
-A prompt works with the very weights that it was trained against; another checkpoint of the same shape loads without
-an error and answers nonsense. So the shape, the rotary settings and a sample of the weights are recorded: 64 evenly
-spread elements of every parameter, the embedding and the head included whether tied or not. Reading them takes
-milliseconds on any size of model and any device.
+A prompt works only with the weights that it was trained with. Another checkpoint of the same shape would load without
+an error and give nonsense. The fingerprint therefore has the shape, the rotary settings, and hashes of a sample of the
+weights: 64 evenly spaced elements of every parameter, including embedding and head, tied or not.
 
-Independent of dtype: the sample is hashed twice, rounded to float16 and rounded to bfloat16, and one equal hash is
-enough. A checkpoint cast to either type agrees with itself uncast on the hash of that type, because rounding twice to
-one type is rounding once. (An fp32 checkpoint cast to bfloat16 here and to float16 there agrees on none: those weights
-do differ by more than either rounding.)
+Cost: milliseconds, for any size of model and any device.
+
+The comparison does not depend on the dtype. The sample is hashed twice, rounded to float16 and rounded to bfloat16, and
+one equal hash is enough. A checkpoint that was cast to one of these types has the same hash of that type as the
+original, because rounding twice to one type equals rounding once. (If an fp32 checkpoint is cast to bfloat16 in one
+place and to float16 in another, the two share no hash: their weights differ by more than either rounding.)
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLES = 64
-"""Elements of a parameter that go into the hash of the weights."""
+"""Number of elements of each parameter in the hash of the weights."""
 
 PROBE = "Naïve façade №5: 1234.5 km\n\tdef f(x): return x**2  # 你好, Привет!"
-"""A text that tokenizers of one vocabulary but other rules (case, digits, spaces) split differently."""
+"""A text that tokenizers with one vocabulary but different rules (case, digits, spaces) split differently."""
 
 
 def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """The shape of a transformers model, its rotary settings, and two hashes of a sample of its weights.
 
     Fields: `family`, `layers`, `hidden_size`, `attention_heads`, `kv_heads`, `head_dim`, `vocabulary`, `rope` (None
-    without), `weights {"float16", "bfloat16"}` (SHA-256, hexadecimal). All of it is JSON.
+    without rotary embedding), `weights {"float16", "bfloat16"}` (SHA-256, hexadecimal). All values can be written as
+    JSON.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -54,10 +56,10 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The size of a vocabulary and hashes of its tokens, its special tokens, and how it splits a probe text.
+    """The size of the vocabulary, and hashes of its tokens, its special tokens, and the tokens of a probe text.
 
-    Fields: `vocabulary`, `tokens`, `special_tokens`, `splitting` (SHA-256, hexadecimal, but the first). The chat
-    template is no part of it: it may change without any token changing its meaning.
+    Fields: `vocabulary` (a number), `tokens`, `special_tokens`, `splitting` (SHA-256, hexadecimal). The chat template
+    is not included: it may change while all tokens keep their meaning.
     """
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return {
@@ -69,9 +71,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, one phrase a field, the saved value first; empty if they agree.
+    """The differences of two fingerprints, one phrase per field, saved value first. Empty if they agree.
 
-    The hash of the weights says something only between models of one shape, so it is left out where others differ.
+    The hash of the weights is compared only if all other fields agree: models of different shapes differ in it anyway.
     """
     phrases = [
         phrase for field, here in now.items() if field != "weights" for phrase in field_difference(field, saved, here)
@@ -84,29 +86,29 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def field_difference(field: str, saved: dict[str, Any], here: Any) -> Iterator[str]:
-    """The phrase of one field, or none where it agrees."""
+    """One phrase for each difference in one field."""
     name = field.replace("_", " ")
     there = saved.get(field)
     if isinstance(here, dict) and isinstance(there, dict):
-        # Only settings that both know: a later version of transformers may write down a default it used before.
+        # Compare only settings that both have: a later version of transformers may write an old default explicitly.
         for key in sorted(here.keys() & there.keys()):
             yield from (f"{name} {phrase}" for phrase in field_difference(key, there, here[key]))
     elif there != here:
-        is_hash = isinstance(here, str) and len(here) == 64  # its digits tell nobody anything
+        is_hash = isinstance(here, str) and len(here) == 64  # the digits of a hash are of no use in a message
         yield name if is_hash else f"{name} {there} against {here}"
 
 
 @torch.no_grad()
 def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
     """SHA-256 of a sample of all parameters, once rounded to float16 and once to bfloat16."""
-    # Embedding and head come first and both: a tied head is the embedding once more, so that tied and untied copies
-    # agree although `parameters()` lists one matrix here and two there.
+    # Embedding and head come first, and both are sampled also if they are tied. `parameters()` lists a tied matrix
+    # once and an untied copy twice; this way both give one hash.
     ends: list[Any] = [
         layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
     ]
     inner = [parameter for parameter in model.parameters() if not any(parameter is end for end in ends)]
-    values = torch.cat([sampled(parameter) for parameter in [*ends, *inner]])
-    # Rounding goes through fp32 for every type, so that float64 and quantised integers have one path.
+    values = torch.cat([sample_elements(parameter) for parameter in [*ends, *inner]])
+    # The values are fp32 for every dtype of parameter, so float64 and quantised integers are rounded in the same way.
     return {
         str(kind).removeprefix("torch."): hashlib.sha256(
             values.to(kind).view(torch.int16).numpy().astype("<i2").tobytes()
@@ -115,13 +117,13 @@ def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def sampled(parameter: Tensor) -> Tensor:
-    """`SAMPLES` elements of a parameter, evenly spread, in fp32 on the CPU (repeated where it has fewer)."""
+def sample_elements(parameter: Tensor) -> Tensor:
+    """`SAMPLES` evenly spaced elements of a parameter, in fp32 on the CPU (repeated if it has fewer)."""
     flat = parameter.detach().reshape(-1)
     if flat.numel() == 0:
         return torch.zeros(0)
     index = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
-    # Adding 0 turns −0 into 0: the two are one value with two bit patterns.
+    # Adding 0 turns −0 into 0. The two are equal, but have different bits and would have different hashes.
     return flat[index].float().cpu() + 0.0
 
 

@@ -1,4 +1,4 @@
-"""JSON that people edit and programs must survive: strict when written, checked when read."""
+"""JSON files: written as strict JSON, and checked when read, because people may have edited them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from softprompt_kernels.errors import SoftPromptError
 
 
 def dump(value: dict[str, Any]) -> bytes:
-    """JSON for people: indented, keys in order, strict."""
+    """Strict JSON as UTF-8, indented, keys sorted."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def plain(name: str, value: Any) -> Any:
-    """`value` as strict JSON: scalars of numpy and torch become numbers, numbers that are not finite null.
+def to_json(name: str, value: Any) -> Any:
+    """`value` with the types of strict JSON. Scalars of numpy and torch become numbers; NaN and infinities become None.
 
-    A figure that came out as NaN must not be what a finished training is lost to.
+    A NaN in the figures must not stop a finished training from being saved.
 
     Args:
-        name: what it is called in the error.
-        value: mappings, sequences, scalars, paths, in any nesting.
+        name: name of `value` in the error message.
+        value: mappings, sequences, scalars and paths, nested in any way.
 
     Raises:
-        TypeError: something that JSON cannot hold, by its path from `name`.
+        TypeError: JSON cannot hold some part of it; the message gives its path from `name`.
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(f"{name}.{key}", item) for key, item in value.items()}
+        return {str(key): to_json(f"{name}.{key}", item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        return [to_json(f"{name}[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
@@ -44,10 +44,10 @@ def plain(name: str, value: Any) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The JSON object in a file.
 
     Raises:
-        SoftPromptError: it cannot be read, is no JSON, or holds no object.
+        SoftPromptError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -59,10 +59,10 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def integer(file: Path, fields: dict[str, Any], field: str, least: int) -> int:
-    """The whole number `field` of an object read from `file`.
+    """The whole number `fields[field]`, of an object read from `file`.
 
     Raises:
-        SoftPromptError: it is missing, no whole number, or below `least`.
+        SoftPromptError: it is missing, not a whole number, or smaller than `least`.
     """
     value = fields.get(field)
     if type(value) is not int or value < least:

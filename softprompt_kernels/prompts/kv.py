@@ -1,13 +1,13 @@
-"""KV prompt: the keys and values themselves are what is trained (prefix tuning, a "cartridge").
+"""KV prompt: trainable keys and values for every layer (prefix tuning, a "cartridge").
 
     σ = (K, V),  K [L, Hkv, k, D],  V [L, Hkv, k, Dv],   keys after the rotary embedding, at positions 0..k−1
 
-The first tokens of a sequence are attention sinks: heads that have nothing to say look at them. Training them ruins
-that, so the first `frozen_tokens` (one by default) lie in buffers, where neither the gradient nor weight decay nor an
-optimiser's momentum can reach them, and the rest lies in parameters.
+The first tokens of a sequence are attention sinks: heads with nothing to read put their weight on them. Training would
+destroy the sinks. Therefore the first `frozen_tokens` (one by default) are buffers, which gradients, weight decay and
+momentum cannot change. The other tokens are parameters.
 
 Cost of a step: one concatenation of all layers' keys and one of all values, 4·L·Hkv·k·(D + Dv) bytes written in fp32.
-The layers of the prefix are views of it. Without frozen tokens nothing is copied.
+The layers of the prefix are views of these. Without frozen tokens nothing is copied.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from softprompt_kernels.prompts.prefix import Prefix
 class KVPrompt(nn.Module):
     """One trainable prefix.
 
-    Parameters `key [L, Hkv, k−n, D]` and `value [L, Hkv, k−n, Dv]` are the trainable tokens, buffers `frozen_key` and
-    `frozen_value` the first n = `frozen_tokens`. They are fp32 masters, whatever the model computes in: a step of
-    lr·gradient is easily below bf16's resolution.
+    Parameters `key [L, Hkv, k−n, D]` and `value [L, Hkv, k−n, Dv]` are the trainable tokens. Buffers `frozen_key` and
+    `frozen_value` are the first n = `frozen_tokens`. All are fp32 whatever dtype the model computes in, because an
+    update of lr·gradient is often below the resolution of bf16.
 
     Args:
-        key: `[L, Hkv, k, D]`, all k tokens, frozen ones first. Copied, converted to fp32 (float64 stays).
+        key: `[L, Hkv, k, D]`, all k tokens, frozen ones first. Copied and converted to fp32 (float64 stays).
         value: `[L, Hkv, k, Dv]`.
         frozen_tokens: n, from 0 to k.
 
     Raises:
-        ValueError: shapes that do not fit, k = 0, or `frozen_tokens` out of range.
+        ValueError: shapes do not fit, k = 0, or `frozen_tokens` is out of range.
     """
 
     def __init__(self, key: Tensor, value: Tensor, *, frozen_tokens: int = 1) -> None:
@@ -45,7 +45,7 @@ class KVPrompt(nn.Module):
             raise ValueError(
                 f"frozen_tokens: got {frozen_tokens}, accepted is 0 to {key.shape[2]} (the prompt's length)"
             )
-        key, value = master(key), master(value)
+        key, value = to_training_dtype(key), to_training_dtype(value)
         self.key = nn.Parameter(key[:, :, frozen_tokens:].clone())
         self.value = nn.Parameter(value[:, :, frozen_tokens:].clone())
         self.frozen_key: Tensor
@@ -55,11 +55,11 @@ class KVPrompt(nn.Module):
 
     @classmethod
     def from_prefix(cls, prefix: Prefix, *, frozen_tokens: int = 1) -> KVPrompt:
-        """The trainable copy of a prefix of one row.
+        """A trainable copy of a prefix of one row.
 
         Raises:
-            ValueError: several rows (see `PromptBank`), or layers of different shapes, which this prompt does not
-                store.
+            ValueError: the prefix has several rows (see `PromptBank`), or layers of different shapes, which a KVPrompt
+                cannot store.
         """
         if prefix.rows != 1 or prefix.lengths is not None:
             raise ValueError(f"prefix: got {prefix.rows} rows, accepted is one row without padding")
@@ -75,17 +75,17 @@ class KVPrompt(nn.Module):
 
     @property
     def length(self) -> int:
-        """k, frozen tokens included."""
+        """k, including frozen tokens."""
         return self.frozen_tokens + self.key.shape[2]
 
     @property
     def frozen_tokens(self) -> int:
-        """How many tokens at the start are not trained."""
+        """n, the number of tokens at the start that are not trained."""
         return self.frozen_key.shape[2]
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model it belongs to."""
+        """L, the layers of the model."""
         return self.key.shape[0]
 
     def stacked(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -98,9 +98,9 @@ class KVPrompt(nn.Module):
         return key.to(dtype), value.to(dtype)
 
     def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
-        """What the attention reads: one row, differentiable, in `dtype` (None: as stored, fp32)."""
+        """The prefix of one row that the attention reads, differentiable, in `dtype` (None: as stored, fp32)."""
         key, value = self.stacked(dtype)
-        # One unbind for all layers: its backward is one stack, not L scatters into a full-size zero.
+        # One unbind for all layers. Its backward is one stack; L indexings would give L scatters into full-size zeros.
         return Prefix.of(zip(key.unsqueeze(1).unbind(), value.unsqueeze(1).unbind(), strict=True))
 
     def extra_repr(self) -> str:
@@ -108,6 +108,6 @@ class KVPrompt(nn.Module):
         return f"layers={layers}, kv_heads={heads}, tokens={self.length}, head_dim={dim}, frozen={self.frozen_tokens}"
 
 
-def master(tensor: Tensor) -> Tensor:
-    """`tensor` without its graph in the type that prompts are trained in: fp32 (float64 stays, to check gradients)."""
+def to_training_dtype(tensor: Tensor) -> Tensor:
+    """`tensor`, detached, in the dtype that prompts are trained in: fp32 (float64 stays, for gradient checks)."""
     return tensor.detach().to(tensor.dtype if tensor.dtype == torch.float64 else torch.float32)

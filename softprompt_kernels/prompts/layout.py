@@ -1,9 +1,9 @@
-"""PEFT's layout of a KV prompt: one row of floats a token.
+"""PEFT's layout of a KV prompt: one row of floats per token.
 
     flat [k, L·2·Hkv·D],  row t = concat over layers of (key_t [Hkv, D], value_t [Hkv, D])
 
-Keys are after the rotary embedding, token t at position t. PREFIX_TUNING and CARTRIDGE share the layout; PEFT reads
-it as `view(k, 2L, Hkv, D)` with `token_dim = Hkv·D` and `num_attention_heads = Hkv`.
+Keys are after the rotary embedding, with token t at position t. PREFIX_TUNING and CARTRIDGE use the same layout. PEFT
+reads it as `view(k, 2L, Hkv, D)` with `token_dim = Hkv·D` and `num_attention_heads = Hkv`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def flatten(key: Tensor, value: Tensor) -> Tensor:
     """`key, value [L, Hkv, k, D]` to `[k, L·2·Hkv·D]`, contiguous.
 
     Raises:
-        ValueError: keys and values of different head dimensions, which the layout cannot say.
+        ValueError: keys and values have different shapes. The layout has one head dimension for both.
     """
     if key.dim() != 4 or key.shape != value.shape:
         raise ValueError(
@@ -31,7 +31,7 @@ def unflatten(flat: Tensor, layers: int, kv_heads: int) -> tuple[Tensor, Tensor]
     """`[k, L·2·Hkv·D]` back to `key, value [L, Hkv, k, D]`, as views.
 
     Raises:
-        ValueError: not a matrix whose rows divide into `layers` pairs of `kv_heads` heads.
+        ValueError: `flat` is not a matrix, or its rows do not divide into `layers` pairs of `kv_heads` heads.
     """
     if flat.dim() != 2 or layers < 1 or kv_heads < 1 or flat.shape[1] % (2 * layers * kv_heads):
         raise ValueError(

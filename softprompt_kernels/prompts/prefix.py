@@ -1,10 +1,10 @@
-"""A prefix: what a soft prompt is to the attention, keys and values for every layer.
+"""A prefix: the keys and values of a soft prompt, for every layer.
 
-Every kind of prompt, and the full context of the teacher, ends as one of these before the model runs. A prefix of
-R rows is a bank: each sequence of a batch reads one row, and all of them read the same memory.
+Every kind of prompt, and the full context of the teacher, is turned into a prefix before the model runs. A prefix of R
+rows is a bank: each sequence of a batch reads one row. The rows are shared in memory and never copied for a batch.
 
-Convention of positions (PEFT's): key p of a row sits at position p and has been through the rotary embedding there;
-the sequence that follows starts at position `lengths[r]`, which is P when all rows have the same length.
+Positions (PEFT's convention): key p of a row has position p, and the rotary embedding was applied at that position. The
+sequence that follows starts at position `lengths[r]`, which is P when all rows have the same length.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Prefix:
     """Keys and values of R prompts in every layer of a model.
 
     Args:
-        layers: one `(key [R, Hkv, P, D], value [R, Hkv, P, Dv])` a layer. `Hkv`, `D` and `Dv` may differ from layer
-            to layer; R and P may not.
-        lengths: `[R]` int64, how many of the P tokens of each row are real; the rest is padding at the end. None:
-            all P of every row. Checked against 0..P where it lies on the CPU (elsewhere that would wait for the
-            device).
+        layers: one pair `(key [R, Hkv, P, D], value [R, Hkv, P, Dv])` per layer. `Hkv`, `D` and `Dv` may differ from
+            layer to layer; R and P may not.
+        lengths: `[R]` int64, how many of the P tokens of each row are real; the rest is padding at the end. None: all
+            P tokens are real. Values outside 0..P are refused if the tensor is on the CPU; on another device the check
+            would have to wait for it.
 
     Raises:
-        ValueError: no layer, or a layer whose shape does not fit the others.
+        ValueError: there are no layers, a layer's shape does not fit the others, or `lengths` does not fit.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -73,12 +73,12 @@ class Prefix:
 
     @property
     def rows(self) -> int:
-        """R, the prompts of the bank."""
+        """R, the number of prompts."""
         return self.layers[0][0].shape[0]
 
     @property
     def length(self) -> int:
-        """P, tokens of a row, padding included."""
+        """P, the tokens of a row, including padding."""
         return self.layers[0][0].shape[2]
 
     @property
@@ -88,20 +88,20 @@ class Prefix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Element type of the keys of the first layer."""
+        """Dtype of the keys of the first layer."""
         return self.layers[0][0].dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Size of all keys and values in bytes."""
         return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
 
     def detach(self) -> Prefix:
-        """The same memory without its graph."""
+        """The same tensors, detached from their graph."""
         return Prefix(tuple((key.detach(), value.detach()) for key, value in self.layers), self.lengths)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
-        """Keys and values in another place or type; lengths follow the device and stay int64."""
+        """Keys and values on another device or in another dtype. `lengths` moves to the device and stays int64."""
         layers = tuple((key.to(device, dtype), value.to(device, dtype)) for key, value in self.layers)
         lengths = self.lengths if self.lengths is None or device is None else self.lengths.to(device)
         return Prefix(layers, lengths)
@@ -109,11 +109,11 @@ class Prefix:
     def slice(self, start: int, stop: int) -> Prefix:
         """Tokens `start` to `stop − 1` of every row, as views.
 
-        Keys keep the rotation of the positions that they came from. A slice that starts at 0 is therefore a valid
-        prefix; any other has to be rotated by `−start` first.
+        Keys keep the rotation of their old positions. A slice that starts at 0 is therefore a valid prefix; any other
+        slice must first be moved by `−start` (`models.shift_keys`).
 
         Raises:
-            ValueError: not `0 ≤ start ≤ stop ≤ P`.
+            ValueError: `0 ≤ start ≤ stop ≤ P` does not hold.
         """
         if not 0 <= start <= stop <= self.length:
             raise ValueError(f"start, stop: got {start}, {stop}, accepted is 0 ≤ start ≤ stop ≤ {self.length}")

@@ -55,9 +55,9 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_name_that_the_system_does_not_take_is_refused(tmp_path: Path) -> None:
     for act in (lambda path: folder.replace_folder(path, NEW, "mark"), folder.recover):
-        with pytest.raises(SoftPromptError, match="cannot be looked into"):
+        with pytest.raises(SoftPromptError, match="cannot be read"):
             act(tmp_path / ("x" * 300))
-    with pytest.raises(SoftPromptError, match="cannot be looked into"):
+    with pytest.raises(SoftPromptError, match="cannot be read"):
         folder.check_replaceable(tmp_path / ("x" * 300), NEW, "mark")
 
 

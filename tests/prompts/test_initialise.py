@@ -163,7 +163,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 def test_vocabulary_tokens_are_different_ones_and_never_the_excluded() -> None:
     tokens = initialise.vocabulary_tokens(20, 17, exclude=(0, 1, 19, 400))
     assert sorted(tokens.tolist()) == list(range(2, 19))
-    with pytest.raises(SoftPromptError, match="cannot have 18 tokens where only 17"):
+    with pytest.raises(SoftPromptError, match="cannot have 18 tokens: there are only 17"):
         initialise.vocabulary_tokens(20, 18, exclude=(0, 1, 19))
 
 
