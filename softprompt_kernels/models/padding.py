@@ -52,7 +52,7 @@ class Packing:
         counts = mask.to(torch.int64)
         real = counts.flatten().nonzero().squeeze(1)
         if real.numel() == 0:
-            raise SoftPromptError("attention_mask: got padding alone, accepted is at least one real token")
+            raise SoftPromptError("attention_mask: got only padding, accepted is at least one real token")
         cu_seqlens = F.pad(counts.sum(dim=1).cumsum(0), (1, 0))
         own = (counts.cumsum(dim=1) - 1).clamp(min=0)
         return cls(real.to(device), cu_seqlens.to(device), own.to(device), mask.shape[1])

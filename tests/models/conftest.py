@@ -1,4 +1,4 @@
-"""One tiny random model of each served family, with the features of the family switched on."""
+"""A tiny random model of each supported family, with the features of the family switched on."""
 
 from collections.abc import Callable, Iterator
 
@@ -23,7 +23,7 @@ _COMMON = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-# Windows are smaller than every sequence in the tests, and both kinds of layer occur where a family mixes them.
+# Windows are shorter than every sequence in the tests. Families that mix both kinds of layer have one of each.
 _MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 _YARN = {
     "rope_type": "yarn",
@@ -80,7 +80,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
 
 
 def _build(family: str, **changes: object) -> PreTrainedModel:
-    """A model of the family with eager attention, not prepared. Weights are large enough to matter."""
+    """A model of the family with eager attention, not prepared. Weights are large enough to change the logits."""
     name, options = CONFIGURATIONS[family]
     options = {**_COMMON, **options, **changes}
     options = {key: value for key, value in options.items() if value is not None or key == "eos_token_id"}
@@ -101,19 +101,19 @@ def build() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(params=sorted(CONFIGURATIONS))
 def family(request: pytest.FixtureRequest) -> str:
-    """Each served family in turn."""
+    """Each supported family in turn."""
     return request.param
 
 
 @pytest.fixture
 def families() -> list[str]:
-    """All of them."""
+    """The names of all supported families."""
     return sorted(CONFIGURATIONS)
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring at these sizes."""
+    """One thread: more are slower at these sizes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +132,7 @@ def tokens() -> Callable[..., Tensor]:
 
 def _double(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model.config, "num_local_experts"):
-        model.set_experts_implementation("eager")  # the grouped product knows no float64
+        model.set_experts_implementation("eager")  # the grouped GEMM does not support float64
     return model.double()
 
 
@@ -143,10 +143,10 @@ def double() -> Callable[[PreTrainedModel], PreTrainedModel]:
 
 
 @pytest.fixture
-def exact() -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """`exact(model)`: the same model, in float64, with textbook attention in float64 under transformers' own masks.
+def float64_reference() -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """`float64_reference(model)`: the same model in float64, with textbook attention and transformers' own masks.
 
-    The eager attention of most families rounds its softmax to fp32, which is no oracle for a gradient."""
+    The eager attention of most families rounds its softmax to fp32, which is too inexact to check a gradient."""
 
     def attention(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **_):
         group = query.shape[1] // key.shape[1]
@@ -170,9 +170,11 @@ def exact() -> Callable[[PreTrainedModel], PreTrainedModel]:
 
 
 @pytest.fixture
-def alone() -> Callable[..., Tensor]:
-    """The oracle: `alone(model, contexts, rows)` are the logits of each row behind its context, run by an unprepared
-    model as one concatenated sequence of its own. Lists of 1-D tensors in, list of `[row, V]` out."""
+def concatenated_run() -> Callable[..., Tensor]:
+    """The reference: `concatenated_run(model, contexts, rows)` gives the logits of each row after its context.
+
+    An unprepared model runs context and row as one sequence. Takes lists of 1-D tensors, returns a list of
+    `[row, V]`."""
 
     @torch.no_grad()
     def run(model: PreTrainedModel, contexts: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
@@ -186,8 +188,8 @@ def alone() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def padded() -> Callable[[list[Tensor], str], tuple[Tensor, Tensor]]:
-    """`padded(rows, side)`: ids `[B, M]` and mask `[B, M]`; side is "left", "right" or "both" (one on each, and a hole
-    in the middle of the first row)."""
+    """`padded(rows, side)`: ids `[B, M]` and mask `[B, M]`. Side is "left", "right" or "both": padding on both sides,
+    and a hole in the middle of the first row."""
 
     def pad(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
         width = max(map(len, rows)) + (2 if side == "both" else 0)

@@ -1,4 +1,4 @@
-"""The cache of own tokens holds what DynamicCache would, packed to the left and without copying at every step."""
+"""The cache of own tokens: same content as DynamicCache, without padding, and without a copy at every step."""
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ def tokens(m: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(3, 2, m, 4, generator=generator), torch.randn(3, 2, m, 6, generator=generator)
 
 
-def packed(tensor: Tensor, row: int) -> Tensor:
+def real_tokens(tensor: Tensor, row: int) -> Tensor:
     """The real tokens of a row of a left-padded tensor."""
     return tensor[row, :, PADS[row] :]
 
 
-def test_without_padding_it_returns_what_dynamic_cache_returns():
+def test_without_padding_it_equals_dynamic_cache():
     ours, theirs = OwnCache(), DynamicCache()
     for seed, m in enumerate(STEPS):
         for layer in range(2):
@@ -35,20 +35,20 @@ def test_rows_are_stored_without_their_padding():
     for seed, m in enumerate(STEPS):
         key, value = tokens(m, seed)
         got, expected = ours.update(key, value, 0), theirs.update(key, value, 0)
-        for mine, full in zip(got, expected, strict=True):
-            assert mine.shape == full.shape
+        for actual, padded in zip(got, expected, strict=True):
+            assert actual.shape == padded.shape
             for row in range(3):
-                want = packed(full, row)
-                assert torch.equal(mine[row, :, : want.shape[1]], want)
+                want = real_tokens(padded, row)
+                assert torch.equal(actual[row, :, : want.shape[1]], want)
 
 
 def test_prefill_in_chunks_shorter_than_the_padding():
-    # The first two chunks of row 0 are padding alone.
+    # The first two chunks of row 0 are only padding.
     ours, theirs = OwnCache(PADS), DynamicCache()
     for seed, m in enumerate((2, 2, 2, 1)):
         got, expected = ours.update(*tokens(m, seed), 0), theirs.update(*tokens(m, seed), 0)
     for row in range(3):
-        want = packed(expected[0], row)
+        want = real_tokens(expected[0], row)
         assert torch.equal(got[0][row, :, : want.shape[1]], want)
 
 
@@ -61,7 +61,7 @@ def test_rows_of_beams_share_the_padding_of_their_input():
 
 
 @pytest.mark.parametrize("pads", [None, PADS], ids=["no-padding", "padding"])
-def test_cropping_and_reordering_continue_as_in_dynamic_cache(pads):
+def test_crop_and_reorder_work_as_in_dynamic_cache(pads):
     ours, theirs = OwnCache(pads), DynamicCache()
     for cache in (ours, theirs):
         cache.update(*tokens(9, 0), 0)
@@ -70,7 +70,7 @@ def test_cropping_and_reordering_continue_as_in_dynamic_cache(pads):
     got, expected = ours.update(*tokens(2, 1), 0), theirs.update(*tokens(2, 1), 0)
     assert got[0].shape == expected[0].shape and ours.get_seq_length() == 8
     for row in range(3):
-        want = packed(expected[1], row) if pads is not None else expected[1][row]
+        want = real_tokens(expected[1], row) if pads is not None else expected[1][row]
         assert torch.equal(got[1][row, :, : want.shape[1]], want)
 
 
@@ -82,7 +82,7 @@ def test_beams_are_reordered():
     torch.testing.assert_close(ours.update(*tokens(1, 1), 0), theirs.update(*tokens(1, 1), 0), atol=0, rtol=0)
 
 
-def test_reset_starts_anew():
+def test_reset_empties_the_cache():
     cache = OwnCache()
     cache.update(*tokens(4, 0), 0)
     cache.reset()
@@ -91,7 +91,7 @@ def test_reset_starts_anew():
     assert torch.equal(got, tokens(2, 1)[0])
 
 
-def test_a_step_writes_into_the_same_memory():
+def test_a_step_reuses_the_buffer():
     cache = OwnCache()
     before, _ = cache.update(*tokens(4, 0), 0)
     after, _ = cache.update(*tokens(1, 1), 0)

@@ -1,4 +1,4 @@
-"""A model behind a prefix gives what it gives for the concatenated sequence: all families, paddings, banks."""
+"""A model with a prefix gives the logits of the concatenated sequence: all families, paddings, banks."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, embed_prefix, prepare, prompted_hidden, prompted_logits
 from softprompt_kernels.prompts.prefix import Prefix
 
-# Absolute, on logits of standard deviation near 1, fp32.
+# Absolute error of fp32 logits, whose standard deviation is near 1.
 ATOL = 1e-5
 
 
 def bank(prefixes: list[Prefix]) -> Prefix:
-    """Prefixes of one row and different lengths as one; what follows a short row is poison."""
+    """A bank of prefixes of one row and different lengths. NaN follows a short row."""
     lengths = torch.tensor([one.length for one in prefixes])
     layers = []
     for pairs in zip(*(one.layers for one in prefixes), strict=True):
@@ -28,9 +28,9 @@ def bank(prefixes: list[Prefix]) -> Prefix:
     return Prefix(tuple(layers), lengths)
 
 
-def test_shared_context_equals_the_concatenated_run(family, build, tokens, alone):
+def test_shared_context_equals_the_concatenated_run(family, build, tokens, concatenated_run):
     context, rows = tokens(9), tokens(3, 7, seed=1)
-    expected = torch.stack(alone(build(family), [context] * 3, list(rows)))
+    expected = torch.stack(concatenated_run(build(family), [context] * 3, list(rows)))
     model = build(family)
     prepare(model)
     got = prompted_logits(model, rows, capture(model, context[None]))
@@ -38,9 +38,9 @@ def test_shared_context_equals_the_concatenated_run(family, build, tokens, alone
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_changes_nothing_and_leaks_nothing(family, side, build, tokens, alone, padded):
+def test_padding_changes_nothing_and_leaks_nothing(family, side, build, tokens, concatenated_run, padded):
     context, rows = tokens(9), [tokens(length, seed=length) for length in (4, 7, 1)]
-    expected = alone(build(family), [context] * 3, rows)
+    expected = concatenated_run(build(family), [context] * 3, rows)
     model = build(family)
     prepare(model)
     ids, mask = padded(rows, side)
@@ -51,11 +51,11 @@ def test_padding_changes_nothing_and_leaks_nothing(family, side, build, tokens, 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_row_reads_its_own_prompt_of_a_ragged_bank(family, side, build, tokens, alone, padded):
+def test_each_row_reads_its_own_prompt_of_a_ragged_bank(family, side, build, tokens, concatenated_run, padded):
     contexts = [tokens(length, seed=length) for length in (9, 3, 6)]
     rows = [tokens(length, seed=length + 1) for length in (7, 5, 7, 2)]
     index = torch.tensor([2, 0, 1, 0])
-    expected = alone(build(family), [contexts[i] for i in index], rows)
+    expected = concatenated_run(build(family), [contexts[i] for i in index], rows)
     model = build(family)
     prepare(model)
     prefix = bank([capture(model, context[None]) for context in contexts])
@@ -65,16 +65,16 @@ def test_each_row_reads_its_own_prompt_of_a_ragged_bank(family, side, build, tok
         torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
 
 
-def test_without_index_row_b_reads_prompt_b(build, tokens, alone):
+def test_without_index_row_b_reads_prompt_b(build, tokens, concatenated_run):
     contexts, rows = tokens(2, 6), tokens(2, 4, seed=1)
-    expected = torch.stack(alone(build("llama"), list(contexts), list(rows)))
+    expected = torch.stack(concatenated_run(build("llama"), list(contexts), list(rows)))
     model = build("llama")
     prepare(model)
     got = prompted_logits(model, rows, capture(model, contexts))
     torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
 
 
-def test_no_prefix_is_the_plain_model(family, build, tokens):
+def test_no_prefix_gives_the_logits_of_the_unprepared_model(family, build, tokens):
     ids = tokens(2, 7)
     with torch.no_grad():
         expected = build(family)(ids).logits
@@ -85,10 +85,10 @@ def test_no_prefix_is_the_plain_model(family, build, tokens):
 
 def test_embedding_prompt_equals_the_concatenated_embeddings(family, build, tokens):
     ids, prompt = tokens(3, 7), torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    plain = build(family)
+    unprepared = build(family)
     with torch.no_grad():
-        embedded = torch.cat([prompt.expand(3, -1, -1), plain.get_input_embeddings()(ids)], dim=1)
-        expected = plain(inputs_embeds=embedded).logits[:, 6:]
+        embedded = torch.cat([prompt.expand(3, -1, -1), unprepared.get_input_embeddings()(ids)], dim=1)
+        expected = unprepared(inputs_embeds=embedded).logits[:, 6:]
     model = build(family)
     prepare(model)
     prefix = embed_prefix(model, prompt)
@@ -109,7 +109,7 @@ def test_ragged_embedding_prompts_equal_each_alone(build, tokens):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 100])
-def test_capture_in_chunks_is_the_same_context(chunk, family, build, tokens):
+def test_capture_in_chunks_equals_capture_at_once(chunk, family, build, tokens):
     model = build(family)
     prepare(model)
     context = tokens(1, 9)
@@ -121,7 +121,7 @@ def test_capture_in_chunks_is_the_same_context(chunk, family, build, tokens):
 
 def test_captured_keys_are_those_of_the_models_own_cache(family, build, tokens):
     context = tokens(1, 9)
-    # A DynamicCache without a configuration: with one, sliding layers forget their first tokens.
+    # A DynamicCache without a configuration. With one, sliding layers drop their first tokens.
     with torch.no_grad():
         cache = build(family)(context, past_key_values=DynamicCache(), use_cache=True).past_key_values
     model = build(family)
@@ -134,7 +134,7 @@ def test_captured_keys_are_those_of_the_models_own_cache(family, build, tokens):
 
 
 def test_capture_survives_gradient_checkpointing_in_training_mode(build, tokens):
-    # transformers drops caches there; a captured context must not come out empty.
+    # transformers drops caches in this mode. A captured context must still be complete.
     model = build("llama")
     prepare(model)
     expected = capture(model, tokens(1, 9), chunk_tokens=4)
@@ -153,22 +153,22 @@ def test_prompt_of_another_dtype_is_cast_to_the_models(build, tokens):
     torch.testing.assert_close(hidden, prompted_hidden(model, ids, prefix), atol=0, rtol=0)
 
 
-def test_autocast_is_as_near_to_fp32_as_the_models_own_attention(family, build, tokens):
-    # Keys are fp32 after the rotary embedding there, values bf16.
+def test_autocast_is_as_accurate_as_the_models_own_attention(family, build, tokens):
+    # Under autocast, keys are fp32 after the rotary embedding, and values are bf16.
     context, ids = tokens(1, 9), tokens(2, 7)
-    plain, model = build(family), build(family)
+    unprepared, model = build(family), build(family)
     prepare(model)
     joined = torch.cat([context.expand(2, -1), ids], dim=1)
     with torch.no_grad():
-        exact = plain(joined).logits[:, 9:]
+        exact = unprepared(joined).logits[:, 9:]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            theirs = plain(joined).logits[:, 9:]
+            theirs = unprepared(joined).logits[:, 9:]
             ours = prompted_logits(model, ids, capture(model, context))
     assert ours.dtype == theirs.dtype
     assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm()
 
 
-def test_hidden_states_come_without_running_the_head(build, tokens, monkeypatch):
+def test_hidden_states_do_not_run_the_head(build, tokens, monkeypatch):
     model = build("llama")
     prepare(model)
     ids, prefix = tokens(2, 7), capture(model, tokens(1, 9))
@@ -179,7 +179,7 @@ def test_hidden_states_come_without_running_the_head(build, tokens, monkeypatch)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_never_runs_through_the_model(side, build, tokens, padded, monkeypatch):
+def test_padding_does_not_run_through_the_model(side, build, tokens, padded, monkeypatch):
     model = build("gemma3")
     prepare(model)
     prefix = capture(model, tokens(1, 5))
@@ -189,11 +189,11 @@ def test_padding_never_runs_through_the_model(side, build, tokens, padded, monke
     seen = []
     run = model.base_model.forward
 
-    def watched(input_ids, **others):
+    def recorded(input_ids, **others):
         seen.append((input_ids.tolist(), others["position_ids"].tolist()))
         return run(input_ids=input_ids, **others)
 
-    monkeypatch.setattr(model.base_model, "forward", watched)
+    monkeypatch.setattr(model.base_model, "forward", recorded)
     hidden = prompted_hidden(model, ids, prefix, attention_mask=mask)
     own = [5 + i for n in (3, 9, 1) for i in range(n)]
     assert seen == [([ids[mask.bool()].tolist()], [own])]
@@ -202,8 +202,8 @@ def test_padding_never_runs_through_the_model(side, build, tokens, padded, monke
 
 @pytest.mark.parametrize("name", ["composed", "reference", "cpu"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_every_backend_serves_padded_batches(name, side, build, tokens, alone, padded, monkeypatch):
-    """Those that are not good at packed sequences get padded ones."""
+def test_every_backend_serves_padded_batches(name, side, build, tokens, concatenated_run, padded, monkeypatch):
+    """Backends that are not good at packed sequences get padded batches."""
     model = build("llama")
     prepare(model)
     rows, context = [tokens(n, seed=n) for n in (3, 9, 1)], tokens(5)
@@ -224,8 +224,8 @@ def test_every_backend_serves_padded_batches(name, side, build, tokens, alone, p
         torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
 
 
-def test_padding_alone_is_refused(build, tokens):
+def test_a_batch_of_padding_only_is_refused(build, tokens):
     model = build("llama")
     prepare(model)
-    with pytest.raises(SoftPromptError, match="attention_mask: got padding alone, accepted is at least one real token"):
+    with pytest.raises(SoftPromptError, match="attention_mask: got only padding, accepted is at least one real token"):
         prompted_hidden(model, tokens(2, 3), None, attention_mask=torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""Generation behind a prefix against transformers' own generation of the concatenated sequence."""
+"""Generation with a prefix against transformers' own generation from the concatenated sequence."""
 
 import threading
 
@@ -23,34 +23,34 @@ def test_greedy_equals_the_concatenated_run(family, build, tokens):
     assert torch.equal(got, expected)
 
 
-def test_left_padded_batch_equals_each_row_alone(family, build, tokens, padded):
+def test_left_padded_batch_equals_each_row_on_its_own(family, build, tokens, padded):
     context, rows = tokens(9), [tokens(length, seed=length) for length in (3, 7, 1)]
-    plain, model = build(family), build(family)
+    unprepared, model = build(family), build(family)
     prepare(model)
     ids, mask = padded(rows, "left")
     got = generate(model, ids, capture(model, context[None]), attention_mask=mask, **GREEDY)
     assert torch.equal(got[:, :7], ids)
     for out, row in zip(got, rows, strict=True):
-        expected = plain.generate(torch.cat([context, row])[None], **GREEDY)[0, 9 + len(row) :]
+        expected = unprepared.generate(torch.cat([context, row])[None], **GREEDY)[0, 9 + len(row) :]
         assert torch.equal(out[7:], expected)
 
 
 def test_scores_of_a_left_padded_batch_equal_the_concatenated_run(family, build, tokens, padded):
-    # Greedy tokens could agree by chance; the logits of every step cannot.
+    # Greedy tokens could agree by chance. The logits of every step cannot.
     context, rows = tokens(4), [tokens(length, seed=length) for length in (2, 8)]
-    plain, model = build(family), build(family)
+    unprepared, model = build(family), build(family)
     prepare(model)
     ids, mask = padded(rows, "left")
     options = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
     got = generate(model, ids, capture(model, context[None]), attention_mask=mask, **options).logits
     for b, row in enumerate(rows):
-        expected = plain.generate(torch.cat([context, row])[None], **options).logits
+        expected = unprepared.generate(torch.cat([context, row])[None], **options).logits
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine[b], theirs[0], atol=2e-5, rtol=0)
 
 
-def test_each_row_generates_behind_its_own_prompt(build, tokens, padded):
-    model, plain = build("gpt2"), build("gpt2")
+def test_each_row_generates_after_its_own_prompt(build, tokens, padded):
+    model, unprepared = build("gpt2"), build("gpt2")
     prepare(model)
     long, short = tokens(6), tokens(3, seed=1)
     layers = []
@@ -67,7 +67,7 @@ def test_each_row_generates_behind_its_own_prompt(build, tokens, padded):
     ids, mask = padded(rows, "left")
     got = generate(model, ids, bank, attention_mask=mask, prompt_index=index, **GREEDY)
     for out, row, i in zip(got, rows, index, strict=True):
-        expected = plain.generate(torch.cat([(long, short)[i], row])[None], **GREEDY)[0, -8:]
+        expected = unprepared.generate(torch.cat([(long, short)[i], row])[None], **GREEDY)[0, -8:]
         assert torch.equal(out[-8:], expected)
 
 
@@ -83,7 +83,7 @@ def test_samples_of_one_input_read_the_prompt_of_that_input(build, tokens):
         assert torch.equal(got[2 * b : 2 * b + 2], expected)
 
 
-def test_without_prefix_it_is_plain_generation(build, tokens):
+def test_without_prefix_it_equals_transformers_own_generation(build, tokens):
     ids = tokens(2, 6)
     expected = build("mistral").generate(ids, **GREEDY)
     model = build("mistral")
@@ -103,7 +103,7 @@ def test_without_prefix_it_is_plain_generation(build, tokens):
     ids=["sampling", "several-samples", "beams", "several-beams", "stopping"],
 )
 def test_options_of_transformers_work_as_without_a_prefix(options, build, tokens, padded):
-    # The prompt as a prefix, against the prompt as ordinary input behind no prefix, padded the same way.
+    # Compare the context as a prefix with the context as input tokens and no prefix, padded in the same way.
     model = build("llama")
     prepare(model)
     context, rows = tokens(6), [tokens(length, seed=length) for length in (5, 3)]
@@ -134,12 +134,12 @@ def test_streamer_receives_inputs_and_every_new_token(build, tokens):
     assert streamer.seen == out[0].tolist() and streamer.ended
 
 
-def test_generation_is_possible_behind_an_embedding_prompt(build, tokens):
-    model, plain = build("qwen3"), build("qwen3")
+def test_generation_after_an_embedding_prompt_equals_concatenated_embeddings(build, tokens):
+    model, unprepared = build("qwen3"), build("qwen3")
     prepare(model)
     prompt, ids = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), tokens(2, 4)
-    joined = torch.cat([prompt.expand(2, -1, -1), plain.get_input_embeddings()(ids)], dim=1)
-    expected = plain.generate(inputs_embeds=joined, **GREEDY)
+    joined = torch.cat([prompt.expand(2, -1, -1), unprepared.get_input_embeddings()(ids)], dim=1)
+    expected = unprepared.generate(inputs_embeds=joined, **GREEDY)
     assert torch.equal(generate(model, ids, embed_prefix(model, prompt), **GREEDY)[:, 4:], expected)
 
 
@@ -153,7 +153,7 @@ def test_a_model_with_caching_switched_off_still_generates(build, tokens):
     assert torch.equal(generate(model, ids, prefix, **GREEDY), expected)
 
 
-def test_a_static_cache_in_the_models_own_settings_is_overruled(build, tokens):
+def test_a_static_cache_in_the_models_own_settings_is_overridden(build, tokens):
     model = build("llama")
     prepare(model)
     prefix, ids = capture(model, tokens(1, 6)), tokens(2, 4)
@@ -162,7 +162,7 @@ def test_a_static_cache_in_the_models_own_settings_is_overruled(build, tokens):
     assert torch.equal(generate(model, ids, prefix, cache_implementation=None, **GREEDY), expected)
 
 
-def test_nothing_of_a_call_is_left_on_the_model(build, tokens):
+def test_an_interrupted_call_leaves_no_hook_on_the_model(build, tokens):
     model = build("llama")
     prepare(model)
     ids, prefix = tokens(2, 4), capture(model, tokens(1, 6))
@@ -183,18 +183,18 @@ def test_a_call_inside_a_call_sees_its_own_prompt(build, tokens):
     outer, inner = capture(model, tokens(1, 6)), capture(model, tokens(1, 6, seed=1))
     ids, seen = tokens(1, 4), []
     expected_outer, expected_inner = generate(model, ids, outer, **GREEDY), generate(model, ids, inner, **GREEDY)
-    plain = model(ids).logits
+    unprepared = model(ids).logits
 
     def nested(*_: object) -> torch.Tensor:
         seen.append((generate(model, ids, inner, **GREEDY), model(ids).logits))
         return torch.tensor([False])
 
     assert torch.equal(generate(model, ids, outer, stopping_criteria=[nested], **GREEDY), expected_outer)
-    assert all(torch.equal(got, expected_inner) and torch.equal(logits, plain) for got, logits in seen)
+    assert all(torch.equal(got, expected_inner) and torch.equal(logits, unprepared) for got, logits in seen)
     assert not torch.equal(expected_outer, expected_inner)
 
 
-def test_threads_do_not_meet(build, tokens):
+def test_threads_do_not_affect_each_other(build, tokens):
     model = build("llama")
     prepare(model)
     prefixes, ids = [capture(model, tokens(1, 6, seed=seed)) for seed in range(4)], tokens(2, 4)
@@ -212,29 +212,29 @@ def test_threads_do_not_meet(build, tokens):
     assert all(torch.equal(one, expected[i]) for i in range(4) for one in got[i])
 
 
-def test_a_forward_of_another_thread_may_meet_a_hook_that_is_half_registered(build, tokens, monkeypatch):
-    """Then it is called without keywords, and has nothing to say."""
-    model, met = build("llama"), []
+def test_a_hook_that_is_called_before_its_registration_ends_does_nothing(build, tokens, monkeypatch):
+    """A forward of another thread may call it in that moment, without keywords."""
+    model, results = build("llama"), []
     prepare(model)
     register = model.register_forward_pre_hook
 
-    def registers(hook, **options):
-        met.append(hook(model, ()))
+    def call_then_register(hook, **options):
+        results.append(hook(model, ()))
         return register(hook, **options)
 
-    monkeypatch.setattr(model, "register_forward_pre_hook", registers)
+    monkeypatch.setattr(model, "register_forward_pre_hook", call_then_register)
     generate(model, tokens(2, 4), capture(model, tokens(1, 6)), **GREEDY)
-    assert met == [None]
+    assert results == [None]
 
 
 def test_buffers_of_the_cache_grow_past_their_first_size(build, tokens, padded):
-    plain, model = build("gemma2", max_position_embeddings=96), build("gemma2", max_position_embeddings=96)
+    unprepared, model = build("gemma2", max_position_embeddings=96), build("gemma2", max_position_embeddings=96)
     prepare(model)
     context, rows = tokens(5), [tokens(4), tokens(2, seed=1)]
     ids, mask = padded(rows, "left")
     got = generate(model, ids, capture(model, context[None]), attention_mask=mask, do_sample=False, max_new_tokens=72)
     for out, row in zip(got, rows, strict=True):
-        expected = plain.generate(torch.cat([context, row])[None], do_sample=False, max_new_tokens=72)
+        expected = unprepared.generate(torch.cat([context, row])[None], do_sample=False, max_new_tokens=72)
         assert torch.equal(out[4:], expected[0, -72:])
 
 
@@ -259,7 +259,7 @@ def test_right_padding_is_refused(build, tokens, padded):
     [{"max_new_tokens": 55}, {"max_length": 59}, {"generation_config": GenerationConfig(max_new_tokens=55)}],
     ids=["max_new_tokens", "max_length", "generation_config"],
 )
-def test_a_generation_that_would_leave_the_window_is_refused_before_it_starts(options, build, tokens):
+def test_generation_beyond_the_window_is_refused(options, build, tokens):
     model = build("llama")
     prepare(model)
     with pytest.raises(SoftPromptError, match=r"6 prompt \+ 4 input \+ 55 new tokens, the model's window is 64"):

@@ -1,4 +1,4 @@
-"""The head as numbers is the head of the model."""
+"""`head_of` gives the parameters of the model's head."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_head_gives_the_models_logits(family, build, tokens):
     torch.testing.assert_close(head.logits(hidden), expected, atol=1e-5, rtol=0)
 
 
-def test_head_is_described_not_copied(build):
+def test_head_shares_the_models_weight(build):
     model = build("llama")
     head = head_of(model)
     assert head.weight is model.lm_head.weight
@@ -42,7 +42,7 @@ def test_bias_is_found(build, tokens):
     torch.testing.assert_close(head.logits(prompted_hidden(model, tokens(2, 5), None)), expected, atol=1e-5, rtol=0)
 
 
-def test_a_packed_head_is_refused(build):
+def test_a_quantised_head_is_refused(build):
     model = build("llama")
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(976, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(SoftPromptError, match=r"its head is torch.uint8 of shape \(976, 1\)"):

@@ -1,4 +1,4 @@
-"""Every kind of prompt becomes a prefix through one function, and training reaches its parameters."""
+"""`prefix_of` turns every kind of prompt into a prefix, and gradients reach the prompt's parameters."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_prefix_comes_in_the_models_dtype(build, tokens):
 
 
 @pytest.mark.parametrize("kind", ["kv", "embedding"])
-def test_a_bank_gives_each_sequence_what_its_prompt_alone_would(kind, model, tokens):
+def test_a_bank_gives_each_sequence_the_logits_of_its_own_prompt(kind, model, tokens):
     prompts = [
         KVPrompt.from_prefix(capture(model, tokens(1, k))) if kind == "kv" else random_embedding(k) for k in (6, 3)
     ]
@@ -69,6 +69,6 @@ def test_a_loss_reaches_the_trainable_tokens_only(kind, model, tokens):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_anything_else_is_refused(model):
+def test_other_types_are_refused(model):
     with pytest.raises(TypeError, match=r"prompt: got Tensor, accepted are Prefix"):
         prefix_of(model, torch.zeros(3, 32))

@@ -1,4 +1,4 @@
-"""What cannot be served is refused with one sentence, before anything runs."""
+"""Models and inputs that are not supported are refused with one sentence, before the model runs."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from softprompt_kernels.models.families import FAMILIES
 from softprompt_kernels.prompts.prefix import Prefix
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-UNSERVED = {
+UNSUPPORTED = {
     "gptj": ("GPTJConfig", {"rotary_dim": 8}),
     "falcon": ("FalconConfig", {}),
     "bloom": ("BloomConfig", {}),
@@ -30,9 +30,9 @@ UNSERVED = {
 }
 
 
-@pytest.mark.parametrize("name", UNSERVED)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_other_families_are_refused_by_name(name):
-    config, options = UNSERVED[name]
+    config, options = UNSUPPORTED[name]
     model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **options))
     before = model.config._attn_implementation
     with pytest.raises(SoftPromptError, match=rf"got the family '{name}', accepted are gemma2, .*qwen3"):
@@ -64,7 +64,7 @@ def test_bidirectional_attention_is_refused(build):
         prepare(build("gemma3", use_bidirectional_attention=True))
 
 
-def test_something_else_than_a_model_is_a_type_error():
+def test_other_types_than_models_are_a_type_error():
     with pytest.raises(TypeError, match="model: got Linear"):
         prepare(torch.nn.Linear(2, 2))
 
@@ -73,7 +73,7 @@ def test_every_family_of_the_list_is_tested(build, families):
     assert {build(name).config.model_type for name in families} == set(FAMILIES)
 
 
-def test_an_unprepared_model_is_refused_rather_than_ignoring_the_prefix(build, tokens):
+def test_an_unprepared_model_is_refused(build, tokens):
     model = build("llama")
     for call in (
         lambda: prompted_hidden(model, tokens(1, 4), None),
@@ -86,7 +86,7 @@ def test_an_unprepared_model_is_refused_rather_than_ignoring_the_prefix(build, t
             call()
 
 
-def test_positions_beyond_the_window_are_refused_with_the_numbers(build, tokens):
+def test_more_tokens_than_the_window_are_refused(build, tokens):
     model = build("llama")
     prepare(model)
     prefix = capture(model, tokens(1, 60))
@@ -99,7 +99,7 @@ def test_positions_beyond_the_window_are_refused_with_the_numbers(build, tokens)
         embed_prefix(model, torch.zeros(65, 32))
 
 
-def test_longrope_ends_where_its_frequencies_change(build, tokens):
+def test_the_window_of_longrope_ends_where_its_frequencies_change(build, tokens):
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -107,10 +107,10 @@ def test_longrope_ends_where_its_frequencies_change(build, tokens):
         "long_factor": [2.0] * 4,
     }
     options = {"rope_parameters": rope, "original_max_position_embeddings": 16}
-    plain, model = build("phi3", **options), build("phi3", **options)
+    unprepared, model = build("phi3", **options), build("phi3", **options)
     prepare(model)
     context, ids = tokens(1, 10), tokens(1, 6, seed=1)
-    expected = plain(torch.cat([context, ids], dim=1)).logits[:, 10:]
+    expected = unprepared(torch.cat([context, ids], dim=1)).logits[:, 10:]
     torch.testing.assert_close(prompted_logits(model, ids, capture(model, context)), expected, atol=1e-5, rtol=0)
     with pytest.raises(SoftPromptError, match="the model's window is 16"):
         prompted_logits(model, tokens(1, 7), capture(model, context))
@@ -138,7 +138,7 @@ def test_a_prefix_of_another_model_is_refused(build, tokens):
         ({"prefix": None, "prompt_index": torch.zeros(2, dtype=torch.int64)}, "prompt_index: got one without a prefix"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(arguments, message, build, tokens):
+def test_inputs_that_do_not_fit_are_refused_by_name(arguments, message, build, tokens):
     model = build("llama")
     prepare(model)
     given = {"input_ids": tokens(2, 4), "prefix": 1} | arguments
@@ -156,7 +156,7 @@ def test_embeddings_that_do_not_fit_are_refused(shape, build):
         embed_prefix(model, torch.zeros(shape))
 
 
-def test_chunks_of_nothing_are_refused(build, tokens):
+def test_empty_chunks_are_refused(build, tokens):
     model = build("llama")
     prepare(model)
     with pytest.raises(SoftPromptError, match="chunk_tokens: got 0"):

@@ -1,4 +1,4 @@
-"""Moved keys are those that the model computes at the other positions, in every layer."""
+"""Shifted keys equal those that the model computes at the other positions, in every layer."""
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ LLAMA3 = {
 }
 
 
-class Keep:
-    """Keeps what each layer's attention was given."""
+class RecordingSink:
+    """Keeps the keys and values of each layer's attention."""
 
     def __init__(self) -> None:
         self.layers = {}
@@ -31,10 +31,10 @@ class Keep:
 
 
 def capture_at(model, ids, first: int) -> Prefix:
-    """Keys and values of `ids` with the first token at position `first`, seeing each other only."""
-    keep = Keep()
-    run_base(model, Call(None, sink=keep), torch.arange(first, first + ids.shape[1])[None], input_ids=ids)
-    return Prefix.of(keep.layers[index] for index in range(len(keep.layers)))
+    """Keys and values of `ids` without a prefix, with the first token at position `first`."""
+    sink = RecordingSink()
+    run_base(model, Call(None, sink=sink), torch.arange(first, first + ids.shape[1])[None], input_ids=ids)
+    return Prefix.of(sink.layers[index] for index in range(len(sink.layers)))
 
 
 @pytest.mark.parametrize("delta", [-6, 17])
@@ -51,16 +51,16 @@ def test_shift_equals_running_the_model_at_the_other_positions(family, delta, bu
         assert (pair[0] - before[0]).abs().max() > 0.1
 
 
-def test_llama3_frequencies_are_fixed_and_move_too(build, tokens):
+def test_llama3_keys_can_be_shifted(build, tokens):
     model = build("llama", rope_parameters=LLAMA3)
     prepare(model)
     got = shift_keys(model, capture_at(model, tokens(1, 9), 0), 30)
     torch.testing.assert_close(got.layers, capture_at(model, tokens(1, 9), 30).layers, atol=1e-5, rtol=0)
 
 
-def test_strided_keys_keep_their_distances_when_queries_continue_at_their_number(build, tokens):
-    # Every third key of a context of 30, moved by k − C and read at position k, against the same keys left where
-    # they were and read at position C.
+def test_shifted_strided_keys_keep_their_distances_to_the_queries(build, tokens):
+    # Every third key of a context of C = 30 tokens, so k = 10. Compares keys that were moved by k − C, with queries from
+    # position k, and keys that were not moved, with queries from position C.
     model = build("llama", max_position_embeddings=128)
     prepare(model)
     context, ids = capture(model, tokens(1, 30)), tokens(2, 7)
@@ -71,7 +71,7 @@ def test_strided_keys_keep_their_distances_when_queries_continue_at_their_number
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
-def test_there_and_back_again(build, tokens):
+def test_opposite_shifts_cancel(build, tokens):
     model = build("gemma3").double()
     prepare(model)
     prefix = capture(model, tokens(1, 9))
@@ -98,7 +98,7 @@ def test_no_shift_is_the_same_prefix_even_with_learned_positions(build, tokens):
     assert shift_keys(model, prefix, 0) is prefix
 
 
-def test_learned_positions_cannot_move(build, tokens):
+def test_shifting_learned_positions_is_refused(build, tokens):
     model = build("gpt2")
     prepare(model)
     with pytest.raises(SoftPromptError, match=r"delta: got -3 for a 'gpt2', whose positions are learned"):

@@ -1,4 +1,4 @@
-"""A prepared model without a prefix is the model that it was: forward, caches, padding, generation, gradients."""
+"""A prepared model without a prefix works as before: forward, caches, padding, generation, gradients."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ ATOL = 1e-5
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padded_forward(family, side, build, tokens, alone, padded):
+def test_padded_forward(family, side, build, tokens, concatenated_run, padded):
     rows = [tokens(length, seed=length) for length in (4, 9, 2)]
     empty = torch.zeros(0, dtype=torch.int64)
-    expected = alone(build(family), [empty] * 3, rows)
+    expected = concatenated_run(build(family), [empty] * 3, rows)
     model = build(family)
     prepare(model)
     ids, mask = padded(rows, side)
@@ -25,17 +25,17 @@ def test_padded_forward(family, side, build, tokens, alone, padded):
         torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)
 
 
-# Not the sliding cache with padding on the right: it forgets by column, so a hole shifts what it keeps.
+# No sliding cache with padding on the right: it drops tokens by column, so padding changes which tokens it keeps.
 @pytest.mark.parametrize(
     ("side", "sliding"),
     [("left", False), ("right", False), ("left", True)],
     ids=["left", "right", "left-sliding-cache"],
 )
-def test_decoding_with_a_cache_after_a_padded_prefill(family, side, sliding, build, tokens, alone, padded):
+def test_decoding_with_a_cache_after_a_padded_prefill(family, side, sliding, build, tokens, concatenated_run, padded):
     # Right padding leaves a hole between the prefill and what follows.
     rows, new = [tokens(length, seed=length) for length in (4, 8)], tokens(2, 5, seed=9)
     empty = torch.zeros(0, dtype=torch.int64)
-    expected = alone(build(family), [empty] * 2, [torch.cat(pair) for pair in zip(rows, new, strict=True)])
+    expected = concatenated_run(build(family), [empty] * 2, [torch.cat(pair) for pair in zip(rows, new, strict=True)])
     model = build(family)
     prepare(model)
     ids, mask = padded(rows, side)
@@ -61,17 +61,17 @@ def test_transformers_own_generate(family, build, tokens, padded):
 
 
 def test_loss_and_its_gradient(build, tokens):
-    plain, model = build("gemma2"), build("gemma2")
+    unprepared, model = build("gemma2"), build("gemma2")
     prepare(model)
     ids, gradients = tokens(2, 9), []
-    for one in (plain, model):
+    for one in (unprepared, model):
         one.requires_grad_(True)
         one(ids, labels=ids).loss.backward()
         gradients.append(one.model.layers[0].self_attn.k_proj.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0], atol=ATOL, rtol=0)
 
 
-def test_prepare_twice_is_prepare_once_and_release_undoes_it(build, tokens):
+def test_prepare_is_idempotent_and_release_undoes_it(build, tokens):
     model = build("llama")
     before = model(tokens(1, 5)).logits
     release(model)
@@ -83,7 +83,7 @@ def test_prepare_twice_is_prepare_once_and_release_undoes_it(build, tokens):
     assert torch.equal(model(tokens(1, 5)).logits, before)
 
 
-def test_a_prepared_model_is_saved_without_a_trace(build, tmp_path, tokens):
+def test_saving_a_prepared_model_saves_a_normal_model(build, tmp_path, tokens):
     from transformers import AutoModelForCausalLM
 
     model = build("llama")
