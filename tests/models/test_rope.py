@@ -59,8 +59,8 @@ def test_llama3_keys_can_be_shifted(build, tokens):
 
 
 def test_shifted_strided_keys_keep_their_distances_to_the_queries(build, tokens):
-    # Every third key of a context of C = 30 tokens, so k = 10. Compares keys that were moved by k − C, with queries from
-    # position k, and keys that were not moved, with queries from position C.
+    # Every third key of a context of C = 30 tokens, so k = 10. Compares keys moved by k − C, with queries from position
+    # k, and keys that were not moved, with queries from position C.
     model = build("llama", max_position_embeddings=128)
     prepare(model)
     context, ids = capture(model, tokens(1, 30)), tokens(2, 7)

@@ -1,4 +1,4 @@
-"""Tiny random models of three families, a tokenizer without files, and what transformers itself computes."""
+"""Tiny random models of three families, a tokenizer without files, and reference results from transformers."""
 
 from collections.abc import Callable
 
@@ -26,15 +26,15 @@ VOCABULARY = 53
 def configuration(family: str, **changes: object) -> object:
     common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     # Grouped heads, and head dimensions that are not hidden_size / heads.
-    rotary = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6}
-    rotary |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+    rotary_sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 6}
+    rotary_sizes |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
     if family == "llama":
-        return LlamaConfig(**(common | rotary | changes))
+        return LlamaConfig(**(common | rotary_sizes | changes))
     if family == "qwen3":
-        return Qwen3Config(**(common | rotary | changes))
+        return Qwen3Config(**(common | rotary_sizes | changes))
     dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    learned = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128}
-    return GPT2Config(**(common | learned | dropout | changes))
+    gpt2_sizes = {"n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128}
+    return GPT2Config(**(common | gpt2_sizes | dropout | changes))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make_model() -> Callable[..., PreTrainedModel]:
     def make(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(configuration(family, **changes)).eval()
-        # Initial weights of transformers are so small that attention hardly matters; make it matter.
+        # With transformers' small initial weights, attention hardly changes the logits, so scale them up.
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
@@ -76,7 +76,7 @@ def random_kv() -> Callable[..., KVPrompt]:
 
 @pytest.fixture
 def capture() -> Callable[[PreTrainedModel, Tensor], Prefix]:
-    """What transformers keeps in its cache for a context `[1, C]`."""
+    """The keys and values in transformers' cache after a context `[1, C]`."""
 
     @torch.no_grad()
     def run(model: PreTrainedModel, context: Tensor) -> Prefix:
@@ -89,7 +89,7 @@ def capture() -> Callable[[PreTrainedModel, Tensor], Prefix]:
 
 @pytest.fixture
 def cached_logits() -> Callable[[PreTrainedModel, Tensor, Prefix], Tensor]:
-    """Logits of transformers with the prefix, of one row, as `past_key_values`; positions continue at its length."""
+    """Logits of transformers with a prefix of one row as `past_key_values`. Positions continue at its length."""
 
     @torch.no_grad()
     def run(model: PreTrainedModel, ids: Tensor, prefix: Prefix) -> Tensor:

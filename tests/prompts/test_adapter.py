@@ -1,4 +1,4 @@
-"""Saving and loading, and everything that may be wrong with a folder: one sentence each, the last good state kept."""
+"""Save and load. Whatever is wrong with a folder gives a message of one sentence, and keeps the last good folder."""
 
 import errno
 import json
@@ -32,21 +32,21 @@ def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({name: value for name, value in fields.items() if value != "remove"}))
 
 
-def refused(path: Path, model: PreTrainedModel, *tokenizer: PreTrainedTokenizerFast) -> str:
-    """The sentence that `load` refuses with; anything but a SoftPromptError fails the test."""
+def refusal(path: Path, model: PreTrainedModel, *tokenizer: PreTrainedTokenizerFast) -> str:
+    """The message of the SoftPromptError that `load` raises. Any other exception fails the test."""
     with pytest.raises(SoftPromptError) as caught:
         load(path, model, *tokenizer)
-    sentence = str(caught.value)
-    assert str(path) in sentence and "\n" not in sentence
-    return sentence
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
 
 
-# What comes back
+# Saved prompts load unchanged
 
 
 @pytest.mark.parametrize("kv_type", ["CARTRIDGE", "PREFIX_TUNING"])
 @pytest.mark.parametrize("frozen", [0, 2, 5])
-def test_a_kv_prompt_comes_back_bit_for_bit(
+def test_a_saved_kv_prompt_loads_bit_for_bit(
     kv_type: str, frozen: int, make_model: MakeModel, random_kv: MakeKV, tmp_path: Path
 ) -> None:
     prompt = random_kv(make_model(), frozen_tokens=frozen)
@@ -57,7 +57,7 @@ def test_a_kv_prompt_comes_back_bit_for_bit(
         assert torch.equal(again.state_dict()[name], tensor)
 
 
-def test_an_embedding_prompt_comes_back_bit_for_bit(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_saved_embedding_prompt_loads_bit_for_bit(make_model: MakeModel, tmp_path: Path) -> None:
     prompt = EmbeddingPrompt(torch.randn(4, 24), frozen_tokens=1)
     save(tmp_path / "prompt", prompt, model=make_model())
     again, _ = load(tmp_path / "prompt", make_model())
@@ -70,7 +70,7 @@ def test_a_prompt_loads_into_its_model_in_another_type(saved: Path, make_model: 
     assert isinstance(prompt, KVPrompt) and prompt.key.dtype == torch.float32
 
 
-def test_the_record_comes_back(make_model: MakeModel, random_kv: MakeKV, tmp_path: Path) -> None:
+def test_the_saved_record_is_loaded(make_model: MakeModel, random_kv: MakeKV, tmp_path: Path) -> None:
     save(
         tmp_path / "prompt",
         random_kv(make_model(), 5),
@@ -91,7 +91,7 @@ def test_the_record_comes_back(make_model: MakeModel, random_kv: MakeKV, tmp_pat
     assert config["peft_type"] == "CARTRIDGE" and same == record
 
 
-def test_a_record_that_is_no_json_is_refused_before_anything_is_written(
+def test_a_record_that_json_cannot_hold_is_refused_before_anything_is_written(
     make_model: MakeModel, random_kv: MakeKV, tmp_path: Path
 ) -> None:
     with pytest.raises(TypeError, match=r"figures\.a\[1\]: got object"):
@@ -124,40 +124,40 @@ def test_a_prompt_that_diverged_does_not_replace_a_good_one(
 
 
 def test_another_model_is_refused_with_what_differs(saved: Path, make_model: MakeModel) -> None:
-    sentence = refused(saved, make_model("gpt2"))
-    assert "another model" in sentence and "family llama against gpt2" in sentence
-    assert "the same shape with other values" in refused(saved, make_model(seed=1))
-    assert "layers 3 against 2" in refused(saved, make_model(num_hidden_layers=2))
+    message = refusal(saved, make_model("gpt2"))
+    assert "another model" in message and "family llama against gpt2" in message
+    assert "the same shape with other values" in refusal(saved, make_model(seed=1))
+    assert "layers 3 against 2" in refusal(saved, make_model(num_hidden_layers=2))
 
 
-def test_another_tokenizer_is_refused_and_none_is_not_compared(
+def test_another_tokenizer_is_refused_and_no_tokenizer_is_not_compared(
     saved: Path, make_model: MakeModel, make_tokenizer: MakeTokenizer
 ) -> None:
     load(saved, make_model(), make_tokenizer("a", "b"))
     load(saved, make_model())
-    sentence = refused(saved, make_model(), make_tokenizer("a", "b", "c"))
-    assert "another tokenizer" in sentence and "vocabulary 5 against 6" in sentence
+    message = refusal(saved, make_model(), make_tokenizer("a", "b", "c"))
+    assert "another tokenizer" in message and "vocabulary 5 against 6" in message
 
 
 # Broken folders
 
 
 def test_a_missing_folder_and_one_without_a_prompt_are_refused(tmp_path: Path, make_model: MakeModel) -> None:
-    assert "has no adapter_config.json" in refused(tmp_path / "nowhere", make_model())
-    assert "has no adapter_config.json" in refused(tmp_path, make_model())
+    assert "has no adapter_config.json" in refusal(tmp_path / "nowhere", make_model())
+    assert "has no adapter_config.json" in refusal(tmp_path, make_model())
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
-def test_truncated_weights_are_refused(kept: float, saved: Path, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("length", [0, 4, 100, 0.5, -1])
+def test_truncated_weights_are_refused(length: float, saved: Path, make_model: MakeModel) -> None:
     file = saved / "adapter_model.safetensors"
     content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * kept) if isinstance(kept, float) else kept])
-    assert "truncated or not a safetensors file" in refused(saved, make_model())
+    file.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
+    assert "truncated or not a safetensors file" in refusal(saved, make_model())
 
 
 def test_missing_weights_are_refused(saved: Path, make_model: MakeModel) -> None:
     (saved / "adapter_model.safetensors").unlink()
-    assert "safetensors only" in refused(saved, make_model())
+    assert "safetensors only" in refusal(saved, make_model())
 
 
 @pytest.mark.parametrize(
@@ -171,20 +171,20 @@ def test_missing_weights_are_refused(saved: Path, make_model: MakeModel) -> None
         ({"prompt_embeddings": torch.full((5, 96), math.inf)}, "not finite"),
     ],
 )
-def test_weights_of_another_kind_are_refused(
+def test_weights_that_are_no_prompt_are_refused(
     tensors: dict[str, torch.Tensor], what: str, saved: Path, make_model: MakeModel
 ) -> None:
     save_file(tensors, saved / "adapter_model.safetensors")
-    assert what in refused(saved, make_model())
+    assert what in refusal(saved, make_model())
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "softprompt.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b"null", b'"text"', b"\xff\xfe", b'{"peft_type": NaN}', b"[" * 100_000]
 )
-def test_json_that_is_none_is_refused(name: str, content: bytes, saved: Path, make_model: MakeModel) -> None:
+def test_broken_json_is_refused(name: str, content: bytes, saved: Path, make_model: MakeModel) -> None:
     (saved / name).write_bytes(content)
-    refused(saved, make_model())
+    refusal(saved, make_model())
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def test_json_that_is_none_is_refused(name: str, content: bytes, saved: Path, ma
         ({"token_dim": None}, "token_dim is None"),
     ],
 )
-def test_a_configuration_that_does_not_hold_together_is_refused(
+def test_an_inconsistent_configuration_is_refused(
     changes: dict[str, object], what: str, saved: Path, make_model: MakeModel
 ) -> None:
     edit(saved / "adapter_config.json", **changes)
-    assert what in refused(saved, make_model())
+    assert what in refusal(saved, make_model())
 
 
 @pytest.mark.parametrize(
@@ -221,39 +221,39 @@ def test_a_configuration_that_does_not_hold_together_is_refused(
         ({"model": {}}, "family None against llama"),
     ],
 )
-def test_a_record_that_does_not_hold_together_is_refused(
+def test_an_inconsistent_record_is_refused(
     changes: dict[str, object], what: str, saved: Path, make_model: MakeModel
 ) -> None:
     edit(saved / "softprompt.json", **changes)
-    assert what in refused(saved, make_model())
+    assert what in refusal(saved, make_model())
 
 
 def test_without_a_record_the_shapes_are_still_checked(saved: Path, make_model: MakeModel) -> None:
     (saved / "softprompt.json").unlink()
     with pytest.warns(UserWarning, match="make sure that it belongs"):
-        assert "this model 2 of 2 of 8" in refused(saved, make_model(num_hidden_layers=2))
+        assert "this model 2 of 2 of 8" in refusal(saved, make_model(num_hidden_layers=2))
 
 
 # A failed save
 
 
-def test_a_full_disk_leaves_the_last_good_prompt(
+def test_a_full_disk_keeps_the_last_good_prompt(
     saved: Path, make_model: MakeModel, random_kv: MakeKV, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
 
-    def full(path: Path, content: bytes) -> None:
+    def fail_after_ten_bytes(path: Path, content: bytes) -> None:
         path.write_bytes(content[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder, "write_file", full)
+    monkeypatch.setattr(folder, "write_file", fail_after_ten_bytes)
     with pytest.raises(SoftPromptError, match=r"No space left on device; what was there is unchanged"):
         save(saved, random_kv(make_model(), seed=9), model=make_model())
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
     assert [entry.name for entry in saved.parent.iterdir()] == ["prompt"]
 
 
-def test_a_saved_prompt_is_replaced_as_a_whole(saved: Path, make_model: MakeModel, random_kv: MakeKV) -> None:
+def test_a_saved_prompt_is_replaced_completely(saved: Path, make_model: MakeModel, random_kv: MakeKV) -> None:
     prompt = random_kv(make_model(), k=3, seed=9)
     save(saved, prompt, model=make_model())
     again, _ = load(saved, make_model())
@@ -261,7 +261,7 @@ def test_a_saved_prompt_is_replaced_as_a_whole(saved: Path, make_model: MakeMode
     assert [entry.name for entry in saved.parent.iterdir()] == ["prompt"]
 
 
-def test_a_folder_with_something_else_is_not_touched(make_model: MakeModel, random_kv: MakeKV, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(make_model: MakeModel, random_kv: MakeKV, tmp_path: Path) -> None:
     lora = tmp_path / "lora"
     lora.mkdir()
     (lora / "adapter_config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What is saved here loads in PEFT with the same logits, and the other way round."""
+"""A prompt saved here loads in PEFT with the same logits, and a prompt saved by PEFT loads here."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ def embedding_prompt() -> EmbeddingPrompt:
 
 
 @torch.no_grad()
-def ours(model: PreTrainedModel, ids: Tensor, prompt: EmbeddingPrompt | KVPrompt) -> Tensor:
+def our_logits(model: PreTrainedModel, ids: Tensor, prompt: EmbeddingPrompt | KVPrompt) -> Tensor:
     prepare(model)
     return prompted_logits(model, ids, prefix_of(model, prompt))
 
@@ -48,12 +48,12 @@ def test_peft_gives_a_saved_kv_prompt_the_same_logits(
 ) -> None:
     prompt = random_kv(make_model(family), K, frozen_tokens=2)
     save(tmp_path / "prompt", prompt, model=make_model(family), kv_type=kv_type)
-    theirs = peft_logits(make_model(family), tmp_path / "prompt", ids)
+    peft = peft_logits(make_model(family), tmp_path / "prompt", ids)
     expected = cached_logits(make_model(family), ids, prompt.prefix())
-    assert (theirs - expected).abs().max() <= 1e-5
-    assert (theirs - ours(make_model(family), ids, prompt)).abs().max() <= 1e-5
+    assert (peft - expected).abs().max() <= 1e-5
+    assert (peft - our_logits(make_model(family), ids, prompt)).abs().max() <= 1e-5
     with torch.no_grad():  # the prompt matters, so that the comparison can fail
-        assert (theirs - make_model(family)(ids).logits).abs().max() > 1e-2
+        assert (peft - make_model(family)(ids).logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,14 +62,14 @@ def test_peft_gives_a_saved_embedding_prompt_the_same_logits(
 ) -> None:
     model = make_model(family)
     save(tmp_path / "prompt", embedding_prompt, model=model)
-    theirs = peft_logits(make_model(family), tmp_path / "prompt", ids)[:, K:]
+    peft = peft_logits(make_model(family), tmp_path / "prompt", ids)[:, K:]
     with torch.no_grad():
         rows = torch.cat((embedding_prompt.vectors().expand(len(ids), -1, -1), model.get_input_embeddings()(ids)), 1)
         expected = model(inputs_embeds=rows).logits[:, K:]
-    assert (theirs - expected).abs().max() <= 1e-5
-    assert (theirs - ours(make_model(family), ids, embedding_prompt)).abs().max() <= 1e-5
+    assert (peft - expected).abs().max() <= 1e-5
+    assert (peft - our_logits(make_model(family), ids, embedding_prompt)).abs().max() <= 1e-5
     with torch.no_grad():
-        assert (theirs - make_model(family)(ids).logits).abs().max() > 1e-2
+        assert (peft - make_model(family)(ids).logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kv_type", ["CARTRIDGE", "PREFIX_TUNING"])
@@ -80,13 +80,13 @@ def test_peft_generates_the_same_tokens(
     save(tmp_path / "prompt", prompt, model=make_model(), kv_type=kv_type)
     wrapped = PeftModel.from_pretrained(make_model(), str(tmp_path / "prompt")).eval()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    theirs = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    peft = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     model = make_model()
     prepare(model)
-    assert torch.equal(generate(model, ids, prompt.prefix(), **options), theirs)
+    assert torch.equal(generate(model, ids, prompt.prefix(), **options), peft)
 
 
-def test_the_configuration_counts_heads_of_keys_and_names_the_frozen_tokens(
+def test_the_configuration_has_the_number_of_key_heads_and_of_frozen_tokens(
     make_model: Maker, random_kv: Callable[..., KVPrompt], tmp_path: Path
 ) -> None:
     save(tmp_path / "prompt", random_kv(make_model(), K, frozen_tokens=2), model=make_model())
@@ -108,22 +108,22 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", list(CONFIGS))
-def test_what_peft_saved_loads_here_with_the_same_logits(
+def test_a_prompt_saved_by_peft_loads_here_with_the_same_logits(
     family: str, kind: str, make_model: Maker, ids: Tensor, tmp_path: Path
 ) -> None:
     torch.manual_seed(3)
     wrapped = get_peft_model(make_model(family), CONFIGS[kind]()).eval()
-    wrapped.save_pretrained(str(tmp_path / "theirs"))
+    wrapped.save_pretrained(str(tmp_path / "peft"))
     with torch.no_grad():
-        theirs = wrapped(input_ids=ids).logits[:, -ids.shape[1] :]
+        peft = wrapped(input_ids=ids).logits[:, -ids.shape[1] :]
     with pytest.warns(UserWarning, match=r"no softprompt\.json: its shapes are checked"):
-        prompt, record = load(tmp_path / "theirs", make_model(family))
+        prompt, record = load(tmp_path / "peft", make_model(family))
     assert record is None
     assert prompt.length == K and prompt.frozen_tokens == (2 if kind == "CARTRIDGE" else 0)
-    assert (theirs - ours(make_model(family), ids, prompt)).abs().max() <= 1e-5
+    assert (peft - our_logits(make_model(family), ids, prompt)).abs().max() <= 1e-5
 
 
-def test_a_folder_of_ours_loads_without_a_warning(
+def test_a_folder_that_save_wrote_loads_without_a_warning(
     make_model: Maker, random_kv: Callable[..., KVPrompt], tmp_path: Path
 ) -> None:
     save(tmp_path / "prompt", random_kv(make_model()), model=make_model())

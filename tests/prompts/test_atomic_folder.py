@@ -1,3 +1,5 @@
+"""A folder is replaced completely or not at all, also after failures, interrupts and a stop of the machine."""
+
 import os
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     assert content(tmp_path / "a" / "b") == NEW
 
 
-def test_an_empty_folder_is_filled_and_ours_is_replaced(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_a_saved_one_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     for files in (OLD, NEW):
@@ -36,7 +38,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("found", [["data"], ["notes.txt"], ["mark", "README.md"], ["mark", "sub/x"]])
-def test_anything_else_is_refused_and_named(found: list[str], tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_names_them(found: list[str], tmp_path: Path) -> None:
     for name in found:
         (tmp_path / "target" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "target" / name).write_text("mine")
@@ -53,7 +55,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         folder.replace_folder(tmp_path / "target" / "below", NEW, "mark")
 
 
-def test_a_name_that_the_system_does_not_take_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
     for act in (lambda path: folder.replace_folder(path, NEW, "mark"), folder.recover):
         with pytest.raises(SoftPromptError, match="cannot be read"):
             act(tmp_path / ("x" * 300))
@@ -61,16 +63,16 @@ def test_a_name_that_the_system_does_not_take_is_refused(tmp_path: Path) -> None
         folder.check_replaceable(tmp_path / ("x" * 300), NEW, "mark")
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_rename_that_fails_puts_the_old_folder_back(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_a_failed_rename_restores_the_old_folder(
+    failing_call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.replace_folder(tmp_path / "target", OLD, "mark")
     rename, calls = os.rename, []
 
     def fail(source: Path, target: Path) -> None:
         calls.append(source)
-        if len(calls) == failing:
+        if len(calls) == failing_call:
             raise OSError(5, "Input/output error")
         rename(source, target)
 
@@ -81,7 +83,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
 
-def test_an_interrupt_leaves_the_old_folder_and_goes_on_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_keeps_the_old_folder_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.replace_folder(tmp_path / "target", OLD, "mark")
 
     def interrupted(path: Path, content: bytes) -> None:
@@ -94,12 +96,12 @@ def test_an_interrupt_leaves_the_old_folder_and_goes_on_up(tmp_path: Path, monke
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_stop_between_the_two_renames_is_recovered_from(tmp_path: Path) -> None:
+def test_recover_restores_the_folder_after_a_stop_between_the_renames(tmp_path: Path) -> None:
     folder.replace_folder(tmp_path / "target", OLD, "mark")
     os.rename(tmp_path / "target", tmp_path / ".target.previous")
     folder.recover(tmp_path / "target")
     assert content(tmp_path / "target") == OLD
-    # A leftover beside a good folder never takes its place.
+    # `recover` does not touch a good folder when an old `.previous` is next to it.
     folder.replace_folder(tmp_path / ".target.previous", OLD, "mark")
     folder.replace_folder(tmp_path / "target", NEW, "mark")
     folder.recover(tmp_path / "target")

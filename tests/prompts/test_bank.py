@@ -1,3 +1,5 @@
+"""A bank pads its prompts to the longest and keeps their lengths."""
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ def kv(k: int, seed: int = 0) -> KVPrompt:
     return KVPrompt(torch.randn(2, 3, k, 8), torch.randn(2, 3, k, 4))
 
 
-def test_each_row_is_its_prompt_and_zeros_behind() -> None:
+def test_each_row_is_its_prompt_followed_by_zeros() -> None:
     prompts = [kv(3, 1), kv(5, 2), kv(1, 3)]
     prefix = PromptBank(prompts).prefix()
     assert (prefix.rows, prefix.length) == (3, 5)
@@ -21,11 +23,11 @@ def test_each_row_is_its_prompt_and_zeros_behind() -> None:
                 assert (padded[row, :, prompt.length :] == 0).all()
 
 
-def test_equal_lengths_need_no_lengths() -> None:
+def test_prompts_of_equal_length_give_no_lengths() -> None:
     assert PromptBank([kv(3, 1), kv(3, 2)]).prefix().lengths is None
 
 
-def test_gradients_reach_each_prompt_and_no_frozen_token() -> None:
+def test_gradients_reach_each_prompt_but_no_frozen_token() -> None:
     bank = PromptBank([kv(3, 1), kv(5, 2)])
     prefix = bank.prefix(torch.bfloat16)
     prefix.layers[0][0][1].float().sum().backward()
@@ -43,14 +45,14 @@ def test_embedding_prompts_are_padded_to_the_longest() -> None:
     assert torch.equal(vectors[1], prompts[1].vectors())
 
 
-def test_lengths_move_with_the_bank_and_are_not_part_of_its_state() -> None:
+def test_lengths_move_with_the_bank_but_are_not_in_its_state() -> None:
     bank = PromptBank([kv(3), kv(5)])
     assert len(bank) == 2 and bank.length == 5
     assert "lengths" not in bank.state_dict()
     assert bank.to("meta").lengths.device.type == "meta"
 
 
-def test_kinds_and_shapes_do_not_mix() -> None:
+def test_different_kinds_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="got none"):
         PromptBank([])
     with pytest.raises(ValueError, match=r"prompts\[1\]: got EmbeddingPrompt"):
@@ -59,7 +61,7 @@ def test_kinds_and_shapes_do_not_mix() -> None:
         PromptBank([kv(3), KVPrompt(torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 4))])
 
 
-def test_a_bank_gives_only_what_its_prompts_have() -> None:
+def test_vectors_and_prefix_refuse_banks_of_the_other_kind() -> None:
     with pytest.raises(TypeError, match="KVPrompt"):
         PromptBank([kv(3)]).vectors()
     with pytest.raises(TypeError, match="EmbeddingPrompt"):

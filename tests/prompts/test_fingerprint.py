@@ -1,3 +1,5 @@
+"""Fingerprints agree for one checkpoint in any dtype, and differ for another model or tokenizer."""
+
 import copy
 import json
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from softprompt_kernels.prompts.fingerprint import differences, model_fingerprin
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_casting_a_model_leaves_it_the_same(
+def test_a_cast_model_has_the_same_fingerprint(
     family: str, dtype: torch.dtype, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     original, cast = model_fingerprint(make_model(family)), model_fingerprint(make_model(family).to(dtype))
@@ -19,7 +21,7 @@ def test_casting_a_model_leaves_it_the_same(
     assert differences(cast, original) == []
 
 
-def test_a_bfloat16_checkpoint_agrees_with_itself_in_every_type(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_casts_of_a_bfloat16_checkpoint_agree_with_each_other(make_model: Callable[..., PreTrainedModel]) -> None:
     native = make_model().bfloat16()
     half, full = copy.deepcopy(native).half(), copy.deepcopy(native).float()
     for one in (native, half, full):
@@ -27,12 +29,12 @@ def test_a_bfloat16_checkpoint_agrees_with_itself_in_every_type(make_model: Call
             assert differences(model_fingerprint(one), model_fingerprint(two)) == []
 
 
-def test_it_survives_json(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_fingerprint_can_be_stored_as_json(make_model: Callable[..., PreTrainedModel]) -> None:
     fingerprint = model_fingerprint(make_model())
     assert differences(json.loads(json.dumps(fingerprint)), fingerprint) == []
 
 
-def test_other_weights_are_another_model_whichever_parameter_differs(
+def test_a_change_of_any_parameter_is_found(
     make_model: Callable[..., PreTrainedModel],
 ) -> None:
     original = model_fingerprint(make_model())
@@ -48,7 +50,7 @@ def test_other_weights_are_another_model_whichever_parameter_differs(
     assert differences(original, model_fingerprint(model)) == []
 
 
-def test_a_tied_head_and_an_equal_copy_are_the_same(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_tied_head_and_an_equal_copy_agree(make_model: Callable[..., PreTrainedModel]) -> None:
     tied = make_model(tie_word_embeddings=True)
     untied = copy.deepcopy(tied)
     untied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
@@ -59,21 +61,21 @@ def test_a_tied_head_and_an_equal_copy_are_the_same(make_model: Callable[..., Pr
     assert differences(model_fingerprint(tied), model_fingerprint(untied)) != []
 
 
-def test_each_difference_of_shape_is_named_and_the_weights_are_not(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_differences_of_shape_are_named_and_weights_are_left_out(make_model: Callable[..., PreTrainedModel]) -> None:
     found = differences(
         model_fingerprint(make_model()), model_fingerprint(make_model(num_hidden_layers=2, num_key_value_heads=3))
     )
     assert found == ["layers 3 against 2", "kv heads 2 against 3"]
 
 
-def test_other_rotary_settings_are_another_model(make_model: Callable[..., PreTrainedModel]) -> None:
+def test_other_rotary_settings_are_found(make_model: Callable[..., PreTrainedModel]) -> None:
     other = make_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert differences(model_fingerprint(make_model()), model_fingerprint(other)) == [
         "rope rope theta 10000.0 against 500000.0"
     ]
 
 
-def test_a_setting_that_only_one_side_writes_down_is_no_difference() -> None:
+def test_a_setting_that_only_one_fingerprint_has_is_no_difference() -> None:
     assert differences({"rope": {"theta": 1.0}}, {"rope": {"theta": 1.0, "new_default": None}}) == []
     assert differences({"rope": None}, {"rope": {"theta": 1.0}}) != []
 
@@ -83,7 +85,7 @@ def test_a_damaged_record_differs() -> None:
     assert differences({"weights": 5}, {"weights": {"float16": "a"}}) != []
 
 
-def test_tokenizers_are_told_apart_by_their_words(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
+def test_tokenizers_with_different_vocabularies_differ(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     one = tokenizer_fingerprint(make_tokenizer("a", "b"))
     assert differences(one, tokenizer_fingerprint(make_tokenizer("a", "b"))) == []
     assert differences(one, tokenizer_fingerprint(make_tokenizer("b", "a"))) == ["tokens"]
@@ -94,7 +96,7 @@ def test_tokenizers_are_told_apart_by_their_words(make_tokenizer: Callable[..., 
     assert differences(one, tokenizer_fingerprint(make_tokenizer("a", "b", eos_token="<s>"))) == ["special tokens"]
 
 
-def test_tokenizers_of_one_vocabulary_are_told_apart_by_how_they_split(
+def test_tokenizers_of_one_vocabulary_that_split_differently_differ(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     from tokenizers.normalizers import Lowercase

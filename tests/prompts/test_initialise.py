@@ -1,3 +1,5 @@
+"""Every method of initialisation against its definition."""
+
 from collections.abc import Callable
 from functools import partial
 
@@ -12,13 +14,13 @@ from softprompt_kernels.prompts import Prefix, initialise
 
 
 def prefix_of_positions(length: int) -> Prefix:
-    """Every key is its position, so that a test can read where a token came from."""
+    """Every key is its position, so a test can see which token it was."""
     positions = torch.arange(length, dtype=torch.float32)[None, None, :, None]
     return Prefix.of([(positions.expand(1, 2, -1, 4), -positions.expand(1, 2, -1, 4))] * 2)
 
 
-def noise(length: int) -> Prefix:
-    """Channels and layers of very different offset and scale, and a first token unlike the others."""
+def prefix_with_sink(length: int) -> Prefix:
+    """Channels and layers with very different offsets and scales, and a first token far from all others."""
     generator = torch.Generator().manual_seed(0)
     layers = []
     for scale in (0.1, 30.0):
@@ -40,38 +42,38 @@ def test_strided_indices_spread_evenly_from_the_first_to_the_last(available: int
 
 
 @pytest.mark.parametrize(("available", "k"), [(5, 0), (5, -1), (5, 6), (0, 1)])
-def test_more_tokens_than_there_are_is_refused(available: int, k: int) -> None:
+def test_fewer_than_one_or_more_tokens_than_available_are_refused(available: int, k: int) -> None:
     with pytest.raises(SoftPromptError, match=r"at least 1 token|cannot have"):
         initialise.strided_indices(available, k)
     with pytest.raises(SoftPromptError, match=r"at least 1 token|cannot have"):
         initialise.first_tokens(torch.zeros(available, dtype=torch.int64), k)
 
 
-def test_first_tokens_of_a_context_stay_where_they_are() -> None:
+def test_first_tokens_of_a_context_are_not_rotated() -> None:
     prefix = initialise.from_prefix(prefix_of_positions(9), 4)
     assert prefix.layers[1][0][0, 0, :, 0].tolist() == [0, 1, 2, 3]
 
 
-def test_strided_tokens_of_a_context_are_rotated_from_its_length_to_k() -> None:
-    moves = []
+def test_strided_tokens_of_a_context_are_rotated_by_k_minus_its_length() -> None:
+    deltas = []
 
     def rotate(prefix: Prefix, delta: int) -> Prefix:
-        moves.append(delta)
+        deltas.append(delta)
         return Prefix.of((key + delta, value) for key, value in prefix.layers)
 
     prefix = initialise.from_prefix(prefix_of_positions(9), 3, "strided", rotate=rotate)
-    assert moves == [3 - 9]
+    assert deltas == [3 - 9]
     assert prefix.layers[0][0][0, 1, :, 2].tolist() == [0 - 6, 4 - 6, 8 - 6]
     assert prefix.layers[0][1][0, 1, :, 2].tolist() == [0, -4, -8]
 
 
-def test_strided_tokens_without_a_rotation_are_taken_as_they_are() -> None:
+def test_strided_tokens_without_rotate_are_not_rotated() -> None:
     prefix = initialise.from_prefix(prefix_of_positions(9), 3, "strided")
     assert prefix.layers[0][0][0, 0, :, 0].tolist() == [0, 4, 8]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_strided_keys_give_queries_at_k_what_the_context_gave_queries_at_its_end(
+def test_strided_keys_give_queries_at_k_the_logits_of_queries_after_the_context(
     family: str,
     make_model: Callable[..., PreTrainedModel],
     capture: Callable[[PreTrainedModel, Tensor], Prefix],
@@ -81,7 +83,7 @@ def test_strided_keys_give_queries_at_k_what_the_context_gave_queries_at_its_end
     model = make_model(family).double()
     context = capture(model, torch.randint(3, 50, (1, 20), generator=torch.Generator().manual_seed(1)))
     kept = initialise.strided_indices(20, 6)
-    # Oracle: the kept keys untouched in the cache, queries at 20, 21, ...
+    # Reference: the kept keys are in the cache as captured, and queries have positions 20, 21, ...
     cache = DynamicCache()
     for layer, (key, value) in enumerate(context.layers):
         cache.update(key[:, :, kept].expand(2, -1, -1, -1), value[:, :, kept].expand(2, -1, -1, -1), layer)
@@ -89,13 +91,13 @@ def test_strided_keys_give_queries_at_k_what_the_context_gave_queries_at_its_end
     with torch.no_grad():
         expected = model(ids, past_key_values=cache, position_ids=positions).logits
     moved = initialise.from_prefix(context, 6, "strided", rotate=partial(shift_keys, model))
-    # transformers rounds its sines and cosines to fp32 in any model: hence 1e-6 in float64.
+    # transformers rounds sines and cosines to fp32 in every model, so a float64 model agrees to 1e-6 only.
     assert torch.allclose(cached_logits(model, ids, moved), expected, rtol=0, atol=1e-6)
     unmoved = initialise.from_prefix(context, 6, "strided")
     assert not torch.allclose(cached_logits(model, ids, unmoved), expected, rtol=0, atol=1e-3)
 
 
-def test_from_prefix_refuses_banks_and_unknown_starts() -> None:
+def test_from_prefix_refuses_banks_and_unknown_methods() -> None:
     with pytest.raises(ValueError, match='accepted are "first" and "strided"'):
         initialise.from_prefix(prefix_of_positions(9), 3, "last")
     bank = Prefix.of([(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4))])
@@ -103,20 +105,20 @@ def test_from_prefix_refuses_banks_and_unknown_starts() -> None:
         initialise.from_prefix(bank, 2)
 
 
-def test_random_prefix_has_the_moments_of_its_model_channel_by_channel() -> None:
-    like = noise(400)
+def test_random_prefix_has_the_mean_and_deviation_of_every_channel() -> None:
+    like = prefix_with_sink(400)
     prefix = initialise.random_prefix(like, 4000, generator=torch.Generator().manual_seed(3))
     for original, drawn in zip(like.layers, prefix.layers, strict=True):
         for one, two in zip(original, drawn, strict=True):
             std, mean = torch.std_mean(one[:, :, 1:], dim=2)
             new_std, new_mean = torch.std_mean(two[:, :, 1:], dim=2)
-            # Standard errors at 4000 tokens: std/63 of the mean, std/89 of the spread; five of them.
+            # Five standard errors. At 4000 tokens one is std/63 for the mean and std/89 for the standard deviation.
             assert ((new_mean - mean).abs() < 5 * std / 63).all()
             assert ((new_std - std).abs() < 5 * std / 89).all()
 
 
-def test_random_prefix_keeps_the_sink_and_leaves_it_out_of_the_moments() -> None:
-    like = noise(50)
+def test_random_prefix_copies_the_sink_and_leaves_it_out_of_the_moments() -> None:
+    like = prefix_with_sink(50)
     prefix = initialise.random_prefix(like, 6, sink_tokens=1)
     for (key, _), (new, _) in zip(like.layers, prefix.layers, strict=True):
         assert torch.equal(new[:, :, 0], key[:, :, 0])
@@ -125,27 +127,27 @@ def test_random_prefix_keeps_the_sink_and_leaves_it_out_of_the_moments() -> None
     assert (initialise.random_prefix(like, 3, sink_tokens=0).layers[0][0] != 1000).all()
 
 
-def test_random_starts_repeat_with_their_generator() -> None:
+def test_random_methods_are_reproducible_with_a_generator() -> None:
     def seeded() -> torch.Generator:
         return torch.Generator().manual_seed(7)
 
-    one, two = (initialise.random_prefix(noise(9), 4, generator=seeded()) for _ in range(2))
+    one, two = (initialise.random_prefix(prefix_with_sink(9), 4, generator=seeded()) for _ in range(2))
     assert torch.equal(one.layers[1][1], two.layers[1][1])
     assert torch.equal(*(initialise.vocabulary_tokens(50, 9, generator=seeded()) for _ in range(2)))
     embed = torch.nn.Embedding(50, 6)
     assert torch.equal(*(initialise.random_embedding(embed, 50, 3, generator=seeded()) for _ in range(2)))
 
 
-def test_random_prefix_needs_something_to_measure() -> None:
+def test_random_prefix_refuses_a_prefix_that_is_too_short() -> None:
     with pytest.raises(SoftPromptError, match="at least 3 to measure"):
-        initialise.random_prefix(noise(2), 5)
+        initialise.random_prefix(prefix_with_sink(2), 5)
     with pytest.raises(SoftPromptError, match="at least 1 token"):
-        initialise.random_prefix(noise(9), 0)
+        initialise.random_prefix(prefix_with_sink(9), 0)
     with pytest.raises(ValueError, match="sink_tokens: got -1"):
-        initialise.random_prefix(noise(9), 2, sink_tokens=-1)
+        initialise.random_prefix(prefix_with_sink(9), 2, sink_tokens=-1)
 
 
-def test_token_starts() -> None:
+def test_token_ids_of_each_method() -> None:
     ids = torch.arange(10, 19)
     assert initialise.first_tokens(ids, 3).tolist() == [10, 11, 12]
     assert initialise.strided_tokens(ids, 3).tolist() == [10, 14, 18]
@@ -160,14 +162,14 @@ def test_a_text_without_tokens_is_refused() -> None:
         initialise.tiled_tokens(torch.zeros(1, 4, dtype=torch.int64), 3)
 
 
-def test_vocabulary_tokens_are_different_ones_and_never_the_excluded() -> None:
+def test_vocabulary_tokens_are_distinct_and_never_excluded_ones() -> None:
     tokens = initialise.vocabulary_tokens(20, 17, exclude=(0, 1, 19, 400))
     assert sorted(tokens.tolist()) == list(range(2, 19))
     with pytest.raises(SoftPromptError, match="cannot have 18 tokens: there are only 17"):
         initialise.vocabulary_tokens(20, 18, exclude=(0, 1, 19))
 
 
-def test_embedding_starts_go_through_the_module_and_come_out_fp32() -> None:
+def test_embed_tokens_runs_the_module_and_returns_fp32() -> None:
     embed = torch.nn.Embedding(20, 6, dtype=torch.bfloat16)
     rows = initialise.embed_tokens(lambda ids: embed(ids) * 3, torch.tensor([4, 2]))
     assert rows.dtype == torch.float32 and not rows.requires_grad

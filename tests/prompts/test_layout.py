@@ -1,3 +1,5 @@
+"""The layout of a KV prompt is the one that PEFT reads."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ SIZES = st.integers(1, 4)
 
 
 @given(layers=SIZES, heads=SIZES, tokens=SIZES, dim=SIZES)
-def test_every_number_stands_where_peft_looks_for_it(layers: int, heads: int, tokens: int, dim: int) -> None:
+def test_peft_reads_every_number_at_its_place(layers: int, heads: int, tokens: int, dim: int) -> None:
     key = torch.arange(layers * heads * tokens * dim).view(layers, heads, tokens, dim)
     value = -1 - key
     flat = flatten(key, value)
@@ -21,7 +23,7 @@ def test_every_number_stands_where_peft_looks_for_it(layers: int, heads: int, to
     assert torch.equal(again[0], key) and torch.equal(again[1], value)
 
 
-def test_values_narrower_than_keys_have_no_place_in_the_layout() -> None:
+def test_values_narrower_than_keys_are_refused() -> None:
     with pytest.raises(ValueError, match="same head dimension"):
         flatten(torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 4))
 

@@ -1,4 +1,4 @@
-"""KV and embedding prompts: what is trained, what is not, in which type."""
+"""KV and embedding prompts: which tokens are trained, which are frozen, and in which dtype."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def embedding(k: int = 5, frozen: int = 2) -> EmbeddingPrompt:
 
 
 def train(prompt: KVPrompt | EmbeddingPrompt, steps: int = 3) -> None:
-    """AdamW with strong weight decay: momentum and decay would move a frozen token even without a gradient."""
+    """AdamW with strong weight decay. Momentum and decay would change a frozen parameter even without a gradient."""
     optimiser = torch.optim.AdamW(prompt.parameters(), lr=0.1, weight_decay=0.5)
     for _ in range(steps):
         optimiser.zero_grad()
@@ -29,7 +29,7 @@ def train(prompt: KVPrompt | EmbeddingPrompt, steps: int = 3) -> None:
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 3])
-def test_training_moves_every_token_of_a_kv_prompt_but_the_frozen_ones(frozen: int) -> None:
+def test_training_changes_every_token_of_a_kv_prompt_except_frozen_ones(frozen: int) -> None:
     prompt = kv(frozen=frozen)
     before_key, before_value = (tensor.detach().clone() for tensor in prompt.stacked())
     train(prompt)
@@ -39,7 +39,7 @@ def test_training_moves_every_token_of_a_kv_prompt_but_the_frozen_ones(frozen: i
 
 
 @pytest.mark.parametrize("frozen", [0, 2])
-def test_training_moves_every_row_of_an_embedding_prompt_but_the_frozen_ones(frozen: int) -> None:
+def test_training_changes_every_row_of_an_embedding_prompt_except_frozen_ones(frozen: int) -> None:
     prompt = embedding(frozen=frozen)
     before = prompt.vectors().detach().clone()
     train(prompt)
@@ -47,12 +47,12 @@ def test_training_moves_every_row_of_an_embedding_prompt_but_the_frozen_ones(fro
     assert (prompt.vectors()[frozen:] != before[frozen:]).all()
 
 
-def test_a_wholly_frozen_prompt_still_gives_its_prefix() -> None:
+def test_a_prompt_of_frozen_tokens_only_gives_its_prefix() -> None:
     prompt = kv(k=1, frozen=1)
     assert prompt.key.numel() == 0 and prompt.prefix().length == 1
 
 
-def test_frozen_tokens_are_no_parameters_but_are_in_the_state() -> None:
+def test_frozen_tokens_are_in_the_state_but_are_not_parameters() -> None:
     assert {name for name, _ in kv().named_parameters()} == {"key", "value"}
     assert {name for name, _ in embedding().named_parameters()} == {"embedding"}
     assert set(kv().state_dict()) == {"key", "value", "frozen_key", "frozen_value"}
@@ -87,7 +87,7 @@ def test_parameters_stay_fp32_and_the_gradient_reaches_them_through_a_cast() -> 
     assert embedding().vectors(torch.float16).dtype == torch.float16
 
 
-def test_the_prompt_is_a_copy_of_what_it_was_made_from() -> None:
+def test_the_prompt_copies_the_tensor_that_it_was_made_from() -> None:
     rows = torch.zeros(3, 4)
     prompt = EmbeddingPrompt(rows)
     rows.fill_(9)
@@ -101,7 +101,7 @@ def test_gradients_of_the_prefix(frozen: int) -> None:
     def prefix(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(tensor for pair in prompt.prefix().layers for tensor in pair)
 
-    # The check moves the parameters in place, so the prompt sees every step of it.
+    # gradcheck changes the parameters in place, so the prompt uses the changed values.
     assert torch.autograd.gradcheck(prefix, (prompt.key, prompt.value))
 
 

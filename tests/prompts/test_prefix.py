@@ -1,3 +1,5 @@
+"""The checks, sizes and views of a prefix."""
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_detach_shares_the_memory_and_drops_the_graph() -> None:
     assert detached.layers[0][1].data_ptr() == attached.layers[0][1].data_ptr()
 
 
-def test_to_converts_numbers_and_leaves_lengths_whole() -> None:
+def test_to_converts_keys_and_values_but_keeps_lengths_int64() -> None:
     half = prefix(lengths=[3, 5]).to(dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.lengths is not None and half.lengths.dtype == torch.int64
