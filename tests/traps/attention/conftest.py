@@ -1,4 +1,4 @@
-"""In this folder `precision` is that of attention."""
+"""In this folder `precision` is the precision of attention."""
 
 import pytest
 

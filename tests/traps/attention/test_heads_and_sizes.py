@@ -1,4 +1,7 @@
-"""Group sizes that are no power of two, the head sizes of real models, and values of another size."""
+"""Trap: a kernel works only if the group of query heads or the head size is a power of two, or if Dv = D.
+
+The shapes have group sizes and head sizes of real models, and values of another size than keys.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "value_size"), SHAPES)
-def test_heads_share_keys_in_consecutive_groups(heads, kv_heads, size, value_size, backend, attention, precision):
+def test_consecutive_query_heads_share_a_key_head(heads, kv_heads, size, value_size, backend, attention, precision):
     shapes = [(2, heads, 3, size), (2, kv_heads, 3, size), (2, kv_heads, 3, value_size)]
     shapes += [(1, kv_heads, 2, size), (1, kv_heads, 2, value_size)]
     inputs = [torch.randn(s, dtype=torch.float64).to(precision.dtype).requires_grad_() for s in shapes]

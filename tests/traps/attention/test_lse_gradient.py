@@ -1,11 +1,11 @@
-"""The gradient of lse must not silently be zero."""
+"""Trap: the gradient of lse is silently zero."""
 
 import pytest
 import torch
 
 
 @pytest.mark.parametrize("with_out", [False, True])
-def test_lse_is_differentiable_alone_and_beside_out(with_out, backend, attention, precision):
+def test_lse_is_differentiable_with_and_without_out(with_out, backend, attention, precision):
     query, key, prompt = (torch.randn(1, 2, n, 4, dtype=precision.dtype, requires_grad=True) for n in (3, 3, 2))
     out, lse = attention(query, key, key, prompt, prompt, causal=False, return_lse=True, backend=backend)
     keys = torch.cat([prompt, key], 2)

@@ -1,4 +1,7 @@
-"""A query that sees no key has out 0, lse −inf and gradient 0. Peers say +inf, 0.0, or count in base 2."""
+"""Trap: a query that sees no key gives NaN. It must give out 0, lse −inf and gradient 0.
+
+Other packages give lse +inf or 0.0 for such a row, or give lse in base 2.
+"""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""The last state kept by a name that matches another, steps that never end, a loss whose scale depends on
-the prompt's length or on how the batch is cut, accumulated gradients that are not those of the big batch."""
+"""Trap: accumulated gradients differ from those of the whole batch, or the loss depends on the prompt's length or on
+micro-batches. Also: training that does not stop at its last step, and checkpoints that delete other files by a pattern
+of names."""
 
 from pathlib import Path
 
@@ -58,7 +59,9 @@ def make(
 
 @pytest.mark.parametrize("kind", ["kv", "embedding"])
 @pytest.mark.parametrize("micro", [1, 2, 5, None])
-def test_accumulated_gradients_are_those_of_the_big_batch(model: PreTrainedModel, kind: str, micro: int | None) -> None:
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
+    model: PreTrainedModel, kind: str, micro: int | None
+) -> None:
     whole, parts = make(model, kind, 5), make(model, kind, micro)
     chosen = [3, 0, 4, 1, 2]
     assert parts.accumulate(chosen) == pytest.approx(whole.accumulate(chosen), rel=1e-6)
@@ -67,7 +70,7 @@ def test_accumulated_gradients_are_those_of_the_big_batch(model: PreTrainedModel
         torch.testing.assert_close(found.grad, expected.grad, rtol=0, atol=1e-6 * float(expected.grad.abs().max()))
 
 
-def test_the_loss_is_a_mean_over_tokens_whatever_their_company(model: PreTrainedModel) -> None:
+def test_the_loss_is_a_mean_over_tokens_in_any_batch(model: PreTrainedModel) -> None:
     trainer = make(model)
     alone = [trainer.accumulate([index]) for index in range(5)]
     tokens = [example.targets for example in EXAMPLES]
@@ -78,7 +81,7 @@ def test_the_loss_is_a_mean_over_tokens_whatever_their_company(model: PreTrained
 
 
 def test_the_scale_of_the_loss_does_not_depend_on_the_prompts_length(model: PreTrainedModel) -> None:
-    """A head of zeros predicts every token with 1/V, behind any prompt and in any batch."""
+    """A head of zeros gives every token the probability 1/V, with any prompt and in any batch."""
     trainers = [make(model, tokens=tokens) for tokens in (2, 4, 16)]
     for trainer in trainers:
         trainer.objective = Objective("nll", head_of(model).__class__(torch.zeros(61, 32, dtype=torch.float64)))
@@ -87,7 +90,7 @@ def test_the_scale_of_the_loss_does_not_depend_on_the_prompts_length(model: PreT
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_training_stops_at_its_last_step_and_again_after_that(
+def test_training_stops_at_its_last_step_also_when_it_is_resumed(
     model: PreTrainedModel, tmp_path: Path, steps: int
 ) -> None:
     trainer = make(model, steps=steps)
@@ -102,8 +105,8 @@ def test_training_stops_at_its_last_step_and_again_after_that(
     assert len(done) == steps
 
 
-def test_saving_touches_no_other_file(model: PreTrainedModel, tmp_path: Path) -> None:
-    """There is one checkpoint, replaced in place: no pattern of names decides what is old."""
+def test_saving_a_checkpoint_changes_no_other_file(model: PreTrainedModel, tmp_path: Path) -> None:
+    """There is one checkpoint, replaced in place. No pattern of names decides which files to delete."""
     names = ["checkpoint-2.safetensors", "checkpoint.safetensors.mine", "my-checkpoint.safetensors"]
     for name in names:
         (tmp_path / name).write_text(name)

@@ -1,4 +1,4 @@
-"""The gradient of a generalised JSD against finite differences, at β that are no ½."""
+"""Trap: the gradient of the generalised JSD is right only for β = ½. It is compared with finite differences."""
 
 import pytest
 import torch

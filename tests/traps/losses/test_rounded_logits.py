@@ -1,4 +1,4 @@
-"""Logits rounded to 16 bits before p_s − p_t cost 4 to 100 % of the gradient near convergence."""
+"""Trap: rounding logits to 16 bits before p_s − p_t changes the gradient by 4 to 100 % near convergence."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from softprompt_kernels.ops import linear_kl_div, linear_kl_div_from_moments, te
 
 
 @pytest.mark.refused("triton", reason="bf16 in the interpreter")
-def test_bf16_heads_keep_the_gradient_at_a_kl_of_1e_3(backend):
+def test_bf16_heads_keep_the_gradient_near_convergence(backend):
     torch.manual_seed(0)
     weight = (torch.randn(600, 64) / 4).bfloat16()
     teacher = torch.randn(24, 64).bfloat16()
@@ -23,8 +23,8 @@ def test_bf16_heads_keep_the_gradient_at_a_kl_of_1e_3(backend):
     wanted = gradient(expected, exact)
 
     log_p, log_q = (torch.log_softmax((h @ weight.mT).float(), -1) for h in (teacher, student))
-    rounded = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    assert (gradient(rounded, student) - wanted).norm() > 0.04 * wanted.norm()  # the trap is there to fall into
+    rounded_loss = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    assert (gradient(rounded_loss, student) - wanted).norm() > 0.04 * wanted.norm()  # the trap exists at these sizes
 
     moments = teacher_moments(teacher, weight)
     live = linear_kl_div(student, teacher, weight, backend=backend)

@@ -1,6 +1,6 @@
-"""Registering an attention function alone makes transformers drop padding masks without a word.
+"""Trap: if only an attention function is registered, transformers silently drops padding masks.
 
-`AttentionMaskInterface` has to know the name too; where it does not, every model under that name gets no mask.
+The name must also be registered with `AttentionMaskInterface`. Otherwise the attention gets no mask.
 """
 
 import pytest
@@ -24,23 +24,23 @@ IDS = torch.tensor([[0, 0, 0, 7, 8, 9], [2, 3, 4, 5, 6, 7]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 
-def test_padded_row_equals_the_row_alone(model):
-    alone = model(IDS[:1, 3:]).logits
+def test_a_padded_row_equals_the_unpadded_row(model):
+    unpadded = model(IDS[:1, 3:]).logits
     prepare(model)
     assert NAME in AttentionInterface().valid_keys() and NAME in AttentionMaskInterface().valid_keys()
     positions = (MASK.cumsum(1) - 1).clamp(min=0)
     padded = model(IDS, attention_mask=MASK, position_ids=positions).logits[:1, 3:]
-    torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
+    torch.testing.assert_close(padded, unpadded, atol=1e-6, rtol=0)
 
 
-def test_the_trap_is_real_so_this_test_can_see_it(model, monkeypatch):
-    alone = model(IDS[:1, 3:]).logits
+def test_without_the_mask_registration_padding_changes_the_logits(model, monkeypatch):
+    unpadded = model(IDS[:1, 3:]).logits
     prepare(model)
     monkeypatch.delitem(AttentionMaskInterface._global_mapping, NAME)
     padded = model(IDS, attention_mask=MASK, position_ids=(MASK.cumsum(1) - 1).clamp(min=0)).logits[:1, 3:]
-    assert (padded - alone).abs().max() > 1e-3
+    assert (padded - unpadded).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("word", ["sdpa", "flash", "flex_attention", "eager", "paged"])
-def test_the_name_means_nothing_else_to_transformers(word):
+def test_the_name_contains_no_name_that_transformers_treats_specially(word):
     assert word not in NAME

@@ -1,5 +1,6 @@
-"""Left padding. Three things go wrong with it elsewhere: the prompt is put in front of the padding and seen
-at the wrong distance, positions count the padding, and a window counts it too.
+"""Trap: with left padding, positions or a window count the padding, or the prompt is put before the padding.
+
+Then queries see the prompt at wrong distances.
 """
 
 import pytest
@@ -14,7 +15,7 @@ CONTEXT = [2, 7, 1, 8, 2, 8]
 
 @pytest.fixture(params=[None, 4], ids=["full", "window"])
 def models(request):
-    """The same random model twice, prepared and not."""
+    """The same random model twice: prepared, and unprepared."""
     config = MistralConfig(
         vocab_size=61,
         hidden_size=32,
@@ -43,16 +44,16 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def test_each_row_is_what_it_is_alone(models):
-    model, plain = models
+def test_each_row_of_a_batch_equals_the_row_on_its_own(models):
+    model, unprepared = models
     ids, mask = batch()
     got = prompted_logits(model, ids, capture(model, torch.tensor([CONTEXT])), attention_mask=mask)
     for out, row in zip(got, ROWS, strict=True):
-        expected = plain(torch.tensor([CONTEXT + row])).logits[0, len(CONTEXT) :]
+        expected = unprepared(torch.tensor([CONTEXT + row])).logits[0, len(CONTEXT) :]
         torch.testing.assert_close(out[-len(row) :], expected, atol=1e-5, rtol=0)
 
 
-def test_amount_of_padding_does_not_matter(models):
+def test_the_amount_of_padding_changes_nothing(models):
     model, _ = models
     prefix = capture(model, torch.tensor([CONTEXT]))
     row = torch.tensor([ROWS[1]])
@@ -73,11 +74,11 @@ def test_a_nan_in_the_padding_does_not_leak(models):
     assert torch.equal(got[mask.bool()], expected[mask.bool()])
 
 
-def test_generated_tokens_are_those_of_each_row_alone(models):
-    model, plain = models
+def test_generated_tokens_equal_those_of_each_row_on_its_own(models):
+    model, unprepared = models
     ids, mask = batch()
     options = {"max_new_tokens": 10, "do_sample": False}
     got = generate(model, ids, capture(model, torch.tensor([CONTEXT])), attention_mask=mask, **options)
     for out, row in zip(got, ROWS, strict=True):
-        expected = plain.generate(torch.tensor([CONTEXT + row]), **options)[0, len(CONTEXT) + len(row) :]
+        expected = unprepared.generate(torch.tensor([CONTEXT + row]), **options)[0, len(CONTEXT) + len(row) :]
         assert torch.equal(out[ids.shape[1] :], expected)

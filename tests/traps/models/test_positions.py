@@ -1,7 +1,7 @@
-"""Queries continue at position P, as in PEFT; some cartridges restart them at 0. The saved prompt records it.
+"""Trap: queries restart at position 0, as some cartridges do. Here they continue at position P, as in PEFT.
 
-With rotary positions the two differ in every score, with learned positions in every token. The prompt's own length
-counts, not the length that a bank was padded to.
+The two conventions differ in every score with rotary positions, and in every token with learned positions. P is the
+prompt's own length, not the padded length of a bank. A saved prompt records the convention.
 """
 
 import json
@@ -29,7 +29,7 @@ CONTEXT, IDS = torch.arange(2, 11)[None], torch.tensor([[3, 1, 4, 1, 5], [9, 2, 
 
 @pytest.fixture(params=CONFIGS)
 def models(request):
-    """The same random model twice, prepared and not."""
+    """The same random model twice: prepared, and unprepared."""
     pair = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -41,47 +41,47 @@ def models(request):
     return pair
 
 
-def logits_at(plain, prefix: Prefix, first: int) -> torch.Tensor:
-    """The plain model's logits behind the prefix as a cache, with queries from position `first`."""
+def logits_at(unprepared, prefix: Prefix, first: int) -> torch.Tensor:
+    """The unprepared model's logits with the prefix as its cache and queries from position `first`."""
     cache = DynamicCache()
     for layer, (key, value) in enumerate(prefix.layers):
         cache.update(key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1), layer)
     positions = torch.arange(first, first + IDS.shape[1])[None]
-    return plain(IDS, past_key_values=cache, position_ids=positions).logits
+    return unprepared(IDS, past_key_values=cache, position_ids=positions).logits
 
 
 def test_queries_continue_at_the_length_of_the_prompt(models):
-    model, plain = models
+    model, unprepared = models
     prefix = capture(model, CONTEXT)
     got = prompted_logits(model, IDS, prefix)
-    torch.testing.assert_close(got, logits_at(plain, prefix, 9), atol=1e-5, rtol=0)
-    assert (got - logits_at(plain, prefix, 0)).abs().max() > 1e-2
+    torch.testing.assert_close(got, logits_at(unprepared, prefix, 9), atol=1e-5, rtol=0)
+    assert (got - logits_at(unprepared, prefix, 0)).abs().max() > 1e-2
 
 
 def test_padding_of_a_bank_does_not_move_the_queries(models):
-    model, plain = models
+    model, unprepared = models
     prefix = capture(model, CONTEXT)
     padded = Prefix(prefix.layers, torch.tensor([6]))
     got = prompted_logits(model, IDS, padded)
-    torch.testing.assert_close(got, logits_at(plain, prefix.slice(0, 6), 6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, logits_at(unprepared, prefix.slice(0, 6), 6), atol=1e-5, rtol=0)
 
 
-def test_generation_continues_there_too(models):
-    model, plain = models
+def test_generation_continues_at_the_length_of_the_prompt(models):
+    model, unprepared = models
     got = generate(model, IDS, capture(model, CONTEXT), max_new_tokens=6, do_sample=False)
-    expected = plain.generate(torch.cat([CONTEXT.expand(2, -1), IDS], dim=1), max_new_tokens=6, do_sample=False)
+    expected = unprepared.generate(torch.cat([CONTEXT.expand(2, -1), IDS], dim=1), max_new_tokens=6, do_sample=False)
     assert torch.equal(got, expected[:, 9:])
 
 
-def test_a_saved_prompt_records_the_positions_and_continues_there(models, tmp_path: Path) -> None:
-    model, plain = models
+def test_a_saved_prompt_records_its_position_convention_and_keeps_it(models, tmp_path: Path) -> None:
+    model, unprepared = models
     save(tmp_path / "prompt", KVPrompt.from_prefix(capture(model, CONTEXT)), model=model)
     record = json.loads((tmp_path / "prompt" / "softprompt.json").read_text())
     assert record["positions"] == "prompt at 0..k-1, the sequence continues at k"
     prefix = prefix_of(model, load(tmp_path / "prompt", model)[0])
     with torch.no_grad():
         got = prompted_logits(model, IDS, prefix)
-        torch.testing.assert_close(got, logits_at(plain, prefix, 9), atol=1e-5, rtol=0)
+        torch.testing.assert_close(got, logits_at(unprepared, prefix, 9), atol=1e-5, rtol=0)
 
 
 def test_a_saved_prompt_of_the_other_convention_is_refused(models, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""All rows of weight 0: loss 0 and attached; some in the middle: gradient exactly 0, whatever these rows hold."""
+"""Trap: rows of weight 0 are computed and multiplied by 0, so a NaN in them reaches the loss and the gradient.
+
+If all rows have weight 0, the loss is 0 and still attached to the graph.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_mom
 
 @pytest.fixture
 def losses(backend):
-    """Each loss as a function of student, teacher and options, with the teacher's hidden states as logits of kl_div."""
+    """Each loss as a function of student, teacher and options. For kl_div student and teacher are logits [N, 6]."""
     torch.manual_seed(0)
     weight = torch.randn(12, 6)
 
@@ -27,12 +30,12 @@ def losses(backend):
     }
 
 
-NAMES = ("kl_div", "linear", "trained head", "moments")
+LOSSES = ("kl_div", "linear", "trained head", "moments")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("name", NAMES)
-def test_no_row_at_all_is_loss_zero_that_is_still_attached(losses, name, reduction):
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_weights_zero_gives_loss_zero_that_is_attached_to_the_graph(losses, name, reduction):
     student, teacher = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
     loss = losses[name](student, teacher, weights=torch.zeros(4), reduction=reduction)
     assert (loss == 0).all() and loss.requires_grad
@@ -40,8 +43,8 @@ def test_no_row_at_all_is_loss_zero_that_is_still_attached(losses, name, reducti
     assert torch.equal(gradient, torch.zeros_like(student))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_skipped_rows_may_hold_anything(losses, name):
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_of_weight_zero_may_hold_nan(losses, name):
     student, teacher = torch.randn(5, 6), torch.randn(5, 6)
     student[1] = teacher[1] = teacher[3] = torch.nan
     student[3] = torch.inf
@@ -51,13 +54,13 @@ def test_skipped_rows_may_hold_anything(losses, name):
     (gradient,) = torch.autograd.grad(loss, student)
     kept = weights != 0
     assert torch.equal(gradient[~kept], torch.zeros(2, 6))
-    alone = student.detach()[kept].requires_grad_()
-    expected = losses[name](alone, teacher[kept], weights=weights[kept])
+    kept_student = student.detach()[kept].requires_grad_()
+    expected = losses[name](kept_student, teacher[kept], weights=weights[kept])
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected, alone)[0])
+    torch.testing.assert_close(gradient[kept], torch.autograd.grad(expected, kept_student)[0])
 
 
-def test_a_trained_weight_gets_nothing_from_skipped_rows(backend):
+def test_rows_of_weight_zero_give_no_gradient_to_the_head(backend):
     student, teacher = torch.randn(3, 6), torch.randn(3, 6)
     student[1] = teacher[1] = torch.nan
     weight = torch.randn(12, 6, requires_grad=True)

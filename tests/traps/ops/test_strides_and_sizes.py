@@ -1,4 +1,7 @@
-"""Stride-0 gradients, packed QKV views, transposed inputs, empty batches, N = 0, P = 0, M = 1."""
+"""Trap: a kernel assumes contiguous tensors, or sizes of at least one.
+
+Cases: gradients of stride 0, views of packed QKV, transposed inputs, empty batches, N = 0, P = 0, M = 1.
+"""
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ def outputs_and_gradients(attention, inputs, weight=None, **options):
     return [out, *torch.autograd.grad(loss, inputs)]
 
 
-def test_a_gradient_of_stride_zero(backend, attention, attention_precision):
+def test_an_output_gradient_of_stride_zero(backend, attention, attention_precision):
     inputs = tensors(attention_precision.dtype)
     expanded = outputs_and_gradients(attention, inputs, backend=backend)
     dense = outputs_and_gradients(
@@ -35,7 +38,7 @@ def test_a_gradient_of_stride_zero(backend, attention, attention_precision):
         assert torch.equal(by_sum[0], by_ones[0])
 
 
-def test_views_of_packed_qkv_and_transposed_inputs(backend, attention, attention_precision):
+def test_views_of_packed_qkv_and_transposed_prompts_equal_contiguous_inputs(backend, attention, attention_precision):
     packed = torch.randn(2, 3, 8 * (4 + 2 + 2), dtype=attention_precision.dtype)
     query, key, value = (t.unflatten(2, (-1, 8)).transpose(1, 2) for t in packed.split([32, 16, 16], 2))
     prompt = torch.randn(1, 2, 8, 5, dtype=attention_precision.dtype).transpose(2, 3)  # no unit last stride
@@ -44,7 +47,7 @@ def test_views_of_packed_qkv_and_transposed_inputs(backend, attention, attention
     torch.testing.assert_close(attention(*views, backend=backend), expected, rtol=0, atol=0)
 
 
-def test_hidden_states_and_weights_of_any_stride(backend, precision):
+def test_transposed_and_strided_hidden_states_and_weights(backend, precision):
     hidden, teacher = torch.randn(4, 6).to(precision.dtype).mT, torch.randn(6, 8).to(precision.dtype)[:, ::2]
     weight = torch.randn(4, 20).to(precision.dtype).mT
     dense = [t.contiguous() for t in (hidden, teacher, weight)]
@@ -55,7 +58,7 @@ def test_hidden_states_and_weights_of_any_stride(backend, precision):
     )
 
 
-EMPTY = {
+SIZES = {
     "no sequence": {"batch": 0},
     "no query": {"queries": 0},
     "no own key": {"own": 0, "queries": 1},
@@ -64,9 +67,9 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("name", SIZES)
 def test_empty_and_single_sizes(name, backend, attention, attention_precision):
-    inputs = tensors(attention_precision.dtype, **EMPTY[name])
+    inputs = tensors(attention_precision.dtype, **SIZES[name])
     options = {"causal": name != "no own key", "backend": backend}
     out, *gradients = outputs_and_gradients(attention, inputs, **options)
     assert out.shape == (*inputs[0].shape[:3], 8)
@@ -74,7 +77,7 @@ def test_empty_and_single_sizes(name, backend, attention, attention_precision):
     assert all(g.isfinite().all() for g in (out, *gradients))
 
 
-def test_no_key_at_all(backend, attention, attention_precision):
+def test_attention_without_any_key(backend, attention, attention_precision):
     inputs = tensors(attention_precision.dtype, own=0, prompt=0)
     out, lse = attention(*inputs, causal=False, return_lse=True, backend=backend)
     assert (out == 0).all() and (lse == -torch.inf).all()
@@ -82,7 +85,7 @@ def test_no_key_at_all(backend, attention, attention_precision):
     assert (gradient == 0).all()
 
 
-def test_losses_of_no_token(backend):
+def test_losses_without_tokens(backend):
     student, teacher, weight = torch.randn(0, 4, requires_grad=True), torch.randn(0, 4), torch.randn(9, 4)
     moments = teacher_moments(teacher, weight, backend=backend)
     for loss in (

@@ -1,4 +1,4 @@
-"""retain_graph=True: a stored gradient that is scaled in place would apply the factor twice."""
+"""Trap: with retain_graph=True, a stored gradient that is scaled in place is scaled twice by two backwards."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def loss_of_logits(name, backend):
     return linear_kl_div(student, teacher, weight, backend=backend), inputs
 
 
-def check(loss, inputs):
+def check_two_backwards(loss, inputs):
     first = torch.autograd.grad(loss * 3, inputs, retain_graph=True)
     second = torch.autograd.grad(loss * 3, inputs, retain_graph=True)
     third = torch.autograd.grad(loss, inputs)
@@ -36,13 +36,13 @@ def check(loss, inputs):
 
 @pytest.mark.parametrize("name", ["kl_div", "linear_kl_div", "trained head", "moments"])
 def test_two_backwards_of_a_loss_give_the_same_gradient(name, backend):
-    check(*loss_of_logits(name, backend))
+    check_two_backwards(*loss_of_logits(name, backend))
 
 
 def test_two_backwards_of_attention_give_the_same_gradient(backend, attention):
-    check(*loss_of_attention(backend, attention))
+    check_two_backwards(*loss_of_attention(backend, attention))
 
 
 @pytest.mark.refused("simt", "cuda", reason="sinks")
 def test_two_backwards_of_attention_with_sinks_give_the_same_gradient(backend, attention):
-    check(*loss_of_attention(backend, attention, torch.randn(2).requires_grad_()))
+    check_two_backwards(*loss_of_attention(backend, attention, torch.randn(2).requires_grad_()))

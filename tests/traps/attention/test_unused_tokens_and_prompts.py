@@ -1,11 +1,14 @@
-"""Gradients past the last packed token, and of prompts that no sequence uses, are 0 and not uninitialised."""
+"""Trap: gradients of tokens after the last packed sequence, or of unused prompts, are uninitialised memory.
+
+They must be 0.
+"""
 
 import pytest
 import torch
 
 
 @pytest.mark.refused("simt", "cuda", reason="cu_seqlens")
-def test_what_no_query_sees_has_gradient_zero(backend, attention):
+def test_tokens_and_prompts_of_no_sequence_have_gradient_zero(backend, attention):
     torch.manual_seed(0)
     shapes = [(1, 4, 9, 8), *[(1, 2, 9, 8)] * 2, *[(3, 2, 5, 8)] * 2]
     tensors = [torch.randn(s) for s in shapes]
