@@ -73,14 +73,14 @@ def generate(
         raise SoftPromptError(f"model: {type(model).__name__} cannot generate, accepted is a ...ForCausalLM")
     new_tokens = _new_token_limit(model, input_ids, generate_kwargs)
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
-    steps = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)
-    handle = model.register_forward_pre_hook(steps.inject, with_kwargs=True)
+    state = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)
+    handle = model.register_forward_pre_hook(state.inject, with_kwargs=True)
     try:
         generator: Any = model
         tokens: Tensor = generator.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
-            past_key_values=steps.cache,
+            past_key_values=state.cache,
             use_cache=True,
             cache_implementation=None,  # the model's generation config may ask for a static cache
             **{name: value for name, value in generate_kwargs.items() if name not in _RESERVED},
@@ -122,8 +122,8 @@ class _GenerationState:
     ) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of the model's forward.
 
-        PyTorch registers the hook and its `with_kwargs` flag in two steps. A forward of another thread between these
-        steps calls the hook without keywords; it must then do nothing.
+        PyTorch registers and removes the hook and its `with_kwargs` flag in two steps. A forward of another thread
+        between these steps calls the hook without keywords. The hook must then do nothing.
         """
         if kwargs is None or kwargs.get("past_key_values") is not self.cache:
             return None

@@ -23,7 +23,7 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.prompts import atomic_folder as folder
+from softprompt_kernels.prompts import atomic_folder
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint, tokenizer_fingerprint
 from softprompt_kernels.prompts.json_file import dump, integer, read_object, to_json
@@ -99,7 +99,7 @@ def save(
         WEIGHTS: safetensors_torch.save({TENSOR: tensor.cpu().contiguous()}, metadata={"format": "pt"}),
         RECORD: dump(record),
     }
-    folder.replace_folder(path, files, marker=RECORD)
+    atomic_folder.replace_folder(path, files, marker=RECORD)
 
 
 def load(
@@ -160,7 +160,7 @@ def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     Raises:
         SoftPromptError: not an adapter folder, not a prompt, a broken file, or a file of a later version.
     """
-    folder.recover(path)
+    atomic_folder.recover(path)
     if not (Path(path) / CONFIG).is_file():
         raise SoftPromptError(f"{path} is not a saved prompt: it has no {CONFIG}")
     config = read_object(Path(path) / CONFIG)
@@ -188,7 +188,7 @@ def check_destination(path: str | Path) -> None:
     Raises:
         SoftPromptError: the path holds something other than a saved prompt or an empty folder.
     """
-    folder.check_replaceable(path, (CONFIG, WEIGHTS, RECORD), marker=RECORD)
+    atomic_folder.check_replaceable(path, (CONFIG, WEIGHTS, RECORD), marker=RECORD)
 
 
 # adapter_config.json
@@ -263,7 +263,7 @@ def frozen_tokens(path: str | Path, config: dict[str, Any], record: dict[str, An
     else:
         frozen = 0
     if frozen > tokens:
-        raise SoftPromptError(f"{path}: {frozen} frozen tokens of {tokens}, accepted is at most all of them")
+        raise SoftPromptError(f"{path}: {frozen} frozen tokens of {tokens}, accepted is 0 to {tokens}")
     return frozen
 
 

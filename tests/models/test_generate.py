@@ -183,14 +183,14 @@ def test_a_call_inside_a_call_sees_its_own_prompt(build, tokens):
     outer, inner = capture(model, tokens(1, 6)), capture(model, tokens(1, 6, seed=1))
     ids, seen = tokens(1, 4), []
     expected_outer, expected_inner = generate(model, ids, outer, **GREEDY), generate(model, ids, inner, **GREEDY)
-    unprepared = model(ids).logits
+    without_prefix = model(ids).logits
 
     def nested(*_: object) -> torch.Tensor:
         seen.append((generate(model, ids, inner, **GREEDY), model(ids).logits))
         return torch.tensor([False])
 
     assert torch.equal(generate(model, ids, outer, stopping_criteria=[nested], **GREEDY), expected_outer)
-    assert all(torch.equal(got, expected_inner) and torch.equal(logits, unprepared) for got, logits in seen)
+    assert all(torch.equal(got, expected_inner) and torch.equal(logits, without_prefix) for got, logits in seen)
     assert not torch.equal(expected_outer, expected_inner)
 
 
