@@ -75,7 +75,7 @@ def prompt_bytes(record: Record) -> int:
         figures["missed_read"]
         for kernel in record["more"]["kernels"]
         for name, figures in kernel["tensors"].items()
-        if name.startswith("inputs.prompt_")
+        if name.startswith("key_values.prompt_")
     )
 
 

@@ -1,4 +1,4 @@
-"""`softprompt doctor --compile`: every shipped kernel, compiled for GPUs that need not be here."""
+"""`softprompt doctor --compile`: compiles every shipped kernel for every target; needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ if TYPE_CHECKING:
 
 HEADER = (
     "kernel", "target", "tile", "types", "registers", "spilled", "shared", "blocks/SM", "matrix", "copies", "load B",
-    "store B", "atomics", "wrong",
+    "store B", "atomics", "problems",
 )  # fmt: skip
 SHOWN_TYPES = {"*bf16": "bf16", "*fp16": "fp16", "*fp32": "fp32"}
 
 
 def check(targets: Sequence[str], file: Path | None) -> None:
-    """Compiles, prints a table, and writes all figures to `file`; exit code 1 where something is wrong.
+    """Compiles the kernels, prints a table, and writes all figures as JSON.
+
+    Args:
+        targets: architectures such as "sm_90"; empty: all of TARGETS.
+        file: where the JSON goes; None: nowhere.
 
     Raises:
-        SoftPromptError: an unknown target, or nothing can be compiled here.
+        SoftPromptError: a target is unknown, or nothing can be compiled here.
+        typer.Exit: with exit code 1, if a kernel has a problem.
     """
     from softprompt_kernels.cli.display import show_table
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.kernels.triton.compile import ahead_of_time, shipped
+    from softprompt_kernels.kernels.triton.compile import ahead_of_time, shipped_configurations
     from softprompt_kernels.kernels.triton.targets import TARGETS
 
     if unknown := [name for name in targets if name not in TARGETS]:
@@ -38,34 +43,34 @@ def check(targets: Sequence[str], file: Path | None) -> None:
     if reason := ahead_of_time.unavailable():
         raise SoftPromptError(reason)
     chosen = [TARGETS[name] for name in dict.fromkeys(targets)] or list(TARGETS.values())
-    kernels = ahead_of_time.distinct(shipped.requests(chosen))
+    kernels = ahead_of_time.distinct(shipped_configurations.requests(chosen))
     with terminal_reporter().progress("Compiling", len(kernels), "kernel") as advance:
         reports = ahead_of_time.compile_all(kernels, done=lambda: advance(1))
     reports.sort(key=lambda report: (report.kernel, [target.name for target in chosen].index(report.target)))
     show_table(HEADER, [row(report) for report in reports])
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([record(report) for report in reports], indent=1) + "\n")
-    wrong = [report for report in reports if report.violations]
-    for report in wrong:
+        file.write_text(json.dumps([to_json(report) for report in reports], indent=1) + "\n")
+    failed = [report for report in reports if report.violations]
+    for report in failed:
         typer.echo(f"{report.kernel} on {report.target} ({', '.join(report.examples)}): {'; '.join(report.violations)}")
-    typer.echo(f"\n{len(reports) - len(wrong)} of {len(reports)} kernels as they should be.")
-    if wrong:
+    typer.echo(f"\n{len(reports) - len(failed)} of {len(reports)} kernels passed.")
+    if failed:
         raise typer.Exit(1)
 
 
-def record(report: Report) -> dict[str, Any]:
-    """All of a report, for JSON: a constant that JSON does not know is named."""
+def to_json(report: Report) -> dict[str, Any]:
+    """A report as JSON values; a constant that JSON has no type for becomes a string."""
     return json.loads(json.dumps(asdict(report), default=str))
 
 
 def row(report: Report) -> tuple[str, ...]:
-    """The cells of a report."""
+    """The cells of a report, under HEADER."""
     code = report.code
     types = dict.fromkeys(SHOWN_TYPES[kind] for kind in report.signature.values() if kind in SHOWN_TYPES)
     cells = [report.kernel, report.target, tile(report), " ".join(types)]
     if code is None:
-        return (*cells, *[""] * (len(HEADER) - len(cells) - 1), _wrong(report))
+        return (*cells, *[""] * (len(HEADER) - len(cells) - 1), _problems(report))
     return (
         *cells,
         str(code.registers),
@@ -77,7 +82,7 @@ def row(report: Report) -> tuple[str, ...]:
         _widths(code.load_bytes),
         _widths(code.store_bytes),
         str(code.atomics),
-        _wrong(report),
+        _problems(report),
     )
 
 
@@ -91,7 +96,7 @@ def tile(report: Report) -> str:
     return f"{' '.join(blocks)}, {report.options['num_warps']} warps, {report.options['num_stages']} stages"
 
 
-def _wrong(report: Report) -> str:
+def _problems(report: Report) -> str:
     return "; ".join(violation.partition(":")[0] for violation in report.violations)
 
 

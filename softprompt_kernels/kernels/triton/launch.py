@@ -1,7 +1,7 @@
-"""One launch of one kernel, as data: what a driver runs, and what the ahead-of-time check compiles.
+"""One launch of one kernel, as data: a driver runs it, the ahead-of-time check compiles it.
 
-A driver builds its launches from a problem and a target, and a launch built from tensors on the meta device can be
-compiled for any target on any machine. So what is checked is what runs.
+A driver builds its launches from a problem and a target. A launch built from tensors on the meta device can be compiled
+for any target on any machine, so the check sees exactly what would run.
 """
 
 from collections.abc import Iterable
@@ -15,11 +15,20 @@ import torch
 
 @dataclass(frozen=True)
 class Options:
-    """How a kernel is compiled, beside its constants."""
+    """Compiler options of a kernel."""
 
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers of a thread, None: the assembler's choice
+    maxnreg: int | None = None  # registers per thread; None: the assembler decides
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """The tile of a program, and how its kernel is compiled."""
+
+    block_m: int  # rows
+    block_n: int  # keys, or vocabulary entries
+    options: Options
 
 
 @dataclass(frozen=True)
@@ -28,31 +37,31 @@ class Launch:
 
     kernel: Any  # a triton.jit function
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # tensors (None where there is none), sizes, strides, scalars
-    constants: dict[str, Any]  # the constexpr ones
+    arguments: dict[str, Any]  # tensors (or None), sizes, strides, scalars
+    constants: dict[str, Any]  # constexpr arguments
     options: Options
-    descriptors: bool = False  # the kernel makes tensor descriptors
+    descriptors: bool = False  # the kernel creates tensor descriptors
 
     def run(self) -> None:
-        """Launches the kernel on the current stream; nothing for an empty grid."""
+        """Launches the kernel on the current stream; does nothing if the grid is empty."""
         if all(self.grid):
             options = {name: value for name, value in asdict(self.options).items() if value is not None}
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:
-    """Runs launches one after the other on a device's current stream, whichever device is the current one."""
+    """Runs launches in order on the current stream of `device`, which need not be the current device."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
             if launch.descriptors:
-                # Within a context of our own, so that what the caller has set stays set.
+                # In a copied context, so that the caller's allocator stays set.
                 copy_context().run(_run_with_scratch, launch, device)
             else:
                 launch.run()
 
 
 def _run_with_scratch(launch: Launch, device: torch.device) -> None:
-    """With memory for the tensor descriptors that the kernel makes."""
+    """Runs a launch with an allocator for the tensor descriptors that the kernel creates."""
     import triton
 
     def scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
@@ -63,7 +72,7 @@ def _run_with_scratch(launch: Launch, device: torch.device) -> None:
 
 
 def ceil_div(count: int, size: int) -> int:
-    """Tiles of `size` that cover `count` things."""
+    """The number of tiles of `size` that cover `count` elements."""
     return -(-count // size)
 
 

@@ -1,4 +1,4 @@
-"""Whether Triton can run here, and which tensors it takes.
+"""Whether Triton can run here, and which tensors its kernels accept.
 
 TRITON_INTERPRET=1, set before Python starts, runs the kernels on CPU tensors in Triton's interpreter: slow, for tests.
 """
@@ -22,13 +22,13 @@ def missing() -> str | None:
         return "triton is not installed: pip install triton (torch's CUDA and ROCm builds bring it)"
     found = _version()
     if found is not None and found < _OLDEST:
-        return f"triton {found[0]}.{found[1]} is older than {_OLDEST[0]}.{_OLDEST[1]}, the oldest that was tried"
+        return f"triton {found[0]}.{found[1]} is older than {_OLDEST[0]}.{_OLDEST[1]}, the oldest tested version"
     return None
 
 
 @cache
 def _version() -> tuple[int, ...] | None:
-    """Major and minor; None where the build says none."""
+    """Triton's (major, minor) version; None if the build has no metadata."""
     try:
         parts = importlib.metadata.version("triton").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def interpreting() -> bool:
 
 
 def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
-    """Why a tensor cannot be given to the kernels; None if it can."""
+    """Why the kernels cannot take a tensor; None if they can."""
     if tensor.dtype not in _DTYPES:
         return f"{name} is {tensor.dtype}, and it computes in fp32"
     if tensor.device.type == "cpu" and not interpreting():
@@ -57,7 +57,7 @@ def unsupported_tensor(name: str, tensor: Tensor) -> str | None:
 @cache
 def _unsupported_device(name: str, device: torch.device) -> str | None:
     if not torch.cuda.is_available():
-        return None  # a device that somebody pretends to have
+        return None  # a pretended device, as in a FakeTensorMode
     if torch.version.hip is not None:
         arch = torch.cuda.get_device_properties(device).gcnArchName
         if not arch.startswith(("gfx90a", "gfx94", "gfx95")):
@@ -70,9 +70,9 @@ def _unsupported_device(name: str, device: torch.device) -> str | None:
 
 
 def float32_precision() -> str:
-    """How fp32 products are made: Triton's "ieee", or "tf32" where torch's own matrix products may use it."""
+    """The input precision of fp32 dots: "tf32" where torch's own GEMMs may use TF32, else "ieee"."""
     matmul = torch.backends.cuda.matmul
-    chosen = getattr(matmul, "fp32_precision", None)  # reading the older allow_tf32 is an error once this has been set
+    chosen = getattr(matmul, "fp32_precision", None)  # once this is set, reading the older allow_tf32 raises
     if chosen is None:
         return "tf32" if matmul.allow_tf32 else "ieee"
     if chosen == "none":

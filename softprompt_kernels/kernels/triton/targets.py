@@ -1,6 +1,6 @@
-"""The GPUs that kernels are configured and compiled for, as far as planning needs to know them.
+"""The GPU architectures that kernels are configured and compiled for, with the numbers that planning needs.
 
-Figures are the vendors': shared memory that one block can have, multiprocessors of the largest common part.
+The numbers are the vendors'. `multiprocessors` are those of the largest common card.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Target:
 
     name: str  # sm_90, gfx942
     backend: str  # cuda, hip
-    arch: int | str  # as Triton's GPUTarget takes it
+    arch: int | str  # in the form of Triton's GPUTarget
     warp_size: int
-    shared_memory: int  # bytes, of one block
+    shared_memory: int  # bytes of one block
     multiprocessors: int
 
 
@@ -37,7 +37,10 @@ TARGETS = {
 
 @cache
 def target_of(device: torch.device) -> Target:
-    """The nearest target at or below a device's architecture; in the interpreter, the smallest one."""
+    """The newest target that is not newer than the device, with the device's own number of multiprocessors.
+
+    sm_80 for CPU and meta tensors, gfx942 for every ROCm device.
+    """
     if device.type != "cuda":
         return TARGETS["sm_80"]
     properties = torch.cuda.get_device_properties(device)

@@ -1,15 +1,16 @@
-"""Chooses among configurations by timing them on the device, where that is asked for.
+"""Chooses a configuration by timing the candidates on the device, if the user asks for it.
 
-SOFTPROMPT_TRITON_TUNE=1 turns it on. Otherwise, on tensors without data and in the interpreter, the first candidate is
-taken, which is the shipped one. What was found is kept in a JSON file, so that a device is asked once:
+SOFTPROMPT_TRITON_TUNE=1 turns tuning on. Without it, for tensors without data and in the interpreter, the first
+candidate is used, which is the shipped one. The choice is kept in a JSON file, so that a device is timed only once:
 
     SOFTPROMPT_CACHE_DIR, or else XDG_CACHE_HOME/softprompt-kernels, or else ~/.cache/softprompt-kernels
     triton-tuning.json: {"version": ..., "chosen": {key: {"candidate": index, "of": digest, "milliseconds": ...}}}
 
-A key names kernel, device, dtype and the class of shapes; the version is that of this package, Triton and torch. A file
-of another version, or one that cannot be read, is ignored with one warning and replaced; an entry whose candidates have
-changed since is tuned again. Files are replaced whole, so a reader never sees half of one, and of two processes that
-tune at once the later one adds to what the earlier one has found. While a CUDA graph is captured nothing is timed.
+A key names the kernel, the device, the dtype and the class of shapes. The version is that of this package, Triton and
+torch. A file that has another version or cannot be read is ignored with one warning, and replaced. An entry is tuned
+again if its candidates have changed since. A file is replaced as a whole, so no reader sees half of it. If two
+processes tune at the same time, the later one adds its entries to those of the earlier one. Nothing is timed while a
+CUDA graph is captured.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ def enabled() -> bool:
 
 
 def shape_class(*sizes: int) -> str:
-    """Sizes up to powers of 2: what one configuration is chosen for."""
+    """Sizes rounded up to powers of 2, as "1x128x256": shapes of one class share a configuration."""
     return "x".join(str(1 << max(0, size - 1).bit_length()) for size in sizes)
 
 
@@ -61,9 +62,12 @@ def choose(
         kernel: its name.
         key: dtype and class of shapes, as "bf16 D128 causal 512x4096".
         candidates: configurations, the shipped one first.
-        launches_of: the launches with one of them. They are run several times, so what they write must bear that.
-        device: where.
-        timer: milliseconds of a call; None: by the device's own clock.
+        launches_of: the launches with one of them. They run several times, so running them again must do no harm.
+        device: where they run.
+        timer: returns the milliseconds of a call; None: the device's own clock.
+
+    Raises:
+        RuntimeError: none of the candidates runs on the device.
     """
     if not enabled() or len(candidates) == 1 or interpreting() or device.type != "cuda":
         return candidates[0]
@@ -86,7 +90,7 @@ def _tune(
     timer: Timer,
     device: torch.device,
 ) -> int:
-    """The index of the fastest; one that cannot run at all, for want of registers or shared memory, is passed over."""
+    """The index of the fastest. One that cannot run, for lack of registers or shared memory, is skipped."""
     times: dict[int, float] = {}
     failure: Exception | None = None
     for index, candidate in enumerate(candidates):
@@ -97,7 +101,7 @@ def _tune(
 
         try:
             times[index] = timer(run)
-        except Exception as error:  # Triton's OutOfResources and the driver's errors have no common type
+        except Exception as error:  # Triton's OutOfResources and the driver's errors share no type
             failure = error
     if not times:
         raise RuntimeError(f"none of the {len(candidates)} configurations of {name} runs on this device") from failure
@@ -126,7 +130,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def cache_file() -> Path:
-    """Where choices are kept."""
+    """The file that keeps the choices."""
     folder = os.environ.get("SOFTPROMPT_CACHE_DIR")
     if folder:
         return Path(folder) / "triton-tuning.json"
@@ -136,7 +140,7 @@ def cache_file() -> Path:
 
 @cache
 def version() -> str:
-    """Of everything that changes what a kernel compiles to."""
+    """The versions of all packages that change what a kernel compiles to."""
 
     def of(name: str) -> str:
         try:
@@ -147,7 +151,7 @@ def version() -> str:
     return ", ".join(f"{name} {of(name)}" for name in _DISTRIBUTIONS)
 
 
-_chosen: dict[Path, dict[str, Any]] = {}  # what a file held when it was last read or written
+_chosen: dict[Path, dict[str, Any]] = {}  # entries of a file, as last read or written
 _warned: set[Path] = set()
 
 
@@ -163,7 +167,7 @@ def _entry(name: str, digest: str, count: int) -> int | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The entries of a file; none if there is no such file or it is not ours."""
+    """The entries of a file; none if there is no such file, or if it was not written by this version."""
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -171,21 +175,21 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         return _ignored(file, f"cannot be read ({error})")
     if not isinstance(written, dict) or not isinstance(written.get("chosen"), dict):
-        return _ignored(file, "holds something else")
+        return _ignored(file, "is not a tuning file")
     if written.get("version") != version():
-        return _ignored(file, f"is of {written.get('version')!r}, and this is {version()!r}")
+        return _ignored(file, f"was written by {written.get('version')!r}, and this is {version()!r}")
     return dict(written["chosen"])
 
 
 def _ignored(file: Path, why: str) -> dict[str, Any]:
     if file not in _warned:
         _warned.add(file)
-        warnings.warn(f"{file} {why}; configurations are tuned anew, and the file is replaced", stacklevel=2)
+        warnings.warn(f"{file} {why}; configurations are tuned again, and the file is replaced", stacklevel=2)
     return {}
 
 
 def _keep(name: str, entry: dict[str, Any]) -> None:
-    """Adds an entry to the file, as a whole new file. If that cannot be written, this process remembers."""
+    """Adds an entry, by writing the whole file again. If that fails, this process still remembers the entry."""
     file = cache_file()
     chosen = {**_read(file), **_chosen.get(file, {}), name: entry}
     _chosen[file] = chosen

@@ -1,4 +1,4 @@
-"""The Triton attention kernels in Triton's interpreter: where tiles end, how work is cut, and against float64."""
+"""The Triton attention kernels in Triton's interpreter: against float64, at the ends of tiles, with every split."""
 
 import random
 
@@ -10,13 +10,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs, empty_output
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.attention import prompt_attention as attention
-from softprompt_kernels.kernels.triton.compile import shipped
+from softprompt_kernels.kernels.triton.compile import shipped_configurations
 from softprompt_kernels.kernels.triton.targets import TARGETS
 from softprompt_kernels.ops import prompt_attention
 
 pytestmark = pytest.mark.skipif(
     not runtime.interpreting() or runtime.missing() is not None,
-    reason="set TRITON_INTERPRET=1 to run Triton's kernels on a CPU, in a process of its own",
+    reason="set TRITON_INTERPRET=1, before Python starts, to run Triton's kernels on a CPU",
 )
 TENSORS = ("query", "key", "value", "prompt_key", "prompt_value")
 
@@ -28,7 +28,7 @@ def _seed():
 
 @pytest.fixture
 def target(monkeypatch):
-    """`target(name)` plans for that GPU."""
+    """`target(name)` makes the kernels plan for that GPU."""
     return lambda name: monkeypatch.setattr(attention, "target_of", lambda device: TARGETS[name])
 
 
@@ -44,7 +44,7 @@ def tensors(batch=2, heads=4, kv_heads=2, queries=5, own=None, rows=1, prompt=3,
 
 
 def run(given: dict[str, Tensor], dtype, backend, **options) -> dict[str, Tensor]:
-    """out, lse and the gradients, by those of both, which are drawn from a seed."""
+    """out, lse and the gradients of a loss with random gradients by out and lse, from a fixed seed."""
     leaves = {name: given[name].to(dtype).requires_grad_() for name in TENSORS}
     arguments = dict(leaves)
     if options.get("sinks") is not None:
@@ -67,8 +67,8 @@ def check(given: dict[str, Tensor], tolerance=2e-5, **options) -> None:
 # --- against float64 --------------------------------------------------------------------------------------------------
 
 
-def any_problem(seed: int):
-    """A problem with arguments of every kind, small enough for the interpreter."""
+def random_problem(seed: int):
+    """A random problem with any of the optional arguments, small enough for the interpreter."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     kv_heads, group, batch = draw.choice((1, 2)), draw.choice((1, 2, 3)), draw.choice((1, 2, 3))
@@ -100,40 +100,40 @@ def any_problem(seed: int):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_problems_of_every_kind(seed):
-    given, options = any_problem(seed)
+def test_random_problems_agree_with_float64(seed):
+    given, options = random_problem(seed)
     check(given, **options)
 
 
 @pytest.mark.parametrize("seed", range(40, 48))
-def test_tensor_descriptors_load_the_same(seed, target):
-    """In TF32, which the interpreter computes as fp32: without tensor cores fp32 has no descriptors."""
+def test_loads_by_tensor_descriptors_agree_with_float64(seed, target):
+    """TF32 is allowed, because fp32 without tensor cores uses no descriptors. The interpreter computes it as fp32."""
     target("sm_90")
-    given, options = any_problem(seed)
-    with shipped.float32_products(True):
+    given, options = random_problem(seed)
+    with shipped_configurations.allow_tf32(True):
         assert plan(given, "sm_90", **options)[0][0].descriptors
         check(given, **options)
     assert not plan(given, "sm_80", **options)[0][0].descriptors
 
 
-def test_keys_that_are_copied_are_described_as_the_copies_are():
-    """Every other number of 20 is a copy whose rows are 40 bytes apart, which no descriptor takes."""
+def test_keys_that_are_copied_get_descriptors_if_the_copies_are_aligned():
+    """A copy of every other column of 40 has rows 40 bytes apart, which no descriptor accepts."""
     given = {n: torch.empty(*t.shape[:3], 40, dtype=torch.float16)[..., ::2] for n, t in tensors(size=20).items()}
     assert not plan(given, "sm_90")[0][0].descriptors
     assert plan({n: t.half() for n, t in tensors(size=16).items()}, "sm_90")[0][0].descriptors
 
 
 @pytest.mark.parametrize("keys", [15, 31, 32, 33, 64, 65])
-def test_ends_of_tiles(keys):
-    """Prompt, own keys and rows end at, before and behind the end of a tile."""
+def test_prompts_keys_and_rows_that_end_near_the_end_of_a_tile(keys):
+    """They end at, before and after it."""
     check(tensors(2, 3, 1, queries=keys, prompt=97 - keys))
     check(tensors(1, 2, 2, queries=keys, own=keys + 1, prompt=keys), window=33)
 
 
 @pytest.mark.parametrize("size", [80, 96, 128, 256])
 def test_large_heads(size):
-    """Above 128 in TF32 alone, which the interpreter computes as fp32."""
-    with shipped.float32_products(size > 128):
+    """Sizes above 128 need TF32, which the interpreter computes as fp32."""
+    with shipped_configurations.allow_tf32(size > 128):
         check(tensors(1, 2, 1, queries=9, prompt=20, size=size, value_size=64 if size == 96 else size))
 
 
@@ -145,7 +145,7 @@ def test_sinks_of_any_stride_and_windows_of_any_width():
         check(given, window=window)
 
 
-def test_nan_of_one_sequence_stays_with_it_where_tiles_are_shared():
+def test_a_nan_in_one_sequence_does_not_reach_others_stacked_in_its_tile():
     for name in ("key", "value"):
         given = tensors(10, 4, 2, queries=2, own=3, prompt=40)
         given[name][3] = torch.nan
@@ -157,7 +157,7 @@ def test_nan_of_one_sequence_stays_with_it_where_tiles_are_shared():
         assert not grad_query[others].isnan().any()
 
 
-def test_attention_waits_for_no_device(forbid_waiting):
+def test_attention_never_waits_for_the_device(forbid_waiting):
     given = {name: t.requires_grad_() for name, t in tensors(3, 4, 2, queries=9, rows=2, prompt=20).items()}
     vectors = {"prompt_index": torch.tensor([1, 0, 1]), "prompt_lengths": torch.tensor([20, 7])}
     sinks = torch.randn(4, requires_grad=True)
@@ -170,7 +170,7 @@ def test_attention_waits_for_no_device(forbid_waiting):
 
 
 def by_pytorch(given: dict[str, Tensor], grad_out: Tensor) -> list[Tensor]:
-    """out and gradients of what one writes in PyTorch: a prompt for every sequence, concatenated, with a mask."""
+    """out and gradients of plain PyTorch: the prompt is copied for every sequence and concatenated, with a mask."""
     leaves = {name: t.clone().requires_grad_() for name, t in given.items()}
     batch, heads, queries, _ = leaves["query"].shape
     joined = []
@@ -183,7 +183,7 @@ def by_pytorch(given: dict[str, Tensor], grad_out: Tensor) -> list[Tensor]:
 
 
 def errors(given: dict[str, Tensor], dtype) -> dict[str, tuple[float, float]]:
-    """Of out and gradients: ours and PyTorch's distance to float64, all starting from the same rounded tensors."""
+    """For out and each gradient (our error, PyTorch's error) against float64, from the same rounded tensors."""
     given = {name: t.to(dtype) for name, t in given.items()}
     doubles = {name: t.double() for name, t in given.items()}
     grad_out = torch.randn(given["query"].shape[:3] + given["value"].shape[3:]).to(dtype)
@@ -207,7 +207,7 @@ def test_errors_are_at_most_twice_those_of_pytorch(dtype, size):
 
 
 def test_prompt_gradients_of_a_batch_are_summed_in_fp32():
-    """A single key has weight 1, so its value's gradient is the sum of all gradients, rounded once."""
+    """The only key has weight 1. So the gradient of its value is the sum over all rows of dO, rounded once."""
     given = tensors(64, 4, 2, queries=8, own=0, prompt=1)
     leaves = {name: t.half().requires_grad_() for name, t in given.items()}
     out = prompt_attention(**leaves, causal=False, backend="triton")
@@ -217,11 +217,11 @@ def test_prompt_gradients_of_a_batch_are_summed_in_fp32():
     assert (found.double() - exact).norm() <= 1.05 * (exact.half().double() - exact).norm()
 
 
-# --- how work is cut --------------------------------------------------------------------------------------------------
+# --- tiles and splits -------------------------------------------------------------------------------------------------
 
 
 def plan(given: dict[str, Tensor], target="sm_80", needs=(True,) * 5, **options):
-    """Launches of forward and backward."""
+    """The launches of forward and backward."""
     from softprompt_kernels.kernels.triton.attention.plan import plan_backward, plan_forward
 
     arguments = dict.fromkeys(("prompt_index", "prompt_lengths", "key_lengths", "cu_seqlens", "sinks"))
@@ -240,7 +240,7 @@ def on_meta(**sizes) -> dict[str, Tensor]:
         return {name: t.to(torch.bfloat16) for name, t in tensors(**sizes).items()}
 
 
-def test_few_rows_behind_a_long_prompt_share_its_keys():
+def test_few_rows_with_a_long_prompt_split_its_keys():
     given = tensors(2, 4, 2, queries=1, prompt=300)
     forward, _ = plan(given)
     assert forward[0].constants["VARIANT"].splits > 1 and len(forward) == 2
@@ -249,7 +249,7 @@ def test_few_rows_behind_a_long_prompt_share_its_keys():
     check(tensors(1, 2, 1, queries=3, own=140, rows=2, prompt=140), prompt_index=torch.tensor([1]), softcap=3.0)
 
 
-def test_sequences_with_few_queries_share_tiles():
+def test_sequences_with_few_queries_are_stacked_in_one_tile():
     given = tensors(10, 4, 2, queries=2, own=3, prompt=40)
     (launch, *_), _ = plan(given)
     assert launch.constants["VARIANT"].stacked and launch.grid[0] < 10
@@ -258,7 +258,7 @@ def test_sequences_with_few_queries_share_tiles():
     assert not plan(given, prompt_index=torch.zeros(10, dtype=torch.int64))[0][0].constants["VARIANT"].stacked
 
 
-def test_rows_of_a_short_prompt_are_shared_out():
+def test_rows_that_see_a_short_prompt_are_split():
     given = tensors(6, 4, 2, queries=40, prompt=20)
     _, backward = plan(given)
     variant = backward[1].constants["VARIANT"]
@@ -275,28 +275,28 @@ def test_a_forward_and_backward_is_at_most_five_launches_whatever_the_batch():
     assert max(counts) <= 5 and counts[1] == counts[2]
 
 
-def test_no_buffer_has_a_batch_of_prompts():
+def test_no_buffer_holds_one_prompt_per_sequence():
     def largest(batch):
         given = on_meta(batch=batch, heads=14, kv_heads=2, queries=64, prompt=512, size=64)
         forward, backward = plan(given, "sm_90")
         arguments = [a for launch in forward + backward for a in launch.arguments.values()]
-        parts = [p for a in arguments if isinstance(a, tuple) for p in a]
-        views = [v for p in parts if isinstance(p, tuple) for v in p]
-        found = [t for t in arguments + parts + views if isinstance(t, Tensor) and t.shape[-2:-1] == (512,)]
-        return max(t.numel() for t in found)
+        fields = [f for a in arguments if isinstance(a, tuple) for f in a]
+        nested = [n for f in fields if isinstance(f, tuple) for n in f]
+        of_prompts = [t for t in arguments + fields + nested if isinstance(t, Tensor) and t.shape[-2:-1] == (512,)]
+        return max(t.numel() for t in of_prompts)
 
     assert largest(256) <= 64 * 2 * 512 * 64 < 256 * 2 * 512 * 64
 
 
-def test_what_needs_no_gradient_costs_nothing():
+def test_inputs_without_a_gradient_cost_no_launch():
     given = on_meta(batch=2, heads=4, kv_heads=2, queries=64, prompt=32, size=64)
     _, backward = plan(given, needs=(True, False, False, False, False))
-    assert [launch.kernel.__name__ for launch in backward] == ["query_gradient_kernel"]
+    assert [launch.kernel.__name__ for launch in backward] == ["backward_dq_kernel"]
     _, backward = plan(given, needs=(False, False, False, True, True))
     assert backward[0].constants["NEED_QUERY"] is False and backward[1].arguments["own_tiles"] == 0
 
 
-def test_runs_repeat_bit_for_bit():
+def test_two_runs_give_the_same_bits():
     given = tensors(4, 4, 2, queries=20, prompt=40)
     first, second = (run(given, torch.float32, "triton", sinks=torch.ones(4)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""The Triton attention in bf16, the bounds of what it accesses, and races: under `ttsem`, as for the losses."""
+"""The Triton attention kernels in bf16, with checks of bounds and races: under `ttsem`, like the losses."""
 
 import importlib.util
 import subprocess
@@ -35,19 +35,19 @@ with sanitize.session(cuda_is_cpu=False):
     for launch in launches:
         launch.run()
     grad_out, grad_lse = torch.randn(out.shape).bfloat16(), torch.randn(lse.shape)
-    found, launches = plan_backward(problem, out, lse, grad_out, grad_lse, needs, TARGETS["sm_80"])
+    gradients, launches = plan_backward(problem, out, lse, grad_out, grad_lse, needs, TARGETS["sm_80"])
     for launch in launches:
         launch.run()
 if options["sinks"] is not None:
     options["sinks"] = options["sinks"].double()
 exact = AttentionProblem(*[t.double() for t in tensors], causal=True, scale=D**-0.5, **options)
 wanted_out, wanted_lse = reference.forward(exact)
-wanted = reference.backward(exact, wanted_out, wanted_lse, grad_out.double(), grad_lse.double(), needs)
+wanted_gradients = reference.backward(exact, wanted_out, wanted_lse, grad_out.double(), grad_lse.double(), needs)
 eps = torch.finfo(torch.bfloat16).eps
-for ours, right in zip([out, lse, *found], [wanted_out, wanted_lse, *wanted]):
-    if right is not None:
-        ours, right = (torch.where(t == -torch.inf, 0, t) for t in (ours, right))  # rows that see no key
-        assert (ours.double() - right).norm() <= 2 * eps * right.norm(), (ours.shape, eps)
+for actual, wanted in zip([out, lse, *gradients], [wanted_out, wanted_lse, *wanted_gradients]):
+    if wanted is not None:
+        actual, wanted = (torch.where(t == -torch.inf, 0, t) for t in (actual, wanted))  # lse of rows that see no key
+        assert (actual.double() - wanted).norm() <= 2 * eps * wanted.norm(), (actual.shape, eps)
 """
 
 CASES = {

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the attention: results in 16 bits, no waiting for the device, CUDA graphs, tuning."""
+"""The Triton attention kernels on a GPU: 16-bit results, no waiting for the device, CUDA graphs, tuning."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,23 +35,23 @@ def attention(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
 
-def distance(found: Tensor, right: Tensor) -> float:
-    return float((found.double() - right.double()).norm() / right.double().norm())
+def distance(actual: Tensor, wanted: Tensor) -> float:
+    return float((actual.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [64, 80, 128, 256])
-def test_16_bit_attention_is_no_worse_than_rounding_its_results_a_few_times(dtype: torch.dtype, size: int) -> None:
+def test_errors_of_16_bit_attention_are_a_few_roundings_of_its_results(dtype: torch.dtype, size: int) -> None:
     inputs = attention_inputs(dtype, size)
     exact = attention([tensor.detach().double().requires_grad_() for tensor in inputs], "reference")
-    for found, right in zip(attention(inputs, "triton"), exact, strict=True):
-        assert found.dtype == dtype
-        assert distance(found, right) < 4 * torch.finfo(dtype).eps
+    for actual, wanted in zip(attention(inputs, "triton"), exact, strict=True):
+        assert actual.dtype == dtype
+        assert distance(actual, wanted) < 4 * torch.finfo(dtype).eps
 
 
-def test_no_call_waits_for_the_device() -> None:
+def test_attention_never_waits_for_the_device() -> None:
     inputs = attention_inputs(torch.bfloat16)
-    attention(inputs, "triton")  # compiles, which may wait
+    attention(inputs, "triton")  # the first call compiles, and may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         attention(inputs, "triton")
@@ -75,13 +75,13 @@ def test_a_captured_graph_gives_the_same_bits() -> None:
         assert torch.equal(one, other)
 
 
-def test_tuning_changes_no_result_beyond_rounding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tuning_changes_results_by_rounding_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     inputs = attention_inputs(torch.bfloat16)
     expected = attention(inputs, "triton")
     monkeypatch.setenv("SOFTPROMPT_TRITON_TUNE", "1")
     monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path))
-    for found, right in zip(attention(inputs, "triton"), expected, strict=True):
-        assert distance(found, right) < 4 * torch.finfo(torch.bfloat16).eps
+    for actual, wanted in zip(attention(inputs, "triton"), expected, strict=True):
+        assert distance(actual, wanted) < 4 * torch.finfo(torch.bfloat16).eps
 
 
 OPTIONS = {
@@ -103,5 +103,5 @@ def test_every_argument_in_bf16(name: str, size: int) -> None:
     for given, backend in ((inputs, "triton"), (doubles, "reference")):
         out = prompt_attention(*given, **options, backend=backend)
         results.append([out, *torch.autograd.grad(out, given, torch.ones_like(out))])
-    for found, right in zip(*results, strict=True):
-        assert distance(found, right) < 4 * torch.finfo(torch.bfloat16).eps
+    for actual, wanted in zip(*results, strict=True):
+        assert distance(actual, wanted) < 4 * torch.finfo(torch.bfloat16).eps

@@ -1,4 +1,4 @@
-"""The Triton losses in Triton's interpreter: where tiles end, where maxima move, and against float64."""
+"""The Triton losses in Triton's interpreter: against float64, at the ends of tiles, with maxima that grow."""
 
 import math
 
@@ -9,18 +9,18 @@ from softprompt_kernels.kernels.device import head_expectation
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import divergence as reference
 from softprompt_kernels.kernels.triton import runtime
-from softprompt_kernels.kernels.triton.losses import kl_div, rows
+from softprompt_kernels.kernels.triton.losses import kl_div, plan
 from softprompt_kernels.ops import kl_div as op
 from softprompt_kernels.ops import linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
 pytestmark = pytest.mark.skipif(
     not runtime.interpreting() or runtime.missing() is not None,
-    reason="set TRITON_INTERPRET=1 to run Triton's kernels on a CPU, in a process of its own",
+    reason="set TRITON_INTERPRET=1, before Python starts, to run Triton's kernels on a CPU",
 )
 KINDS = ("forward", "reverse", "jsd")
 BETA = 0.3
 INF = torch.inf
-TILE = 4096  # words of a program's tile where rows are few
+TILE = 4096  # columns of a program's tile where there are few rows
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +34,21 @@ def problem(student, teacher, kind, temperature=1.0, weights=None, vocab=None):
 
 
 def run(student, teacher, kind, **options):
-    """Loss and gradient of each row."""
+    """The loss and the gradient of each row."""
     given = problem(student, teacher, kind, **options)
     loss, statistics = kl_div.forward(given)
     return loss, kl_div.backward(given, torch.ones(student.shape[0]), statistics)
 
 
 def definition(student, teacher, kind, temperature=1.0):
-    sides = (t.double() / temperature for t in (student, teacher))
-    loss, gradient = reference.rows(*sides, Divergence(kind, BETA, 1.0))
+    """The loss and the gradient of each row, by the reference in float64."""
+    wide = (t.double() / temperature for t in (student, teacher))
+    loss, gradient = reference.rows(*wide, Divergence(kind, BETA, 1.0))
     return loss * temperature**2, gradient * temperature
 
 
 def check(student, teacher, kind, tolerance=1e-6):
-    """Loss and gradient relative to their sizes, the gradient's at least that of what it is a difference of."""
+    """Compares with float64, relative to the loss and to the gradient, whose rounding error may be that of the loss."""
     (loss, gradient), (expected, wanted) = run(student, teacher, kind), definition(student, teacher, kind)
     torch.testing.assert_close(loss.double(), expected, rtol=3 * tolerance, atol=0)
     error = (gradient.double() - wanted).norm(dim=1)
@@ -59,7 +60,7 @@ def check(student, teacher, kind, tolerance=1e-6):
 
 
 def pytorch(student, teacher, kind, temperature):
-    """What one writes in PyTorch, in the dtype of the logits."""
+    """The loss and its gradient as plain PyTorch computes them, in the dtype of the logits."""
     student = student.detach().requires_grad_()
     s, t = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
 
@@ -81,15 +82,15 @@ CASES = {
     "near": lambda z, noise: (z * 2 + 0.02 * noise, z * 2, 1.0),
     "apart": lambda z, noise: (noise * 12, z * 12, 1.0),
     "saturated": lambda z, noise: (noise * 0.01 + 30.0 * (z > 2.5), z * 0.01 + 20.0 * (noise > 2.5), 1.0),
-    "ruled out by both": lambda z, noise: (*(t.masked_fill(z > 1, -60000.0) for t in (noise, z * 2)), 1.0),
+    "excluded by both": lambda z, noise: (*(t.masked_fill(z > 1, -60000.0) for t in (noise, z * 2)), 1.0),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_worse_than_twice_the_error_of_pytorch_in_that_dtype(kind, dtype, case):
-    """Three times for gradients; beside the rounding that even an exact result has in its dtype."""
+def test_errors_are_at_most_twice_those_of_pytorch(kind, dtype, case):
+    """Three times for gradients. The rounding of an exact result to its dtype is allowed on top."""
     student, teacher, temperature = CASES[case](torch.randn(8, 1500), torch.randn(8, 1500))
     student, teacher = student.to(dtype), teacher.to(dtype)
     loss, gradient = run(student, teacher, kind, temperature=temperature)
@@ -103,8 +104,8 @@ def test_no_worse_than_twice_the_error_of_pytorch_in_that_dtype(kind, dtype, cas
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
-def test_a_divergence_keeps_its_relative_accuracy_however_small(distance, kind):
-    """Down to 1e-13, and its gradient with it."""
+def test_a_divergence_keeps_its_relative_accuracy_near_zero(distance, kind):
+    """Down to losses of 1e-13; so does its gradient."""
     teacher = torch.randn(4, 9000) * 2
     student = teacher + distance * torch.randn_like(teacher)
     (loss, gradient), (expected, wanted) = run(student, teacher, kind), definition(student, teacher, kind)
@@ -128,25 +129,25 @@ def test_a_vocabulary_of_a_quarter_of_a_million(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rise", [0.5, 30.0, 400.0])
-@pytest.mark.parametrize("moving", ["student", "teacher", "both", "neither, then falling"])
-def test_a_maximum_that_moves_from_tile_to_tile(moving, rise, kind):
+@pytest.mark.parametrize("growing", ["student", "teacher", "both", "neither"])
+def test_a_maximum_that_grows_from_tile_to_tile(growing, rise, kind):
     step = torch.arange(5 * TILE) // TILE * rise
     student, teacher = torch.randn(2, 5 * TILE), torch.randn(2, 5 * TILE)
-    if moving in ("student", "both"):
+    if growing in ("student", "both"):
         student += step
-    if moving in ("teacher", "both"):
+    if growing in ("teacher", "both"):
         teacher += step
-    if moving == "neither, then falling":
+    if growing == "neither":
         student -= step
         teacher -= step
     largest = float(torch.maximum(student.abs(), teacher.abs()).max())
-    check(student, teacher, kind, tolerance=max(1e-6, largest * 2**-24))  # as far as fp32 knows the logits' differences
+    check(student, teacher, kind, tolerance=max(1e-6, largest * 2**-24))  # the rounding of logits in fp32
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 1e-6), (4.0, 5e-4)], ids=["alike", "moved"])
-def test_a_maximum_that_moves_does_not_cost_a_small_divergence_its_digits(offset, tolerance, kind):
-    """A constant changes no distribution, but takes digits from the differences of logits near 0."""
+@pytest.mark.parametrize(("offset", "tolerance"), [(0.0, 1e-6), (4.0, 5e-4)], ids=["no offset", "offset"])
+def test_a_growing_maximum_keeps_the_accuracy_of_a_small_divergence(offset, tolerance, kind):
+    """An offset does not change the distribution, but costs digits of the differences of logits."""
     teacher = torch.randn(3, 5 * TILE) + torch.arange(5 * TILE) / TILE
     student = teacher + 1e-4 * torch.randn_like(teacher) + offset
     (loss, gradient), (expected, wanted) = run(student, teacher, kind), definition(student, teacher, kind)
@@ -156,12 +157,12 @@ def test_a_maximum_that_moves_does_not_cost_a_small_divergence_its_digits(offset
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("empty", ["first", "last"])
-@pytest.mark.parametrize("sides", ["both", "teacher", "student"])
-def test_tiles_without_a_word(sides, empty, kind):
+@pytest.mark.parametrize("excluding", ["both", "teacher", "student"])
+def test_tiles_where_every_logit_is_minus_infinity(excluding, empty, kind):
     student, teacher = torch.randn(3, 3 * TILE), torch.randn(3, 3 * TILE)
     tile = slice(0, TILE) if empty == "first" else slice(2 * TILE, 3 * TILE)
-    for side, logits in (("student", student), ("teacher", teacher)):
-        if sides in (side, "both"):
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if excluding in (name, "both"):
             logits[:, tile] = -INF
     loss, gradient = run(student, teacher, kind)
     expected, wanted = definition(student, teacher, kind)
@@ -189,15 +190,15 @@ def test_programs_of_one_row_and_of_many_give_the_same(kind, monkeypatch):
     student, teacher = torch.randn(7, 700) * 8, torch.randn(7, 700) * 8
     weights = torch.tensor([1.0, 0, 1, 1, 0, 1, 1])
     expected = run(student, teacher, kind, weights=weights)
-    monkeypatch.setattr(rows, "_INTERPRETED_ROWS", 1)
+    monkeypatch.setattr(plan, "_INTERPRETED_ROWS", 1)
     for actual, wanted in zip(run(student, teacher, kind, weights=weights), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-7)
 
 
-# --- what a call reads and leaves -------------------------------------------------------------------------------------
+# --- what a call reads and writes -------------------------------------------------------------------------------------
 
 
-def test_logits_of_any_stride_and_alignment_are_read_where_they_lie():
+def test_logits_of_any_stride_and_alignment_are_read_in_place():
     student, teacher = torch.randn(5, 64), torch.randn(5, 64)
     expected = run(student, teacher, "forward")
     wide = torch.full((10, 101), torch.nan)
@@ -212,7 +213,7 @@ def test_logits_of_any_stride_and_alignment_are_read_where_they_lie():
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float32)])
-def test_sides_of_different_dtypes(dtypes):
+def test_student_and_teacher_of_different_dtypes(dtypes):
     student, teacher = (torch.randn(3, 77).to(dtype) for dtype in dtypes)
     loss, gradient = run(student, teacher, "forward")
     expected, wanted = definition(student, teacher, "forward")
@@ -222,7 +223,7 @@ def test_sides_of_different_dtypes(dtypes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_backward_reads_the_saved_statistics_and_leaves_the_inputs(kind):
+def test_a_backward_reads_the_saved_statistics_and_does_not_change_the_inputs(kind):
     student, teacher = torch.randn(4, 300) * 3, torch.randn(4, 300) * 3
     copies = student.clone(), teacher.clone()
     given = problem(student, teacher, kind, temperature=1.5)
@@ -233,11 +234,11 @@ def test_a_backward_reads_the_saved_statistics_and_leaves_the_inputs(kind):
     assert torch.equal(student, copies[0]) and torch.equal(teacher, copies[1])
     wanted = definition(student, teacher, kind, 1.5)[1] * scale[:, None]
     torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
-    silenced = kl_div.backward(given, scale, torch.zeros_like(statistics))
-    assert (silenced == 0).all()  # it is they that say what the row is
+    without_statistics = kl_div.backward(given, scale, torch.zeros_like(statistics))
+    assert (without_statistics == 0).all()  # an inverse sum of 0 means no gradient
 
 
-def test_skipped_rows_and_cut_columns_get_gradient_zero_whatever_they_hold():
+def test_skipped_rows_and_cut_columns_get_gradient_zero_even_from_nan():
     student, teacher = torch.randn(4, 50), torch.randn(4, 60)
     student[2], student[:, 41:], teacher[2] = torch.nan, torch.nan, INF
     weights = torch.tensor([1.0, 2.0, 0.0, 1.0])
@@ -260,8 +261,8 @@ def live(hidden, weight, kind, head, backend, **options):
     head = dict(head)
     student, teacher = hidden
     if head.get("bias"):
-        words = torch.arange(2 * weight.shape[0]) % 64
-        head["bias"] = (words / 32 - 1).to(weight.dtype)[::2]  # not contiguous, and exact in every dtype
+        entries = torch.arange(2 * weight.shape[0]) % 64
+        head["bias"] = (entries / 32 - 1).to(weight.dtype)[::2]  # not contiguous, and exact in every dtype
     return linear_kl_div(student, teacher, weight, divergence=kind, **head, backend=backend, **options)
 
 
@@ -269,7 +270,7 @@ def live(hidden, weight, kind, head, backend, **options):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_of_a_fused_head_give_what_the_definition_gives(kind, dtype, head, trained):
+def test_chunks_of_a_fused_head_agree_with_float64(kind, dtype, head, trained):
     hidden = [torch.randn(40, 24).to(dtype) for _ in range(2)]
     hidden[0][3] = torch.nan
     weights = torch.rand(40)
@@ -287,7 +288,7 @@ def test_chunks_of_a_fused_head_give_what_the_definition_gives(kind, dtype, head
         assert (actual.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_a_teacher_of_another_dtype_has_a_product_of_its_own():
+def test_a_teacher_of_another_dtype_than_the_student():
     student, weight = torch.randn(5, 24), torch.randn(300, 24)
     teacher = torch.randn(5, 24, dtype=torch.bfloat16)
     loss = linear_kl_div(student, teacher, weight, backend="triton")
@@ -306,7 +307,7 @@ def near_convergence(distance):
 
 @pytest.mark.parametrize("distance", [0.024, 2e-3], ids=["1e-3", "1e-5"])
 def test_sixteen_bit_heads_keep_the_gradient_near_convergence(distance):
-    """Half a percent is the rounding of the gradient itself, in bf16; logits in 16 bits would cost 4 to 100 %."""
+    """Rounding the gradient to bf16 costs half a percent; logits in 16 bits would cost 4 to 100 %."""
     student, teacher, weight, expected, wanted = near_convergence(distance)
     moments = teacher_moments(teacher, weight, backend="triton")
     assert expected < 2e-3
@@ -331,7 +332,7 @@ def test_a_reverse_divergence_in_the_hundreds_does_not_overflow_fp16():
 @pytest.mark.parametrize("tile", [1024, 16384], ids=["many tiles", "one tile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_of_the_vocabulary_give_the_same_moments_and_losses(dtype, tile, monkeypatch):
-    """The largest logit comes early, late, or in every tile; one tile has no word at all."""
+    """The largest logit comes early or late, and one tile is excluded by a bias of −inf."""
     monkeypatch.setattr(head_expectation, "_TILE", tile)
     weight = torch.randn(9001, 16).to(dtype)
     weight[8999], weight[3] = weight[8999] * 4, weight[3] * 5

@@ -1,7 +1,7 @@
-"""The Triton losses in bf16, and the bounds of what they access: under `ttsem`, which executes Triton's own language.
+"""The Triton losses in bf16, with checks of bounds: under `ttsem`, which executes Triton's language itself.
 
-The interpreter computes bf16 wrongly and does not see what lies beyond a tensor. In processes of their own, since a
-session of `ttsem` leaves torch believing that there is a CUDA device.
+Triton's interpreter computes bf16 wrongly and detects no access out of bounds. Each test runs in a process of its own,
+because a session of `ttsem` makes torch believe that there is a CUDA device.
 """
 
 import importlib.util
@@ -37,8 +37,8 @@ for kind in ("forward", "reverse", "jsd"):
         loss, statistics = kl_div.forward(problem)
         gradient = kl_div.backward(problem, torch.ones(5), statistics)
     kept = [0, 1, 2, 4]
-    sides = (t[kept, :290].double() / 1.5 for t in (student, teacher))
-    expected, wanted = reference.rows(*sides, problem.divergence)
+    wide = (t[kept, :290].double() / 1.5 for t in (student, teacher))
+    expected, wanted = reference.rows(*wide, problem.divergence)
     torch.testing.assert_close(loss[kept].double(), expected * 1.5**2, rtol=1e-6, atol=0)
     assert loss[3] == 0 and (gradient[3] == 0).all() and (gradient[:, 290:] == 0).all()
     wanted = wanted * 1.5
@@ -58,7 +58,7 @@ with sanitize.session(cuda_is_cpu=False):
     found, gradient = linear_kl_div.forward(problem, True)
     mean = expectation.forward(ExpectationProblem(student, head, None, None, 1.0, 4, True)).mean
 torch.testing.assert_close(found.double(), loss, rtol=1e-4, atol=0)
-assert (gradient.double() - wanted).norm() < 5e-3 * wanted.norm()  # of which bf16 itself costs the gradient most
+assert (gradient.double() - wanted).norm() < 5e-3 * wanted.norm()  # most of it is the rounding of the gradient to bf16
 assert (mean.double() - p @ weight.double() - wanted).norm() < 5e-4 * wanted.norm()
 """
 

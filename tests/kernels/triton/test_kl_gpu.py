@@ -1,4 +1,4 @@
-"""The Triton losses on a real device: what neither the interpreter nor a compiler can show."""
+"""The Triton losses on a GPU, which neither the interpreter nor a compiler can replace."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def _device(monkeypatch):
 
 @pytest.fixture
 def no_waiting():
-    """CUDA itself refuses what would wait for the device."""
+    """CUDA raises an error for every call that would wait for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     yield
@@ -122,7 +122,7 @@ def test_nothing_waits_for_the_device(tensors, no_waiting):
 
 def test_a_cuda_graph_of_forward_and_backward_replays(tensors):
     student = tensors[0]
-    for _ in range(2):  # compiles
+    for _ in range(2):  # the first call compiles
         expected = torch.autograd.grad(losses(*tensors), student)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""The Triton losses without running them: memory, products and launches at full size."""
+"""The Triton losses without running them: memory, GEMMs and launches at full size."""
 
 import weakref
 from collections import Counter
@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from softprompt_kernels.kernels.device import gemm, memory
 from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import (
+    DIVERGENCES,
     Divergence,
     ExpectationProblem,
     Head,
@@ -19,7 +20,7 @@ from softprompt_kernels.kernels.problems.loss import (
 )
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear_kl_div, rows
+from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear_kl_div, plan
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
 pytestmark = [
@@ -44,19 +45,19 @@ def from_moments(dtype=torch.bfloat16, need_mean=True):
     return ExpectationProblem(empty(TOKENS, SIZE, dtype=dtype), head, None, None, 1.0, None, need_mean)
 
 
-class Watch(TorchDispatchMode):
-    """Bytes that are alive at most, of storages made while it watches, and products in units of the head's size."""
+class CostCounter(TorchDispatchMode):
+    """Counts the peak bytes of storages allocated under it, and GEMMs in units of one GEMM of the head."""
 
     def __init__(self):
         super().__init__()
         self.holders, self.bytes = Counter(), {}
         self.peak = 0
-        self.products = 0.0
+        self.gemms = 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-            left, right = [a for a in args if isinstance(a, torch.Tensor)][-2:]
-            self.products += left.shape[0] * left.shape[1] * right.shape[1] / (TOKENS * SIZE * VOCAB)
+            a, b = [tensor for tensor in args if isinstance(tensor, torch.Tensor)][-2:]
+            self.gemms += a.shape[0] * a.shape[1] * b.shape[1] / (TOKENS * SIZE * VOCAB)
         known = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
@@ -77,39 +78,40 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def measure(monkeypatch):
+    """`measure(kernel, problem, ...)` returns the costs and the number of launches of a call."""
     launched = []
     monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch.kernel))
 
-    def watched(kernel, problem, *arguments):
+    def measure(kernel, problem, *arguments):
         launched.clear()
-        with Watch() as watch:
+        with CostCounter() as costs:
             kernel(problem, *arguments)
-        return watch, len(launched)
+        return costs, len(launched)
 
-    return watched
+    return measure
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_live_teacher_takes_three_products_and_a_gigabyte_and_a_half(watched):
-    """At 8192 tokens, d = 4096, V = 128256, with all that is returned and 8 launches."""
-    watch, launches = watched(linear_kl_div.forward, live(), True)
-    assert watch.products == pytest.approx(3)
-    assert watch.peak < 1.5e9 and launches == 8
-    watch, _ = watched(linear_kl_div.forward, live(), False)
-    assert watch.products == pytest.approx(2) and watch.peak < 1.1e9
+def test_a_live_teacher_takes_three_gemms_and_1_5_gigabytes(measure):
+    """8192 tokens, d = 4096, V = 128256, in 8 launches; results included."""
+    costs, launches = measure(linear_kl_div.forward, live(), True)
+    assert costs.gemms == pytest.approx(3)
+    assert costs.peak < 1.5e9 and launches == 8
+    costs, _ = measure(linear_kl_div.forward, live(), False)
+    assert costs.gemms == pytest.approx(2) and costs.peak < 1.1e9
 
 
-@pytest.mark.parametrize("sums", ["write", "accumulate"])
-def test_a_trained_head_pays_for_its_gradient_alone(sums, watched, monkeypatch):
-    """Whether or not torch adds 16-bit products to fp32."""
-    monkeypatch.setattr(gemm, "_fp32_results", lambda device: sums)
-    watch, _ = watched(linear_kl_div.backward, live(), empty(TOKENS), HeadNeeds(True, True, False))
-    assert watch.products == pytest.approx(4)
+@pytest.mark.parametrize("fp32_results", ["write", "accumulate"])
+def test_a_trained_head_adds_only_the_gemm_of_its_gradient(fp32_results, measure, monkeypatch):
+    """Whether or not torch can add a 16-bit GEMM to an fp32 result."""
+    monkeypatch.setattr(gemm, "_fp32_results", lambda device: fp32_results)
+    costs, _ = measure(linear_kl_div.backward, live(), empty(TOKENS), HeadNeeds(True, True, False))
+    assert costs.gemms == pytest.approx(4)
     gradients = VOCAB * SIZE * (4 + 2) + TOKENS * SIZE * 2
-    assert watch.peak < 1.5e9 + gradients
+    assert costs.peak < 1.5e9 + gradients
 
 
 @pytest.mark.parametrize(
@@ -117,73 +119,73 @@ def test_a_trained_head_pays_for_its_gradient_alone(sums, watched, monkeypatch):
     [(torch.bfloat16, True, 3), (torch.float32, True, 2), (torch.bfloat16, False, 1)],
     ids=["16 bits", "fp32", "no gradient"],
 )
-def test_an_expectation_takes_its_products_and_a_tile(dtype, need_mean, count, watched):
-    watch, _ = watched(expectation.forward, from_moments(dtype, need_mean))
-    assert watch.products == pytest.approx(count)
+def test_an_expectation_takes_its_gemms_and_the_memory_of_a_tile(dtype, need_mean, count, measure):
+    costs, _ = measure(expectation.forward, from_moments(dtype, need_mean))
+    assert costs.gemms == pytest.approx(count)
     returned = TOKENS * (SIZE * 4 * need_mean + 40)
-    assert watch.peak - returned < 260 * 2**20
+    assert costs.peak - returned < 260 * 2**20
 
 
 @pytest.mark.parametrize(
-    ("each", "tokens", "size"),
+    ("token_bytes", "tokens", "size"),
     [
-        (10 * 128256, 8192, 1024),  # not fewer than 1024
-        (10 * 128256, 1500, 768),  # evenly
+        (10 * 128256, 8192, 1024),  # at least 1024
+        (10 * 128256, 1500, 768),  # equal chunks
         (10 * 128256, 100, 100),
         (10 * 262144, 8192, 512),  # 1024 would take too much
-        (10 * 8192, 8192, 2816),  # what fits the budget, evenly
+        (10 * 8192, 8192, 2816),  # what fits the budget, in equal chunks
         (10 * 2**40, 8192, 1),
     ],
 )
-def test_chunks_are_as_large_as_memory_allows(each, tokens, size):
-    assert memory.chunk_size(tokens, None, each) == size
-    assert memory.chunk_size(tokens, 7, each) == 7
+def test_chunks_are_as_large_as_memory_allows(token_bytes, tokens, size):
+    assert memory.chunk_size(tokens, None, token_bytes) == size
+    assert memory.chunk_size(tokens, 7, token_bytes) == 7
 
 
-# --- products ---------------------------------------------------------------------------------------------------------
+# --- GEMMs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["none", "write", "accumulate"])
-def sums(request, monkeypatch):
-    """What builds of torch do with fp32 results of 16-bit operands, here in terms of fp32."""
+def fp32_results(request, monkeypatch):
+    """How a build of torch gives fp32 results of 16-bit operands, imitated in fp32."""
     mm, addmm = torch.mm, torch.addmm
     monkeypatch.setattr(gemm, "_fp32_results", lambda device: request.param)
 
-    def given(left, right, *, out_dtype=None, out=None):
+    def imitated_mm(a, b, *, out_dtype=None, out=None):
         assert out_dtype is None or request.param != "none"
-        return mm(left.float(), right.float(), out=out)
+        return mm(a.float(), b.float(), out=out)
 
-    def added(total, left, right, *, out_dtype=None, out=None):
+    def imitated_addmm(accumulator, a, b, *, out_dtype=None, out=None):
         assert out_dtype is None or request.param == "accumulate"
-        return addmm(total, left.float(), right.float(), out=out)
+        return addmm(accumulator, a.float(), b.float(), out=out)
 
-    monkeypatch.setattr(torch, "mm", given)
-    monkeypatch.setattr(torch, "addmm", added)
+    monkeypatch.setattr(torch, "mm", imitated_mm)
+    monkeypatch.setattr(torch, "addmm", imitated_addmm)
 
 
-@pytest.mark.parametrize("part", [64, 2**26], ids=["in parts", "at once"])
+@pytest.mark.parametrize("copy_size", [64, 2**26], ids=["in pieces", "at once"])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float32, torch.bfloat16)])
-def test_products_are_made_in_fp32_by_every_build_of_torch(dtypes, part, sums, monkeypatch):
-    monkeypatch.setattr(gemm, "_COPY", part)
+def test_gemms_give_fp32_results_with_every_build_of_torch(dtypes, copy_size, fp32_results, monkeypatch):
+    monkeypatch.setattr(gemm, "_COPY", copy_size)
     hidden, weight, gradient = torch.randn(5, 8).to(dtypes[0]), torch.randn(20, 8).to(dtypes[1]), torch.randn(5, 20)
     out = torch.full((5, 32), torch.nan)[:, :20]
     gemm.head_logits(out, hidden, weight)
     torch.testing.assert_close(out, hidden.float() @ weight.float().mT)
     gradient = gradient.to(dtypes[1])
-    pulled = gemm.pull_back(gradient, weight)
-    torch.testing.assert_close(pulled, gradient.float() @ weight.float())
-    once_more = gemm.pull_back(gradient, weight, out=pulled.clone())
-    torch.testing.assert_close(once_more, 2 * pulled)
-    of_weight = torch.ones(20, 8)
-    gemm.add_outer(of_weight, gradient, hidden)
-    torch.testing.assert_close(of_weight, 1 + gradient.float().mT @ hidden.float())
+    hidden_gradient = gemm.pull_back(gradient, weight)
+    torch.testing.assert_close(hidden_gradient, gradient.float() @ weight.float())
+    accumulated = gemm.pull_back(gradient, weight, out=hidden_gradient.clone())
+    torch.testing.assert_close(accumulated, 2 * hidden_gradient)
+    weight_gradient = torch.ones(20, 8)
+    gemm.add_outer(weight_gradient, gradient, hidden)
+    torch.testing.assert_close(weight_gradient, 1 + gradient.float().mT @ hidden.float())
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
-def test_every_operation_plans_its_launches_for_a_target_that_is_not_here(target):
+def test_every_op_plans_its_launches_for_every_target_without_a_gpu(target):
     logits = empty(TOKENS, VOCAB)
     problem = LogitsProblem(logits, logits, None, Divergence("jsd", 0.5, 1.0), VOCAB)
     from softprompt_kernels.kernels.triton.losses import kl_rows
@@ -199,15 +201,21 @@ def test_every_operation_plans_its_launches_for_a_target_that_is_not_here(target
         assert launch.options.num_warps * target.warp_size <= 1024
 
 
-def test_few_rows_have_more_threads_and_short_rows_share_a_program():
+def test_the_divergence_kernel_has_code_for_every_kind_of_the_table():
+    from softprompt_kernels.kernels.triton.losses import kl_rows
+
+    assert [kind.value for kind in (kl_rows.FORWARD, kl_rows.REVERSE, kl_rows.JSD)] == list(DIVERGENCES)
+
+
+def test_few_rows_get_more_threads_and_short_rows_share_a_program():
     target = TARGETS["sm_90"]
 
     def tile(count, vocab):
-        return rows._divergence_tile(count, vocab, target)
+        return plan.divergence_tile(count, vocab, target)
 
     assert tile(64, 128256).options.num_warps == 2 * tile(8192, 128256).options.num_warps
     assert tile(8192, 128256).block_m == 1 and tile(8192, 500).block_m == 2
-    assert tile(140, 16).block_m == 1  # so that all multiprocessors have some
-    for vocab in (16, 100, 500, 4096):  # no number is held by two threads, one of which might overwrite it too early
+    assert tile(140, 16).block_m == 1  # so that every multiprocessor has a program
+    for vocab in (16, 100, 500, 4096):  # never more threads than elements
         small = tile(8, vocab)
         assert 32 * small.options.num_warps <= max(32, small.block_m * small.block_n)

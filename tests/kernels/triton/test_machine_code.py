@@ -1,8 +1,8 @@
-"""What is read from compilers' output."""
+"""What `machine_code` reads from the output of compilers."""
 
 import pytest
 
-from softprompt_kernels.kernels.triton.compile.machine_code import Product, amd, expected, nvidia, products
+from softprompt_kernels.kernels.triton.compile.machine_code import Dot, amd, dots, expected_instruction, nvidia
 
 USAGE = " Function mm:\n  REG:108 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:592 TEXTURE:0 SURFACE:0 SAMPLER:0"
 PTX = """
@@ -33,7 +33,7 @@ TTIR = """
 """
 
 
-def test_nvidia_code_is_its_usage_and_its_instructions() -> None:
+def test_nvidia_reads_resource_usage_and_instructions() -> None:
     code = nvidia(USAGE, PTX)
     assert (code.registers, code.stack, code.spilled) == (108, 24, 0)
     assert code.matrix == ("wgmma",) and code.copies == ("cp.async",)
@@ -41,47 +41,47 @@ def test_nvidia_code_is_its_usage_and_its_instructions() -> None:
     assert code.atomics == 2
 
 
-def test_tma_is_told_from_other_asynchronous_copies() -> None:
+def test_tma_is_distinguished_from_other_asynchronous_copies() -> None:
     tma = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [a], [b, {c, d}], [e];"
     assert nvidia(USAGE, tma).copies == ("TMA",)
     assert nvidia(USAGE, "cp.async.wait_group 0x1;").copies == ()
 
 
-def test_amd_code_is_its_metadata_and_its_instructions() -> None:
+def test_amd_reads_metadata_and_instructions() -> None:
     code = amd(GFX)
     assert (code.registers, code.stack, code.spilled, code.scalars) == (92, 12, 3, 2)
     assert code.matrix == ("mfma",)
     assert code.load_bytes == (16,) and code.store_bytes == (2,)
 
 
-def test_a_report_without_figures_is_an_error_rather_than_zero() -> None:
+def test_a_report_without_numbers_is_an_error_and_not_zero() -> None:
     with pytest.raises(ValueError, match="REG"):
         nvidia("cuobjdump fatal : no input", PTX)
 
 
-def test_products_are_read_with_shapes_and_precision() -> None:
-    assert products(TTIR) == [Product(64, 32, 16, "f32", "tf32"), Product(16, 16, 64, "bf16", "ieee")]
+def test_dots_are_read_with_shapes_and_precision() -> None:
+    assert dots(TTIR) == [Dot(64, 32, 16, "f32", "tf32"), Dot(16, 16, 64, "bf16", "ieee")]
 
 
 @pytest.mark.parametrize(
-    ("product", "target", "warps", "instruction"),
+    ("dot", "target", "warps", "instruction"),
     [
-        (Product(64, 64, 64, "bf16", "ieee"), "sm_90", 4, "wgmma"),
-        (Product(64, 64, 64, "bf16", "ieee"), "sm_90", 2, "mma.sync"),  # not a warp group
-        (Product(16, 64, 64, "bf16", "ieee"), "sm_90", 4, "mma.sync"),  # not its rows
-        (Product(64, 64, 64, "bf16", "ieee"), "sm_100", 4, "tcgen05"),
-        (Product(64, 64, 64, "f16", "ieee"), "sm_120", 4, "mma.sync"),
-        (Product(64, 64, 64, "f16", "ieee"), "sm_80", 4, "mma.sync"),
-        (Product(64, 64, 64, "f32", "tf32"), "sm_90", 4, "mma.sync"),
-        (Product(64, 64, 64, "f32", "ieee"), "sm_90", 4, None),
-        (Product(64, 64, 64, "f32", "ieee"), "gfx942", 4, "mfma"),
+        (Dot(64, 64, 64, "bf16", "ieee"), "sm_90", 4, "wgmma"),
+        (Dot(64, 64, 64, "bf16", "ieee"), "sm_90", 2, "mma.sync"),  # not a warp group
+        (Dot(16, 64, 64, "bf16", "ieee"), "sm_90", 4, "mma.sync"),  # too few rows
+        (Dot(64, 64, 64, "bf16", "ieee"), "sm_100", 4, "tcgen05"),
+        (Dot(64, 64, 64, "f16", "ieee"), "sm_120", 4, "mma.sync"),
+        (Dot(64, 64, 64, "f16", "ieee"), "sm_80", 4, "mma.sync"),
+        (Dot(64, 64, 64, "f32", "tf32"), "sm_90", 4, "mma.sync"),
+        (Dot(64, 64, 64, "f32", "ieee"), "sm_90", 4, None),
+        (Dot(64, 64, 64, "f32", "ieee"), "gfx942", 4, "mfma"),
     ],
 )
-def test_each_chip_is_asked_for_the_best_that_fits(
-    product: Product, target: str, warps: int, instruction: str | None
+def test_the_best_instruction_of_each_chip_is_expected(
+    dot: Dot, target: str, warps: int, instruction: str | None
 ) -> None:
-    assert expected([product], target, warps) == instruction
+    assert expected_instruction([dot], target, warps) == instruction
 
 
-def test_a_kernel_without_products_needs_no_matrix_instruction() -> None:
-    assert expected([], "sm_90", 8) is None and expected([], "gfx942", 8) is None
+def test_a_kernel_without_dots_needs_no_matrix_instruction() -> None:
+    assert expected_instruction([], "sm_90", 8) is None and expected_instruction([], "gfx942", 8) is None

@@ -1,4 +1,4 @@
-"""Blocks that a multiprocessor holds at once, against the vendors' tables."""
+"""The occupancy of a multiprocessor, against the vendors' tables."""
 
 import pytest
 
@@ -17,14 +17,14 @@ KIB = 1024
         ("sm_80", 4, 129, 0, 3),  # registers, in units of 8
         ("sm_80", 8, 255, 0, 1),
         ("sm_80", 4, 179, 0, 2),  # 2 warps a partition
-        ("sm_80", 4, 64, 163 * KIB, 1),  # the most that one block can have
-        ("sm_80", 4, 64, 81 * KIB, 2),  # 1 KiB a block is the system's
+        ("sm_80", 4, 64, 163 * KIB, 1),  # the largest block
+        ("sm_80", 4, 64, 81 * KIB, 2),  # the system takes 1 KiB per block
         ("sm_86", 4, 32, 0, 12),  # 48 warps
         ("sm_86", 1, 32, 0, 16),
         ("sm_90", 4, 64, 113 * KIB, 2),
         ("sm_90", 4, 64, 114 * KIB, 1),
         ("sm_90", 4, 64, 228 * KIB, 0),  # does not fit at all
-        ("gfx942", 4, 92, 0, 5),  # the compiler says 5 waves a SIMD
+        ("gfx942", 4, 92, 0, 5),  # the compiler reports 5 waves per SIMD
         ("gfx942", 4, 64, 0, 8),
         ("gfx942", 4, 64, 64 * KIB, 1),
     ],
@@ -40,7 +40,7 @@ def test_tensor_memory_is_a_resource_of_its_own() -> None:
     assert blocks_at_once(chip, warps=4, registers=64, shared_memory=0, tensor_columns=512) == 1
 
 
-def test_every_target_has_its_multiprocessor_and_fits_its_largest_block() -> None:
+def test_every_target_has_a_multiprocessor_that_holds_its_largest_block() -> None:
     assert set(MULTIPROCESSORS) == set(TARGETS)
     for name, target in TARGETS.items():
         chip = MULTIPROCESSORS[name]

@@ -1,4 +1,4 @@
-"""Tuning, with a clock that is told what to say: the fastest is taken, remembered, and forgotten when it should be."""
+"""Tuning, with a simulated clock: the fastest candidate is chosen, kept in the file, and tuned again when outdated."""
 
 import json
 import warnings
@@ -23,7 +23,7 @@ FAST, SLOW, BROKEN = Config(64, 1.0), Config(128, 2.0), Config(256, -1.0)
 
 
 class Launch:
-    """Runs for as long as its configuration says."""
+    """Takes the milliseconds that its configuration says."""
 
     def __init__(self, config: Config, device: "Device") -> None:
         self.config, self.device = config, device
@@ -35,7 +35,7 @@ class Launch:
 
 
 class Device:
-    """A GPU whose clock moves when something is launched."""
+    """A GPU whose clock advances with every launch."""
 
     now = 0.0
     timed = 0
@@ -49,7 +49,7 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
-    """Tuning is on, for a device that is not here, and its file is in a new folder."""
+    """Tuning is on, for a device that does not exist, with its file in a new folder."""
     monkeypatch.setenv("SOFTPROMPT_TRITON_TUNE", "1")
     monkeypatch.setenv("SOFTPROMPT_CACHE_DIR", str(tmp_path / "new"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -61,7 +61,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Device:
 @pytest.fixture
 def choose(device: Device) -> Callable[..., Config]:
     def chosen(*candidates: Config, key: str = "bf16 64x128", forget: bool = True, **options: Any) -> Config:
-        if forget:  # as a new process
+        if forget:  # like a new process
             tuning._chosen.clear()
         where = options.pop("device", CUDA)
         return tuning.choose(
@@ -71,7 +71,7 @@ def choose(device: Device) -> Callable[..., Config]:
     return chosen
 
 
-def test_the_fastest_is_taken_and_later_processes_do_not_time_again(choose: Any, device: Device) -> None:
+def test_the_fastest_is_chosen_and_later_processes_do_not_time_again(choose: Any, device: Device) -> None:
     assert choose(SLOW, FAST) == FAST
     assert device.timed == 2
     assert choose(SLOW, FAST) == FAST and choose(SLOW, FAST, forget=False) == FAST
@@ -82,29 +82,29 @@ def test_the_fastest_is_taken_and_later_processes_do_not_time_again(choose: Any,
     assert [path.name for path in tuning.cache_file().parent.iterdir()] == ["triton-tuning.json"]
 
 
-def test_each_key_is_tuned_for_itself_and_none_is_lost(choose: Any, device: Device) -> None:
+def test_each_key_is_tuned_separately_and_all_are_kept(choose: Any, device: Device) -> None:
     choose(SLOW, FAST)
     choose(SLOW, FAST, key="fp16 64x128")
     assert device.timed == 4
     assert len(json.loads(tuning.cache_file().read_text())["chosen"]) == 2
 
 
-def test_other_candidates_are_tuned_again(choose: Any, device: Device) -> None:
+def test_a_changed_list_of_candidates_is_tuned_again(choose: Any, device: Device) -> None:
     choose(SLOW, FAST)
     assert choose(SLOW, FAST, Config(32, 0.5)).rows == 32
     assert device.timed == 5
 
 
-def test_a_candidate_that_does_not_run_is_passed_over(choose: Any) -> None:
+def test_a_candidate_that_does_not_run_is_skipped(choose: Any) -> None:
     assert choose(BROKEN, SLOW) == SLOW
 
 
-def test_if_none_runs_that_is_said(choose: Any) -> None:
+def test_an_error_is_raised_if_no_candidate_runs(choose: Any) -> None:
     with pytest.raises(RuntimeError, match="none of the 2 configurations of forward"):
         choose(BROKEN, BROKEN._replace(rows=512))
 
 
-def test_where_it_is_not_asked_for_the_shipped_one_is_taken_untimed(
+def test_without_tuning_the_shipped_candidate_is_used_and_nothing_is_timed(
     choose: Any, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose(SLOW, FAST, device=torch.device("meta")) == SLOW
@@ -130,14 +130,14 @@ def test_where_it_is_not_asked_for_the_shipped_one_is_taken_untimed(
         b"\xff\xfe\x00",
     ],
 )
-def test_a_file_that_is_not_ours_is_ignored_with_one_warning_and_replaced(
+def test_an_unreadable_or_outdated_file_is_ignored_with_one_warning_and_replaced(
     choose: Any, device: Device, text: str | bytes
 ) -> None:
     tuning._warned.clear()
     file = tuning.cache_file()
     file.parent.mkdir()
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.warns(UserWarning, match="tuned anew") as seen:
+    with pytest.warns(UserWarning, match="tuned again") as seen:
         assert choose(SLOW, FAST) == FAST
     assert len(seen) == 1
     with warnings.catch_warnings():
@@ -146,7 +146,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_one_warning_and_replaced(
     assert device.timed == 2
 
 
-def test_an_entry_that_names_no_candidate_is_tuned_again(choose: Any, device: Device) -> None:
+def test_an_entry_with_an_invalid_candidate_is_tuned_again(choose: Any, device: Device) -> None:
     choose(SLOW, FAST)
     file = tuning.cache_file()
     file.write_text(file.read_text().replace('"candidate": 1', '"candidate": 7'))
@@ -154,7 +154,7 @@ def test_an_entry_that_names_no_candidate_is_tuned_again(choose: Any, device: De
     assert device.timed == 4
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(
+def test_a_folder_that_cannot_be_written_gives_one_warning(
     choose: Any, device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tuning._warned.clear()
@@ -166,5 +166,5 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     assert device.timed == 2
 
 
-def test_sizes_of_a_class_are_within_a_power_of_2() -> None:
+def test_a_shape_class_rounds_sizes_up_to_powers_of_2() -> None:
     assert tuning.shape_class(1, 100, 128, 129) == "1x128x128x256"

@@ -1,62 +1,51 @@
-"""Tiles of the attention kernels: data, by kernel, element size, head size and target.
+"""Tile configurations of the attention kernels: data, by kernel, target, element size and head size.
 
-What bounds the numbers:
+What limits the numbers:
 
-- registers: the sums of a program are fp32, BLOCK_M · D numbers forward and for dQ, BLOCK_N · (D + Dv) for dK and dV;
-  with scores and weights they must fit 255 registers of 32 · num_warps threads. No configuration spills in the
-  examples that the ahead-of-time check compiles, which reach each of them.
-- shared memory: num_stages tiles of keys and values (of queries and dO for dK and dV), with what wgmma reads from it.
-- wgmma wants 64 rows a warp group, so 4 warps for 64 rows and 8 for 128.
+- registers: a program's accumulators are fp32, BLOCK_M · D numbers for the forward and dQ, BLOCK_N · (D + Dv) for dK
+  and dV. Together with scores and weights they must fit 255 registers of 32 · num_warps threads. The ahead-of-time
+  check compiles examples that reach every configuration, and none of them spills.
+- shared memory: num_stages tiles of keys and values (of queries and dO for dK and dV), and the operands of wgmma.
+- wgmma takes 64 rows per warp group: 4 warps for 64 rows, 8 for 128.
 """
 
-from dataclasses import dataclass
-
-from softprompt_kernels.kernels.triton.launch import Options
+from softprompt_kernels.kernels.triton.launch import Options, TileConfig
 from softprompt_kernels.kernels.triton.targets import Target
 
+Candidates = tuple[TileConfig, ...]  # the shipped one first, then those that tuning on the device may choose instead
 
-@dataclass(frozen=True)
-class Tiles:
+FORWARD, BACKWARD_DQ, BACKWARD_DKDV = "forward", "backward_dq", "backward_dkdv"
+
+
+def _tiles(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg: int | None = None) -> TileConfig:
     """BLOCK_M rows by BLOCK_N keys."""
-
-    rows: int
-    keys: int
-    options: Options
+    return TileConfig(block_m, block_n, Options(num_warps, num_stages, maxnreg))
 
 
-Candidates = tuple[Tiles, ...]  # the shipped one, and then what tuning on the device may choose instead
-
-FORWARD, QUERY_GRADIENT, KEY_GRADIENTS = "forward", "query_gradient", "key_gradients"
-
-
-def _tiles(rows: int, keys: int, num_warps: int, num_stages: int, maxnreg: int | None = None) -> Tiles:
-    return Tiles(rows, keys, Options(num_warps, num_stages, maxnreg))
-
-
-# Without tensor cores fp32 operands of a product lie in registers, and the assembler, left to itself, spills rather
-# than give a thread more of them. Heads above 128 are served in TF32 alone: no tile of theirs fits otherwise.
+# Without tensor cores the fp32 operands of a dot are in registers. Unless maxnreg says otherwise, the assembler spills
+# instead of giving a thread more registers. Heads above 128 run in TF32 only: without it no tile of them fits.
 _FLOAT32: dict[str, dict[int, Candidates]] = {
     FORWARD: {
         64: (_tiles(64, 32, 8, 1, 255),),
         128: (_tiles(32, 16, 8, 1, 255),),
         256: (_tiles(32, 16, 4, 1),),
     },
-    QUERY_GRADIENT: {
+    BACKWARD_DQ: {
         64: (_tiles(32, 32, 8, 1, 255),),
         128: (_tiles(16, 16, 8, 1, 255),),
         256: (_tiles(16, 16, 4, 1),),
     },
-    KEY_GRADIENTS: {
+    BACKWARD_DKDV: {
         64: (_tiles(32, 32, 8, 1, 255),),
         128: (_tiles(32, 32, 8, 1, 255),),
         256: (_tiles(16, 16, 4, 1),),
     },
 }
 
-_MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")  # whose tensor cores take operands from registers
+_MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")  # targets whose tensor cores take operands from registers
 
-# kernel -> target, or what it multiplies by, or its maker, or "" for every other -> element size -> largest head size
-# (up to a power of 2) -> tiles
+# kernel -> target, its matrix instruction or its backend, or "" for all others -> bytes of an element -> head size
+# rounded up to a power of 2 -> tiles
 CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
     FORWARD: {
         "": {
@@ -75,7 +64,7 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             },
             4: _FLOAT32[FORWARD],
         },
-        # mma.sync has a warp's whole tile of keys in registers.
+        # With mma.sync a warp holds its whole key tile in registers.
         "mma.sync": {
             2: {
                 64: (_tiles(128, 64, 8, 2),),
@@ -89,14 +78,14 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
             4: {64: (_tiles(64, 32, 4, 1),), 128: (_tiles(32, 32, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
-    QUERY_GRADIENT: {
+    BACKWARD_DQ: {
         "": {
             2: {
                 64: (_tiles(64, 64, 4, 2), _tiles(128, 64, 8, 2)),
                 128: (_tiles(64, 64, 8, 2), _tiles(64, 32, 8, 2)),
                 256: (_tiles(32, 32, 8, 1),),
             },
-            4: _FLOAT32[QUERY_GRADIENT],
+            4: _FLOAT32[BACKWARD_DQ],
         },
         "sm_100": {
             2: {
@@ -104,25 +93,25 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
                 128: (_tiles(64, 64, 8, 1),),
                 256: (_tiles(32, 32, 8, 1),),
             },
-            4: _FLOAT32[QUERY_GRADIENT],
+            4: _FLOAT32[BACKWARD_DQ],
         },
         "mma.sync": {
             2: {64: (_tiles(128, 32, 8, 2),), 128: (_tiles(64, 32, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
-            4: _FLOAT32[QUERY_GRADIENT],
+            4: _FLOAT32[BACKWARD_DQ],
         },
         "hip": {
             2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(64, 32, 4, 1),), 256: (_tiles(32, 32, 4, 1),)},
             4: {64: (_tiles(32, 32, 4, 1),), 128: (_tiles(32, 16, 4, 1),), 256: (_tiles(16, 16, 4, 1),)},
         },
     },
-    KEY_GRADIENTS: {
+    BACKWARD_DKDV: {
         "": {
             2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(64, 64, 8, 1),), 256: (_tiles(32, 32, 8, 1),)},
-            4: _FLOAT32[KEY_GRADIENTS],
+            4: _FLOAT32[BACKWARD_DKDV],
         },
         "sm_90": {
             2: {64: (_tiles(32, 128, 8, 2),), 128: (_tiles(16, 64, 8, 2),), 256: (_tiles(32, 32, 8, 1),)},
-            4: _FLOAT32[KEY_GRADIENTS],
+            4: _FLOAT32[BACKWARD_DKDV],
         },
         "hip": {
             2: {64: (_tiles(64, 64, 4, 1),), 128: (_tiles(32, 64, 4, 1),), 256: (_tiles(16, 32, 4, 1),)},
@@ -132,22 +121,27 @@ CONFIGS: dict[str, dict[str, dict[int, dict[int, Candidates]]]] = {
 }
 
 
-# Of 16-bit numbers on NVIDIA's GPUs, where a sequence has at most MOST_FEW_ROWS rows.
-MOST_FEW_ROWS = {FORWARD: 64, QUERY_GRADIENT: 32, KEY_GRADIENTS: 32}
+# For 16-bit dtypes on NVIDIA GPUs, where a sequence has at most FEW_ROWS_LIMIT rows.
+FEW_ROWS_LIMIT = {FORWARD: 64, BACKWARD_DQ: 32, BACKWARD_DKDV: 32}
 FEW_ROWS: dict[str, dict[int, Candidates]] = {
     FORWARD: {64: (_tiles(32, 64, 4, 2),), 128: (_tiles(32, 64, 4, 2),), 256: (_tiles(32, 32, 4, 1),)},
-    QUERY_GRADIENT: {64: (_tiles(32, 32, 4, 2),), 128: (_tiles(32, 32, 8, 1),), 256: (_tiles(16, 32, 4, 1),)},
-    KEY_GRADIENTS: {64: (_tiles(32, 64, 8, 1, 255),), 128: (_tiles(32, 64, 8, 1, 255),), 256: (_tiles(16, 32, 8, 1),)},
+    BACKWARD_DQ: {64: (_tiles(32, 32, 4, 2),), 128: (_tiles(32, 32, 8, 1),), 256: (_tiles(16, 32, 4, 1),)},
+    BACKWARD_DKDV: {64: (_tiles(32, 64, 8, 1, 255),), 128: (_tiles(32, 64, 8, 1, 255),), 256: (_tiles(16, 32, 8, 1),)},
 }
 
 
 def candidates(kernel: str, target: Target, element_size: int, block_d: int, rows: int) -> Candidates:
-    """The tiles of a kernel.
+    """The tile configurations of a kernel on a target, the shipped one first.
 
-    For a target, numbers of `element_size` bytes, a head size up to a power of 2 and the rows of a sequence.
+    Args:
+        kernel: FORWARD, BACKWARD_DQ or BACKWARD_DKDV.
+        target: the GPU architecture.
+        element_size: bytes of an element of query, key and value.
+        block_d: the larger of D and Dv, rounded up to a power of 2.
+        rows: rows of a sequence, M · g.
     """
     block_d = max(64, block_d)
-    if element_size == 2 and target.backend == "cuda" and rows <= MOST_FEW_ROWS[kernel]:
+    if element_size == 2 and target.backend == "cuda" and rows <= FEW_ROWS_LIMIT[kernel]:
         return FEW_ROWS[kernel][block_d]
     by_target = CONFIGS[kernel]
     names = [target.name, "mma.sync"] if target.name in _MMA_SYNC else [target.name, target.backend]

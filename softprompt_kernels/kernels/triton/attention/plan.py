@@ -1,6 +1,7 @@
-"""From an attention problem to launches: how rows and keys are cut for a target.
+"""From an attention problem to launches: how rows and keys are cut into tiles and splits for a target.
 
-Nothing here reads a tensor, so a plan costs no synchronisation, and tensors on the meta device will do.
+Nothing here reads the values of a tensor. So planning needs no synchronisation, and works with tensors on the meta
+device.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,22 @@ from softprompt_kernels.kernels.problems.attention import (
 from softprompt_kernels.kernels.problems.tensors import unit_stride
 from softprompt_kernels.kernels.triton import tuning
 from softprompt_kernels.kernels.triton.attention import configs
-from softprompt_kernels.kernels.triton.attention.backward_dkdv import RowTensors, fold_kernel, key_gradients_kernel
-from softprompt_kernels.kernels.triton.attention.backward_dq import query_gradient_kernel
-from softprompt_kernels.kernels.triton.attention.configs import Tiles
+from softprompt_kernels.kernels.triton.attention.arguments import KeyValues, Layout, Scoring, Strided, Variant
+from softprompt_kernels.kernels.triton.attention.backward_dkdv import (
+    RowTensors,
+    backward_dkdv_kernel,
+    reduce_splits_kernel,
+)
+from softprompt_kernels.kernels.triton.attention.backward_dq import backward_dq_kernel
 from softprompt_kernels.kernels.triton.attention.forward import forward_kernel, merge_kernel
-from softprompt_kernels.kernels.triton.attention.records import Inputs, Layout, Scoring, Strided, Variant
-from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2
+from softprompt_kernels.kernels.triton.launch import Launch, Options, TileConfig, ceil_div, next_power_of_2
 from softprompt_kernels.kernels.triton.runtime import float32_precision
 from softprompt_kernels.kernels.triton.targets import Target
 
-_MOST_SPLITS = 64
-_LEAST_ROWS = 16  # of a product
-_FOLD_KEYS = 16  # of a program that adds up parts
-_FOLD_ROWS = 1024  # that a program for the gradient of a sink looks at together
+_MAX_SPLITS = 64
+_MIN_DOT_ROWS = 16
+_REDUCE_BLOCK_N = 16  # keys of a program that adds up partial sums
+_REDUCE_BLOCK_M = 1024  # rows of a tile of the program that computes the gradient of a sink
 
 
 def plan_forward(
@@ -38,31 +42,31 @@ def plan_forward(
 ) -> tuple[Tensor, Tensor, list[Launch]]:
     """out [B, Hq, M, Dv] and lse [B, Hq, M], not yet written, and the launches that write them.
 
-    `candidate` says which of the configurations is taken; None: the one that tuning has found, or the shipped one.
+    `candidate` is the index of the tile configuration to use; None: the one that tuning found, or the shipped one.
     """
-    tiles = _choose(configs.FORWARD, problem, target, candidate, lambda tiles: _forward(problem, target, tiles)[2])
-    return _forward(problem, target, tiles)
+    config = _choose(configs.FORWARD, problem, target, candidate, lambda config: _forward(problem, target, config)[2])
+    return _forward(problem, target, config)
 
 
-def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[Tensor, Tensor, list[Launch]]:
+def _forward(problem: AttentionProblem, target: Target, config: TileConfig) -> tuple[Tensor, Tensor, list[Launch]]:
     query = unit_stride(problem.query)
     out = empty_output(problem)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    variant = _row_variant(problem, target, tiles)
-    count, kv_heads = _row_tiles(problem, variant), problem.key.shape[1]
-    variant = variant._replace(splits=_key_splits(problem, target, variant, count * kv_heads))
+    variant = _row_variant(problem, target, config)
+    tiles, kv_heads = _row_tiles(problem, variant), problem.key.shape[1]
+    variant = variant._replace(splits=_key_splits(problem, target, variant, tiles * kv_heads))
     outputs, merge = (out, lse), []
     if variant.splits > 1:
         batch, heads, queries, size = out.shape
-        parts = out.new_empty(variant.splits * batch, heads, queries, size, dtype=torch.float32)
-        outputs = parts, lse.new_empty(variant.splits, *lse.shape)
-        merge = [_merge(problem, outputs[0], outputs[1], out, lse, variant, target)]
+        partial_out = out.new_empty(variant.splits * batch, heads, queries, size, dtype=torch.float32)
+        outputs = partial_out, lse.new_empty(variant.splits, *lse.shape)
+        merge = [_merge(problem, *outputs, out, lse, variant, target)]
     launch = Launch(
         forward_kernel,
-        (count, kv_heads, variant.splits),
+        (tiles, kv_heads, variant.splits),
         {
             "query": strided(query),
-            "inputs": _inputs(problem),
+            "key_values": _key_values(problem),
             "sinks": _sinks(problem),
             "out": strided(outputs[0]),
             "lse": outputs[1],
@@ -70,7 +74,7 @@ def _forward(problem: AttentionProblem, target: Target, tiles: Tiles) -> tuple[T
             "scoring": _scoring(problem),
         },
         {"VARIANT": variant},
-        tiles.options,
+        config.options,
         variant.descriptors,
     )
     return out, lse, [launch, *merge]
@@ -91,17 +95,17 @@ def plan_backward(
     out, grad_out = unit_stride(out), unit_stride(grad_out)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
 
-    def of_queries(tiles: Tiles) -> list[Launch]:
-        return [_query_gradient(problem, out, lse, grad_out, grad_lse, delta, gradients.query, target, tiles)]
+    def dq(config: TileConfig) -> list[Launch]:
+        return [_backward_dq(problem, out, lse, grad_out, grad_lse, delta, gradients.query, target, config)]
 
-    def of_keys(tiles: Tiles) -> list[Launch]:
-        return _key_gradients(problem, lse, grad_out, delta, gradients, target, tiles)
+    def dkdv(config: TileConfig) -> list[Launch]:
+        return _backward_dkdv(problem, lse, grad_out, delta, gradients, target, config)
 
-    launches = of_queries(_choose(configs.QUERY_GRADIENT, problem, target, candidate, of_queries))
+    launches = dq(_choose(configs.BACKWARD_DQ, problem, target, candidate, dq))
     if any(needs[1:5]):
-        launches += of_keys(_choose(configs.KEY_GRADIENTS, problem, target, candidate, of_keys))
+        launches += dkdv(_choose(configs.BACKWARD_DKDV, problem, target, candidate, dkdv))
     elif gradients.sinks is not None:
-        launches.append(_fold(problem, Gradients(*[None] * 6), gradients, lse, delta, 1))
+        launches.append(_reduce_splits(problem, Gradients(*[None] * 6), gradients, lse, delta, 1))
     return gradients, launches
 
 
@@ -110,8 +114,8 @@ def _choose(
     problem: AttentionProblem,
     target: Target,
     candidate: int | None,
-    launches_of: Callable[[Tiles], list[Launch]],
-) -> Tiles:
+    launches_of: Callable[[TileConfig], list[Launch]],
+) -> TileConfig:
     query, value_size = problem.query, problem.value.shape[3]
     block = max(next_power_of_2(query.shape[3]), next_power_of_2(value_size))
     rows = query.shape[2] * problem.group
@@ -124,22 +128,23 @@ def _choose(
     return tuning.choose(f"attention {kernel}", key, candidates, launches_of, query.device)
 
 
-# --- cutting ----------------------------------------------------------------------------------------------------------
+# --- tiles and splits -------------------------------------------------------------------------------------------------
 
 
-def _row_variant(problem: AttentionProblem, target: Target, tiles: Tiles) -> Variant:
-    """The constants of a kernel that has tiles of rows: fewer rows where there are fewer."""
-    variant = _variant(problem, tiles)._replace(descriptors=_descriptors(problem, target))
+def _row_variant(problem: AttentionProblem, target: Target, config: TileConfig) -> Variant:
+    """The constants of a kernel whose programs hold a tile of rows. With few rows BLOCK_M is smaller."""
+    variant = _variant(problem, config)._replace(descriptors=_descriptors(problem, target))
     batch, _, queries, _ = problem.query.shape
     rows = queries * problem.group
-    shared = problem.prompt_key.shape[0] == 1 and problem.prompt_index is None and problem.cu_seqlens is None
-    # A tile of several sequences reads the prompt once for all, and looks at each one's own keys for all its rows.
-    stacked = shared and batch > 1 and 2 * rows <= variant.block_m and problem.key.shape[2] <= variant.block_n
-    most = max(_LEAST_ROWS, next_power_of_2(rows * batch if stacked else rows))
-    return variant._replace(stacked=stacked, block_m=min(variant.block_m, most))
+    one_prompt = problem.prompt_key.shape[0] == 1 and problem.prompt_index is None and problem.cu_seqlens is None
+    # A tile with rows of several sequences reads the prompt once for all of them, but computes the scores of every
+    # sequence's own keys for all its rows.
+    stacked = one_prompt and batch > 1 and 2 * rows <= variant.block_m and problem.key.shape[2] <= variant.block_n
+    largest = max(_MIN_DOT_ROWS, next_power_of_2(rows * batch if stacked else rows))
+    return variant._replace(stacked=stacked, block_m=min(variant.block_m, largest))
 
 
-def _variant(problem: AttentionProblem, tiles: Tiles) -> Variant:
+def _variant(problem: AttentionProblem, config: TileConfig) -> Variant:
     size, value_size = problem.query.shape[3], problem.value.shape[3]
     block_d, block_dv = (max(16, next_power_of_2(s)) for s in (size, value_size))
     return Variant(
@@ -154,8 +159,8 @@ def _variant(problem: AttentionProblem, tiles: Tiles) -> Variant:
         splits=1,
         precision=float32_precision(),
         descriptors=False,
-        block_m=tiles.rows,
-        block_n=tiles.keys,
+        block_m=config.block_m,
+        block_n=config.block_n,
         block_d=block_d,
         block_dv=block_dv,
         block_s=1 if problem.cu_seqlens is None else next_power_of_2(problem.cu_seqlens.shape[0]),
@@ -163,9 +168,9 @@ def _variant(problem: AttentionProblem, tiles: Tiles) -> Variant:
 
 
 def _descriptors(problem: AttentionProblem, target: Target) -> bool:
-    """Whether keys are loaded by tensor descriptors, which want 16-byte boundaries: from sm_90 on they become TMA.
+    """Whether keys are loaded by tensor descriptors, which become TMA loads from sm_90 on and need 16-byte alignment.
 
-    Not for fp32 products without tensor cores: those want operands in registers, and would spill.
+    Not for fp32 dots without tensor cores: their operands must be in registers, and the kernel would spill.
     """
     if target.backend != "cuda" or int(target.arch) < 90:
         return False
@@ -182,11 +187,11 @@ def _sequences(problem: AttentionProblem) -> int:
     return problem.query.shape[0] if problem.cu_seqlens is None else problem.cu_seqlens.shape[0] - 1
 
 
-def _tiles(problem: AttentionProblem, tokens: int, per_token: int, block: int) -> int:
-    """Tiles of all sequences; in the packed form, whose lengths only the device knows, as many as there may be."""
+def _tiles(problem: AttentionProblem, tokens: int, rows_per_token: int, block: int) -> int:
+    """Tiles of all sequences. In the packed form only the device knows the lengths, so this is an upper bound."""
     if problem.cu_seqlens is None:
-        return problem.query.shape[0] * ceil_div(tokens * per_token, block)
-    return ceil_div(tokens * per_token, block) + _sequences(problem) + 1 if tokens else 0
+        return problem.query.shape[0] * ceil_div(tokens * rows_per_token, block)
+    return ceil_div(tokens * rows_per_token, block) + _sequences(problem) + 1 if tokens else 0
 
 
 def _row_tiles(problem: AttentionProblem, variant: Variant) -> int:
@@ -197,28 +202,29 @@ def _row_tiles(problem: AttentionProblem, variant: Variant) -> int:
 
 
 def _key_splits(problem: AttentionProblem, target: Target, variant: Variant, programs: int) -> int:
-    """Programs that share the keys of one tile of rows: more than one only where tiles leave multiprocessors idle."""
-    keys = ceil_div(problem.prompt_key.shape[2] + problem.key.shape[2], variant.block_n)
+    """Programs that share the keys of one tile of rows: more than one only where multiprocessors would be idle."""
+    key_tiles = ceil_div(problem.prompt_key.shape[2] + problem.key.shape[2], variant.block_n)
     if programs == 0 or 2 * programs > target.multiprocessors:
         return 1
-    # A part has 4 tiles of keys at least, or its merge would cost more than it spares.
-    return max(1, min(target.multiprocessors // programs, keys // 4, _MOST_SPLITS))
+    # A split has at least 4 key tiles; with fewer its merge would cost more than it saves.
+    return max(1, min(target.multiprocessors // programs, key_tiles // 4, _MAX_SPLITS))
 
 
 def _row_splits(problem: AttentionProblem, target: Target, variant: Variant, own_programs: int) -> int:
     """Programs that share the rows of one tile of prompt keys.
 
-    So many that none of them has more work than its part of all, and than a program of own keys.
+    Enough of them that none has more work than an equal share of the total, or than a program of own keys.
     """
     prompts, kv_heads, length, _ = problem.prompt_key.shape
     sequences, queries = _sequences(problem), problem.query.shape[2]
     if problem.cu_seqlens is not None:
         queries = ceil_div(queries, max(1, sequences))
-    one = ceil_div(queries * variant.group, variant.block_m)  # tiles of rows
-    each = ceil_div(sequences * one, max(1, prompts))
-    programs = prompts * kv_heads * ceil_div(length, variant.block_n)
-    fair = ceil_div(own_programs * one + programs * each, target.multiprocessors)
-    return max(1, min(ceil_div(each, max(1, one, fair)), _MOST_SPLITS))
+    row_tiles_of_sequence = ceil_div(queries * variant.group, variant.block_m)
+    row_tiles_of_prompt = ceil_div(sequences * row_tiles_of_sequence, max(1, prompts))
+    prompt_programs = prompts * kv_heads * ceil_div(length, variant.block_n)
+    total = own_programs * row_tiles_of_sequence + prompt_programs * row_tiles_of_prompt
+    equal_share = ceil_div(total, target.multiprocessors)
+    return max(1, min(ceil_div(row_tiles_of_prompt, max(1, row_tiles_of_sequence, equal_share)), _MAX_SPLITS))
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -226,21 +232,21 @@ def _row_splits(problem: AttentionProblem, target: Target, variant: Variant, own
 
 def _merge(
     problem: AttentionProblem,
-    out_parts: Tensor,
-    lse_parts: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
     out: Tensor,
     lse: Tensor,
     variant: Variant,
     target: Target,
 ) -> Launch:
     block = 16
-    registers = 255 if target.backend == "cuda" else None  # the assembler, left to itself, spills on sm_120
+    registers = 255 if target.backend == "cuda" else None  # without a limit the assembler spills on sm_120
     return Launch(
         merge_kernel,
         (ceil_div(lse.numel(), block),),
         {
-            "out_parts": out_parts,
-            "lse_parts": lse_parts,
+            "partial_out": partial_out,
+            "partial_lse": partial_lse,
             "sinks": _sinks(problem),
             "out": strided(out),
             "lse": lse,
@@ -253,7 +259,7 @@ def _merge(
     )
 
 
-def _query_gradient(
+def _backward_dq(
     problem: AttentionProblem,
     out: Tensor,
     lse: Tensor,
@@ -262,16 +268,16 @@ def _query_gradient(
     delta: Tensor,
     grad_query: Tensor | None,
     target: Target,
-    tiles: Tiles,
+    config: TileConfig,
 ) -> Launch:
-    variant = _row_variant(problem, target, tiles)
+    variant = _row_variant(problem, target, config)
     query = unit_stride(problem.query)
     return Launch(
-        query_gradient_kernel,
+        backward_dq_kernel,
         (_row_tiles(problem, variant), problem.key.shape[1]),
         {
             "query": strided(query),
-            "inputs": _inputs(problem),
+            "key_values": _key_values(problem),
             "out": strided(out),
             "grad_out": strided(grad_out),
             "lse": lse.contiguous(),
@@ -282,48 +288,48 @@ def _query_gradient(
             "scoring": _scoring(problem),
         },
         {"NEED_QUERY": grad_query is not None, "VARIANT": variant},
-        tiles.options,
+        config.options,
         variant.descriptors,
     )
 
 
-def _key_gradients(
+def _backward_dkdv(
     problem: AttentionProblem,
     lse: Tensor,
     grad_out: Tensor,
     delta: Tensor,
     gradients: Gradients,
     target: Target,
-    tiles: Tiles,
+    config: TileConfig,
 ) -> list[Launch]:
-    variant = _variant(problem, tiles)
+    variant = _variant(problem, config)
     prompts, kv_heads, length, _ = problem.prompt_key.shape
     queries, own = problem.query.shape[2], problem.key.shape[2]
-    of_own = gradients.key is not None or gradients.value is not None
-    of_prompts = gradients.prompt_key is not None or gradients.prompt_value is not None
-    own_tiles = _tiles(problem, own, 1, variant.block_n) if of_own else 0
-    # Rows of the whole batch are one run where they all see the whole of the one prompt.
-    one_run = prompts == 1 and problem.prompt_index is None and problem.cu_seqlens is None and problem.window is None
-    one_run = one_run and (own >= queries or not variant.causal)
-    splits = _row_splits(problem, target, variant, own_tiles * kv_heads) if of_prompts else 1
-    variant = variant._replace(splits=splits, stacked=one_run)
-    written, folds = gradients, []
+    need_own = gradients.key is not None or gradients.value is not None
+    need_prompts = gradients.prompt_key is not None or gradients.prompt_value is not None
+    own_tiles = _tiles(problem, own, 1, variant.block_n) if need_own else 0
+    # The rows of all sequences are stacked where there is one prompt and every row sees all of it.
+    stacked = prompts == 1 and problem.prompt_index is None and problem.cu_seqlens is None and problem.window is None
+    stacked = stacked and (own >= queries or not variant.causal)
+    splits = _row_splits(problem, target, variant, own_tiles * kv_heads) if need_prompts else 1
+    variant = variant._replace(splits=splits, stacked=stacked)
+    written, reduction = gradients, []
     if splits > 1:
-        parts = [
+        partial_sums = [
             None if g is None else g.new_empty(splits * prompts, *g.shape[1:], dtype=torch.float32)
             for g in gradients[3:5]
         ]
-        written = gradients._replace(prompt_key=parts[0], prompt_value=parts[1])
+        written = gradients._replace(prompt_key=partial_sums[0], prompt_value=partial_sums[1])
     if splits > 1 or gradients.sinks is not None:
-        folds = [_fold(problem, written, gradients, lse, delta, splits)]
-    prompt_tiles = ceil_div(length, variant.block_n) if of_prompts else 0
+        reduction = [_reduce_splits(problem, written, gradients, lse, delta, splits)]
+    prompt_tiles = ceil_div(length, variant.block_n) if need_prompts else 0
     launch = Launch(
-        key_gradients_kernel,
+        backward_dkdv_kernel,
         (own_tiles + prompts * splits * prompt_tiles, kv_heads),
         {
             "tensors": RowTensors(strided(unit_stride(problem.query)), strided(grad_out), lse.contiguous(), delta),
-            "inputs": _inputs(problem),
-            "gradients": Inputs(*(None if g is None else strided(g) for g in written[1:5])),
+            "key_values": _key_values(problem),
+            "gradients": KeyValues(*(None if g is None else strided(g) for g in written[1:5])),
             "layout": _layout(problem),
             "own_tiles": own_tiles,
             "scoring": _scoring(problem),
@@ -333,28 +339,28 @@ def _key_gradients(
             "NEED_VALUE": gradients.value is not None or gradients.prompt_value is not None,
             "VARIANT": variant,
         },
-        tiles.options,
+        config.options,
     )
-    return [launch, *folds]
+    return [launch, *reduction]
 
 
-def _fold(
-    problem: AttentionProblem, parts: Gradients, gradients: Gradients, lse: Tensor, delta: Tensor, splits: int
+def _reduce_splits(
+    problem: AttentionProblem, partial_sums: Gradients, gradients: Gradients, lse: Tensor, delta: Tensor, splits: int
 ) -> Launch:
     prompts, kv_heads, length, size = problem.prompt_key.shape
     value_size = problem.value.shape[3]
-    prompt_tiles = ceil_div(length, _FOLD_KEYS) if splits > 1 else 0
+    prompt_tiles = ceil_div(length, _REDUCE_BLOCK_N) if splits > 1 else 0
     sinks = None if gradients.sinks is None else _sinks(problem)
 
-    def views(of: Gradients) -> Inputs:
-        return Inputs(None, None, *(None if g is None or splits == 1 else strided(g) for g in of[3:5]))
+    def prompt_tensors(of: Gradients) -> KeyValues:
+        return KeyValues(None, None, *(None if g is None or splits == 1 else strided(g) for g in of[3:5]))
 
     return Launch(
-        fold_kernel,
+        reduce_splits_kernel,
         (prompts * kv_heads * prompt_tiles + (0 if sinks is None else sinks.shape[0]),),
         {
-            "parts": views(parts),
-            "gradients": views(gradients),
+            "partial_sums": prompt_tensors(partial_sums),
+            "gradients": prompt_tensors(gradients),
             "lse": lse.contiguous(),
             "delta": delta,
             "sinks": sinks,
@@ -368,8 +374,8 @@ def _fold(
             "SPLITS": splits,
             "SIZE": size,
             "VALUE_SIZE": value_size,
-            "BLOCK_M": _FOLD_ROWS,
-            "BLOCK_N": _FOLD_KEYS,
+            "BLOCK_M": _REDUCE_BLOCK_M,
+            "BLOCK_N": _REDUCE_BLOCK_N,
             "BLOCK_D": max(16, next_power_of_2(size)),
             "BLOCK_DV": max(16, next_power_of_2(value_size)),
         },
@@ -381,28 +387,38 @@ def _fold(
 
 
 def strided(tensor: Tensor) -> Strided:
-    """A tensor [batch, heads, tokens, size] as kernels take it."""
+    """A tensor [batch, heads, tokens, size] in the form that kernels take."""
     return Strided(tensor, *tensor.stride()[:3])
 
 
-def _inputs(problem: AttentionProblem) -> Inputs:
+def _key_values(problem: AttentionProblem) -> KeyValues:
     tensors = (problem.key, problem.value, problem.prompt_key, problem.prompt_value)
-    return Inputs(*(strided(unit_stride(t)) for t in tensors))
+    return KeyValues(*(strided(unit_stride(t)) for t in tensors))
 
 
 def _layout(problem: AttentionProblem) -> Layout:
     _, heads, queries, _ = problem.query.shape
     prompts, _, prompt_keys, _ = problem.prompt_key.shape
     vectors = (problem.cu_seqlens, problem.prompt_index, problem.prompt_lengths, problem.key_lengths)
-    starts, index, prompt_lengths, key_lengths = (None if v is None else v.contiguous() for v in vectors)
-    sizes = (_sequences(problem), prompts, queries, problem.key.shape[2], prompt_keys, heads)
-    return Layout(starts, index, prompt_lengths, key_lengths, *sizes)
+    cu_seqlens, prompt_index, prompt_lengths, key_lengths = (None if v is None else v.contiguous() for v in vectors)
+    return Layout(
+        cu_seqlens=cu_seqlens,
+        prompt_index=prompt_index,
+        prompt_lengths=prompt_lengths,
+        key_lengths=key_lengths,
+        sequences=_sequences(problem),
+        prompts=prompts,
+        queries=queries,
+        keys=problem.key.shape[2],
+        prompt_keys=prompt_keys,
+        heads=heads,
+    )
 
 
 def _scoring(problem: AttentionProblem) -> Scoring:
-    # A window beyond every distance that there is means the same, and overflows nothing.
-    most = problem.query.shape[2] + problem.key.shape[2] + problem.prompt_key.shape[2] + 1
-    return Scoring(problem.scale, problem.softcap or 0.0, min(problem.window or 0, most))
+    # A window larger than every distance means no window; the limit keeps sums with it within int32.
+    limit = problem.query.shape[2] + problem.key.shape[2] + problem.prompt_key.shape[2] + 1
+    return Scoring(problem.scale, problem.softcap or 0.0, min(problem.window or 0, limit))
 
 
 def _sinks(problem: AttentionProblem) -> Tensor | None:

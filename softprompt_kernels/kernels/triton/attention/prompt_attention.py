@@ -1,9 +1,9 @@
-"""Attention over [prompt ; own tokens] in Triton: one online softmax over both, prompts read where they lie.
+"""Attention over [prompt ; own tokens] in Triton: one online softmax over both; prompts are read in place.
 
-A forward is 1 launch, or 2 where few rows look at many keys and programs share these; a backward is 2, and a third adds
-up what programs that shared a prompt's rows have left. The kernels stand in `attention_forward`,
-`attention_query_gradient` and `attention_key_gradients`, what they share in `attention_rows`, `attention_scores` and
-`attention_sweep`; `attention_plan` says how work is cut.
+A forward is 1 launch, or 2 where few rows see many keys and several programs share these (split-KV). A backward is 2
+launches, or 3 where programs have to add up partial sums of prompt gradients. The kernels are in `forward.py`,
+`backward_dq.py` and `backward_dkdv.py`; what they share is in `addressing.py`, `scores.py` and `key_loop.py`; `plan.py`
+cuts the work into tiles and builds the launches.
 """
 
 import torch
@@ -15,11 +15,11 @@ from softprompt_kernels.kernels.triton.runtime import float32_precision, unsuppo
 from softprompt_kernels.kernels.triton.targets import target_of
 
 LARGEST_HEAD = 256
-LARGEST_IEEE_HEAD = 128  # of fp32 without tensor cores: beyond it no tile fits the registers
+LARGEST_IEEE_HEAD = 128  # in fp32 without TF32: no tile of a larger head fits the registers
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
-    """It serves fp32, bf16 and fp16 with heads of up to 256, those above 128 in fp32 where products may be in TF32."""
+    """It serves fp32, bf16 and fp16 with head sizes up to 256; in fp32 those above 128 only where TF32 is allowed."""
     size = max(problem.query.shape[3], problem.value.shape[3])
     if size > LARGEST_HEAD:
         return f"the head size is {size}, and it serves up to {LARGEST_HEAD}"
@@ -32,7 +32,7 @@ def unsupported(problem: AttentionProblem) -> str | None:
 
 
 def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, M, Dv] and lse [B, Hq, M]."""
+    """out [B, Hq, M, Dv] in query's dtype, and lse [B, Hq, M] in fp32."""
     from softprompt_kernels.kernels.triton.attention.plan import plan_forward
 
     out, lse, launches = plan_forward(problem, target_of(problem.query.device))
@@ -43,7 +43,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: AttentionProblem, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: Needs
 ) -> Gradients:
-    """Gradients of the inputs named in `needs`; those of prompts are summed in fp32, in the same order at every run."""
+    """The gradients named in `needs`. Those of prompts are summed in fp32, in the same order in every run."""
     from softprompt_kernels.kernels.triton.attention.plan import plan_backward
 
     target = target_of(problem.query.device)

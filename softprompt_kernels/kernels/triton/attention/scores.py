@@ -1,13 +1,12 @@
-"""Scores of a tile of rows and a tile of keys, and which of them count.
+"""Scores of a query tile and a key tile, and the causal and window mask.
 
-Scores are in units of log 2, so that exponentials are exp2: S₂ = scale · log₂e · ⟨q, k⟩, or with a softcap
+Scores are in units of log 2, so exponentials are exp2: S₂ = scale · log₂e · ⟨q, k⟩, or with a softcap
 softcap · log₂e · tanh(scale / softcap · ⟨q, k⟩).
 
-Own key j stands at j, prompt key p at p − len, and a row at `relative`. With that one rule,
+Positions count from the first own key: own key j is at j, prompt key p at p − len, query i at (N − M) + i. So one rule
+serves prompt keys and own keys alike:
 
-    visible = (key <= relative)  and  (relative − key < window)  and the key is no padding
-
-serves prompt and own keys alike.
+    a query sees a key where  (key <= query)  and  (query − key < window)  and the key is no padding
 """
 
 import triton
@@ -19,26 +18,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def score(left, right, scoring, VARIANT: tl.constexpr):
-    """S₂ of [rows, D] and [D, columns]."""
-    product = tl.dot(left, right, input_precision=VARIANT.precision)
+def score(tile, transposed_tile, scoring, VARIANT: tl.constexpr):
+    """S₂ of a query tile [rows, D] and a transposed key tile [D, keys], or of a key and a transposed query tile."""
+    dots = tl.dot(tile, transposed_tile, input_precision=VARIANT.precision)
     if VARIANT.capped:
-        return tanh(product * (scoring.scale / scoring.softcap)) * (scoring.softcap * LOG2E)
+        return tanh(dots * (scoring.scale / scoring.softcap)) * (scoring.softcap * LOG2E)
     else:
-        return product * (scoring.scale * LOG2E)
+        return dots * (scoring.scale * LOG2E)
 
 
 @triton.jit
 def score_slope(scores, scoring, VARIANT: tl.constexpr):
-    """∂ softcap tanh(x / softcap) / ∂ x = 1 − tanh², of unmasked S₂."""
+    """∂ softcap tanh(x / softcap) / ∂ x = 1 − tanh², from unmasked S₂."""
     fraction = scores / (scoring.softcap * LOG2E)
     return 1 - fraction * fraction
 
 
 @triton.jit
-def visible(relative, key, scoring, VARIANT: tl.constexpr):
-    """Of rows and keys at positions that broadcast, where there is a causal rule; padding is the caller's."""
+def position_mask(query_position, key_position, scoring, VARIANT: tl.constexpr):
+    """The causal and window mask of positions that broadcast; padding is left to the caller."""
     if VARIANT.windowed:
-        return (key <= relative) & (relative - key < scoring.window)
+        return (key_position <= query_position) & (query_position - key_position < scoring.window)
     else:
-        return key <= relative
+        return key_position <= query_position

@@ -1,1 +1,1 @@
-"""Compilation without a GPU: every shipped configuration, its machine code, occupancy and tuning."""
+"""Compilation without a GPU: every shipped configuration, its machine code and its occupancy."""

@@ -1,10 +1,10 @@
-"""Compiles launches for any target on any machine, and says what came out.
+"""Compiles launches for any target on any machine, and reports what the code uses.
 
-A launch is specialised as Triton's own launcher would do it (by the launcher's own code: sizes that are 1 or multiples
-of 16, pointers that are aligned, None), so what is compiled here is what would run there. Launches that differ in
-nothing the compiler sees are compiled once. Triton's disk cache (TRITON_CACHE_DIR) makes the next time quick.
+A launch is specialised by the code of Triton's own launcher (sizes that are 1 or multiples of 16, aligned pointers,
+None), so what is compiled here is what would run there. Launches that look the same to the compiler are compiled once.
+Triton's disk cache (TRITON_CACHE_DIR) makes the next run quick.
 
-Half a second to seven a kernel. The compiler and its assembler run outside Python's lock, so threads suffice.
+A kernel takes 0.5 to 7 seconds. The compiler and its assembler release Python's lock, so threads run them in parallel.
 """
 
 import os
@@ -28,24 +28,24 @@ from softprompt_kernels.kernels.triton.targets import Target
 class Request:
     """A launch to compile."""
 
-    example: str  # what asked for it
+    example: str  # the name of the example problem that it is for
     launch: Launch
     target: Target
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of the launches that are one and the same to the compiler."""
+    """The result of one kernel: of all launches that look the same to the compiler."""
 
     kernel: str
     target: str
-    examples: tuple[str, ...]  # all that asked for it
-    constants: dict[str, Any]  # the constexpr arguments, those that the launcher made so included
-    signature: dict[str, str]  # of the others
+    examples: tuple[str, ...]  # all examples that it is for
+    constants: dict[str, Any]  # the constexpr arguments, and those that the launcher specialised to constants
+    signature: dict[str, str]  # types of the other arguments
     options: dict[str, Any]
-    shared_memory: int = 0  # bytes
+    shared_memory: int = 0  # bytes of a block
     occupancy: int = 0  # blocks that a multiprocessor holds at once
-    expected: str | None = None  # matrix instruction
+    expected: str | None = None  # the matrix instruction that the code should have
     code: Code | None = None  # None: it did not compile
     violations: tuple[str, ...] = ()
 
@@ -53,13 +53,13 @@ class Report:
 def unavailable() -> str | None:
     """Why nothing can be compiled here; None if it can."""
     if runtime.interpreting():
-        return "TRITON_INTERPRET is set, and what the interpreter runs cannot be compiled: unset it"
+        return "TRITON_INTERPRET is set, and kernels cannot be compiled in the interpreter: unset it"
     return runtime.missing()
 
 
 @dataclass
 class Source:
-    """A kernel as the compiler sees it: a launch, specialised for a target."""
+    """What the compiler gets: a launch, specialised for a target."""
 
     launch: Launch
     target: Target
@@ -67,43 +67,43 @@ class Source:
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
-    examples: list[str]  # that asked for it
-    refusal: str | None = None  # why the launcher would not take it
+    examples: list[str]  # all examples that it is for
+    refusal: str | None = None  # why the launcher would refuse it
 
     @property
     def key(self) -> str:
-        """The same for what need not be compiled twice."""
+        """Everything that the compiler sees: sources with the same key give the same code."""
         kernel = self.launch.kernel
-        seen = (self.signature, self.constants, self.attributes, self.options, self.target.name, self.refusal)
-        return f"{kernel.__module__}.{kernel.__name__} {seen}"
+        inputs = (self.signature, self.constants, self.attributes, self.options, self.target.name, self.refusal)
+        return f"{kernel.__module__}.{kernel.__name__} {inputs}"
 
 
 def distinct(requests: Iterable[Request]) -> list[Source]:
-    """The different kernels among the requests, in their order.
+    """The distinct kernels among the requests, in order of their first request.
 
     Raises:
         RuntimeError: nothing can be compiled here.
     """
     if reason := unavailable():
         raise RuntimeError(reason)
-    together: dict[str, Source] = {}
+    by_key: dict[str, Source] = {}
     for request in requests:
         source = _specialise(request.launch, request.target)
-        source = together.setdefault(source.key, source)
+        source = by_key.setdefault(source.key, source)
         if request.example not in source.examples:
             source.examples.append(request.example)
-    return list(together.values())
+    return list(by_key.values())
 
 
 def compile_all(
     sources: Iterable[Source], *, workers: int | None = None, done: Callable[[], None] = lambda: None
 ) -> list[Report]:
-    """A report for each.
+    """One report per source, in the same order.
 
     Args:
         sources: from `distinct`.
-        workers: how many at a time; None: as many as there are processors.
-        done: called when another report is there.
+        workers: threads; None: one per processor.
+        done: called after each report.
     """
 
     def work(source: Source) -> Report:
@@ -114,7 +114,7 @@ def compile_all(
     sources = list(sources)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         reports = list(pool.map(work, sources))
-    # Now and then the compiler's front end stumbles over another thread, so what failed is tried once more, alone.
+    # The compiler's front end is not quite thread-safe, so what failed is compiled once more, alone.
     return [r if r.code is not None else _compile(s) for s, r in zip(sources, reports, strict=True)]
 
 
@@ -130,13 +130,13 @@ def _specialise(launch: Launch, target: Target) -> Source:
 
     kernel, backend = launch.kernel, make_backend(_gpu(target))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    # The launcher's default, said aloud: it is about to change, and warns.
+    # The launcher's default, given explicitly: without it Triton warns that the default will change.
     options = {**asdict(launch.options), "enable_fp_fusion": True}
     options = {name: value for name, value in options.items() if value is not None}
     try:
         bound, specialisation, _ = bind(**launch.arguments, **launch.constants)
         _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialisation, options)
-    except (TypeError, KeyError, ValueError) as error:  # an argument, or an option that this kind of GPU does not have
+    except (TypeError, KeyError, ValueError) as error:  # a wrong argument, or an option that the GPU does not have
         return Source(launch, target, {}, {}, {}, options, [], refusal=" ".join(map(str, error.args)))
     return Source(launch, target, signature, constants, attributes, options, [])
 
@@ -158,23 +158,23 @@ def _compile(source: Source) -> Report:
         return Report(**common, violations=(f"cannot be launched: {source.refusal}",))
     try:
         ast = ASTSource(kernel, source.signature, source.constants, source.attributes)
-        made = triton_compile(ast, target=_gpu(target), options=source.options)
+        compiled = triton_compile(ast, target=_gpu(target), options=source.options)
         if target.backend == "hip":
-            code = machine_code.amd(made.asm["amdgcn"])
+            code = machine_code.amd(compiled.asm["amdgcn"])
         else:
-            code = machine_code.nvidia(_resource_usage(made.asm["cubin"]), made.asm["ptx"])
-    except Exception as error:  # of any of the compiler's passes, each with its own
+            code = machine_code.nvidia(_resource_usage(compiled.asm["cubin"]), compiled.asm["ptx"])
+    except Exception as error:  # the passes of the compiler raise errors of many types
         return Report(**common, violations=(f"does not compile: {' '.join(str(error).split())[:300]}",))
-    warps = made.metadata.num_warps
-    shared = made.metadata.shared
+    warps = compiled.metadata.num_warps
+    shared = compiled.metadata.shared
     occupancy = blocks_at_once(
         MULTIPROCESSORS[target.name],
         warps=warps,
         registers=code.registers,
         shared_memory=shared,
-        tensor_columns=getattr(made.metadata, "tmem_size", None) or 0,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
-    expected = machine_code.expected(machine_code.products(made.asm["ttir"]), target.name, warps)
+    expected = machine_code.expected_instruction(machine_code.dots(compiled.asm["ttir"]), target.name, warps)
     violations = tuple(_violations(code, target, shared, expected))
     return Report(
         **common, shared_memory=shared, occupancy=occupancy, expected=expected, code=code, violations=violations
@@ -182,7 +182,7 @@ def _compile(source: Source) -> Report:
 
 
 def _name(source: Source, path: tuple[int, ...]) -> str:
-    """ "query.base": an argument, or a part of one that is a tuple."""
+    """The name of an argument, or of a field of a tuple argument, as "query.base"."""
     name = source.launch.kernel.arg_names[path[0]]
     value = {**source.launch.arguments, **source.launch.constants}.get(name)
     for index in path[1:]:
@@ -192,12 +192,12 @@ def _name(source: Source, path: tuple[int, ...]) -> str:
 
 
 def _flat(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Tuples as their parts, by dotted names."""
+    """The items with each tuple replaced by its fields, under dotted names."""
     found: dict[str, Any] = {}
     for name, value in items:
         if isinstance(value, tuple):
-            parts = zip(_fields(value), value, strict=True)
-            found |= _flat((f"{name}.{field}", part) for field, part in parts)
+            fields = zip(_fields(value), value, strict=True)
+            found |= _flat((f"{name}.{field}", content) for field, content in fields)
         else:
             found[name] = value
     return found
@@ -209,12 +209,12 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 def _violations(code: Code, target: Target, shared: int, expected: str | None) -> Iterable[str]:
     if code.stack:
-        yield f"spills {code.stack} bytes a thread"
+        yield f"spills {code.stack} bytes per thread"
     if code.spilled:
-        yield f"moves {code.spilled} vector registers"
+        yield f"spills {code.spilled} vector registers"
     if shared > target.shared_memory:
-        yield f"takes {shared} bytes of shared memory of {target.shared_memory}"
-    # A newer instruction does for an older one: a chip may make more of a tile than is asked of it.
+        yield f"takes {shared} bytes of shared memory, and a block has {target.shared_memory}"
+    # Where mma.sync is expected, a newer instruction is as good.
     if expected is not None and expected not in code.matrix and not (expected == machine_code.MMA and code.matrix):
         yield f"has no {expected}"
 

@@ -1,13 +1,13 @@
-"""What a compiled kernel uses, read from its code: registers, memory for spills, matrix products, ways to memory.
+"""What a compiled kernel uses, read from its code: registers, spills, matrix instructions, copies and access widths.
 
-| read from | by |
+| source | what is read from it |
 |---|---|
-| cubin | `cuobjdump --dump-resource-usage`: registers and stack a thread |
-| ptx | which instructions it has |
-| amdgcn | both, the first from its metadata |
-| ttir | which products the kernel asks for, and so which instruction each chip should make of them |
+| cubin | registers and stack per thread, by `cuobjdump --dump-resource-usage` |
+| ptx | which instructions the kernel has |
+| amdgcn | both: registers and stack from its metadata |
+| ttir | the kernel's dots (`tt.dot`), which decide the matrix instruction that each chip should use |
 
-All functions take text and know no compiler.
+All functions take text and need no compiler.
 """
 
 import re
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 MMA, WGMMA, TCGEN05, MFMA = "mma.sync", "wgmma", "tcgen05", "mfma"
 CP_ASYNC, TMA = "cp.async", "TMA"
 
-# A warp group's product has 64 rows, of a tile of 64 or more; smaller tiles are the older instruction's.
+# wgmma and tcgen05 take 64 rows per warp group of 4 warps; smaller tiles use mma.sync.
 _GROUP_ROWS, _GROUP_WARPS = 64, 4
 
 
@@ -24,30 +24,30 @@ _GROUP_ROWS, _GROUP_WARPS = 64, 4
 class Code:
     """What a kernel's code uses."""
 
-    registers: int  # a thread
-    stack: int  # bytes of local memory a thread: where spilled registers go
-    spilled: int  # vector registers that AMD's compiler moved, to the stack or to registers of matrix products
-    scalars: int  # scalar registers that it keeps in lanes of vector registers: no memory, but instructions
-    matrix: tuple[str, ...]  # kinds of matrix products
+    registers: int  # per thread
+    stack: int  # bytes of local memory per thread, which holds spilled registers
+    spilled: int  # vector registers that AMD's compiler spilled, to the stack or to accumulator registers
+    scalars: int  # scalar registers that AMD's compiler keeps in lanes of vector registers: costs instructions only
+    matrix: tuple[str, ...]  # kinds of matrix instructions
     copies: tuple[str, ...]  # kinds of asynchronous copies from global to shared memory
-    load_bytes: tuple[int, ...]  # that one thread reads from global memory at once, widths that occur
+    load_bytes: tuple[int, ...]  # widths of global loads of one thread
     store_bytes: tuple[int, ...]
     atomics: int  # instructions
 
 
 @dataclass(frozen=True)
-class Product:
-    """A matrix product of tiles [M, K] [K, N]."""
+class Dot:
+    """A `tt.dot` of tiles [M, K] and [K, N]."""
 
-    rows: int
-    depth: int
-    columns: int
+    rows: int  # M
+    depth: int  # K
+    columns: int  # N
     dtype: str  # bf16, f16, f32
     precision: str  # of f32: ieee, tf32
 
 
 def nvidia(usage: str, ptx: str) -> Code:
-    """Of a cubin's resource usage and the PTX that it was made from."""
+    """The `Code` of a cubin, from its resource usage and its PTX."""
     return Code(
         registers=_number(r"REG:(\d+)", usage),
         stack=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
@@ -62,7 +62,7 @@ def nvidia(usage: str, ptx: str) -> Code:
 
 
 def amd(amdgcn: str) -> Code:
-    """Of a gfx assembly with its metadata."""
+    """The `Code` of a gfx assembly with its metadata."""
     loads = re.findall(r"\b(?:buffer|global|flat)_load_(\w+)", amdgcn)
     stores = re.findall(r"\b(?:buffer|global|flat)_store_(\w+)", amdgcn)
     return Code(
@@ -78,8 +78,8 @@ def amd(amdgcn: str) -> Code:
     )
 
 
-def products(ttir: str) -> list[Product]:
-    """The matrix products that a kernel asks for."""
+def dots(ttir: str) -> list[Dot]:
+    """The dots of a kernel."""
     found = []
     for line in ttir.splitlines():
         if not re.search(r"\btt\.dot\b", line):
@@ -88,23 +88,23 @@ def products(ttir: str) -> list[Product]:
         if types is not None:
             rows, depth, dtype, _, columns = types.groups()
             precision = re.search(r"inputPrecision = (\w+)", line)
-            asked = precision.group(1) if precision else "ieee"
-            found.append(Product(int(rows), int(depth), int(columns), dtype, asked))
+            name = precision.group(1) if precision else "ieee"
+            found.append(Dot(int(rows), int(depth), int(columns), dtype, name))
     return found
 
 
-def expected(asked: list[Product], target: str, warps: int) -> str | None:
-    """The matrix instruction that the code for a target should have; None where none of the products needs one.
+def expected_instruction(dots: list[Dot], target: str, warps: int) -> str | None:
+    """The matrix instruction that the code for a target should have; None if none of the dots needs one.
 
-    fp32 in full precision has no matrix instruction on NVIDIA's chips. tf32 has, but a warp group's takes its operands
-    in one order only, so nothing beyond the older one can be asked for.
+    NVIDIA's chips have no matrix instruction for fp32 in full precision. They have one for tf32, but wgmma and tcgen05
+    take tf32 operands in one memory order only, so only mma.sync is expected there.
     """
     if target.startswith("gfx"):
-        return MFMA if asked else None
-    fast = [product for product in asked if product.dtype != "f32" or product.precision != "ieee"]
-    if not fast:
+        return MFMA if dots else None
+    on_tensor_cores = [dot for dot in dots if dot.dtype != "f32" or dot.precision != "ieee"]
+    if not on_tensor_cores:
         return None
-    grouped = warps >= _GROUP_WARPS and any(p.rows >= _GROUP_ROWS and p.dtype != "f32" for p in fast)
+    grouped = warps >= _GROUP_WARPS and any(d.rows >= _GROUP_ROWS and d.dtype != "f32" for d in on_tensor_cores)
     return {"sm_90": WGMMA, "sm_100": TCGEN05}.get(target, MMA) if grouped else MMA
 
 
@@ -120,7 +120,7 @@ def _present(text: str, patterns: dict[str, str]) -> tuple[str, ...]:
 
 
 def _widths(pattern: str, ptx: str) -> tuple[int, ...]:
-    """Bytes of vector accesses, as "ld.global.v4.b32"."""
+    """The widths in bytes of all accesses that match, such as 16 of "ld.global.v4.b32"."""
     found = set()
     for instruction in re.findall(pattern, ptx):
         size = re.search(r"\.[busf](\d+)$", instruction)
@@ -131,7 +131,7 @@ def _widths(pattern: str, ptx: str) -> tuple[int, ...]:
 
 
 def _amd_width(kind: str) -> int:
-    """Bytes of "dwordx4", "ushort_d16", "ubyte"."""
+    """The width in bytes of "dwordx4", "ushort_d16", "ubyte"."""
     if words := re.match(r"dword(?:x(\d+))?", kind):
         return 4 * int(words.group(1) or 1)
     return 2 if "short" in kind else 1

@@ -1,11 +1,11 @@
-"""How many blocks of a kernel one multiprocessor holds at once: the least that any of its resources allows.
+"""Occupancy: how many blocks of a kernel one multiprocessor holds at once, limited by its scarcest resource.
 
-    registers   each warp is given them in units of 8 a thread, from one of 4 partitions of the register file
-    shared      each block is given it in units, with some more that the system reserves
-    slots       of warps, and of blocks
-    tensor      memory of sm_100, in columns
+    registers       each warp gets them in units of 8 a thread, from one of 4 partitions of the register file
+    shared memory   each block gets it in units, and the system reserves some more per block
+    slots           for warps, and for blocks
+    tensor memory   of sm_100, in columns
 
-Figures are the vendors'. More blocks hide more latency; one block is what a large tile is content with.
+The numbers are the vendors'. More blocks hide more latency; for a large tile one block is enough.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ _REGISTER_UNIT = 8  # a thread
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What one multiprocessor (compute unit) has to give to its blocks."""
+    """The resources of one multiprocessor (compute unit)."""
 
     registers: int  # of 32 bits
     warps: int
     blocks: int
     shared_memory: int  # bytes
-    reserved: int  # bytes of it a block, by the system
-    shared_unit: int  # bytes
+    reserved: int  # bytes of shared memory that the system takes per block
+    shared_unit: int  # bytes, the granularity of shared memory
     warp_size: int = 32
     tensor_columns: int = 0  # 0: no such memory
 
@@ -43,13 +43,21 @@ MULTIPROCESSORS = {
 def blocks_at_once(
     chip: Multiprocessor, *, warps: int, registers: int, shared_memory: int, tensor_columns: int = 0
 ) -> int:
-    """Blocks of `warps` warps that fit together, with so many registers a thread and bytes a block; 0: not even one."""
-    each = max(1, _round_up(registers, _REGISTER_UNIT)) * chip.warp_size
-    by_registers = _PARTITIONS * (chip.registers // _PARTITIONS // each)
-    limits = [min(by_registers, chip.warps) // warps, chip.blocks]
-    taken = _round_up(shared_memory + chip.reserved, chip.shared_unit)
-    if taken:
-        limits.append(chip.shared_memory // taken)
+    """Blocks that fit at the same time; 0: not even one.
+
+    Args:
+        chip: the multiprocessor.
+        warps: warps of a block.
+        registers: registers of a thread.
+        shared_memory: bytes of shared memory of a block.
+        tensor_columns: columns of tensor memory of a block.
+    """
+    warp_registers = max(1, _round_up(registers, _REGISTER_UNIT)) * chip.warp_size
+    warps_by_registers = _PARTITIONS * (chip.registers // _PARTITIONS // warp_registers)
+    limits = [min(warps_by_registers, chip.warps) // warps, chip.blocks]
+    block_memory = _round_up(shared_memory + chip.reserved, chip.shared_unit)
+    if block_memory:
+        limits.append(chip.shared_memory // block_memory)
     if tensor_columns:
         limits.append(chip.tensor_columns // tensor_columns)
     return min(limits)

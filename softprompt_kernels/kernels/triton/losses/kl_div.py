@@ -1,4 +1,4 @@
-"""Divergence between given logits, row work in Triton. See `device/given_logits.py`, and `kl_rows.py` for that."""
+"""Divergence between given logits, in Triton. The driver is `device/given_logits.py`, the row kernel `kl_rows.py`."""
 
 from torch import Tensor
 
@@ -7,26 +7,26 @@ from softprompt_kernels.kernels.device.rows import STATISTICS
 from softprompt_kernels.kernels.problems.loss import LogitsProblem
 from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.launch import Launch
-from softprompt_kernels.kernels.triton.losses.rows import TritonRows
+from softprompt_kernels.kernels.triton.losses.plan import TritonRows
 from softprompt_kernels.kernels.triton.targets import Target, target_of
 
 __all__ = ["STATISTICS", "backward", "forward", "plan_backward", "plan_forward", "unsupported"]
 
 
 def unsupported(problem: LogitsProblem) -> str | None:
-    """It serves every divergence of fp32, bf16 and fp16 logits."""
+    """It serves every divergence, with logits in fp32, bf16 and fp16."""
     return runtime.unsupported_tensor("student_logits", problem.student) or runtime.unsupported_tensor(
         "teacher_logits", problem.teacher
     )
 
 
 def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
-    """Loss of each row [N], and what the backward needs to know of it [N, STATISTICS]."""
+    """The loss of each row [N] in fp32, and the statistics [N, STATISTICS] that the backward needs."""
     return given_logits.forward(problem, TritonRows(target_of(problem.student.device)))
 
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
-    """Σ_n row_scale[n] · loss[n], derived by the student's logits; 0 in vocabulary rows that are cut."""
+    """The gradient of Σ_n row_scale[n] · loss[n] by the student's logits; 0 in the columns that `valid_vocab` cuts."""
     return given_logits.backward(problem, row_scale, statistics, TritonRows(target_of(problem.student.device)))
 
 

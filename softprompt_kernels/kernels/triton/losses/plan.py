@@ -1,6 +1,7 @@
-"""Row work of the losses as launches: which kernel, over which tiles, with which arguments.
+"""The row kernels of the losses as launches: which kernel, with which tiles and arguments.
 
-It works with tensors on the meta device too. Configurations are at the end.
+Nothing here reads the values of a tensor, so planning works with tensors on the meta device. Tile configurations are at
+the end.
 """
 
 from collections.abc import Iterable
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
-from softprompt_kernels.kernels.triton.launch import Launch, Options, ceil_div, next_power_of_2, run_all
+from softprompt_kernels.kernels.triton.launch import Launch, Options, TileConfig, ceil_div, next_power_of_2, run_all
 from softprompt_kernels.kernels.triton.runtime import interpreting
 from softprompt_kernels.kernels.triton.targets import Target
 
 
 @dataclass(frozen=True)
 class TritonRows:
-    """For one target."""
+    """`device.rows.RowKernels` in Triton, for one target."""
 
     target: Target
 
@@ -38,7 +39,7 @@ class TritonRows:
         from softprompt_kernels.kernels.triton.losses.kl_rows import divergence_kernel
 
         student, teacher, rows = logits.student, logits.teacher, logits.student.shape[0]
-        tile = _divergence_tile(rows, vocab, self.target)
+        tile = divergence_tile(rows, vocab, self.target)
         out = None if gradient is None else gradient.out
         arguments = {
             "student": student,
@@ -78,10 +79,10 @@ class TritonRows:
 
     def exponentials(
         self,
-        products: Tensor,  # [n, columns] fp32
+        product: Tensor,  # [n, columns] fp32, h Wᵀ
         bias: Tensor | None,  # [columns] fp32
-        scale: float,  # logits are scale · (products + bias)
-        first: int,  # the tile's first word
+        scale: float,  # logits are scale · (product + bias)
+        first: int,  # vocabulary index of the tile's first column
         weights: Tensor | None,  # [n]
         state: ExpectationState,
         parts: Parts,
@@ -89,17 +90,17 @@ class TritonRows:
         """See `device.rows.RowKernels`."""
         from softprompt_kernels.kernels.triton.losses.expectation_rows import exponentials_kernel
 
-        rows, columns = products.shape
+        rows, columns = product.shape
         mean = state.mean
-        tile = _exponentials_tile(rows, columns, self.target)
+        tile = exponentials_tile(rows, columns, self.target)
         arguments = {
-            "products": products,
+            "raw_logits": product,
             "bias": bias,
             "weights": weights,
             "labels": state.labels,
-            "largest": state.row_max,
-            "total": state.row_sum,
-            "bias_total": state.bias_sum,
+            "row_max": state.row_max,
+            "row_sum": state.row_sum,
+            "bias_sum": state.bias_sum,
             "label_logit": state.label_logit,
             "mean": mean,
             "high": parts.high,
@@ -107,7 +108,7 @@ class TritonRows:
             "rows": rows,
             "columns": columns,
             "size": 0 if mean is None else mean.shape[1],
-            "products_stride": products.stride(0),
+            "raw_logits_stride": product.stride(0),
             "mean_stride": 0 if mean is None else mean.stride(0),
             "high_stride": 0 if parts.high is None else parts.high.stride(0),
             "low_stride": 0 if parts.low is None else parts.low.stride(0),
@@ -126,56 +127,52 @@ class TritonRows:
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and words of a program's tile."""
-
-    block_m: int
-    block_n: int
-    options: Options
-
-
-# Counted in the machine code for sm_80 to sm_120 and gfx942, none of which spills; not yet timed. The first sweep of a
-# divergence keeps 5 sums of each word beside the tile: with 8 words a thread, which is what 16 bytes hold in 16 bits,
-# that is 90 to 128 registers (134 once) and two programs of 8 warps a multiprocessor; with 16 it is 140 to 233 and one
-# program, with 4 the maxima of a tile cost half as much as its words. More programs at a time would not help the later
-# sweeps: what is in flight, two rows of 1 MB a multiprocessor at V = 128256, already is more than the L2 cache holds.
-_DIVERGENCE_WORDS = 8
-_EXPONENTIAL_WORDS = 16  # 48 to 64 registers, 4 or 5 programs
+# The numbers come from the machine code for sm_80 to sm_120 and gfx942, where nothing spills. They are not timed yet.
+# Besides the tile, the first pass of a divergence keeps 5 sums per column. With 8 columns a thread (16 bytes of a
+# 16-bit dtype) that takes 90 to 128 registers (134 once), and a multiprocessor holds two programs of 8 warps. With 16
+# columns it takes 140 to 233 registers, and one program fits. With 4, the maximum over a tile costs half as much as the
+# rest of it. More programs at a time would not help the later passes: at V = 128256 the rows in flight, two of 1 MB a
+# multiprocessor, are already more than the L2 cache holds.
+_DIVERGENCE_COLUMNS = 8  # of a thread
+_EXPONENTIALS_COLUMNS = 16  # 48 to 64 registers, 4 or 5 programs
 _WARPS = 8
-_REGISTERS = 128  # of a thread, where 8 warps are two programs
-_STAGES = 3  # tiles on their way to each program; 16 to 64 KiB of shared memory
+_REGISTERS = 128  # of a thread, where a multiprocessor holds two programs of 8 warps
+_STAGES = 3  # tiles in flight per program; 16 to 64 KiB of shared memory
 _INTERPRETED_ROWS = 64
 
 
-def _divergence_tile(rows: int, vocab: int, target: Target) -> Tile:
-    return _tile(rows, vocab, target, _DIVERGENCE_WORDS)
+def divergence_tile(rows: int, vocab: int, target: Target) -> TileConfig:
+    """The tile of `divergence_kernel` for logits [rows, vocab]."""
+    return _tile(rows, vocab, target, _DIVERGENCE_COLUMNS)
 
 
-def _exponentials_tile(rows: int, columns: int, target: Target) -> Tile:
-    return _tile(rows, columns, target, _EXPONENTIAL_WORDS)
+def exponentials_tile(rows: int, columns: int, target: Target) -> TileConfig:
+    """The tile of `exponentials_kernel` for [rows, columns]."""
+    return _tile(rows, columns, target, _EXPONENTIALS_COLUMNS)
 
 
-def _tile(rows: int, words: int, target: Target, each: int) -> Tile:
+def _tile(rows: int, columns: int, target: Target, thread_columns: int) -> TileConfig:
     warps = _WARPS
-    # One program a multiprocessor needs all the memory traffic it can make; of twice the threads each has half the
-    # registers, 128 with 32 threads a warp, which 16 words would not fit, and with 64 not even 8.
+    # With one program per multiprocessor, the program must have as many loads in flight as it can, so it gets twice the
+    # threads. Each thread then has half the registers: 128 with warps of 32 threads, too few for 16 columns. With warps
+    # of 64 threads even 8 columns would not fit.
     if rows <= target.multiprocessors and target.warp_size == 32:
-        warps, each = 2 * warps, min(each, 8)
-    elements = warps * target.warp_size * each
-    block_n = min(elements, max(16, next_power_of_2(words)))
+        warps, thread_columns = 2 * warps, min(thread_columns, 8)
+    elements = warps * target.warp_size * thread_columns
+    block_n = min(elements, max(16, next_power_of_2(columns)))
     block_m = 1
     if 4 * block_n <= elements:
-        # Rows so short that several fit: as many as leave a program for each multiprocessor, in half the registers,
-        # since rows have sums and masks of their own.
-        most = max(1, rows // target.multiprocessors)
-        block_m = min(elements // 2 // block_n, next_power_of_2(most + 1) // 2)
-    if interpreting():  # an operation takes as long there for 64 rows as for one
+        # Several short rows fit in one program: as many as still leave a program for each multiprocessor. They get half
+        # the elements, because every row needs registers for its own sums and masks.
+        rows_per_multiprocessor = max(1, rows // target.multiprocessors)
+        block_m = min(elements // 2 // block_n, next_power_of_2(rows_per_multiprocessor + 1) // 2)
+    if interpreting():  # where an operation on 64 rows takes as long as one on a single row
         block_m = min(_INTERPRETED_ROWS, next_power_of_2(rows))
-    # No more threads than elements: several would hold the same one, and one might read what another has overwritten.
+    # Never more threads than elements: two threads would hold the same element, and one could read it after the other
+    # has overwritten it.
     warps = max(1, min(warps, block_m * block_n // target.warp_size))
     if target.shared_memory > 128 * 1024:
-        return Tile(block_m, block_n, Options(warps, _STAGES))
-    # Less is on its way, and the assembler of sm_86 and sm_89 would rather spill than give up a third program for it.
+        return TileConfig(block_m, block_n, Options(warps, _STAGES))
+    # One stage less. Without a register limit the assembler spills on sm_86 and sm_89 to make room for a third program.
     registers = _REGISTERS if target.backend == "cuda" and warps == _WARPS else None
-    return Tile(block_m, block_n, Options(warps, _STAGES - 1, registers))
+    return TileConfig(block_m, block_n, Options(warps, _STAGES - 1, registers))

@@ -1,8 +1,8 @@
-"""What is shipped: example problems that between them reach every kernel and every configuration.
+"""Example problems that together reach every kernel and every shipped configuration.
 
-The problems are made of meta tensors, which have shapes and no memory, and the drivers are asked what they would launch
-for each on a target. A configuration that a driver gets is compiled and checked from then on, if an example reaches it;
-tests/kernels/triton/test_compile.py fails for one that none does.
+The problems are made of meta tensors, which have shapes and no memory. The drivers say what they would launch for each
+problem on a target, and the ahead-of-time check compiles that. tests/kernels/triton/test_compile.py fails if no example
+reaches a configuration, so a new configuration is always compiled and checked.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from softprompt_kernels.kernels.triton.targets import Target
 
 @dataclass(frozen=True)
 class Example:
-    """A problem with a name, and what would be launched for it."""
+    """The name of a problem, and the launches for it on a target."""
 
     name: str
     launches: Callable[[Target], list[Launch]]
@@ -39,13 +39,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of an attention: letters as in attention_problem.py."""
+    """The sizes of an attention problem; letters as in kernels/problems/attention.py."""
 
-    batch: int = 8
-    heads: int = 32
-    kv_heads: int = 8
-    queries: int = 512
-    prompt: int = 256
+    batch: int = 8  # B
+    heads: int = 32  # Hq
+    kv_heads: int = 8  # Hkv
+    queries: int = 512  # M = N
+    prompt: int = 256  # P
 
 
 TRAINING = Sizes()
@@ -68,35 +68,34 @@ DTYPES = {
 FEATURES = ("window", "softcap", "sinks", "full", "bank", "padded", "packed")
 ALL = Needs(True, True, True, True, True, True)
 PROMPT = Needs(False, False, False, True, True, False)
-VOCABULARIES = (50257, 128256, 262144)  # the first is no multiple of anything
+VOCABULARIES = (50257, 128256, 262144)  # the first is not a multiple of 16
 TOKENS, FEW_TOKENS = 1024, 32
 HIDDEN = 4096  # d
-MOST_CANDIDATES = 3  # of an attention kernel's configurations: the shipped one, and what tuning may choose instead
+MAX_CANDIDATES = 3  # configurations of an attention kernel: the shipped one, and those that tuning may choose
 HEAD_FEATURES = ("bias", "softcap", "negative scale", "weights")
 
 
 def requests(targets: Iterable[Target]) -> list[Request]:
     """Every launch of every example, for each target."""
-    found = examples()
     return [
         Request(example.name, launch, target)
-        for target, example in itertools.product(targets, found)
+        for target, example in itertools.product(targets, examples())
         for launch in example.launches(target)
     ]
 
 
 def examples() -> list[Example]:
-    """All, attention first."""
+    """All examples, attention first."""
     return [*_attention(), *_kl_div(), *_heads(), *_expectations()]
 
 
 def attention_problem(
     sizes: Sizes, head: tuple[int, int], dtype: torch.dtype, feature: str | None = None
 ) -> AttentionProblem:
-    """Without memory."""
+    """An attention problem of meta tensors with head sizes (D, Dv) and one of FEATURES."""
 
     def tensor(batch: int, heads: int, tokens: int, size: int) -> Tensor:
-        # As projections leave them: tokens before heads.
+        # In memory tokens come before heads, as projections write them.
         return torch.empty(batch, tokens, heads, size, dtype=dtype, device="meta").transpose(1, 2)
 
     batch, kv_heads = sizes.batch, sizes.kv_heads
@@ -122,13 +121,13 @@ def attention_problem(
     if feature == "padded":
         return replace(problem, key_lengths=_integers(batch))
     if feature == "bank":
-        rows = 4
+        prompts = 4
         return replace(
             problem,
-            prompt_key=problem.prompt_key.expand(rows, -1, -1, -1).contiguous(),
-            prompt_value=problem.prompt_value.expand(rows, -1, -1, -1).contiguous(),
+            prompt_key=problem.prompt_key.expand(prompts, -1, -1, -1).contiguous(),
+            prompt_value=problem.prompt_value.expand(prompts, -1, -1, -1).contiguous(),
             prompt_index=_integers(batch),
-            prompt_lengths=_integers(rows),
+            prompt_lengths=_integers(prompts),
         )
     if feature == "packed":
         tokens = batch * sizes.queries
@@ -143,7 +142,7 @@ def attention_problem(
 
 
 def logits_problem(tokens: int, vocab: int, dtype: torch.dtype, kind: str, weighted: bool = False) -> LogitsProblem:
-    """Without memory."""
+    """A divergence of given logits [tokens, vocab], as meta tensors."""
     student, teacher = (torch.empty(tokens, vocab, dtype=dtype, device="meta") for _ in range(2))
     return LogitsProblem(student, teacher, _floats(tokens) if weighted else None, Divergence(kind, 0.5, 2.0), vocab)
 
@@ -151,7 +150,7 @@ def logits_problem(tokens: int, vocab: int, dtype: torch.dtype, kind: str, weigh
 def head_problem(
     vocab: int, dtype: torch.dtype, kind: str, tokens: int = TOKENS, feature: str | None = None
 ) -> HeadProblem:
-    """Without memory; one head for both sides."""
+    """A divergence of the logits of hidden states, as meta tensors; one head for student and teacher."""
     student, teacher = (torch.empty(tokens, HIDDEN, dtype=dtype, device="meta") for _ in range(2))
     head = _head(vocab, dtype, feature)
     weights = _floats(tokens) if feature == "weights" else None
@@ -161,7 +160,7 @@ def head_problem(
 def expectation_problem(
     vocab: int, dtype: torch.dtype, need_mean: bool, tokens: int = TOKENS, feature: str | None = None
 ) -> ExpectationProblem:
-    """Without memory; "labels" with a weight for each token."""
+    """An expectation problem of meta tensors; the feature "labels" has a weight for each token too."""
     hidden = torch.empty(tokens, HIDDEN, dtype=dtype, device="meta")
     labels = _integers(tokens) if feature == "labels" else None
     weights = _floats(tokens) if feature in ("labels", "weights") else None
@@ -176,10 +175,10 @@ def _head(vocab: int, dtype: torch.dtype, feature: str | None) -> Head:
 
 
 @contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """How torch, and so our kernels, multiply fp32."""
+def allow_tf32(allowed: bool) -> Iterator[None]:
+    """Whether torch's fp32 GEMMs, and so our kernels, may use TF32."""
     before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
@@ -195,7 +194,7 @@ def _floats(count: int) -> Tensor:
 
 
 def _attention() -> Iterator[Example]:
-    """Every head size where most is trained; other shapes, dtypes and features where they change what is compiled."""
+    """Every head size in "training"; other shapes, dtypes and features where they change the compiled code."""
     powers = ((64, 64), (128, 128), (256, 256))
     cases: list[tuple[str, tuple[int, int], str, str | None]]
     cases = [("training", head, "bf16", None) for head in HEAD_SIZES]
@@ -210,21 +209,23 @@ def _attention() -> Iterator[Example]:
         name = f"attention {shape} {size} {dtype}" + (f" {feature}" if feature else "")
         torch_dtype, tf32 = DTYPES[dtype]
         problem = attention_problem(SHAPES[shape], head, torch_dtype, feature)
-        frozen = dtype == "bf16" and feature is None and head[0] in (64, 128)  # model frozen, prompt trained
-        yield Example(name, partial(_attention_launches, problem, tf32, frozen))
+        prompt_only = (
+            dtype == "bf16" and feature is None and head[0] in (64, 128)
+        )  # a frozen model with a trained prompt
+        yield Example(name, partial(_attention_launches, problem, tf32, prompt_only))
 
 
-def _attention_launches(problem: AttentionProblem, tf32: bool, frozen: bool, target: Target) -> list[Launch]:
+def _attention_launches(problem: AttentionProblem, tf32: bool, prompt_only: bool, target: Target) -> list[Launch]:
     from softprompt_kernels.kernels.triton.attention import plan as attention_plan
 
     launches = []
-    with float32_products(tf32):
-        for candidate in range(MOST_CANDIDATES):
+    with allow_tf32(tf32):
+        for candidate in range(MAX_CANDIDATES):
             out, lse, forward = attention_plan.plan_forward(problem, target, candidate)
             gradients = torch.empty_like(out), torch.empty_like(lse)
             every = ALL._replace(sinks=problem.sinks is not None)
             launches += forward
-            for needs in (every, PROMPT) if frozen else (every,):
+            for needs in (every, PROMPT) if prompt_only else (every,):
                 launches += attention_plan.plan_backward(problem, out, lse, *gradients, needs, target, candidate)[1]
     return launches
 
