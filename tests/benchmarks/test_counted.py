@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,6 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY)
-
-
-@pytest.fixture
-def interpreter() -> Iterator[None]:
-    """Skips the test where kernels do not run in Triton's interpreter."""
-    if runtime.missing() or not runtime.interpreting():
-        pytest.skip("kernels are counted in Triton's interpreter: set TRITON_INTERPRET=1")
-    yield
 
 
 if not runtime.missing():
@@ -57,7 +48,8 @@ if not runtime.missing():
         tl.atomic_add(out, tl.sum(e))
 
 
-def test_loads_and_stores_count_by_lane_program_and_wave(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_loads_and_stores_count_by_lane_program_and_wave() -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     a, b, bias = torch.randn(40, 24), torch.randn(24, 56), torch.randn(56)
@@ -80,7 +72,8 @@ def test_loads_and_stores_count_by_lane_program_and_wave(interpreter: None) -> N
     assert traffic.total("missed", accept=lambda name: name == "out") == 4 * 40 * 56
 
 
-def test_wave_fetches_again_what_the_wave_before_did_not_read(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_wave_fetches_again_what_the_wave_before_did_not_read() -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     a, b, bias, out = torch.randn(32, 16), torch.randn(16, 32), torch.randn(32), torch.empty(32, 32)
@@ -92,7 +85,8 @@ def test_wave_fetches_again_what_the_wave_before_did_not_read(interpreter: None)
     assert figures["b"].missed_read == 4 * 16 * 32
 
 
-def test_exponentials_and_atomics_are_counted(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_exponentials_and_atomics_are_counted() -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     values, out = torch.randn(100), torch.zeros(1)
@@ -105,7 +99,8 @@ def test_exponentials_and_atomics_are_counted(interpreter: None) -> None:
     assert (figures["out"].issued_read, figures["out"].issued_written, figures["out"].unique_written) == (16, 16, 4)
 
 
-def test_tensors_that_overlap_are_one_region(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_tensors_that_overlap_are_one_region() -> None:
     from benchmarks.counted.triton_traffic import Traffic
 
     values = torch.randn(64, 64)
@@ -114,7 +109,8 @@ def test_tensors_that_overlap_are_one_region(interpreter: None) -> None:
     assert "bias=out" in traffic.launches[0].tensors or "out=bias" in traffic.launches[0].tensors
 
 
-def test_interpreter_is_restored_after_an_exception(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_interpreter_is_restored_after_an_exception() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     from benchmarks.counted.triton_traffic import Traffic
@@ -169,7 +165,7 @@ def test_peak_memory_is_that_of_storages_alive_together(device: str) -> None:
 
 def test_skipped_kernels_are_recorded_and_not_run() -> None:
     if runtime.missing():
-        pytest.skip(str(runtime.missing()))
+        pytest.skip(f"the triton backend: {runtime.missing()}")
     from benchmarks.counted.aten_traffic import skip_launches
 
     values = torch.zeros(100, device="meta")
@@ -187,7 +183,8 @@ def test_bound_is_that_of_the_scarcest_resource() -> None:
     assert bound("B200", "bf16", bytes_moved=1.0, flop=1.0, exponentials=1e12).by == "exponentials"
 
 
-def test_our_counts_meet_all_requirements(interpreter: None) -> None:
+@pytest.mark.interpreter
+def test_our_counts_meet_all_requirements() -> None:
     from benchmarks.counted.problems import (
         AttentionCase,
         HeadCase,
@@ -206,7 +203,8 @@ def test_our_counts_meet_all_requirements(interpreter: None) -> None:
     assert not [one for one in required if not one.holds]
 
 
-def test_command_prints_implementations_floors_and_requirements(interpreter: None, tmp_path: Path) -> None:
+@pytest.mark.interpreter
+def test_command_prints_implementations_floors_and_requirements(tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
     command = [sys.executable, "-m", "benchmarks.counted", "kl", "--json", str(written)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

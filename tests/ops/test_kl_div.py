@@ -94,7 +94,10 @@ def test_valid_vocab_cuts_student_and_teacher_and_gives_no_gradient_to_the_rest(
     assert (gradient[:, 10:] == 0).all() and (gradient[:, :10] != 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.refused("triton", reason="bf16 in the interpreter"))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_16_bit_logits_lose_only_the_rounding_of_the_gradient(dtype, backend, divergence_oracle):
     student, teacher = logits(dtype=dtype).requires_grad_(), logits(dtype=dtype)
     loss = kl_div(student, teacher, backend=backend)

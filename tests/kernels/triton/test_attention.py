@@ -14,10 +14,10 @@ from softprompt_kernels.kernels.triton.compile import shipped_configurations
 from softprompt_kernels.kernels.triton.targets import TARGETS
 from softprompt_kernels.ops import prompt_attention
 
-pytestmark = pytest.mark.skipif(
-    not runtime.interpreting() or runtime.missing() is not None,
-    reason="set TRITON_INTERPRET=1, before Python starts, to run Triton's kernels on a CPU",
-)
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(runtime.missing() is not None, reason=f"the triton backend: {runtime.missing()}"),
+]
 TENSORS = ("query", "key", "value", "prompt_key", "prompt_value")
 
 

@@ -6,11 +6,9 @@ import sys
 
 import pytest
 
-from softprompt_kernels.kernels.triton import runtime
-
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed"),
-    pytest.mark.skipif(runtime.interpreting(), reason="tested without TRITON_INTERPRET"),
+    pytest.mark.no_interpreter,
 ]
 
 CODE = """

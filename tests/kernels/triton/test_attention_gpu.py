@@ -15,10 +15,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
-    if runtime.missing() or runtime.interpreting():
-        pytest.skip(str(runtime.missing() or "TRITON_INTERPRET is set"))
     if not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda finds none")
+    if runtime.missing() or runtime.interpreting():
+        pytest.skip(f"the triton backend: {runtime.missing() or 'TRITON_INTERPRET is set'}")
     torch.manual_seed(0)
     with torch.device("cuda"):
         yield

@@ -13,10 +13,10 @@ from softprompt_kernels.kernels.triton.losses import kl_div, plan
 from softprompt_kernels.ops import kl_div as op
 from softprompt_kernels.ops import linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
-pytestmark = pytest.mark.skipif(
-    not runtime.interpreting() or runtime.missing() is not None,
-    reason="set TRITON_INTERPRET=1, before Python starts, to run Triton's kernels on a CPU",
-)
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(runtime.missing() is not None, reason=f"the triton backend: {runtime.missing()}"),
+]
 KINDS = ("forward", "reverse", "jsd")
 BETA = 0.3
 INF = torch.inf

@@ -7,7 +7,7 @@ from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_mom
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; there is none"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda finds none"),
 ]
 KINDS = ("forward", "reverse", "jsd")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -24,8 +24,8 @@ from softprompt_kernels.kernels.triton.losses import expectation, kl_div, linear
 from softprompt_kernels.kernels.triton.targets import TARGETS
 
 pytestmark = [
-    pytest.mark.skipif(runtime.interpreting(), reason="tested without TRITON_INTERPRET"),
-    pytest.mark.skipif(runtime.missing() is not None, reason=str(runtime.missing())),
+    pytest.mark.no_interpreter,
+    pytest.mark.skipif(runtime.missing() is not None, reason=f"the triton backend: {runtime.missing()}"),
 ]
 TOKENS, SIZE, VOCAB = 8192, 4096, 128256
 
