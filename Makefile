@@ -78,7 +78,7 @@ simt: $(VENV)/test ## test the CUDA kernels on the host, with every access check
 		CXXFLAGS="-g -fno-omit-frame-pointer $(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/simt --build-lib build/simt/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
-		PYTHONPATH=build/simt/lib $(BIN)/pytest tests/kernels -k "cuda and (four_tiles or dtypes or anywhere)"
+		PYTHONPATH=build/simt/lib $(BIN)/pytest tests/kernels -k "cuda and (four_tiles or dtypes or any_address)"
 
 mutants: $(VENV)/test ## break the CUDA kernels in known ways, and check that the tests notice each (Linux, g++)
 	$(BIN)/python -m tests.mutants

@@ -22,8 +22,8 @@ namespace softprompt {
 namespace py = pybind11;
 using Address = std::uintptr_t;
 
-constexpr int kMostThreads = 4096;
-constexpr int64_t kMostSize = std::numeric_limits<int32_t>::max();  // of a dimension that kernels count in 32 bits
+constexpr int kMaxThreads = 4096;
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // of a dimension that kernels count in 32 bits
 
 [[noreturn]] inline void refuse(std::string_view name, std::string_view accepted, std::string_view got) {
   throw std::invalid_argument(std::string(name).append(" must be ").append(accepted).append("; got ").append(got));
@@ -40,7 +40,7 @@ inline void check_range(std::string_view name, int64_t value, int64_t least, int
   refuse(name, "in [" + std::to_string(least) + ", " + std::to_string(most) + "]", std::to_string(value));
 }
 
-inline void check_threads(int threads) { check_range("threads", threads, 1, kMostThreads); }
+inline void check_threads(int threads) { check_range("threads", threads, 1, kMaxThreads); }
 
 // The stride of rows of `columns` elements. Rows that a kernel only reads may overlap, rows that it writes may not.
 inline void check_stride(std::string_view name, int64_t stride, int64_t rows, int64_t columns, bool written) {

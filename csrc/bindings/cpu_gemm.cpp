@@ -10,9 +10,9 @@ void gemm(Address out, Address left, Address right, int64_t rows, int64_t depth,
           int threads) {
   Gemm call = {};
   const int64_t right_rows = right_transposed ? columns : depth, right_columns = right_transposed ? depth : columns;
-  check_range("rows", rows, 0, kMostSize);
-  check_range("depth", depth, 0, kMostSize);
-  check_range("columns", columns, 0, kMostSize);
+  check_range("rows", rows, 0, kMaxSize);
+  check_range("depth", depth, 0, kMaxSize);
+  check_range("columns", columns, 0, kMaxSize);
   check_stride("out_stride", out_stride, rows, columns, true);
   check_stride("left_stride", left_stride, rows, depth, false);
   check_stride("right_stride", right_stride, right_rows, right_columns, false);

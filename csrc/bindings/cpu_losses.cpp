@@ -11,7 +11,7 @@ void kl_rows(Address student, Address teacher, Address student_bias, Address tea
              bool gradient, int threads) {
   KlRows call = {};
   check_at_least("rows", rows, 0);
-  check_range("vocab", vocab, 1, kMostSize);
+  check_range("vocab", vocab, 1, kMaxSize);
   check_stride("student_stride", student_stride, rows, vocab, true);
   check_stride("teacher_stride", teacher_stride, rows, vocab, true);
   check_threads(threads);
@@ -35,8 +35,8 @@ void kl_logits(Address student, Address teacher, Address weights, Address row_sc
                float temperature, int threads) {
   KlLogits call = {};
   check_at_least("rows", rows, 0);
-  check_range("vocab", vocab, 1, kMostSize);
-  check_range("columns", columns, vocab, kMostSize);
+  check_range("vocab", vocab, 1, kMaxSize);
+  check_range("columns", columns, vocab, kMaxSize);
   check_stride("student_stride", student_stride, rows, vocab, false);
   check_stride("teacher_stride", teacher_stride, rows, vocab, false);
   check_threads(threads);
@@ -66,7 +66,7 @@ void expectation_rows(Address logits, Address bias, Address labels, Address labe
                       int64_t stride, int64_t mean_stride, int64_t first_column, float bias_scale, int threads) {
   ExpectationRows call = {};
   check_at_least("rows", rows, 0);
-  check_range("columns", columns, 1, kMostSize);
+  check_range("columns", columns, 1, kMaxSize);
   check_at_least("size", size, 0);
   check_at_least("first_column", first_column, 0);
   check_stride("stride", stride, rows, columns, true);
@@ -96,7 +96,7 @@ void kl_tile(Address student, Address teacher, Address student_bias, Address tea
              int divergence, float softcap, int threads) {
   KlTile call = {};
   check_at_least("rows", rows, 0);
-  check_range("columns", columns, 1, kMostSize);
+  check_range("columns", columns, 1, kMaxSize);
   check_at_least("size", size, 0);
   check_stride("student_stride", student_stride, rows, columns, true);
   check_stride("teacher_stride", teacher_stride, rows, columns, true);

@@ -1,7 +1,7 @@
 // The Python module of the CUDA kernels, and, built with SPK_SIMT, of the same kernels on the host (csrc/simt).
 //
-// It knows addresses, sizes, strides and streams, but no torch, and carries the CUDA runtime within, so that it can be
-// imported on a machine without a driver.
+// It takes addresses, sizes, strides and streams and does not use torch. The CUDA runtime is linked statically, so the
+// module can be imported on a machine without a driver.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
@@ -24,7 +24,7 @@ void bind_simt(pybind11::module_& module);
 
 namespace {
 
-// Why kernels cannot run, in CUDA's own words; empty if they can.
+// Why kernels cannot run, in the words of the CUDA runtime. Empty if they can.
 std::string device_problem() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -33,7 +33,7 @@ std::string device_problem() {
   std::string problem = cudaGetErrorString(error);
   if (error == cudaErrorInsufficientDriver) {
     const std::string version = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 100 / 10);
-    problem += " (there is no NVIDIA driver, or one older than that of CUDA " + version + ", which this was built with)";
+    problem += " (no NVIDIA driver, or one too old for CUDA " + version + ", which this module was built with)";
   }
   return problem;
 }
@@ -42,9 +42,9 @@ std::string device_problem() {
 
 PYBIND11_MODULE(SPK_MODULE, module) {
   module.doc() = "CUDA kernels of softprompt-kernels";
-  module.attr("archs") = SPK_CUDA_ARCHS;  // that it was built for, as in "80;90"
+  module.attr("archs") = SPK_CUDA_ARCHS;  // that the module was built for, such as "80;90"
   module.def("device_problem", &device_problem, "why kernels cannot run here, '' if they can");
-softprompt::bind_attention(module);
+  softprompt::bind_attention(module);
   softprompt::bind_kl(module);
 #ifdef SPK_SIMT
   softprompt::bind_simt(module);

@@ -1,5 +1,5 @@
-// Python functions of the losses' row work on GPUs. Pointers and the stream are given as integers, strides in elements;
-// everything that can be checked without looking at memory is checked before a launch.
+// Python bindings of the row kernels of the losses. Pointers and the stream are integers, strides are in elements. All
+// that can be checked without reading memory is checked before a launch.
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -13,11 +13,11 @@ namespace {
 
 using Matrix = std::tuple<Address, int, int64_t, int64_t>;  // address, dtype, strides of rows and columns
 
-constexpr int64_t kMostRows = kMostSize;  // blocks of a grid
+constexpr int64_t kMaxRows = kMaxSize;  // blocks of a grid
 
 Dtype dtype_of_matrix(const char* name, int dtype) { return dtype_of(std::string(name) + "'s dtype", dtype); }
 
-// Of numbers of a dtype: at a multiple of their size.
+// An address must be a multiple of the dtype's size.
 void check_address(const char* name, Address address, Dtype dtype) {
   const int64_t bytes = kBytes[static_cast<int>(dtype)];
   if (address % bytes != 0) {
@@ -27,7 +27,7 @@ void check_address(const char* name, Address address, Dtype dtype) {
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-// A matrix that is written to: rows apart, columns beside each other.
+// A matrix that is written: its rows must not overlap, its columns must be dense.
 template <class T>
 T* written(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
   if (columns > 1 && std::get<3>(matrix) != 1) {
@@ -49,12 +49,12 @@ LogitRows logits_of(const char* name, const Matrix& matrix, Address bias, int64_
 
 void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teacher, Address student_bias,
                            Address teacher_bias, Address weights, Address row_scale, Address statistics, Address loss,
-                           const std::optional<Matrix>& gradient, int64_t rows, int64_t vocab, int64_t columns, double scale,
-                           double inner, bool capped, bool negated, double beta, double loss_scale, double gradient_scale,
-                           Address stream) {
+                           const std::optional<Matrix>& gradient, int64_t rows, int64_t vocab, int64_t columns,
+                           double scale, double inner, bool capped, bool negated, double beta, double loss_scale,
+                           double gradient_scale, Address stream) {
   const Divergence divergence = divergence_of(kind);
-  check_range("rows", rows, 0, kMostRows);
-  check_range("vocab", vocab, 1, kMostSize);
+  check_range("rows", rows, 0, kMaxRows);
+  check_range("vocab", vocab, 1, kMaxSize);
   if (loss == 0 && statistics == 0 && rows != 0) refuse("statistics", "given where there is no loss", "none");
   DivergenceRows call = {};
   call.student = logits_of("student", student, student_bias, rows, vocab);
@@ -64,7 +64,7 @@ void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teache
   call.statistics = optional_pointer<float>(statistics);
   call.loss = optional_pointer<float>(loss);
   if (gradient) {
-    check_range("columns", columns, vocab, kMostSize);
+    check_range("columns", columns, vocab, kMaxSize);
     call.gradient = written<void>("gradient", *gradient, rows, columns);
     call.gradient_dtype = dtype_of_matrix("gradient", std::get<1>(*gradient));
     call.gradient_stride = std::get<2>(*gradient);
@@ -78,12 +78,13 @@ void bound_divergence_rows(int kind, const Matrix& student, const Matrix& teache
   divergence_rows(divergence, call, stream_of(stream));
 }
 
-void bound_exponential_rows(const Matrix& products, Address bias, Address weights, Address labels, Address largest,
-                            Address total, Address bias_total, Address label_logit, Address mean, int64_t mean_stride,
-                            int64_t size, const std::optional<Matrix>& high, const std::optional<Matrix>& low, int64_t rows,
-                            int64_t columns, int64_t first, double scale, double part_scale, Address stream) {
-  check_range("rows", rows, 0, kMostRows);
-  check_range("columns", columns, 1, kMostSize);
+void bound_exponential_rows(const Matrix& products, Address bias, Address weights, Address labels, Address row_max,
+                            Address row_sum, Address bias_sum, Address label_logit, Address mean, int64_t mean_stride,
+                            int64_t size, const std::optional<Matrix>& high, const std::optional<Matrix>& low,
+                            int64_t rows, int64_t columns, int64_t first, double scale, double part_scale,
+                            Address stream) {
+  check_range("rows", rows, 0, kMaxRows);
+  check_range("columns", columns, 1, kMaxSize);
   check_at_least("size", size, 0);
   check_at_least("first", first, 0);
   check_choice("products' dtype", std::get<1>(products), {kFloat32});
@@ -94,9 +95,9 @@ void bound_exponential_rows(const Matrix& products, Address bias, Address weight
   call.bias = optional_pointer<const float>(bias);
   call.weights = optional_pointer<const float>(weights);
   call.labels = optional_pointer<const int64_t>(labels);
-  call.largest = pointer<float>("largest", largest, rows);
-  call.total = pointer<double>("total", total, rows);
-  call.bias_total = optional_pointer<double>(bias_total);
+  call.row_max = pointer<float>("row_max", row_max, rows);
+  call.row_sum = pointer<double>("row_sum", row_sum, rows);
+  call.bias_sum = optional_pointer<double>(bias_sum);
   call.label_logit = optional_pointer<float>(label_logit);
   if (mean != 0) {
     check_stride("mean_stride", mean_stride, rows, size, true);
@@ -125,11 +126,11 @@ void bound_exponential_rows(const Matrix& products, Address bias, Address weight
 void bind_kl(py::module_& module) {
   using namespace pybind11::literals;
   module.def("divergence_rows", &bound_divergence_rows, py::kw_only(), "kind"_a, "student"_a, "teacher"_a,
-             "student_bias"_a, "teacher_bias"_a, "weights"_a, "row_scale"_a, "statistics"_a, "loss"_a, "gradient"_a.none(true),
-             "rows"_a, "vocab"_a, "columns"_a, "scale"_a, "inner"_a, "capped"_a, "negated"_a, "beta"_a, "loss_scale"_a,
-             "gradient_scale"_a, "stream"_a);
-  module.def("exponential_rows", &bound_exponential_rows, py::kw_only(), "products"_a, "bias"_a, "weights"_a, "labels"_a,
-             "largest"_a, "total"_a, "bias_total"_a, "label_logit"_a, "mean"_a, "mean_stride"_a, "size"_a,
+             "student_bias"_a, "teacher_bias"_a, "weights"_a, "row_scale"_a, "statistics"_a, "loss"_a,
+             "gradient"_a.none(true), "rows"_a, "vocab"_a, "columns"_a, "scale"_a, "inner"_a, "capped"_a, "negated"_a,
+             "beta"_a, "loss_scale"_a, "gradient_scale"_a, "stream"_a);
+  module.def("exponential_rows", &bound_exponential_rows, py::kw_only(), "products"_a, "bias"_a, "weights"_a,
+             "labels"_a, "row_max"_a, "row_sum"_a, "bias_sum"_a, "label_logit"_a, "mean"_a, "mean_stride"_a, "size"_a,
              "high"_a.none(true), "low"_a.none(true), "rows"_a, "columns"_a, "first"_a, "scale"_a, "part_scale"_a,
              "stream"_a);
 }

@@ -1,6 +1,7 @@
-// Functions of one number that the losses need with relative accuracy at 0.
+// Scalar functions that keep their relative accuracy near 0, and constants.
 //
-// Fits are those of kernels/triton/elementwise.py, at Chebyshev's points; errors named are of the formula.
+// The polynomials are those of kernels/triton/elementwise.py, fitted at Chebyshev nodes. The errors given are those of
+// the formula, without rounding.
 #pragma once
 
 #include <limits>
@@ -12,7 +13,7 @@ namespace softprompt {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// e^x - 1 - x for |x| <= 1: x^2 times a fit, 1e-7 of the result and exact at 0.
+// e^x - 1 - x for |x| <= 1, as x^2 times a polynomial. Relative error 1e-7, exact at 0.
 __device__ __forceinline__ float excess_near(float x) {
   float p = fmaf(x, 2.52884349027e-05f, 0.000203290419095f);
   p = fmaf(p, x, 0.00138864477408f);
@@ -23,7 +24,7 @@ __device__ __forceinline__ float excess_near(float x) {
   return p * x * x;
 }
 
-// (atanh(s) / s - 1) / s^2 of |s| <= tanh(1/2): 1e-7, of atanh(s) 2e-9.
+// (atanh(s) / s - 1) / s^2 from s^2, for |s| <= tanh(1/2). Relative error 1e-7, which makes 2e-9 in atanh(s).
 __device__ __forceinline__ float atanh_tail(float square) {
   float p = fmaf(square, 0.140620033171f, 0.0737093885319f);
   p = fmaf(p, square, 0.113123037586f);
@@ -38,7 +39,7 @@ __device__ __forceinline__ float log1p_near(float u) {
   return 2.0f * s + 2.0f * s * s * s * atanh_tail(s * s);
 }
 
-// log(1 + u) - u likewise. With s as above, u = 2 s / (1 - s), so that 2 s - u is -s u.
+// log(1 + u) - u on the same interval. With s as above, u = 2 s / (1 - s), so 2 s - u = -s u.
 __device__ __forceinline__ float log1p_minus(float u) {
   const float s = u / (2.0f + u);
   return 2.0f * s * s * s * atanh_tail(s * s) - s * u;

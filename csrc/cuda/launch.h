@@ -1,4 +1,4 @@
-// Launches, whose failures become exceptions with CUDA's own words.
+// Kernel launches. A failed launch throws, with CUDA's error text.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,20 +9,20 @@
 
 namespace softprompt {
 
-constexpr size_t kPlainSharedBytes = 48 * 1024;  // what a kernel may use without asking
+constexpr size_t kDefaultSharedBytes = 48 * 1024;  // a kernel that uses more must set an attribute first
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next caller of CUDA is told of it too
+  cudaGetLastError();  // clears the error, so that the next CUDA call does not return it again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Runs `kernel` on the current device; an empty grid is no launch.
+// Launches `kernel` on the current device. Does nothing if the grid is empty.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared_bytes > kPlainSharedBytes) {
+  if (shared_bytes > kDefaultSharedBytes) {
     const auto bytes = static_cast<int>(shared_bytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
   }

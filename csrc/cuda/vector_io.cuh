@@ -1,4 +1,5 @@
-// Numbers of 16 and 32 bits in memory, read and written as fp32, eight at a time where they lie at 16-byte boundaries.
+// Rows of 16-bit and 32-bit numbers in memory, read and written as fp32: eight at a time where the address is a
+// multiple of 16 bytes, else one at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,7 +12,7 @@
 
 namespace softprompt {
 
-constexpr int kGroup = 8;  // numbers that a thread reads at a time: 16 bytes of 16-bit ones
+constexpr int kVectorSize = 8;  // numbers that a thread reads at once: 16 bytes of a 16-bit dtype
 
 __device__ __forceinline__ int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -30,29 +31,29 @@ __device__ __forceinline__ uint32_t narrow(float x, float y, Dtype dtype) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ float load_number(const void* data, Dtype dtype, int64_t at) {
-  if (dtype == Dtype::float32) return static_cast<const float*>(data)[at];
-  if (dtype == Dtype::bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
-  return __half2float(static_cast<const __half*>(data)[at]);
+__device__ __forceinline__ float load_element(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::float32) return static_cast<const float*>(data)[index];
+  if (dtype == Dtype::bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+  return __half2float(static_cast<const __half*>(data)[index]);
 }
 
-__device__ __forceinline__ void store_number(void* data, Dtype dtype, int64_t at, float value) {
+__device__ __forceinline__ void store_element(void* data, Dtype dtype, int64_t index, float value) {
   if (dtype == Dtype::float32) {
-    static_cast<float*>(data)[at] = value;
+    static_cast<float*>(data)[index] = value;
   } else if (dtype == Dtype::bfloat16) {
-    static_cast<__nv_bfloat16*>(data)[at] = __float2bfloat16_rn(value);
+    static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(value);
   } else {
-    static_cast<__half*>(data)[at] = __float2half_rn(value);
+    static_cast<__half*>(data)[index] = __float2half_rn(value);
   }
 }
 
-// Eight neighbours at an address that is a multiple of 16.
-__device__ __forceinline__ void load_group(const void* address, Dtype dtype, float (&out)[kGroup]) {
-  const auto* words = static_cast<const uint4*>(address);
+// Eight consecutive numbers at an address that is a multiple of 16.
+__device__ __forceinline__ void load_vector(const void* address, Dtype dtype, float (&out)[kVectorSize]) {
+  const auto* vectors = static_cast<const uint4*>(address);
   if (dtype == Dtype::float32) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 four = words[i];
+      const uint4 four = vectors[i];
       out[4 * i] = __uint_as_float(four.x);
       out[4 * i + 1] = __uint_as_float(four.y);
       out[4 * i + 2] = __uint_as_float(four.z);
@@ -60,7 +61,7 @@ __device__ __forceinline__ void load_group(const void* address, Dtype dtype, flo
     }
     return;
   }
-  const uint4 eight = *words;
+  const uint4 eight = *vectors;
   const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -70,67 +71,72 @@ __device__ __forceinline__ void load_group(const void* address, Dtype dtype, flo
   }
 }
 
-__device__ __forceinline__ void store_group(void* address, Dtype dtype, const float (&in)[kGroup]) {
-  auto* words = static_cast<uint4*>(address);
+__device__ __forceinline__ void store_vector(void* address, Dtype dtype, const float (&in)[kVectorSize]) {
+  auto* vectors = static_cast<uint4*>(address);
   if (dtype == Dtype::float32) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      words[i] = make_uint4(__float_as_uint(in[4 * i]), __float_as_uint(in[4 * i + 1]), __float_as_uint(in[4 * i + 2]),
-                            __float_as_uint(in[4 * i + 3]));
+      vectors[i] = make_uint4(__float_as_uint(in[4 * i]), __float_as_uint(in[4 * i + 1]),
+                              __float_as_uint(in[4 * i + 2]), __float_as_uint(in[4 * i + 3]));
     }
     return;
   }
-  *words = make_uint4(narrow(in[0], in[1], dtype), narrow(in[2], in[3], dtype), narrow(in[4], in[5], dtype),
-                      narrow(in[6], in[7], dtype));
+  *vectors = make_uint4(narrow(in[0], in[1], dtype), narrow(in[2], in[3], dtype), narrow(in[4], in[5], dtype),
+                        narrow(in[6], in[7], dtype));
 }
 
-// A row of numbers, cut into groups of eight that begin `shift` before its first one, so that those of the row which
-// says how to cut lie at 16-byte boundaries; another row has vectors where its groups happen to do so too.
-struct NumberRow {
+// One row of a matrix, read and written in vectors of eight numbers.
+//
+// The first vector begins `shift` numbers before the row. `shift` is chosen for one row so that its vectors lie at
+// multiples of 16 bytes. Other rows use the same shift, and are vectorized if that aligns their vectors too.
+struct MatrixRow {
   const char* data;
   Dtype dtype;
   int64_t column_stride;
-  bool vectors;
+  bool vectorized;
 
-  __device__ __forceinline__ NumberRow(const void* matrix, Dtype dtype_, int64_t row, int64_t stride, int64_t columns_apart)
+  __device__ __forceinline__ MatrixRow(const void* matrix, Dtype dtype_, int64_t row, int64_t stride,
+                                       int64_t column_stride_)
       : data(static_cast<const char*>(matrix) + row * stride * bytes_of(dtype_)),
         dtype(dtype_),
-        column_stride(columns_apart),
-        vectors(false) {}
+        column_stride(column_stride_),
+        vectorized(false) {}
 
-  // How far before the row groups should begin for its own vectors.
-  __device__ __forceinline__ int wanted_shift() const {
+  // The shift that aligns this row's vectors.
+  __device__ __forceinline__ int preferred_shift() const {
     const auto beyond = static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16);
     return column_stride == 1 ? beyond / bytes_of(dtype) : 0;
   }
 
-  __device__ __forceinline__ void cut(int shift) {
-    vectors = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) - shift * bytes_of(dtype)) % 16 == 0;
+  // Decides whether the row can be read in vectors with this shift.
+  __device__ __forceinline__ void align(int shift) {
+    vectorized = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) - shift * bytes_of(dtype)) % 16 == 0;
   }
 
-  // Those of the group that begins at `first` which are within [0, count), `fill` in the others' places.
-  __device__ __forceinline__ void load(int64_t first, int64_t count, float fill, float (&out)[kGroup]) const {
-    if (vectors && first >= 0 && first + kGroup <= count) {
-      load_group(data + first * bytes_of(dtype), dtype, out);
+  // The vector that begins at column `first`. Columns outside [0, count) are `fill`.
+  __device__ __forceinline__ void load(int64_t first, int64_t count, float fill, float (&out)[kVectorSize]) const {
+    if (vectorized && first >= 0 && first + kVectorSize <= count) {
+      load_vector(data + first * bytes_of(dtype), dtype, out);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int64_t at = first + i;
-      out[i] = at >= 0 && at < count ? load_number(data, dtype, at * column_stride) : fill;
+    for (int i = 0; i < kVectorSize; ++i) {
+      const int64_t column = first + i;
+      out[i] = column >= 0 && column < count ? load_element(data, dtype, column * column_stride) : fill;
     }
   }
 
-  __device__ __forceinline__ void store(int64_t first, int64_t count, const float (&in)[kGroup]) const {
+  // Writes the columns of a vector that are in [0, count).
+  __device__ __forceinline__ void store(int64_t first, int64_t count, const float (&in)[kVectorSize]) const {
     char* to = const_cast<char*>(data);
-    if (vectors && first >= 0 && first + kGroup <= count) {
-      store_group(to + first * bytes_of(dtype), dtype, in);
+    if (vectorized && first >= 0 && first + kVectorSize <= count) {
+      store_vector(to + first * bytes_of(dtype), dtype, in);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int64_t at = first + i;
-      if (at >= 0 && at < count) store_number(to, dtype, at * column_stride, in[i]);
+    for (int i = 0; i < kVectorSize; ++i) {
+      const int64_t column = first + i;
+      if (column >= 0 && column < count) store_element(to, dtype, column * column_stride, in[i]);
     }
   }
 };

@@ -1,11 +1,11 @@
-// Asynchronous copies and matrix operations. PTX ISA: "Data Movement and Conversion Instructions: cp.async", "Warp Level
-// Matrix Instructions: ldmatrix, mma.sync".
+// Asynchronous copies and matrix operations, as in the PTX ISA manual: "Data Movement and Conversion Instructions:
+// cp.async", "Warp Level Matrix Instructions: ldmatrix, mma.sync".
 #include "simt/arch.h"
 
 #include <cstring>
 
 #include "simt/checks/counters.h"
-#include "simt/checks/fault.h"
+#include "simt/checks/error.h"
 #include "simt/checks/memory.h"
 
 namespace softprompt::simt {
@@ -17,19 +17,19 @@ struct MatrixLoad {
   const void* place;
 };
 
-// 8 rows of 8 numbers of each of four matrices.
+// Reads the 8 rows of 8 numbers of each of the four matrices.
 void gather(void** arguments, uint16_t (&numbers)[4][8][8]) {
   void* rows[kLanes];
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    const auto& one = *static_cast<MatrixLoad*>(arguments[lane]);
-    rows[lane] = const_cast<void*>(one.row);
-    std::memcpy(numbers[lane / 8][lane % 8], one.row, 16);
+    const auto& call = *static_cast<MatrixLoad*>(arguments[lane]);
+    rows[lane] = const_cast<void*>(call.row);
+    std::memcpy(numbers[lane / 8][lane % 8], call.row, 16);
   }
   count_matrix_load(rows, kLanes);
 }
 
 template <bool kTransposed>
-void load(void** arguments, Lanes) {
+void load(void** arguments, LaneMask) {
   uint16_t numbers[4][8][8];
   gather(arguments, numbers);
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
@@ -42,30 +42,30 @@ void load(void** arguments, Lanes) {
   }
 }
 
-struct Product {
+struct Mma {
   float* d;
   const uint32_t* a;
   uint32_t b[2];
 };
 
-// The order in which hardware adds is not told; here sums are exact to fp32 and rounded once.
+// The order in which the hardware adds is not documented. Here the sum is computed in double and rounded once.
 template <bool kBfloat16>
-void multiply(void** arguments, Lanes) {
+void multiply(void** arguments, LaneMask) {
   const auto widen = [](uint32_t half) {
     return kBfloat16 ? from_bfloat16(static_cast<uint16_t>(half)) : from_float16(static_cast<uint16_t>(half));
   };
   float a[16][16], b[16][8];
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    const auto& one = *static_cast<Product*>(arguments[lane]);
+    const auto& call = *static_cast<Mma*>(arguments[lane]);
     const uint32_t g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       float* to = &a[g + (i & 1) * 8][2 * t + (i >> 1) * 8];
-      to[0] = widen(one.a[i] & 0xffff);
-      to[1] = widen(one.a[i] >> 16);
+      to[0] = widen(call.a[i] & 0xffff);
+      to[1] = widen(call.a[i] >> 16);
     }
     for (int i = 0; i < 2; ++i) {
-      b[2 * t + 8 * i][g] = widen(one.b[i] & 0xffff);
-      b[2 * t + 8 * i + 1][g] = widen(one.b[i] >> 16);
+      b[2 * t + 8 * i][g] = widen(call.b[i] & 0xffff);
+      b[2 * t + 8 * i + 1][g] = widen(call.b[i] >> 16);
     }
   }
   double sums[16][8] = {};
@@ -75,16 +75,16 @@ void multiply(void** arguments, Lanes) {
     }
   }
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
-    float* d = static_cast<Product*>(arguments[lane])->d;
+    float* d = static_cast<Mma*>(arguments[lane])->d;
     const uint32_t g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       d[i] = static_cast<float>(double{d[i]} + sums[g + (i >> 1) * 8][2 * t + (i & 1)]);
     }
   }
-  count_product();
+  count_mma();
 }
 
-constexpr Lanes kAll = ~Lanes{0};
+constexpr LaneMask kAll = ~LaneMask{0};
 
 }  // namespace
 
@@ -117,7 +117,7 @@ void wait_for_groups(uint32_t pending) {
   Thread& self = thread();
   size_t left = 0;
   for (const Copy& copy : self.copies) {
-    if (copy.group + pending >= self.groups) {  // of a group that may be on its way, or of none yet
+    if (copy.group + pending >= self.groups) {  // its group may be unfinished, or is not committed yet
       self.copies[left++] = copy;
       continue;
     }
@@ -126,7 +126,7 @@ void wait_for_groups(uint32_t pending) {
     } else {
       std::memcpy(copy.to, copy.from, 16);
     }
-    land_copy(copy.to);
+    complete_copy(copy.to);
   }
   self.copies.resize(left);
 }
@@ -136,21 +136,21 @@ void load_four_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
   if (!is_shared(row)) fail(place, "ldmatrix of %p, which is not shared memory", row);
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail(place, "ldmatrix of %p, which is not a multiple of 16", row);
   check_access(row, 16, Access::read, place);
-  MatrixLoad one = {out, row, place};
+  MatrixLoad call = {out, row, place};
   if (transposed) {
-    meet(kLoadMatricesTransposed, kAll, &one, load<true>, place);
+    run_collective(kLoadMatricesTransposed, kAll, &call, load<true>, place);
   } else {
-    meet(kLoadMatrices, kAll, &one, load<false>, place);
+    run_collective(kLoadMatrices, kAll, &call, load<false>, place);
   }
 }
 
-void add_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16) {
-  Product one = {d, a, {b0, b1}};
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16) {
+  Mma call = {d, a, {b0, b1}};
   const void* place = __builtin_return_address(0);
   if (bfloat16) {
-    meet(kProductBfloat16, kAll, &one, multiply<true>, place);
+    run_collective(kMmaBfloat16, kAll, &call, multiply<true>, place);
   } else {
-    meet(kProductFloat16, kAll, &one, multiply<false>, place);
+    run_collective(kMmaFloat16, kAll, &call, multiply<false>, place);
   }
 }
 

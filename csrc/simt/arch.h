@@ -1,4 +1,4 @@
-// The twin of csrc/cuda/arch.cuh: what each function does, on the host.
+// The host implementation of csrc/cuda/arch.cuh.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 
 namespace softprompt::simt {
 
-void* shared_memory(size_t bytes);  // of the block, which must have as many
-void copy_16(void* shared, const void* global);  // null: zeros
+void* shared_memory(size_t bytes);  // of the block. An error if it has fewer bytes
+void copy_16(void* shared, const void* global);  // `global` null: writes zeros
 void commit();
 void wait_for_groups(uint32_t pending);
 void load_four_matrices(uint32_t (&out)[4], const void* row, bool transposed);
-void add_product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16);
+void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat16);
 
 }  // namespace softprompt::simt
 
@@ -44,11 +44,11 @@ SPK_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 
 template <class T>
 SPK_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "products are of bf16 or fp16");
-  simt::add_product(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "mma takes bf16 or fp16");
+  simt::multiply_add(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>);
 }
 
-// The hardware's is off by up to 2 units in the last place, which no test can rely on.
+// Exact to fp32. The hardware's result is off by up to 2 units in the last place.
 SPK_DEVICE float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;

@@ -1,4 +1,4 @@
-// 16-bit floating point: to the nearest, ties to even, as the hardware converts.
+// Conversions of bf16 and fp16. They round to nearest, ties to even, as the hardware does.
 #pragma once
 
 #include <cstdint>
@@ -37,8 +37,8 @@ inline float from_float16(uint16_t half) {
 inline uint16_t to_float16(float value) {
   const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return 0x7fff;                                 // NaN
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds beyond 65504
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to more than 65504
+  if (magnitude < 0x38800000) {  // subnormal: after adding 0.5, the low bits hold the rounded multiple of 2^-24
     return static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
   }
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));

@@ -1,4 +1,4 @@
-// CUDA's vector types, laid out and aligned as on the device.
+// CUDA's vector types, with the layout and alignment of the device.
 #pragma once
 
 #include <cstdint>

@@ -78,13 +78,13 @@ class BackendRecord:
     detail: str
 
 
-def _cuda_kernels(runner: cuda_native.Runner) -> dict[str, Any]:
+def _cuda_kernels(launcher: cuda_native.Launcher) -> dict[str, Any]:
     return {
-        "prompt_attention": Attention(runner),
-        "kl_div": KlDiv(runner),
-        "linear_kl_div": LinearKlDiv(runner),
-        "teacher_moments": HeadExpectation(runner),
-        "linear_kl_div_from_moments": HeadExpectation(runner),
+        "prompt_attention": Attention(launcher),
+        "kl_div": KlDiv(launcher),
+        "linear_kl_div": LinearKlDiv(launcher),
+        "teacher_moments": HeadExpectation(launcher),
+        "linear_kl_div_from_moments": HeadExpectation(launcher),
     }
 
 

@@ -1,7 +1,7 @@
 """`python -m tests.mutants [words of names]`: whether each mutant of the CUDA kernels is caught by its tests.
 
-Mutants are made in copies of the sources, one for each worker, in which only what depends on a change is compiled
-again. The exit status is 1 if one survives, or if its text is not in the sources any more.
+Only mutants whose names contain all the words are run. Each worker has its own copy of the sources and recompiles only
+what a mutant changes. The exit status is 1 if a mutant survives, or if its text is not in the source exactly once.
 """
 
 import os
@@ -32,7 +32,7 @@ WORKERS = 2
 
 
 def main() -> int:
-    """Prints a line for each mutant."""
+    """Runs the chosen mutants and prints for each whether it is caught."""
     words = [word.lower() for word in sys.argv[1:]]
     chosen = [mutant for mutant in MUTANTS if all(word in mutant.name.lower() for word in words)]
     if not chosen:
@@ -48,7 +48,7 @@ def main() -> int:
                 print(f"without a mutant, {' '.join(tests)} fails:\n{done.stdout[-2000:]}", file=sys.stderr)
                 return 1
 
-        def tried(mutant: Mutant) -> tuple[bool, str]:
+        def try_mutant(mutant: Mutant) -> tuple[bool, str]:
             copy = copies.get()
             try:
                 return try_out(mutant, copy)
@@ -56,7 +56,7 @@ def main() -> int:
                 copies.put(copy)
 
         caught = 0
-        for mutant, (is_caught, why) in zip(chosen, pool.map(tried, chosen), strict=True):
+        for mutant, (is_caught, why) in zip(chosen, pool.map(try_mutant, chosen), strict=True):
             caught += is_caught
             print(f"{'caught  ' if is_caught else 'SURVIVES'}  {mutant.name}\n          {why}", flush=True)
     print(f"{caught} of {len(chosen)} mutants caught")
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def prepare(copy: Path) -> Path:
-    """A copy of the sources with the module of the kernels as they are."""
+    """Makes a copy of the sources and builds the unchanged kernels in it."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -78,11 +78,11 @@ def prepare(copy: Path) -> Path:
 
 
 def try_out(mutant: Mutant, copy: Path) -> tuple[bool, str]:
-    """Whether it is caught, and by what."""
+    """Whether a mutant is caught, and the message of the test that failed."""
     path = copy / "csrc" / "cuda" / mutant.source
     original = path.read_text()
     if original.count(mutant.old) != 1:
-        return False, f"{mutant.source} has its text {original.count(mutant.old)} times"
+        return False, f"its text occurs {original.count(mutant.old)} times in {mutant.source}"
     try:
         path.write_text(original.replace(mutant.old, mutant.new))
         built = build(copy)
@@ -90,18 +90,18 @@ def try_out(mutant: Mutant, copy: Path) -> tuple[bool, str]:
             return False, f"it does not compile: {built.stderr[-500:]}"
         done = test(copy, mutant.tests)
     except subprocess.TimeoutExpired:
-        return True, "its tests do not end"
+        return True, "its tests time out"
     finally:
         path.write_text(original)
     said = [line.removeprefix("E").strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
     if done.returncode == 1 and said:
-        fault = next((line for line in said if "SimtFault" in line), said[0])
-        return True, fault.partition("SimtFault: ")[2] or fault
+        message = next((line for line in said if "SimtError" in line), said[0])
+        return True, message.partition("SimtError: ")[2] or message
     return False, f"pytest ends with {done.returncode}: {done.stdout.strip()[-200:]}"
 
 
 def test(copy: Path, tests: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """Runs some tests, up to the first that fails."""
+    """Runs tests until the first failure."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     return run(command, copy, {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
 
@@ -112,7 +112,7 @@ def build(copy: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """With its output kept."""
+    """Runs a command and captures its output."""
     return subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
     )

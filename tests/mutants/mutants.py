@@ -1,10 +1,13 @@
-"""Mistakes that the tests of the CUDA kernels must catch: each a text of a source that is replaced by another."""
+"""Bugs that the tests of the CUDA kernels must catch. Each one replaces a text of a source file by another text."""
 
 from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """`old` stands once in `source` (under csrc/cuda); `tests` are pytest's arguments, of which one must fail."""
+    """One bug. `old` must occur exactly once in `source`, a path under csrc/cuda.
+
+    `tests` are arguments of pytest: at least one of the tests that they select must fail.
+    """
 
     name: str
     source: str
@@ -13,22 +16,22 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
 
 
-_ATTENTION = "tests/kernels/cuda/test_attention.py"
+ATTENTION = "tests/kernels/cuda/test_attention.py"
 TILES = ("tests/kernels/cuda/test_attention_backward.py", "-k", "four_tiles and 0-64")
-KINDS = (_ATTENTION, "-k", "every_kind")
-ENDS = (_ATTENTION, "-k", "ends_of_tiles")
-LOSSES = ("tests/kernels/cuda/test_kl.py", "-k", "dtypes or lengths or anywhere")
+RANDOM = (ATTENTION, "-k", "random_problems")
+ENDS = (ATTENTION, "-k", "ends_of_tiles")
+LOSSES = ("tests/kernels/cuda/test_kl.py", "-k", "dtypes or lengths or any_address")
 
 MUTANTS = (
     Mutant(
-        "tiles: a barrier is dropped, and copies overwrite what others still read",
+        "tiles: without the last barrier, copies overwrite a stage that other threads still read",
         "attention/tile.cuh",
-        "    __syncthreads();  // or the copies after the next would overwrite what others still read\n",
+        "    __syncthreads();  // all threads have read this stage before the next copy overwrites it\n",
         "",
         TILES,
     ),
     Mutant(
-        "tiles: waits for one group of copies too few",
+        "tiles: one group of copies too few is waited for",
         "attention/tile.cuh",
         "arch::wait_for_copies<1>();",
         "arch::wait_for_copies<2>();",
@@ -42,21 +45,21 @@ MUTANTS = (
         TILES,
     ),
     Mutant(
-        "forward: the sums of a row are not rescaled when its maximum moves",
+        "forward: half the rows are not rescaled when their maximum grows",
         "attention/forward.cu",
-        "      out[n][2] *= factors.y;\n      out[n][3] *= factors.y;\n",
+        "      out_accumulator[n][2] *= factors.y;\n      out_accumulator[n][3] *= factors.y;\n",
         "",
         TILES,
     ),
     Mutant(
         "forward: a row's maximum is that of half its columns",
         "attention/forward.cu",
-        "      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));\n",
+        "      new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 2));\n",
         "",
         TILES,
     ),
     Mutant(
-        "forward: lse in base 2", "attention/forward.cu", "log2f(total[half])) * kLn2", "log2f(total[half]))", TILES
+        "forward: lse in base 2", "attention/forward.cu", "log2f(row_sum[half])) * kLn2", "log2f(row_sum[half]))", TILES
     ),
     Mutant(
         "mask: a query does not see its own position",
@@ -73,11 +76,11 @@ MUTANTS = (
         ENDS,
     ),
     Mutant(
-        "mask: tiles that begin before the window are left out",
+        "mask: tiles that begin before the window are skipped",
         "attention/mask.cuh",
-        "first - problem.window + 1 - keys.first",
-        "first + 64 - problem.window + 1 - keys.first",
-        KINDS,
+        "first - problem.window + 1 - keys.first_position",
+        "first + 64 - problem.window + 1 - keys.first_position",
+        RANDOM,
     ),
     Mutant(
         "tiles: rows beyond the end are not filled with zeros",
@@ -89,51 +92,51 @@ MUTANTS = (
     Mutant(
         "tiles: rows beyond the end are read",
         "attention/row_tile.cuh",
-        "return one.first + row < one.end ? first + row * stride : nullptr;",
+        "return tile.first + row < tile.end ? first + row * stride : nullptr;",
         "return first + row * stride;",
         ENDS,
     ),
     Mutant(
-        "tiles: chunks are looked for where they would be without a swizzle",
+        "tiles: chunks are loaded as if they were not swizzled",
         "attention/tile.cuh",
         "arch::load_matrices(b, at(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));",
         "arch::load_matrices(b, numbers + (row + lane % 8 + lane / 16 * 8) * kD + (2 * k + lane / 8 % 2) * 8);",
         TILES,
     ),
     Mutant(
-        "products: two registers of a fragment are exchanged",
+        "GEMM: two registers of a fragment are exchanged",
         "attention/tile.cuh",
         "pack<T>(weights[2 * j][2], weights[2 * j][3]),\n        pack<T>(weights[2 * j + 1][0], weights[2 * j + 1][1])",
         "pack<T>(weights[2 * j + 1][0], weights[2 * j + 1][1]),\n        pack<T>(weights[2 * j][2], weights[2 * j][3])",
         TILES,
     ),
     Mutant(
-        "results: a warp's lanes do not wait for each other before they write where they have loaded",
+        "results: lanes overwrite rows that other lanes of the warp still load",
         "attention/tile.cuh",
         "  __syncwarp();  // other lanes may have loaded matrices from here\n",
         "",
-        KINDS,
+        RANDOM,
     ),
     Mutant(
-        "results: a warp's lanes do not wait for each other before they read what they have written",
+        "results: lanes read rows before other lanes of the warp have written them",
         "attention/tile.cuh",
         "  }\n  __syncwarp();\n  for (int i = lane;",
         "  }\n  for (int i = lane;",
         TILES,
     ),
     Mutant(
-        "dQ: delta is read before the threads that compute it have written it",
+        "dQ: delta is read before other threads have written it",
         "attention/backward_dq.cu",
-        "  __syncthreads();  // before delta, which other threads of this block have written, is read\n",
+        "  __syncthreads();  // delta was written by other threads of this block\n",
         "",
         TILES,
     ),
     Mutant(
-        "dQ: what is NaN in a row that sees no key spreads to its gradient",
+        "dQ: NaN in a row that sees no key spreads to its gradient",
         "attention/backward_dq.cu",
-        "gradient[n][i] = lse[i / 2] == kNowhere ? 0.0f : gradient[n][i];",
-        "gradient[n][i] *= 1.0f;",
-        KINDS,
+        "grad_query[n][i] = lse[i / 2] == kInfinity ? 0.0f : grad_query[n][i];",
+        "grad_query[n][i] *= 1.0f;",
+        RANDOM,
     ),
     Mutant(
         "dQ: the gradient of lse has the wrong sign",
@@ -143,52 +146,52 @@ MUTANTS = (
         TILES,
     ),
     Mutant(
-        "dK, dV: keys beyond the end are written to",
+        "dK, dV: keys beyond the end are written",
         "attention/backward_dkdv.cu",
-        "return block.first + r < block.tokens ? row_pointer<T>(to, batch, head, block.first + r) : nullptr;",
-        "return row_pointer<T>(to, batch, head, block.first + r);",
+        "return block.first + r < block.tokens ? row_pointer<T>(to, slot, head, block.first + r) : nullptr;",
+        "return row_pointer<T>(to, slot, head, block.first + r);",
         ENDS,
     ),
     Mutant(
-        "dK, dV: blocks that share a prompt write to the same part",
+        "dK, dV: blocks that share a prompt write to the same partial sums",
         "attention/backward_dkdv.cu",
-        "block.part * static_cast<int64_t>(problem.prompts) + block.prompt",
+        "block.split * static_cast<int64_t>(problem.prompts) + block.prompt",
         "0 * static_cast<int64_t>(problem.prompts) + block.prompt",
         TILES,
     ),
     Mutant(
-        "fold: the last part is left out",
+        "reduction of splits: the last split is left out",
         "attention/backward_dkdv.cu",
-        "for (int part = 0; part < backward.splits; ++part)",
-        "for (int part = 0; part + 1 < backward.splits; ++part)",
+        "for (int split = 0; split < backward.splits; ++split)",
+        "for (int split = 0; split + 1 < backward.splits; ++split)",
         TILES,
     ),
     Mutant(
-        "sums of a block: results are read before all warps have left theirs",
+        "block reduction: results are read before all warps have written theirs",
         "block_reduce.cuh",
         "  }\n  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < kCount; ++i) {\n    float all",
         "  }\n#pragma unroll\n  for (int i = 0; i < kCount; ++i) {\n    float all",
         LOSSES,
     ),
     Mutant(
-        "divergence: threads' sums are added up as if they had one maximum",
+        "divergence: the threads' sums are added without rescaling to one maximum",
         "losses/kl_rows.cu",
-        "  sums.carry_over(largest[0], largest[1], scale);\n",
+        "  sums.rescale(maxima[0], maxima[1], scale);\n",
         "",
         LOSSES,
     ),
     Mutant(
-        "divergence: a word beyond the vocabulary counts",
+        "divergence: an entry beyond the vocabulary counts",
         "losses/kl_rows.cu",
-        "if (at < 0 || at >= call.vocab) z[i] = -kInfinity;",
-        "if (at < 0 || at > call.vocab) z[i] = -kInfinity;",
+        "if (column < 0 || column >= call.vocab) z[i] = -kInfinity;",
+        "if (column < 0 || column > call.vocab) z[i] = -kInfinity;",
         LOSSES,
     ),
     Mutant(
-        "numbers: 16 bytes are read wherever they lie",
+        "vectors: 16 bytes are read from unaligned addresses",
         "vector_io.cuh",
-        "vectors = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) - shift * bytes_of(dtype)) % 16 == 0;",
-        "vectors = column_stride == 1;",
+        "vectorized = column_stride == 1 && (reinterpret_cast<uintptr_t>(data) - shift * bytes_of(dtype)) % 16 == 0;",
+        "vectorized = column_stride == 1;",
         LOSSES,
     ),
 )

@@ -1,8 +1,8 @@
-// C [M, N] = A [M, K] B [N, K]^T in bf16 or fp16, as a kernel of today would do it: two buffers filled by asynchronous
-// copies, matrices loaded from swizzled shared memory, products on tensor cores. K is a multiple of kBlockK.
+// C [M, N] = A [M, K] B [N, K]^T in bf16 or fp16, with double buffered asynchronous copies, swizzled shared memory,
+// ldmatrix and mma. K must be a multiple of kBlockK.
 #include "cuda/arch.cuh"
 #include "cuda/launch.h"
-#include "simt_toys.h"
+#include "test_kernels.h"
 
 namespace softprompt {
 namespace {
@@ -15,12 +15,12 @@ struct GemmStorage {
   alignas(128) T b[2][kBlockN][kBlockK];
 };
 
-// Where 16-byte chunk `chunk` of a row lies: 8 rows of one chunk are in different banks.
+// The column of a row's 16-byte chunk. In 8 consecutive rows, the same chunk is in different banks.
 __device__ __forceinline__ int column_of(int row, int chunk) { return (chunk ^ (row & 7)) * 8; }
 
 template <class T>
-__device__ __forceinline__ void copy_tile(T (&tile)[kBlockM][kBlockK], const T* matrix, int first_row, int rows, int depth,
-                                          int first_column) {
+__device__ __forceinline__ void copy_tile(T (&tile)[kBlockM][kBlockK], const T* matrix, int first_row, int rows,
+                                          int depth, int first_column) {
   for (int i = threadIdx.x; i < kBlockM * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool exists = first_row + row < rows;
@@ -39,7 +39,7 @@ __global__ void gemm(const T* a, const T* b, float* c, int rows, int columns, in
     copy_tile(shared.b[step % 2], b, first_column, columns, depth, step * kBlockK);
     arch::commit_copies();
   };
-  float sums[kBlockN / 8][4] = {};
+  float accumulator[kBlockN / 8][4] = {};
   const int steps = depth / kBlockK;
   copy(0);
   for (int step = 0; step < steps; ++step) {
@@ -54,24 +54,25 @@ __global__ void gemm(const T* a, const T* b, float* c, int rows, int columns, in
     const auto& tile_b = shared.b[step % 2];
 #pragma unroll
     for (int k = 0; k < kBlockK / 16; ++k) {
-      uint32_t left[4];
+      uint32_t a_fragment[4];
       const int row = warp * 16 + lane % 16;
-      arch::load_matrices(left, &tile_a[row][column_of(row, 2 * k + lane / 16)]);
+      arch::load_matrices(a_fragment, &tile_a[row][column_of(row, 2 * k + lane / 16)]);
 #pragma unroll
       for (int j = 0; j < kBlockN / 16; ++j) {
-        uint32_t right[4];
-        const int word = j * 16 + lane % 8 + lane / 16 * 8;
-        arch::load_matrices(right, &tile_b[word][column_of(word, 2 * k + lane / 8 % 2)]);
-        arch::multiply_add<T>(sums[2 * j], left, right[0], right[1]);
-        arch::multiply_add<T>(sums[2 * j + 1], left, right[2], right[3]);
+        uint32_t b_fragment[4];
+        const int column = j * 16 + lane % 8 + lane / 16 * 8;
+        arch::load_matrices(b_fragment, &tile_b[column][column_of(column, 2 * k + lane / 8 % 2)]);
+        arch::multiply_add<T>(accumulator[2 * j], a_fragment, b_fragment[0], b_fragment[1]);
+        arch::multiply_add<T>(accumulator[2 * j + 1], a_fragment, b_fragment[2], b_fragment[3]);
       }
     }
     __syncthreads();
   }
   for (int j = 0; j < kBlockN / 8; ++j) {
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + warp * 16 + lane / 4 + i / 2 * 8, column = first_column + j * 8 + lane % 4 * 2 + i % 2;
-      if (row < rows && column < columns) c[static_cast<int64_t>(row) * columns + column] = sums[j][i];
+      const int row = first_row + warp * 16 + lane / 4 + i / 2 * 8;
+      const int column = first_column + j * 8 + lane % 4 * 2 + i % 2;
+      if (row < rows && column < columns) c[static_cast<int64_t>(row) * columns + column] = accumulator[j][i];
     }
   }
 }

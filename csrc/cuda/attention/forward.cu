@@ -1,10 +1,10 @@
-// Attention over [prompt ; own keys], forward: FlashAttention-2's loop (Dao, 2023) over tiles of both segments, with one
-// online softmax.
+// Attention over [prompt ; own keys], forward: FlashAttention-2's loop (Dao, 2023) over the tiles of both segments,
+// with one online softmax.
 //
-// A block has 64 rows of a sequence and a key head, 16 a warp. Its queries stay in registers; keys and values come in
-// tiles, the next one on its way while this one is worked on. Scores S = Q K^T and weights P = exp2(S - m) stay in
-// registers: what a product leaves in a lane is what the next one takes from it. Tiles that no row sees are left out,
-// and tiles that every row sees whole are not masked.
+// A block computes 64 rows of one sequence and key head, 16 a warp. Queries stay in registers. Tiles of keys and
+// values are double buffered: the next one is copied while this one is used. Scores S = Q K^T and weights P = exp2(S -
+// m) stay in registers: the accumulator layout of the first GEMM is the operand layout of the second. Tiles that no
+// row sees are skipped. Tiles that every row sees completely are not masked.
 //
 // FLOP: 4 D for each pair of a row and a key of a tile. Bytes: Q, out and lse once; K and V once for each tile of rows.
 #include "cuda/attention/problem.h"
@@ -17,29 +17,31 @@ namespace {
 template <class T, int kD>
 struct ForwardStorage {
   static constexpr int kBlockN = 64;
-  Tile<T, kBlockRows, kD> query;  // at the end, out
+  Tile<T, kBlockRows, kD> query;  // at the end: out
   Tile<T, kBlockN, kD> key[2], value[2];
 };
 
-// Maximum and sum of a row's exponentials, of the two rows that a lane has a part of; the sum is the lane's own part.
+// Online softmax of the two rows that a lane holds columns of: row max m, and the sum of exp2(S - m) over the lane's
+// own columns.
 struct SoftmaxState {
-  float largest[2] = {-kNowhere, -kNowhere};
-  float total[2] = {0, 0};
+  float row_max[2] = {-kInfinity, -kInfinity};
+  float row_sum[2] = {0, 0};
 
-  // Makes weights of scores, and returns by what to multiply what was summed before.
+  // Replaces scores by weights exp2(S - m). Returns the factors by which earlier sums of the two rows must be
+  // multiplied.
   template <int kTiles>
-  __device__ __forceinline__ float2 update(Sums<kTiles>& scores) {
+  __device__ __forceinline__ float2 update(Accumulator<kTiles>& scores) {
     float factors[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = largest[half];
+      float new_max = row_max[half];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float base = most == -kNowhere ? 0.0f : most;  // no key yet
-      factors[half] = arch::exp2_fast(largest[half] - base);
-      largest[half] = most;
+      for (int j = 0; j < kTiles; ++j) new_max = fmaxf(new_max, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
+      new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 1));
+      new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 2));
+      const float base = new_max == -kInfinity ? 0.0f : new_max;  // no visible key yet
+      factors[half] = arch::exp2_fast(row_max[half] - base);
+      row_max[half] = new_max;
       float sum = 0;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -49,23 +51,23 @@ struct SoftmaxState {
           sum += scores[j][i];
         }
       }
-      total[half] = total[half] * factors[half] + sum;
+      row_sum[half] = row_sum[half] * factors[half] + sum;
     }
     return {factors[0], factors[1]};
   }
 
-  // The whole rows' sums.
+  // Adds up the sums of the lanes that share a row.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-      total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
+      row_sum[half] += __shfl_xor_sync(kAllLanes, row_sum[half], 1);
+      row_sum[half] += __shfl_xor_sync(kAllLanes, row_sum[half], 2);
     }
   }
 
-  // Natural logarithm of a row's denominator; -inf without a key.
+  // Natural logarithm of a row's denominator, -inf if the row sees no key.
   __device__ __forceinline__ float lse(int half) const {
-    return total[half] == 0 ? -kNowhere : (largest[half] + log2f(total[half])) * kLn2;
+    return row_sum[half] == 0 ? -kInfinity : (row_max[half] + log2f(row_sum[half])) * kLn2;
   }
 };
 
@@ -75,16 +77,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   using Storage = ForwardStorage<T, kD>;
   constexpr int kBlockN = Storage::kBlockN;
   auto& shared = arch::shared_storage<Storage>();
-  const int lane = threadIdx.x % kLanesOfWarp, row = threadIdx.x / kLanesOfWarp * kWarpRows;
-  const Rows rows = rows_of_block(problem);
+  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x / kWarpSize * kWarpRows;
+  const RowTile rows = row_tile_of_block(problem);
   const Sequence sequence(problem, rows.batch);
   const KeyTiles<kBlockN> tiles(problem, sequence, rows);
   const Scoring scoring(problem);
   const int count = tiles.count();
   const auto copy = [&](int index, int stage) {
-    const auto one = tiles[index];
-    tiles.copy(shared.key[stage], one, problem.prompt_key, problem.key);
-    tiles.copy(shared.value[stage], one, problem.prompt_value, problem.value);
+    const auto tile = tiles[index];
+    tiles.copy(shared.key[stage], tile, problem.prompt_key, problem.key);
+    tiles.copy(shared.value[stage], tile, problem.prompt_value, problem.value);
     arch::commit_copies();
   };
 
@@ -98,10 +100,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   for (int k = 0; k < kD / 16; ++k) shared.query.load_a(query[k], row, k);
 
   SoftmaxState state;
-  Sums<kD / 8> out = {};
+  Accumulator<kD / 8> out_accumulator = {};
   for_each_tile(count, copy, [&](int index, int stage) {
     const auto& key = shared.key[stage];
-    Sums<kBlockN / 8> scores = {};
+    Accumulator<kBlockN / 8> scores = {};
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
 #pragma unroll
@@ -116,33 +118,33 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     const float2 factors = state.update<kBlockN / 8>(scores);
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
-      out[n][0] *= factors.x;
-      out[n][1] *= factors.x;
-      out[n][2] *= factors.y;
-      out[n][3] *= factors.y;
+      out_accumulator[n][0] *= factors.x;
+      out_accumulator[n][1] *= factors.x;
+      out_accumulator[n][2] *= factors.y;
+      out_accumulator[n][3] *= factors.y;
     }
-    add_weighted<T>(out, scores, shared.value[stage]);
+    gemm_ab<T>(out_accumulator, scores, shared.value[stage]);
   });
 
   state.finish();
   if (lane % 4 == 0) {
     for (int half = 0; half < 2; ++half) {
       const int r = row + lane / 4 + 8 * half;
-      if (rows.exist(r)) outputs.lse[rows.index(problem, r)] = state.lse(half);
+      if (rows.contains(r)) outputs.lse[rows.index(problem, r)] = state.lse(half);
     }
   }
-  const auto inverse = [](float total) { return total == 0 ? 0.0f : 1.0f / total; };
-  store_rows<T>(out, inverse(state.total[0]), inverse(state.total[1]), shared.query, row,
+  const auto inverse = [](float row_sum) { return row_sum == 0 ? 0.0f : 1.0f / row_sum; };
+  store_rows<T>(out_accumulator, inverse(state.row_sum[0]), inverse(state.row_sum[1]), shared.query, row,
                 [&](int r) -> T* { return rows.pointer<T>(outputs.out, r); });
 }
 
 }  // namespace
 
 void attention_forward(const AttentionProblem& problem, const AttentionOutputs& outputs, cudaStream_t stream) {
-  for_kind(problem, [&](auto zero, auto size) {
-    using T = decltype(zero);
-    constexpr int kD = decltype(size)::value;
-    launch("attention_forward", forward_kernel<T, kD>, grid_of_rows(problem), kAttentionThreads,
+  for_dtype_and_head_size(problem, [&](auto dtype, auto head_size) {
+    using T = decltype(dtype);
+    constexpr int kD = decltype(head_size)::value;
+    launch("attention_forward", forward_kernel<T, kD>, row_tile_grid(problem), kAttentionThreads,
            sizeof(ForwardStorage<T, kD>), stream, problem, outputs);
   });
 }

@@ -1,18 +1,20 @@
-// A tile of the vocabulary in a sweep over all of it: products to exponentials, with the state of an online softmax.
+// One tile of the vocabulary in a loop over all of it: turns the output of the head's GEMM into exponentials and
+// updates the state of an online softmax.
 //
 //     z = scale (product + bias),   m' = max(m, max z),   f = exp(m - m'),   e = exp(z - m')
-//     total = f total + sum of e,   bias_total = f bias_total + sum of e bias,   mean = f mean
+//     row_sum = f row_sum + sum of e,   bias_sum = f bias_sum + sum of e bias,   mean = f mean
 //
-// The sum of e W is a matrix product's to add, of e in the dtype of W. Where that has 16 bits, e is written in two parts,
-// e rounded and what the rounding lost, whose products with W together are as good as one with 16 bits of mantissa.
+// A GEMM adds the sum of e W to the mean afterwards, with e in the dtype of W. If that dtype has 16 bits, e is written
+// in two parts, e rounded and the rounding error. Their two GEMMs with W together are as accurate as one with a
+// mantissa of 16 bits.
 //
-// A block has a row. It reads the row's part of the tile twice, the second time while it is in a cache, and rescales the
-// row's mean only where m has moved. One exponential a word.
+// One block a row. It reads the row's part of the tile twice, the second time from a cache. It rescales the row's mean
+// only if m has changed. One exponential a vocabulary entry.
 #include "cuda/arch.cuh"
 #include "cuda/block_reduce.cuh"
-#include "cuda/losses/kl.h"
 #include "cuda/elementwise.cuh"
 #include "cuda/launch.h"
+#include "cuda/losses/kl.h"
 #include "cuda/vector_io.cuh"
 
 namespace softprompt {
@@ -24,31 +26,34 @@ struct Storage {
   BlockScratch<2, kThreads> scratch;
 };
 
-struct Words {
+// One row of the tile: products and bias.
+struct TileRow {
   const ExponentialRows& call;
-  NumberRow products, bias;
+  MatrixRow products, bias;
   int shift;
 
-  __device__ __forceinline__ Words(const ExponentialRows& call_, int64_t row)
+  __device__ __forceinline__ TileRow(const ExponentialRows& call_, int64_t row)
       : call(call_),
         products(call.products, Dtype::float32, row, call.products_stride, 1),
         bias(call.bias, Dtype::float32, 0, 0, 1) {
-    shift = products.wanted_shift();
-    products.cut(shift);
-    bias.cut(shift);
+    shift = products.preferred_shift();
+    products.align(shift);
+    bias.align(shift);
   }
 
-  __device__ __forceinline__ int64_t groups() const { return (call.columns + shift + kGroup - 1) / kGroup; }
+  __device__ __forceinline__ int64_t vector_count() const {
+    return (call.columns + shift + kVectorSize - 1) / kVectorSize;
+  }
 
-  // z of a group, -inf where there is no word, and the bias, 0 where it removes a word.
-  __device__ __forceinline__ void load(int64_t first, float (&z)[kGroup], float (&b)[kGroup]) const {
+  // Loads a vector: z, which is -inf beyond the tile and for removed entries, and the bias, 0 for removed entries.
+  __device__ __forceinline__ void load(int64_t first, float (&z)[kVectorSize], float (&b)[kVectorSize]) const {
     products.load(first, call.columns, 0.0f, z);
     if (bias.data != nullptr) bias.load(first, call.columns, 0.0f, b);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int64_t at = first + i;
-      // Apart from the sum, so that a scale of any sign leaves it removed.
-      const bool removed = at < 0 || at >= call.columns || (bias.data != nullptr && b[i] == -kInfinity);
+    for (int i = 0; i < kVectorSize; ++i) {
+      const int64_t column = first + i;
+      // Not by z = scale * -inf, which would be +inf for a negative scale.
+      const bool removed = column < 0 || column >= call.columns || (bias.data != nullptr && b[i] == -kInfinity);
       if (bias.data == nullptr || removed) b[i] = 0;
       z[i] = removed ? -kInfinity : (z[i] + b[i]) * call.scale;
     }
@@ -58,11 +63,12 @@ struct Words {
 __global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_constant__ ExponentialRows call) {
   auto& shared = arch::shared_storage<Storage>();
   const int64_t row = blockIdx.x;
-  const bool kept = call.weights == nullptr || call.weights[row] != 0;
-  const Words words(call, row);
-  float z[kGroup], b[kGroup];
+  const bool active = call.weights == nullptr || call.weights[row] != 0;
+  const TileRow tile(call, row);
+  float z[kVectorSize], b[kVectorSize];
 
-  if (kept && call.label_logit != nullptr && threadIdx.x == 0) {  // read before any e takes its place: see the barriers
+  // The label's product is read before any e overwrites it: the reductions have barriers.
+  if (active && call.label_logit != nullptr && threadIdx.x == 0) {
     const int64_t label = call.labels[row] - call.first;
     if (label >= 0 && label < call.columns) {
       const float added = call.bias == nullptr ? 0.0f : call.bias[label];
@@ -71,31 +77,31 @@ __global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_con
     }
   }
 
-  float found[2] = {-kInfinity, -kInfinity};
-  if (kept) {
-    for (int64_t group = threadIdx.x; group < words.groups(); group += kThreads) {
-      words.load(group * kGroup - words.shift, z, b);
+  float maxima[2] = {-kInfinity, -kInfinity};
+  if (active) {
+    for (int64_t vector = threadIdx.x; vector < tile.vector_count(); vector += kThreads) {
+      tile.load(vector * kVectorSize - tile.shift, z, b);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) found[0] = fmaxf(found[0], z[i]);
+      for (int i = 0; i < kVectorSize; ++i) maxima[0] = fmaxf(maxima[0], z[i]);
     }
   }
-  largest_of_block(found, shared.scratch);
-  const float before = kept ? call.largest[row] : 0.0f;
-  const float after = fmaxf(before, found[0]);
-  const float base = after == -kInfinity ? 0.0f : after;  // no word yet
+  max_block(maxima, shared.scratch);
+  const float old_max = active ? call.row_max[row] : 0.0f;
+  const float new_max = fmaxf(old_max, maxima[0]);
+  const float base = new_max == -kInfinity ? 0.0f : new_max;  // no vocabulary entry yet
 
-  NumberRow high(call.high, call.part_dtype, row, call.high_stride, 1);
-  NumberRow low(call.low, call.part_dtype, row, call.low_stride, 1);
-  high.cut(words.shift);
-  low.cut(words.shift);
+  MatrixRow high(call.high, call.part_dtype, row, call.high_stride, 1);
+  MatrixRow low(call.low, call.part_dtype, row, call.low_stride, 1);
+  high.align(tile.shift);
+  low.align(tile.shift);
   float sums[2] = {};
-  for (int64_t group = words.groups() - 1 - threadIdx.x; group >= 0; group -= kThreads) {
-    const int64_t first = group * kGroup - words.shift;
-    float e[kGroup] = {};
-    if (kept) {
-      words.load(first, z, b);
+  for (int64_t vector = tile.vector_count() - 1 - threadIdx.x; vector >= 0; vector -= kThreads) {
+    const int64_t first = vector * kVectorSize - tile.shift;
+    float e[kVectorSize] = {};
+    if (active) {
+      tile.load(first, z, b);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < kVectorSize; ++i) {
         e[i] = exp_fast(z[i] - base);
         sums[0] += e[i];
         sums[1] += e[i] * b[i];
@@ -106,22 +112,23 @@ __global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_con
       high.store(first, call.columns, e);
       if (call.low != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          const float rounded = call.part_dtype == Dtype::bfloat16 ? __bfloat162float(__float2bfloat16_rn(e[i]))
-                                                                   : __half2float(__float2half_rn(e[i]));
+        for (int i = 0; i < kVectorSize; ++i) {
+          const bool bfloat16 = call.part_dtype == Dtype::bfloat16;
+          const float rounded = bfloat16 ? __bfloat162float(__float2bfloat16_rn(e[i]))
+                                         : __half2float(__float2half_rn(e[i]));
           e[i] -= rounded;
         }
         low.store(first, call.columns, e);
       }
     }
   }
-  if (!kept) return;  // the block together
+  if (!active) return;  // all threads of the block
   sum_block(sums, shared.scratch);
-  const float factor = before == after ? 1.0f : before == -kInfinity ? 0.0f : exp_fast(before - base);
+  const float factor = old_max == new_max ? 1.0f : old_max == -kInfinity ? 0.0f : exp_fast(old_max - base);
   if (threadIdx.x == 0) {
-    call.largest[row] = after;
-    call.total[row] = call.total[row] * factor + sums[0];
-    if (call.bias_total != nullptr) call.bias_total[row] = call.bias_total[row] * factor + sums[1];
+    call.row_max[row] = new_max;
+    call.row_sum[row] = call.row_sum[row] * factor + sums[0];
+    if (call.bias_sum != nullptr) call.bias_sum[row] = call.bias_sum[row] * factor + sums[1];
   }
   if (call.mean != nullptr && factor != 1.0f) {
     float* mean = call.mean + row * call.mean_stride;
@@ -132,7 +139,8 @@ __global__ void __launch_bounds__(kThreads) exponentials_kernel(const __grid_con
 }  // namespace
 
 void exponential_rows(const ExponentialRows& call, cudaStream_t stream) {
-  launch("exponential_rows", exponentials_kernel, static_cast<unsigned>(call.rows), kThreads, sizeof(Storage), stream, call);
+  launch("exponential_rows", exponentials_kernel, static_cast<unsigned>(call.rows), kThreads, sizeof(Storage), stream,
+         call);
 }
 
 }  // namespace softprompt

@@ -1,234 +1,255 @@
-// Divergence of rows of logits, a block for each row: loss, and gradient by the student.
+// Divergence of rows of logits, one block a row: the loss, and its gradient with respect to the student's logits.
 //
 //     kind     p, q  loss                      d loss / d z_s
 //     forward  t, s  KL                        e_t expm1(delta) / S
 //     reverse  s, t  KL                        -e_s (D - E_s[D]) / S
 //     jsd      t, s  (1-b) E_s[r] - b E_t[l]   (1-b) p_s (r - E_s[r])       l = log m/p_t, r = log p_s/m = delta - l
 //
-// Notation and the way to sum as in kl_sums.cuh. Logits of -inf: a word that no side has counts as nothing; one that only
-// p has makes KL infinite (jsd is bounded), one that only q has adds e_q. No teacher word at all: loss 0, gradient 0; no
-// student word: loss +inf, gradient 0. Rows of weight 0 are not read.
+// t is the teacher, s the student. Notation and summation as in kl_sums.cuh.
 //
-// Sweeps over a row:
+// Logits of -inf: an entry that is -inf for both adds nothing. One that is -inf only for q makes the KL infinite (jsd
+// is bounded). One that is -inf only for p adds e_q. If all teacher logits are -inf, loss and gradient are 0. If all
+// student logits are -inf, the loss is +inf and the gradient 0. Rows of weight 0 are not read.
 //
-//     loss alone                  1 read of both                       jsd 2
-//     loss and gradient           2 reads of both, 1 write             jsd 3 reads
-//     gradient from statistics    1 read of both, 1 write
+// Memory passes over a row:
 //
-// The later ones run backwards, to find in the L2 cache what the one before saw last.
+//     loss only                   1 read of both rows                  jsd 2
+//     loss and gradient           2 reads of both rows, 1 write        jsd 3 reads
+//     gradient from statistics    1 read of both rows, 1 write
+//
+// Passes after the first run backwards, so that they find the end of the row in the L2 cache.
 #include "cuda/arch.cuh"
 #include "cuda/block_reduce.cuh"
+#include "cuda/launch.h"
 #include "cuda/losses/kl.h"
 #include "cuda/losses/kl_sums.cuh"
-#include "cuda/launch.h"
 #include "cuda/vector_io.cuh"
+
+#include <stdexcept>
+#include <string>
 
 namespace softprompt {
 namespace {
 
-// Small blocks: 71 registers a thread are 7 of them a multiprocessor of sm_80, and 168, which sm_100 and sm_120 would
-// rather have, 3.
-constexpr int kThreads = 128, kLeastBlocks = 3;
+// Small blocks: with 71 registers a thread, 7 blocks fit on a multiprocessor of sm_80. With the 168 registers that the
+// compiler would like to use on sm_100 and sm_120, 3 blocks fit.
+constexpr int kThreads = 128, kMinBlocks = 3;
 
-// What a gradient is computed from; `kStatistics` of them are kept.
-struct Measured {
+// What the gradient of a row is computed from. The kStatistics numbers are stored in this order.
+struct RowStatistics {
   float p_base, q_base;
-  float centre;        // L; E_s[D] for the reverse KL
-  float normaliser;    // 1 / S; 0: no gradient
-  float student_cost;  // E_s[r], for jsd
+  float centre;               // L; E_s[D] for the reverse KL
+  float normaliser;           // 1 / S; 0: no gradient
+  float student_expectation;  // E_s[r], for jsd
 };
 
-// Both sides of a row, cut into groups alike.
+// The student's and the teacher's row, read in the same vectors.
 template <Divergence kKind>
-struct Sides {
+struct RowPair {
   const DivergenceRows& call;
-  NumberRow student, teacher, student_bias, teacher_bias;
-  int shift;  // of the groups' beginning before the row's
+  MatrixRow student, teacher, student_bias, teacher_bias;
+  int shift;  // the first vector begins so many numbers before the row
 
-  __device__ __forceinline__ Sides(const DivergenceRows& call_, int64_t row)
+  __device__ __forceinline__ RowPair(const DivergenceRows& call_, int64_t row)
       : call(call_),
         student(call.student.data, call.student.dtype, row, call.student.stride, call.student.column_stride),
         teacher(call.teacher.data, call.teacher.dtype, row, call.teacher.stride, call.teacher.column_stride),
         student_bias(call.student.bias, Dtype::float32, 0, 0, 1),
         teacher_bias(call.teacher.bias, Dtype::float32, 0, 0, 1) {
-    shift = student.wanted_shift();
-    for (NumberRow* each : {&student, &teacher, &student_bias, &teacher_bias}) each->cut(shift);
+    shift = student.preferred_shift();
+    for (MatrixRow* each : {&student, &teacher, &student_bias, &teacher_bias}) each->align(shift);
   }
 
-  __device__ __forceinline__ int64_t groups(int64_t columns) const { return (columns + shift + kGroup - 1) / kGroup; }
-  __device__ __forceinline__ int64_t first_of(int64_t group) const { return group * kGroup - shift; }
+  __device__ __forceinline__ int64_t vector_count(int64_t columns) const {
+    return (columns + shift + kVectorSize - 1) / kVectorSize;
+  }
+  __device__ __forceinline__ int64_t first_column(int64_t vector) const { return vector * kVectorSize - shift; }
 
-  // z_p and z_q of a group, -inf beyond the vocabulary, and the derivative of z_s by what is under its tanh.
-  __device__ __forceinline__ void load(int64_t first, float (&p)[kGroup], float (&q)[kGroup],
-                                       float (&slope)[kGroup]) const {
-    constexpr bool kReverse = kKind == Divergence::reverse;
-    load_side(student, student_bias, first, kReverse ? p : q);
-    load_side(teacher, teacher_bias, first, kReverse ? q : p);
+  // Loads a vector: z_p and z_q, -inf beyond the vocabulary, and the derivative of z_s with respect to the argument of
+  // its tanh (1 without softcap).
+  __device__ __forceinline__ void load(int64_t first, float (&p)[kVectorSize], float (&q)[kVectorSize],
+                                       float (&slope)[kVectorSize]) const {
+    constexpr bool kStudentIsP = DivergenceTraits<kKind>::kStudentIsP;
+    load_row(student, student_bias, first, kStudentIsP ? p : q);
+    load_row(teacher, teacher_bias, first, kStudentIsP ? q : p);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float z = kReverse ? p[i] : q[i];
+    for (int i = 0; i < kVectorSize; ++i) {
+      const float z = kStudentIsP ? p[i] : q[i];
       slope[i] = !call.capped ? 1.0f : z == -kInfinity ? 0.0f : 1.0f - z * z;
     }
   }
 
  private:
-  __device__ __forceinline__ void load_side(const NumberRow& row, const NumberRow& bias, int64_t first,
-                                            float (&z)[kGroup]) const {
+  __device__ __forceinline__ void load_row(const MatrixRow& row, const MatrixRow& bias, int64_t first,
+                                           float (&z)[kVectorSize]) const {
     row.load(first, call.vocab, 0.0f, z);
     if (bias.data != nullptr) {
-      float added[kGroup];
-      bias.load(first, call.vocab, 0.0f, added);
+      float bias_values[kVectorSize];
+      bias.load(first, call.vocab, 0.0f, bias_values);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) z[i] += added[i];
+      for (int i = 0; i < kVectorSize; ++i) z[i] += bias_values[i];
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int64_t at = first + i;
+    for (int i = 0; i < kVectorSize; ++i) {
+      const int64_t column = first + i;
       if (call.capped) z[i] = tanhf(z[i] * call.inner);
       if (call.negated) z[i] = -z[i];
-      if (at < 0 || at >= call.vocab) z[i] = -kInfinity;
+      if (column < 0 || column >= call.vocab) z[i] = -kInfinity;
     }
   }
 };
 
+// The sums of a row, over all threads.
 template <Divergence kKind>
-__device__ __forceinline__ RowSums<kKind> sweep_sums(const Sides<kKind>& sides, float scale,
+__device__ __forceinline__ RowSums<kKind> first_pass(const RowPair<kKind>& rows, float scale,
                                                      BlockScratch<5, kThreads>& scratch) {
   RowSums<kKind> sums;
-  float p[kGroup], q[kGroup], slope[kGroup];
-  const int64_t groups = sides.groups(sides.call.vocab);
-  for (int64_t group = threadIdx.x; group < groups; group += kThreads) {
-    sides.load(sides.first_of(group), p, q, slope);
-    float p_largest = p[0], q_largest = q[0];
+  float p[kVectorSize], q[kVectorSize], slope[kVectorSize];
+  const int64_t vector_count = rows.vector_count(rows.call.vocab);
+  for (int64_t vector = threadIdx.x; vector < vector_count; vector += kThreads) {
+    rows.load(rows.first_column(vector), p, q, slope);
+    float p_max = p[0], q_max = q[0];
 #pragma unroll
-    for (int i = 1; i < kGroup; ++i) {
-      p_largest = fmaxf(p_largest, p[i]);
-      q_largest = fmaxf(q_largest, q[i]);
+    for (int i = 1; i < kVectorSize; ++i) {
+      p_max = fmaxf(p_max, p[i]);
+      q_max = fmaxf(q_max, q[i]);
     }
-    sums.raise(p_largest, q_largest, scale);
+    sums.raise_maxima(p_max, q_max, scale);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sums.add(p[i], q[i], scale);
+    for (int i = 0; i < kVectorSize; ++i) sums.add(p[i], q[i], scale);
   }
-  float largest[5] = {sums.p_max, sums.q_max, 0, 0, 0};
-  largest_of_block(largest, scratch);
-  sums.carry_over(largest[0], largest[1], scale);
-  float parts[5] = {sums.total, sums.other, sums.change, sums.excess, sums.difference};
+  float maxima[5] = {sums.p_max, sums.q_max, 0, 0, 0};
+  max_block(maxima, scratch);
+  sums.rescale(maxima[0], maxima[1], scale);
+  float parts[5] = {sums.p_sum, sums.q_sum, sums.change_sum, sums.excess_sum, sums.difference_sum};
   sum_block(parts, scratch);
-  sums.total = parts[0];
-  sums.other = parts[1];
-  sums.change = parts[2];
-  sums.excess = parts[3];
-  sums.difference = parts[4];
+  sums.p_sum = parts[0];
+  sums.q_sum = parts[1];
+  sums.change_sum = parts[2];
+  sums.excess_sum = parts[3];
+  sums.difference_sum = parts[4];
   return sums;
 }
 
-// The JSD, and E_s[r]: a sum of b p_t phi(l) + (1-b) p_s phi(-r), each at least 0.
-__device__ __forceinline__ float2 sweep_costs(const Sides<Divergence::jsd>& sides, const Measured& known,
-                                              BlockScratch<5, kThreads>& scratch) {
-  const float scale = sides.call.scale, beta = sides.call.beta;
-  const float student_normaliser = known.normaliser * exp_fast(-known.centre);
-  float losses = 0, costs = 0;
-  float p[kGroup], q[kGroup], slope[kGroup];
-  const int64_t groups = sides.groups(sides.call.vocab);
-  for (int64_t group = groups - 1 - threadIdx.x; group >= 0; group -= kThreads) {
-    sides.load(sides.first_of(group), p, q, slope);
+// The second pass of the jsd: the loss as the sum of b p_t phi(l) + (1-b) p_s phi(-r), whose terms are at least 0, and
+// E_s[r].
+__device__ __forceinline__ float2 jsd_pass(const RowPair<Divergence::jsd>& rows, const RowStatistics& statistics,
+                                           BlockScratch<5, kThreads>& scratch) {
+  const float scale = rows.call.scale, beta = rows.call.beta;
+  const float student_normaliser = statistics.normaliser * exp_fast(-statistics.centre);
+  float losses = 0, expectation = 0;
+  float p[kVectorSize], q[kVectorSize], slope[kVectorSize];
+  const int64_t vector_count = rows.vector_count(rows.call.vocab);
+  for (int64_t vector = vector_count - 1 - threadIdx.x; vector >= 0; vector -= kThreads) {
+    rows.load(rows.first_column(vector), p, q, slope);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float teacher = exp_fast((p[i] - known.p_base) * scale) * known.normaliser;
-      const float student = exp_fast((q[i] - known.q_base) * scale) * student_normaliser;
-      const float delta = difference_of(p[i], q[i], known.q_base - known.p_base, scale) - known.centre;
+    for (int i = 0; i < kVectorSize; ++i) {
+      const float teacher = exp_fast((p[i] - statistics.p_base) * scale) * statistics.normaliser;
+      const float student = exp_fast((q[i] - statistics.q_base) * scale) * student_normaliser;
+      const float delta = difference_of(p[i], q[i], statistics.q_base - statistics.p_base, scale) - statistics.centre;
       const float2 mixture = mixture_of(delta, beta);
-      const float cost = weighted(student, mixture.y);
-      losses += fabsf(delta) <= 1 ? beta * teacher * excess_near(mixture.x) + (1 - beta) * student * excess_near(-mixture.y)
-                                  : (1 - beta) * cost - beta * weighted(teacher, mixture.x);
-      costs += cost;
+      const float student_term = product_or_zero(student, mixture.y);  // p_s r
+      losses += fabsf(delta) <= 1
+                    ? beta * teacher * excess_near(mixture.x) + (1 - beta) * student * excess_near(-mixture.y)
+                    : (1 - beta) * student_term - beta * product_or_zero(teacher, mixture.x);
+      expectation += student_term;
     }
   }
-  float parts[5] = {losses, costs, 0, 0, 0};
+  float parts[5] = {losses, expectation, 0, 0, 0};
   sum_block(parts, scratch);
   return {parts[0], parts[1]};
 }
 
+// Computes and writes the loss of a row, and returns its statistics.
 template <Divergence kKind>
-__device__ __forceinline__ Measured measure(const Sides<kKind>& sides, int64_t row, BlockScratch<5, kThreads>& scratch) {
-  const DivergenceRows& call = sides.call;
-  const RowSums<kKind> sums = sweep_sums(sides, call.scale, scratch);
-  const bool has_p = sums.p_max > -kInfinity || sums.total != 0;  // NaN has neither and counts
-  const bool has_q = sums.q_max > -kInfinity || sums.other != 0;
-  Measured known = {base_of(sums.p_max), base_of(sums.q_max), 0, 1.0f / (sums.total == 0 ? 1.0f : sums.total), 0};
-  const float mean_change = sums.change * known.normaliser;  // E
+__device__ __forceinline__ RowStatistics measure(const RowPair<kKind>& rows, int64_t row,
+                                                 BlockScratch<5, kThreads>& scratch) {
+  using Traits = DivergenceTraits<kKind>;
+  const DivergenceRows& call = rows.call;
+  const RowSums<kKind> sums = first_pass(rows, call.scale, scratch);
+  const bool has_p = sums.p_max > -kInfinity || sums.p_sum != 0;  // a row with NaN counts
+  const bool has_q = sums.q_max > -kInfinity || sums.q_sum != 0;
+  const float normaliser = 1.0f / (sums.p_sum == 0 ? 1.0f : sums.p_sum);
+  RowStatistics statistics = {base_of(sums.p_max), base_of(sums.q_max), 0, normaliser, 0};
+  const float mean_change = sums.change_sum * statistics.normaliser;  // E
   const bool centred = fabsf(mean_change) < 0.5f;
-  const float log_ratio = centred ? log1p_near(mean_change) : logf(sums.other * known.normaliser);  // L
+  const float log_ratio = centred ? log1p_near(mean_change) : logf(sums.q_sum * statistics.normaliser);  // L
   float value;
-  known.centre = log_ratio;
-  if constexpr (kKind == Divergence::jsd) {
-    const float2 found = sweep_costs(sides, known, scratch);
-    value = found.x;
-    known.student_cost = found.y;
+  statistics.centre = log_ratio;
+  if constexpr (!Traits::kIsKl) {
+    const float2 loss_and_expectation = jsd_pass(rows, statistics, scratch);
+    value = loss_and_expectation.x;
+    statistics.student_expectation = loss_and_expectation.y;
   } else {
-    const float mean_difference = sums.difference * known.normaliser, mean_excess = sums.excess * known.normaliser;
+    const float mean_difference = sums.difference_sum * statistics.normaliser;  // E_p[D]
+    const float mean_excess = sums.excess_sum * statistics.normaliser;          // X
     value = centred ? mean_excess + log1p_minus(mean_change) : log_ratio - mean_difference;
     if (mean_excess == kInfinity) value = kInfinity;
-    if (kKind == Divergence::reverse) known.centre = mean_difference;
+    if (Traits::kStudentIsP) statistics.centre = mean_difference;
   }
-  const bool no_teacher = kKind == Divergence::reverse ? !has_q : !has_p;
-  const bool no_student = kKind == Divergence::reverse ? !has_p : !has_q;
-  if (value < 0) value = 0;  // rounding can say so
+  const bool no_teacher = Traits::kStudentIsP ? !has_q : !has_p;
+  const bool no_student = Traits::kStudentIsP ? !has_p : !has_q;
+  if (value < 0) value = 0;  // a rounding error
   if (no_student) value = kInfinity;
   if (no_teacher) value = 0;
-  if (no_teacher || no_student || (kKind == Divergence::reverse && value == kInfinity)) known.normaliser = 0;
+  if (no_teacher || no_student || (Traits::kStudentIsP && value == kInfinity)) statistics.normaliser = 0;
   if (threadIdx.x == 0) {
     call.loss[row] = value * call.loss_scale;
     if (call.statistics != nullptr) {
-      float* at = call.statistics + row * kStatistics;
-      at[0] = known.p_base;
-      at[1] = known.q_base;
-      at[2] = known.centre;
-      at[3] = known.normaliser;
-      at[4] = known.student_cost;
+      float* stored = call.statistics + row * kStatistics;
+      stored[0] = statistics.p_base;
+      stored[1] = statistics.q_base;
+      stored[2] = statistics.centre;
+      stored[3] = statistics.normaliser;
+      stored[4] = statistics.student_expectation;
     }
   }
-  return known;
+  return statistics;
 }
 
+// d loss / d z_s of one vocabulary entry.
 template <Divergence kKind>
-__device__ __forceinline__ float gradient_of(float p, float q, const Measured& known, float student_normaliser,
-                                             float scale, float beta) {
-  const float d = difference_of(p, q, known.q_base - known.p_base, scale);
-  const float delta = d - known.centre;
+__device__ __forceinline__ float gradient_of(float p, float q, const RowStatistics& statistics,
+                                             float student_normaliser, float scale, float beta) {
+  const float d = difference_of(p, q, statistics.q_base - statistics.p_base, scale);
+  const float delta = d - statistics.centre;
   if constexpr (kKind == Divergence::reverse) {
-    return -weighted(exp_fast((p - known.p_base) * scale) * known.normaliser, delta);
+    return -product_or_zero(exp_fast((p - statistics.p_base) * scale) * statistics.normaliser, delta);
   } else {
-    const float eq = exp_fast((q - known.q_base) * scale) * student_normaliser;
+    const float eq = exp_fast((q - statistics.q_base) * scale) * student_normaliser;
     if constexpr (kKind == Divergence::forward) {
-      const float ep = exp_fast((p - known.p_base) * scale) * known.normaliser;
+      const float ep = exp_fast((p - statistics.p_base) * scale) * statistics.normaliser;
       return fabsf(delta) <= 1 ? ep * (delta + excess_near(delta)) : eq - ep;
     } else {
-      return (1 - beta) * weighted(eq, mixture_of(delta, beta).y - known.student_cost);
+      static_assert(kKind == Divergence::jsd, "this divergence has no gradient here");
+      return (1 - beta) * product_or_zero(eq, mixture_of(delta, beta).y - statistics.student_expectation);
     }
   }
 }
 
 template <Divergence kKind>
-__device__ __forceinline__ void write_gradient(const Sides<kKind>& sides, int64_t row, const Measured& known, bool kept) {
-  const DivergenceRows& call = sides.call;
-  NumberRow out(call.gradient, call.gradient_dtype, row, call.gradient_stride, 1);
-  out.cut(sides.shift);
+__device__ __forceinline__ void write_gradient(const RowPair<kKind>& rows, int64_t row, const RowStatistics& statistics,
+                                               bool active) {
+  const DivergenceRows& call = rows.call;
+  MatrixRow out(call.gradient, call.gradient_dtype, row, call.gradient_stride, 1);
+  out.align(rows.shift);
   float factor = call.gradient_scale;
-  if (kept && call.row_scale != nullptr) factor *= call.row_scale[row];
-  // What goes into a product stays finite: none is so large but where the reverse KL is in the hundreds.
+  if (active && call.row_scale != nullptr) factor *= call.row_scale[row];
+  // Without row_scale the gradient is the input of a GEMM and is kept finite. It is only that large where the reverse
+  // KL is in the hundreds.
   const bool clamped = call.gradient_dtype == Dtype::float16 && call.row_scale == nullptr;
-  const bool nothing = !kept || known.normaliser == 0;
-  const float student_normaliser = known.normaliser * exp_fast(-known.centre);
-  float p[kGroup], q[kGroup], slope[kGroup], value[kGroup] = {};
-  for (int64_t group = sides.groups(call.columns) - 1 - threadIdx.x; group >= 0; group -= kThreads) {
-    const int64_t first = sides.first_of(group);
-    if (!nothing) {
-      sides.load(first, p, q, slope);
+  const bool zero_row = !active || statistics.normaliser == 0;
+  const float student_normaliser = statistics.normaliser * exp_fast(-statistics.centre);
+  float p[kVectorSize], q[kVectorSize], slope[kVectorSize], value[kVectorSize] = {};
+  for (int64_t vector = rows.vector_count(call.columns) - 1 - threadIdx.x; vector >= 0; vector -= kThreads) {
+    const int64_t first = rows.first_column(vector);
+    if (!zero_row) {
+      rows.load(first, p, q, slope);
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < kVectorSize; ++i) {
         const bool inside = first + i < call.vocab;
-        value[i] = gradient_of<kKind>(p[i], q[i], known, student_normaliser, call.scale, call.beta) * factor * slope[i];
+        value[i] =
+            gradient_of<kKind>(p[i], q[i], statistics, student_normaliser, call.scale, call.beta) * factor * slope[i];
         if (!inside) value[i] = 0;
         if (clamped && fabsf(value[i]) > 65504.0f) value[i] = copysignf(65504.0f, value[i]);
       }
@@ -242,38 +263,39 @@ struct Storage {
 };
 
 template <Divergence kKind>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     divergence_kernel(const __grid_constant__ DivergenceRows call) {
   auto& shared = arch::shared_storage<Storage>();
   const int64_t row = blockIdx.x;
-  const bool kept = call.weights == nullptr || call.weights[row] != 0;
-  const Sides<kKind> sides(call, row);
-  Measured known = {};
-  if (kept && call.loss != nullptr) {
-    known = measure(sides, row, shared.scratch);
-  } else if (kept) {
-    const float* at = call.statistics + row * kStatistics;
-    known = {at[0], at[1], at[2], at[3], at[4]};
+  const bool active = call.weights == nullptr || call.weights[row] != 0;
+  const RowPair<kKind> rows(call, row);
+  RowStatistics statistics = {};
+  if (active && call.loss != nullptr) {
+    statistics = measure(rows, row, shared.scratch);
+  } else if (active) {
+    const float* stored = call.statistics + row * kStatistics;
+    statistics = {stored[0], stored[1], stored[2], stored[3], stored[4]};
   } else if (call.loss != nullptr && threadIdx.x == 0) {
     call.loss[row] = 0;
     if (call.statistics != nullptr) {
       for (int i = 0; i < kStatistics; ++i) call.statistics[row * kStatistics + i] = 0;
     }
   }
-  if (call.gradient != nullptr) write_gradient(sides, row, known, kept);
+  if (call.gradient != nullptr) write_gradient(rows, row, statistics, active);
 }
 
 }  // namespace
 
 void divergence_rows(Divergence kind, const DivergenceRows& call, cudaStream_t stream) {
-  const auto go = [&](auto* kernel) {
+  const auto launch_kernel = [&](auto* kernel) {
     launch("divergence_rows", kernel, static_cast<unsigned>(call.rows), kThreads, sizeof(Storage), stream, call);
   };
   switch (kind) {
-    case Divergence::forward: return go(divergence_kernel<Divergence::forward>);
-    case Divergence::reverse: return go(divergence_kernel<Divergence::reverse>);
-    case Divergence::jsd: return go(divergence_kernel<Divergence::jsd>);
+    case Divergence::forward: return launch_kernel(divergence_kernel<Divergence::forward>);
+    case Divergence::reverse: return launch_kernel(divergence_kernel<Divergence::reverse>);
+    case Divergence::jsd: return launch_kernel(divergence_kernel<Divergence::jsd>);
   }
+  throw std::invalid_argument("unknown divergence " + std::to_string(static_cast<int>(kind)));
 }
 
 }  // namespace softprompt

@@ -1,11 +1,12 @@
-// What a launch asks of memory and of the matrix units, counted while `counting`.
+// Counters of memory traffic and matrix instructions. They run while `counting` is on.
 //
-// Accesses of a warp's lanes at the same instruction for the same time are one access of the warp, as on the device,
-// where lanes that do the same run together. Of each, sectors (32 bytes of global memory) and wavefronts (passes over the
-// 32 banks of shared memory, 4 bytes wide) are counted, as Nsight Compute names them:
+// If lanes of a warp come to the same instruction, each for the n-th time, that is one access of the warp, as on the
+// device, where such lanes run together. For global memory its sectors (32 bytes) are counted. For shared memory its
+// passes and wavefronts are counted, as Nsight Compute names them:
 //
-//   shared memory   lanes pass together as 32 of up to 4 bytes, 16 of 8, or 8 of 16 bytes; a pass takes as many
-//                   wavefronts as its busiest bank has different words; all beyond one a pass are conflicts
+//   One pass serves 32 lanes with up to 4 bytes each, 16 lanes with 8 bytes, or 8 lanes with 16 bytes. Shared memory
+//   has 32 banks of 4-byte words. A pass takes as many wavefronts as its busiest bank has different words. All
+//   wavefronts beyond one a pass are conflicts.
 #pragma once
 
 #include <cstddef>
@@ -15,15 +16,15 @@ namespace softprompt::simt {
 
 struct Counters {
   uint64_t launches, blocks, barriers;
-  uint64_t most_shared_bytes;               // that a launch gave a block
-  uint64_t loaded_bytes, stored_bytes;      // of registered memory, by any way
+  uint64_t max_shared_bytes;                // largest dynamic shared memory of a launch
+  uint64_t loaded_bytes, stored_bytes;      // of registered memory, by any instruction
   uint64_t loaded_sectors, stored_sectors;  // of 32 bytes
-  uint64_t shared_passes;                   // least wavefronts of shared memory's accesses
+  uint64_t shared_passes;                   // wavefronts without any conflict
   uint64_t shared_conflicts;                // wavefronts beyond these: of ordinary accesses,
-  uint64_t matrix_conflicts;                // of loads of matrices,
-  uint64_t copy_conflicts;                  // and of asynchronous copies
-  uint64_t products;                        // of 16 x 8 x 16, of whole warps
-  uint64_t atomics;                         // of lanes
+  uint64_t matrix_conflicts;                // of ldmatrix,
+  uint64_t copy_conflicts;                  // and of cp.async
+  uint64_t mma;                             // mma.m16n8k16, one for a warp
+  uint64_t atomics;                         // one for a lane
 };
 
 bool counting();
@@ -31,15 +32,15 @@ void set_counting(bool on);
 Counters counters();
 void reset_counters();
 
-// The runtime's side.
+// Called by the runtime.
 void count_launch(size_t shared_bytes);
-void count_block();  // has ended
+void count_block();  // at the end of a block
 void count_barrier();
-void count_product();
+void count_mma();
 void count_atomic();
 void count_access(const void* address, size_t bytes, bool store, bool shared, const void* place);
 void count_copy(const void* to, const void* place);
 void count_matrix_load(void* const* rows, uint32_t count);  // `count` rows of 16 bytes, 8 a pass
-void forget_accesses();                                     // of a block that has failed
+void forget_accesses();                                     // after an error in a block
 
 }  // namespace softprompt::simt

@@ -1,18 +1,18 @@
-// The calls that g++ -fsanitize=thread puts before every load and store of a kernel, made to `check_access`.
+// The functions that g++ -fsanitize=thread calls before every load and store of a kernel. They call `check_access`.
 //
-// Kernels are compiled with that option and linked without it, so that these, and not ThreadSanitizer's, are called.
+// Kernels are compiled with that option and linked without it, so these functions are called and not ThreadSanitizer's.
 // Names and arguments are those of GCC's sanitizer.def.
 #include <cstddef>
 #include <cstdint>
 
-#include "simt/checks/fault.h"
-#include "simt/runtime/grid.h"
+#include "simt/checks/error.h"
 #include "simt/checks/memory.h"
+#include "simt/runtime/grid.h"
 
 namespace softprompt::simt {
 namespace {
 
-// Launchers run outside of any thread of a kernel; what they touch is their own.
+// Launchers are compiled with the same option. They do not run in a thread of a kernel and are not checked.
 inline void check(const void* address, size_t bytes, Access access, const void* place) {
   if (in_thread()) check_access(address, bytes, access, place);
 }

@@ -1,4 +1,4 @@
-// CUDA's bf16 on the host, as far as csrc/cuda uses it.
+// CUDA's bf16 on the host: the functions that csrc/cuda uses.
 #pragma once
 
 #include "cuda_runtime.h"

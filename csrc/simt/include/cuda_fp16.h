@@ -1,4 +1,4 @@
-// CUDA's fp16 on the host, as far as csrc/cuda uses it.
+// CUDA's fp16 on the host: the functions that csrc/cuda uses.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// CUDA's runtime and device functions on the host, as far as csrc/cuda uses them; see csrc/simt/README.md.
+// CUDA's runtime and device functions on the host: those that csrc/cuda uses. See csrc/simt/README.md.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 #include "simt/runtime/device.h"
 #include "simt/runtime/grid.h"
-#include "simt/vector_types.h"
 #include "simt/runtime/warp.h"
+#include "simt/vector_types.h"
 
 #define __global__
 #define __device__
@@ -27,23 +27,23 @@
 
 #define SPK_DEVICE inline __attribute__((always_inline))
 
-// Where a thread is: each coordinate is looked up when it is used.
-template <class Triple, Triple (*kOf)()>
-struct SpkPlace {
+// threadIdx and the like: each coordinate is looked up when it is read.
+template <class Triple, Triple (*kLookUp)()>
+struct SpkIndex {
   template <unsigned Triple::*kMember>
   struct Coordinate {
-    SPK_DEVICE operator unsigned() const { return kOf().*kMember; }
+    SPK_DEVICE operator unsigned() const { return kLookUp().*kMember; }
   };
   Coordinate<&Triple::x> x;
   Coordinate<&Triple::y> y;
   Coordinate<&Triple::z> z;
 };
-inline constexpr SpkPlace<uint3, softprompt::simt::thread_index> threadIdx = {};
-inline constexpr SpkPlace<uint3, softprompt::simt::block_index> blockIdx = {};
-inline constexpr SpkPlace<dim3, softprompt::simt::block_size> blockDim = {};
-inline constexpr SpkPlace<dim3, softprompt::simt::grid_size> gridDim = {};
+inline constexpr SpkIndex<uint3, softprompt::simt::thread_index> threadIdx = {};
+inline constexpr SpkIndex<uint3, softprompt::simt::block_index> blockIdx = {};
+inline constexpr SpkIndex<dim3, softprompt::simt::block_size> blockDim = {};
+inline constexpr SpkIndex<dim3, softprompt::simt::grid_size> gridDim = {};
 
-// --- waiting and exchanging ------------------------------------------------------------------------------------------
+// --- barriers, shuffles, votes ---------------------------------------------------------------------------------------
 
 SPK_DEVICE void __syncthreads() { softprompt::simt::sync_threads(); }
 SPK_DEVICE void __syncwarp(unsigned mask = 0xffffffffu) { softprompt::simt::sync_warp(mask); }
@@ -74,7 +74,7 @@ SPK_DEVICE int __all_sync(unsigned mask, int predicate) { return softprompt::sim
 SPK_DEVICE float atomicAdd(float* address, float value) { return softprompt::simt::atomic_add(address, value); }
 SPK_DEVICE int atomicAdd(int* address, int value) { return softprompt::simt::atomic_add(address, value); }
 
-// --- memory: hints are for caches, which are not modelled ------------------------------------------------------------
+// --- loads and stores with cache hints, which have no effect here ----------------------------------------------------
 
 template <class T>
 SPK_DEVICE T __ldg(const T* address) {
@@ -94,7 +94,7 @@ SPK_DEVICE void __stcs(T* address, T value) {
 using std::max;
 using std::min;
 
-// The C library has functions of its own by some of these names.
+// Macros, because the C library has functions with these names.
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
 SPK_DEVICE float __fdividef(float a, float b) { return a / b; }

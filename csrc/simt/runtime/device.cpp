@@ -1,8 +1,8 @@
 #include "simt/runtime/device.h"
 
 #include "simt/checks/counters.h"
-#include "simt/runtime/grid.h"
 #include "simt/checks/memory.h"
+#include "simt/runtime/grid.h"
 
 namespace softprompt::simt {
 namespace {

@@ -1,5 +1,5 @@
-// What a thread asks of the runtime: where it is, barriers, atomics. Not inlined, so that kernels, which are compiled
-// with checks before every access, do not check the runtime's own.
+// What a thread calls the runtime for: its index, barriers, atomics. These functions are not inlined: kernels are
+// compiled with a check before every access, and the runtime's own accesses must not be checked.
 #pragma once
 
 #include "simt/vector_types.h"

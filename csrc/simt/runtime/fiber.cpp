@@ -1,5 +1,6 @@
-// Changing stacks by hand: what a called function must preserve is pushed, stacks are exchanged, and it is popped again.
-// The C library's swapcontext would also save the signal mask, a system call at each of a kernel's many waits.
+// Switches stacks in assembly: pushes the registers that a callee must preserve, exchanges the stack pointers, and pops
+// the registers of the other stack. The C library's swapcontext would also save the signal mask, which is a system call
+// at each of a kernel's many waits.
 #include "simt/runtime/fiber.h"
 
 #include <sys/mman.h>
@@ -84,7 +85,7 @@ namespace {
 void* host_stack_pointer;
 bool inside = false;
 
-// AddressSanitizer keeps a shadow of each stack, and wants to be told which one is in use.
+// AddressSanitizer keeps a shadow of each stack and must be told which one is in use.
 #if defined(__SANITIZE_ADDRESS__)
 void* host_shadow;
 const void* host_stack;
@@ -97,11 +98,11 @@ void acknowledge(void* kept, const void** stack, size_t* bytes) { __sanitizer_fi
 
 void prepare(Fiber& fiber, void (*entry)()) {
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // a fiber that failed has left its frames there
+  __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // a fiber that failed has left frames there
 #endif
   char* top = fiber.stack + kStackBytes;
 #if defined(__x86_64__)
-  auto** slot = reinterpret_cast<void**>(top - 8);  // the entry finds the stack as after a call: 8 off a multiple of 16
+  auto** slot = reinterpret_cast<void**>(top - 8);  // as after a call, the stack pointer is 8 below a multiple of 16
   *--slot = reinterpret_cast<void*>(entry);
   slot -= 6;
   std::memset(slot, 0, 6 * sizeof(void*));

@@ -1,4 +1,4 @@
-// What a running launch consists of: threads, warps, and the block that runs. Blocks run one after the other.
+// The state of a running launch: threads, warps, and the current block. Blocks run one after the other.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +11,13 @@
 namespace softprompt::simt {
 
 constexpr uint32_t kLanes = 32;
-using Lanes = uint32_t;  // of a warp, a bit each
+using LaneMask = uint32_t;  // one bit for each lane of a warp
 
-// An asynchronous copy of 16 bytes that has been issued and not yet waited for.
+// An asynchronous copy of 16 bytes that was issued and not waited for yet.
 struct Copy {
   char* to;
   const char* from;  // null: zeros
-  uint32_t group;    // how many groups its thread had made before
+  uint32_t group;    // number of groups that its thread had committed before
   const void* place;
 };
 
@@ -25,28 +25,28 @@ struct Thread {
   Fiber fiber;
   uint3 index;
   uint32_t linear;      // within the block
-  uint32_t groups = 0;  // of copies that it has committed
+  uint32_t groups = 0;  // of copies, committed so far
   std::vector<Copy> copies;
-  const void* place;  // where it waits
+  const void* place;  // where in the code it waits
 
   uint32_t lane() const { return linear % kLanes; }
   uint32_t warp() const { return linear / kLanes; }
 };
 
-// A warp's lanes are ready, at a barrier of the block, at a meeting, or at their end.
+// A lane of a warp is ready, at a barrier of the block, at a collective operation of the warp, or it has ended.
 struct Warp {
-  Lanes exist, ready, at_barrier, at_meeting;
-  uint32_t epoch;  // __syncwarp so far: accesses of lanes in different epochs are ordered
+  LaneMask exist, ready, at_barrier, at_collective;
+  uint32_t epoch;  // number of __syncwarp so far: accesses in different epochs are ordered
 
-  // What those at a meeting have left there; see `meet`.
+  // The arguments of the lanes that are at a collective operation; see `run_collective`.
   int operation[kLanes];
-  Lanes mask[kLanes];
+  LaneMask mask[kLanes];
   void* argument[kLanes];
 };
 
 struct Block {
   uint3 index;
-  uint32_t first_epoch, epoch;  // barriers of all launches: as it began, and now
+  uint32_t first_epoch, epoch;  // number of barriers of all launches: at its beginning, and now
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   char* shared;  // dynamic shared memory
@@ -55,35 +55,36 @@ struct Block {
 
 struct Launch {
   dim3 grid, block;
-  const void* kernel;  // its code
-  void* call;          // its parameters, and what `invoke` needs beside them; threads may read it
+  const void* kernel;  // address of its code
+  void* call;          // its parameters, and what else `invoke` needs. Threads may read it
   size_t call_bytes;
   void (*invoke)(void* call);  // runs the kernel as the current thread
   uint32_t first_epoch;
 };
 
-// Of the launch in progress; there is one at a time.
+// Of the current launch. There is one at a time.
 Block& block();
 Thread& thread();
 const Launch& current_launch();
-bool in_thread();  // whether a thread of a launch is what runs
+bool in_thread();  // whether the caller is a thread of a launch
 
-// __syncthreads: waits until all threads of the block that have not ended are there.
+// __syncthreads: waits until all threads of the block that have not ended have called it.
 void wait_for_block(const void* place);
 
-// Operations from here on are instructions that the lanes run together, and so at one place.
+// Operations from this number on are instructions that all lanes must run at the same place in the code.
 constexpr int kAligned = 100;
 
-// Waits until all lanes of `mask` have come to the same operation; the last of them runs `combine` on what each has
-// left, by lane, and no lane goes on before.
-void meet(int operation, Lanes mask, void* argument, void (*combine)(void** arguments, Lanes mask), const void* place);
+// A collective operation: waits until all lanes of `mask` have called it with the same `operation` and `mask`. The last
+// of them then calls `combine` with the arguments of all lanes, indexed by lane, and all lanes continue.
+void run_collective(int operation, LaneMask mask, void* argument, void (*combine)(void** arguments, LaneMask mask),
+                    const void* place);
 
-// Runs a kernel, for each thread of each block of `launch`, whose epoch is set here.
+// Runs the kernel of `launch` for each thread of each block. Sets the launch's epoch.
 //
-// Raises Fault when a thread does what is not defined, and std::bad_alloc.
+// Throws KernelError if a thread does something undefined, and std::bad_alloc.
 void run(Launch launch, size_t shared_bytes);
 
-// From now on, launches are scheduled from this seed: the order of blocks, and who goes on when several can.
+// Seeds the schedule of the launches that follow: the order of blocks, and which ready thread runs next.
 void set_seed(uint64_t seed);
 
 }  // namespace softprompt::simt

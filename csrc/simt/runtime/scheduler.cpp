@@ -1,8 +1,9 @@
-// Runs a launch: blocks in random order, one after the other, and within a block one thread at a time until it waits.
+// Runs a launch: blocks in random order, one after the other. Within a block, one thread runs at a time, until it
+// waits.
 //
-// A warp is chosen at random among those with threads that are ready, and its ready lanes run in order from a random
-// one. What runs between two waits is not interrupted: that two threads touch the same memory in between is found by
-// what they leave in memory's shadow (memory.cpp), whatever the order.
+// A warp is chosen at random among those with ready lanes. Its ready lanes run in order, beginning with a random one. A
+// thread is not interrupted between two waits. Races between threads are found by the shadow of the memory
+// (memory.cpp), in whatever order the threads run.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -13,27 +14,27 @@
 #include <utility>
 
 #include "simt/checks/counters.h"
-#include "simt/checks/fault.h"
-#include "simt/runtime/grid.h"
+#include "simt/checks/error.h"
 #include "simt/checks/memory.h"
+#include "simt/runtime/grid.h"
 
 namespace softprompt::simt {
 namespace {
 
-std::mutex one_at_a_time;
-thread_local bool launching = false;  // whether this thread of the host runs the launch in progress
+std::mutex launch_mutex;
+thread_local bool launching = false;  // whether this thread of the host runs the current launch
 std::mt19937_64 generator(0);
-std::string failure;  // of the thread that ran last
+std::string failure;  // message of the thread that ran last
 
 Block the_block;
 Launch the_launch;
 Thread* running = nullptr;
 uint32_t last_epoch = 0;
 
-constexpr size_t kMostThreads = 1024, kMostAcross = 65535;
-constexpr size_t kMostSharedBytes = 227 * 1024;
+constexpr size_t kMaxThreads = 1024, kMaxGridYZ = 65535;
+constexpr size_t kMaxSharedBytes = 227 * 1024;
 
-Lanes bit(uint32_t lane) { return Lanes{1} << lane; }
+LaneMask bit(uint32_t lane) { return LaneMask{1} << lane; }
 
 void first_call() {
   arrived();
@@ -42,7 +43,7 @@ void first_call() {
   Warp& warp = the_block.warps[self.warp()];
   warp.ready &= ~bit(self.lane());
   for (const Copy& copy : self.copies) {
-    fail(copy.place, "the thread ends while a copy to shared memory is on its way");
+    fail(copy.place, "the thread ends while a copy to shared memory is unfinished");
   }
   leave(self.fiber, true);
 }
@@ -52,18 +53,18 @@ void wait(Thread& self) {
   leave(self.fiber, false);
 }
 
-// Nobody is ready and not all are at the barrier or at their end.
+// Called if no thread is ready and not all are at the barrier or have ended.
 [[noreturn]] void report_deadlock() {
   for (const Thread& waiting : the_block.threads) {
     const Warp& warp = the_block.warps[waiting.warp()];
-    if (!(warp.at_meeting & bit(waiting.lane()))) continue;
-    const Lanes mask = warp.mask[waiting.lane()];
+    if (!(warp.at_collective & bit(waiting.lane()))) continue;
+    const LaneMask mask = warp.mask[waiting.lane()];
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
       if (!(mask & bit(lane))) continue;
       const char* state = nullptr;
       if (warp.at_barrier & bit(lane)) {
         state = "waits at a barrier of the block";
-      } else if (!(warp.at_meeting & bit(lane))) {
+      } else if (!(warp.at_collective & bit(lane))) {
         state = "has ended";
       } else if (warp.operation[lane] != warp.operation[waiting.lane()] || warp.mask[lane] != mask) {
         state = "waits at another operation, or with another mask";
@@ -73,32 +74,32 @@ void wait(Thread& self) {
       fail(waiting.place, "an operation of the warp waits for lane %u, which %s", lane, state);
     }
   }
-  throw Fault("a launch in which no thread can go on");  // not reached: somebody is at a meeting
+  throw KernelError("no thread of the launch can continue");  // not reached: a lane is at a collective operation
 }
 
-// Whether two places are on different lines: a compiler may have made two calls of one.
-bool are_apart(const void* one, const void* other) {
-  return one != other && describe_place(one) != describe_place(other);
+// Whether two places are on different source lines. A compiler may have turned one call into several.
+bool are_different_lines(const void* first, const void* other) {
+  return first != other && describe_place(first) != describe_place(other);
 }
 
-// Lanes that are to run an instruction together must be at the same one.
-void check_aligned(const Thread& self, Lanes mask) {
+// All lanes of an aligned instruction must be at the same place.
+void check_aligned(const Thread& self, LaneMask mask) {
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
     if (!(mask & bit(lane))) continue;
     const void* place = the_block.threads[self.linear - self.lane() + lane].place;
-    if (are_apart(place, self.place)) {
+    if (are_different_lines(place, self.place)) {
       fail(self.place, "lane %u is at the same operation in another place, %s", lane, describe_place(place).c_str());
     }
   }
 }
 
-// Barriers are met by a block together, at one place.
+// All threads of a block must wait at the same barrier.
 void check_barrier() {
   const Thread* first = nullptr;
   for (Thread& each : the_block.threads) {
     if (!(the_block.warps[each.warp()].at_barrier & bit(each.lane()))) continue;
     if (first == nullptr) first = &each;
-    if (!are_apart(first->place, each.place)) continue;
+    if (!are_different_lines(first->place, each.place)) continue;
     running = &each;
     fail(each.place, "thread %u waits at another barrier, %s", first->linear, describe_place(first->place).c_str());
   }
@@ -112,8 +113,8 @@ void begin_block(uint32_t linear) {
   for (size_t i = 0; i < the_block.warps.size(); ++i) {
     const size_t lanes = std::min<size_t>(kLanes, the_block.threads.size() - i * kLanes);
     Warp& warp = the_block.warps[i];
-    warp.exist = warp.ready = lanes == kLanes ? ~Lanes{0} : bit(static_cast<uint32_t>(lanes)) - 1;
-    warp.at_barrier = warp.at_meeting = 0;
+    warp.exist = warp.ready = lanes == kLanes ? ~LaneMask{0} : bit(static_cast<uint32_t>(lanes)) - 1;
+    warp.at_barrier = warp.at_collective = 0;
     warp.epoch = 0;
   }
   for (uint32_t i = 0; i < the_block.threads.size(); ++i) {
@@ -139,9 +140,9 @@ void run_block() {
       if (warps[index].ready) chosen = &warps[index];
     }
     if (chosen == nullptr) {
-      Lanes at_barrier = 0;
+      LaneMask at_barrier = 0;
       for (const Warp& warp : warps) {
-        if (warp.at_meeting) report_deadlock();
+        if (warp.at_collective) report_deadlock();
         at_barrier |= warp.at_barrier;
       }
       if (!at_barrier) return;  // all have ended
@@ -161,7 +162,7 @@ void run_block() {
       running = &the_block.threads[index * kLanes + lane];
       enter(running->fiber);
       running = nullptr;
-      if (!failure.empty()) throw Fault(std::exchange(failure, {}));
+      if (!failure.empty()) throw KernelError(std::exchange(failure, {}));
     }
   }
 }
@@ -180,7 +181,8 @@ void wait_for_block(const void* place) {
   wait(self);
 }
 
-void meet(int operation, Lanes mask, void* argument, void (*combine)(void**, Lanes), const void* place) {
+void run_collective(int operation, LaneMask mask, void* argument, void (*combine)(void**, LaneMask),
+                    const void* place) {
   Thread& self = *running;
   Warp& warp = the_block.warps[self.warp()];
   const uint32_t lane = self.lane();
@@ -189,16 +191,16 @@ void meet(int operation, Lanes mask, void* argument, void (*combine)(void**, Lan
   warp.operation[lane] = operation;
   warp.mask[lane] = mask;
   warp.argument[lane] = argument;
-  warp.at_meeting |= bit(lane);
+  warp.at_collective |= bit(lane);
   self.place = place;
-  bool last = (warp.at_meeting & mask) == mask;
+  bool last = (warp.at_collective & mask) == mask;
   for (uint32_t i = 0; last && i < kLanes; ++i) {
     last = !(mask & bit(i)) || (warp.operation[i] == operation && warp.mask[i] == mask);
   }
   if (last) {
     if (operation >= kAligned) check_aligned(self, mask);
     combine(warp.argument, mask);
-    warp.at_meeting &= ~mask;
+    warp.at_collective &= ~mask;
     warp.ready |= mask;
   } else {
     wait(self);
@@ -215,8 +217,8 @@ void fail(const void* place, const char* format, ...) {
   std::string message = text;
   if (self != nullptr) {
     const uint3 at = the_block.index, index = self->index;
-    std::snprintf(text, sizeof text, "; block (%u, %u, %u), thread (%u, %u, %u) of ", at.x, at.y, at.z, index.x, index.y,
-                  index.z);
+    std::snprintf(text, sizeof text, "; block (%u, %u, %u), thread (%u, %u, %u) of ", at.x, at.y, at.z, index.x,
+                  index.y, index.z);
     message += text + describe_kernel(the_launch.kernel);
     if (place != nullptr) message += ", in " + describe_place(place);
     if (in_fiber()) {
@@ -225,16 +227,16 @@ void fail(const void* place, const char* format, ...) {
     }
     running = nullptr;
   }
-  throw Fault(message);
+  throw KernelError(message);
 }
 
 void run(Launch launch, size_t shared_bytes) {
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   const dim3 grid = launch.grid, size = launch.block;
   const uint64_t threads = uint64_t{size.x} * size.y * size.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > kMostThreads) throw Fault("a block must have 1 to 1024 threads");
-  if (grid.y > kMostAcross || grid.z > kMostAcross) throw Fault("a grid can have at most 65535 blocks in y and z");
-  if (shared_bytes > kMostSharedBytes) throw Fault("a block can have at most 227 KiB of shared memory");
+  if (threads == 0 || threads > kMaxThreads) throw KernelError("a block must have 1 to 1024 threads");
+  if (grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) throw KernelError("a grid can have at most 65535 blocks in y and z");
+  if (shared_bytes > kMaxSharedBytes) throw KernelError("a block can have at most 227 KiB of shared memory");
   const std::unique_ptr<char[]> shared(new char[shared_bytes + 128]);
   the_block.shared = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared.get()) + 127) & ~uintptr_t{127});
   the_block.shared_bytes = shared_bytes;
@@ -242,7 +244,7 @@ void run(Launch launch, size_t shared_bytes) {
   the_block.warps.resize((threads + kLanes - 1) / kLanes);
   the_launch = launch;
   the_launch.first_epoch = last_epoch + 1;
-  begin_shadow(shared_bytes);
+  reset_shared_shadow(shared_bytes);
   std::vector<uint32_t> order(blocks);
   for (uint32_t i = 0; i < blocks; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), generator);
@@ -264,7 +266,7 @@ void run(Launch launch, size_t shared_bytes) {
 }
 
 void set_seed(uint64_t seed) {
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   generator.seed(seed);
 }
 

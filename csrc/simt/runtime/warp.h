@@ -1,7 +1,7 @@
-// Operations of a warp as meetings of its lanes: __shfl*_sync, votes, __syncwarp.
+// Collective operations of a warp: __shfl*_sync, votes, __syncwarp.
 //
-// The last lane to come computes for all, so each lane waits once. Functions are places in the kernel's code by where they
-// return to, and so must be called from there: what wraps them is inlined.
+// The last lane that arrives computes the results of all, so each lane waits once. A function's return address tells
+// its place in the kernel's code, so kernels must call it directly: all wrappers are inlined.
 #pragma once
 
 #include <cstdint>
@@ -14,26 +14,26 @@ namespace softprompt::simt {
 enum Operation {
   kVote,
   kSyncWarp,
-  kShuffle,  // and as many as there are kinds
+  kShuffle,  // + the kind of shuffle
   kLoadMatrices = kAligned,
   kLoadMatricesTransposed,
-  kProductBfloat16,
-  kProductFloat16,
+  kMmaBfloat16,
+  kMmaFloat16,
 };
 
-// The lane that each lane reads from; lanes outside of a segment of `width` read their own.
+// How a lane's source is computed. A lane whose source is outside its segment of `width` lanes gets its own value.
 enum class Shuffle { index, up, down, exclusive_or };
 
-// `bits` of a value of 4 or 8 bytes from another lane.
-uint64_t shuffle(Shuffle kind, Lanes mask, uint64_t bits, int operand, int width);
+// The `bits` of another lane: a value of up to 8 bytes.
+uint64_t shuffle(Shuffle kind, LaneMask mask, uint64_t bits, int operand, int width);
 
 // The lanes whose predicate holds.
-Lanes ballot(Lanes mask, bool predicate);
+LaneMask ballot(LaneMask mask, bool predicate);
 
-void sync_warp(Lanes mask);
+void sync_warp(LaneMask mask);
 
 template <class T>
-inline __attribute__((always_inline)) T shuffle_value(Shuffle kind, Lanes mask, T value, int operand, int width) {
+inline __attribute__((always_inline)) T shuffle_value(Shuffle kind, LaneMask mask, T value, int operand, int width) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "shuffles are of up to 8 bytes");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));

@@ -1,9 +1,9 @@
-"""The compiled CUDA kernels, on a GPU or, for tests, on the host; or why they are not here.
+"""Loads the compiled CUDA kernels and launches them: on a GPU or, for tests, on the host.
 
-One set of kernel modules serves two backends, which differ in their `Runner`:
+The same kernels serve two backends. Each has its own compiled module and its own `Launcher`:
 
-    DEVICE   "cuda": tensors on NVIDIA GPUs, launched on torch's current stream of their device
-    HOST     "simt": tensors on the CPU, kernels run by `csrc/simt`, which checks each of their accesses
+    DEVICE   "cuda", module `_native`: tensors on NVIDIA GPUs, launched on torch's current stream of their device
+    HOST     "simt", module `_simt`: tensors on the CPU, kernels run by `csrc/simt`, which checks every memory access
 """
 
 import importlib
@@ -21,11 +21,11 @@ from softprompt_kernels.kernels.problems.tensors import DTYPES
 Tensors = Iterable[Tensor | None]
 
 _TEGRA = (87, 101, 110)
-_HOST_MULTIPROCESSORS = 4  # few, so that small problems are cut as large ones are
+_HOST_MULTIPROCESSORS = 4  # few, so that small problems are split as large ones are on a GPU
 
 
-class Runner:
-    """A compiled module of the kernels, and how its launches are made."""
+class Launcher:
+    """A compiled module of the kernels, and how to launch them."""
 
     def __init__(self, module_name: str, device_type: str, how_to_get: str) -> None:
         self.device_type = device_type
@@ -34,7 +34,7 @@ class Runner:
 
     @cached_property
     def _loaded(self) -> ModuleType | str:
-        """The module, or why it is not there."""
+        """The module, or the reason why it is missing."""
         try:
             module = importlib.import_module(self._module_name)
         except ModuleNotFoundError:
@@ -45,11 +45,11 @@ class Runner:
         return f"it cannot run here: {problem}" if problem else module
 
     def missing(self) -> str | None:
-        """Why the kernels cannot run here, None if they can."""
+        """Why the kernels cannot run here. None if they can."""
         return self._loaded if isinstance(self._loaded, str) else None
 
     def module(self) -> ModuleType:
-        """The module.
+        """The compiled module.
 
         Raises:
             RuntimeError: it is missing.
@@ -59,7 +59,7 @@ class Runner:
         return self._loaded
 
     def unsupported_tensor(self, name: str, tensor: Tensor) -> str | None:
-        """Why a tensor cannot be given to the kernels, which take fp32, bf16 and fp16."""
+        """Why the kernels cannot take a tensor. None if they can: fp32, bf16 and fp16 on the right device."""
         if tensor.device.type != self.device_type:
             place = "the CPU" if self.device_type == "cpu" else "NVIDIA GPUs"
             return f"{name} is on {tensor.device}, and it serves {place}"
@@ -68,48 +68,52 @@ class Runner:
         return None
 
     def stream(self, device: torch.device) -> int:
-        """What launches on a device are queued in, as an address."""
+        """The address of the stream for launches on a device."""
         raise NotImplementedError
 
     def multiprocessors(self, device: torch.device) -> int:
-        """Blocks of threads that run beside each other, at least."""
+        """The number of multiprocessors: each runs at least one block at a time."""
         raise NotImplementedError
 
     @contextmanager
     def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
-        """The module, for launches that touch no other memory than that of these tensors, and write to the latter."""
+        """The module, for launches that access only these tensors and write only to `writes`."""
         raise NotImplementedError
         yield
 
 
-class DeviceRunner(Runner):
-    """Launches on GPUs."""
+class GpuLauncher(Launcher):
+    """Launches on NVIDIA GPUs."""
 
     def __init__(self) -> None:
         super().__init__("_native", "cuda", "install nvcc, and the package again with SOFTPROMPT_CUDA=1")
 
     def unsupported_tensor(self, name: str, tensor: Tensor) -> str | None:
-        """Nor of a GPU that the module has no code for."""
+        """Also refuses a GPU that the module has no code for."""
         reason = super().unsupported_tensor(name, tensor)
         if reason is not None:
             return reason
         if torch.version.hip is not None:
             return f"{name} is on an AMD GPU, and it serves NVIDIA's"
         if self.missing():
-            return None  # which the dispatcher says
+            return None  # the dispatcher reports that
         return _unsupported_arch(torch.cuda.get_device_capability(tensor.device), self.module().archs)
 
     def stream(self, device: torch.device) -> int:
-        """Torch's current one."""
+        """Torch's current stream."""
         return int(torch.cuda.current_stream(device).cuda_stream)
 
     def multiprocessors(self, device: torch.device) -> int:
-        """Of the GPU."""
+        """The number of the GPU."""
         return _multiprocessors(device)
 
     @contextmanager
     def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
-        """With the tensors' device as CUDA's current one."""
+        """Makes the tensors' device CUDA's current device.
+
+        Raises:
+            ValueError: the tensors are on several devices.
+        """
         devices = {tensor.device for tensor in (*reads, *writes) if tensor is not None}
         if len(devices) != 1:
             raise ValueError(f"tensors of a launch must be on one device; got {sorted(map(str, devices))}")
@@ -117,7 +121,7 @@ class DeviceRunner(Runner):
             yield self.module()
 
 
-class HostRunner(Runner):
+class HostLauncher(Launcher):
     """Launches on the host, one at a time."""
 
     def __init__(self) -> None:
@@ -125,21 +129,21 @@ class HostRunner(Runner):
         self._lock = threading.Lock()
 
     def stream(self, device: torch.device) -> int:
-        """There is but one."""
+        """0: the host has one stream."""
         return 0
 
     def multiprocessors(self, device: torch.device) -> int:
-        """A number that makes kernels share work as they do on GPUs."""
+        """A constant that makes small problems use splits, as large ones do on a GPU."""
         return _HOST_MULTIPROCESSORS
 
     @contextmanager
     def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
-        """With the tensors' memory known to the checks; any other access is a fault."""
+        """Registers the memory of the tensors. Any other access raises SimtError."""
         module = self.module()
         with self._lock:
             registered = []
             try:
-                for first, end, writable in _pieces(reads, writes):
+                for first, end, writable in _memory_ranges(reads, writes):
                     module.register(first, end - first, writable)
                     registered.append(first)
                 yield module
@@ -148,8 +152,8 @@ class HostRunner(Runner):
                     module.unregister(first)
 
 
-DEVICE = DeviceRunner()
-HOST = HostRunner()
+DEVICE = GpuLauncher()
+HOST = HostLauncher()
 
 
 @lru_cache
@@ -158,17 +162,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _unsupported_arch(capability: tuple[int, int], archs: str) -> str | None:
-    """Machine code runs on its architecture's later minor versions; PTX of the newest on all that came after it.
+    """Why a module built for `archs`, such as "80;90", cannot run on a GPU. None if it can.
 
-    Between the GPUs of boards and those of systems on a chip (Tegra) machine code is not compatible.
+    Machine code runs on later minor versions of its architecture. The module also holds PTX of the newest one, which
+    runs on every later GPU. Machine code is not compatible between Tegra (systems on a chip) and other GPUs.
     """
     major, minor = capability
     built = [int(arch) for arch in archs.split(";")]
     arch = 10 * major + minor
-    runs = arch in built or (
+    has_machine_code = arch in built or (
         arch not in _TEGRA and any(each // 10 == major and each <= arch for each in built if each not in _TEGRA)
     )
-    if runs or arch > max(built):
+    if has_machine_code or arch > max(built):
         return None
     return (
         f"the GPU is of sm_{arch}, and its module was built for {', '.join(f'sm_{each}' for each in built)}: "
@@ -176,15 +181,15 @@ def _unsupported_arch(capability: tuple[int, int], archs: str) -> str | None:
     )
 
 
-def _pieces(reads: Tensors, writes: Tensors) -> list[tuple[int, int, bool]]:
-    """First byte, end, and whether it may be written to, of the memory of tensors; those that overlap are one piece."""
-    pieces: list[tuple[int, int, bool]] = []
+def _memory_ranges(reads: Tensors, writes: Tensors) -> list[tuple[int, int, bool]]:
+    """(first byte, end, writable) of the tensors' memory. Tensors that overlap are merged into one range."""
+    ranges: list[tuple[int, int, bool]] = []
     for first, end, writable in sorted((*_spans(reads, False), *_spans(writes, True))):
-        if pieces and first < pieces[-1][1]:
-            first, end, writable = pieces[-1][0], max(end, pieces[-1][1]), writable or pieces[-1][2]
-            pieces.pop()
-        pieces.append((first, end, writable))
-    return pieces
+        if ranges and first < ranges[-1][1]:
+            first, end, writable = ranges[-1][0], max(end, ranges[-1][1]), writable or ranges[-1][2]
+            ranges.pop()
+        ranges.append((first, end, writable))
+    return ranges
 
 
 def _spans(tensors: Tensors, writable: bool) -> Iterator[tuple[int, int, bool]]:

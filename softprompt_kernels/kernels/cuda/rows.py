@@ -1,4 +1,4 @@
-"""Row work of the losses in CUDA C++: `csrc/cuda/losses/kl_rows.cu` and `expectation_rows.cu`."""
+"""The row kernels of the losses in CUDA C++: `csrc/cuda/losses/kl_rows.cu` and `expectation_rows.cu`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels.cuda.native import Runner
+from softprompt_kernels.kernels.cuda.native import Launcher
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 from softprompt_kernels.kernels.problems.tensors import DTYPES
@@ -16,7 +16,7 @@ from softprompt_kernels.kernels.problems.tensors import DTYPES
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One kernel with its arguments."""
+    """One kernel, its arguments, and the tensors that it reads and writes."""
 
     function: Callable[[ModuleType], Callable[..., None]]
     arguments: dict[str, Any]
@@ -26,9 +26,9 @@ class CudaLaunch:
 
 @dataclass(frozen=True)
 class CudaRows:
-    """By one runner."""
+    """The CUDA C++ row kernels of one module: on a GPU (`_native`) or on the host (`_simt`)."""
 
-    runner: Runner
+    launcher: Launcher
 
     def divergence(
         self,
@@ -89,9 +89,9 @@ class CudaRows:
             "bias": _address(bias),
             "weights": _address(weights),
             "labels": _address(state.labels),
-            "largest": _address(state.row_max),
-            "total": _address(state.row_sum),
-            "bias_total": _address(state.bias_sum),
+            "row_max": _address(state.row_max),
+            "row_sum": _address(state.row_sum),
+            "bias_sum": _address(state.bias_sum),
             "label_logit": _address(state.label_logit),
             "mean": 0 if mean is None else mean.data_ptr(),
             "mean_stride": 0 if mean is None else mean.stride(0),
@@ -112,12 +112,12 @@ class CudaRows:
     def run(self, launches: Iterable[CudaLaunch], device: torch.device) -> None:
         """See `device.rows.RowKernels`."""
         for launch in launches:
-            with self.runner.launching(launch.reads, launch.writes) as module:
-                launch.function(module)(**launch.arguments, stream=self.runner.stream(device))
+            with self.launcher.launching(launch.reads, launch.writes) as module:
+                launch.function(module)(**launch.arguments, stream=self.launcher.stream(device))
 
 
 def _address(tensor: Tensor | None) -> int:
-    """Of the first element of a tensor without gaps, 0 for None."""
+    """The address of a contiguous tensor, 0 for None."""
     assert tensor is None or tensor.is_contiguous()
     return 0 if tensor is None else tensor.data_ptr()
 

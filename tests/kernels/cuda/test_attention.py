@@ -1,4 +1,4 @@
-"""The CUDA attention kernels, run on the host by csrc/simt: against float64, PyTorch's own error, and their costs."""
+"""The CUDA attention kernels, run on the host by csrc/simt: compared with float64 and PyTorch, and their traffic."""
 
 import random
 from dataclasses import replace
@@ -14,15 +14,15 @@ from softprompt_kernels.kernels.problems.attention import AttentionProblem, Grad
 from softprompt_kernels.kernels.reference import attention as reference
 from softprompt_kernels.kernels.reference.visibility import visibility
 
-pytestmark = pytest.mark.skipif(HOST.missing() is not None, reason=f"the simt backend: {HOST.missing()}")
+pytestmark = pytest.mark.simt
 
 KERNELS = Attention(HOST)
 TENSORS = ("query", "key", "value", "prompt_key", "prompt_value")
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 ALL = Needs(True, True, True, True, True, False)
-TILE = 64  # rows of a block, and keys that the forward takes at a time
-RULES = {
+TILE = 64  # rows of a block, and keys of a tile of the forward
+MASKS = {
     "full": {"causal": False},
     "causal": {},
     "window": {"window": 41},
@@ -38,7 +38,7 @@ def _seed():
 
 
 def make(dtype=torch.float16, batch=2, group=2, kv_heads=2, queries=5, own=None, rows=1, prompt=3, size=64, **options):
-    """A problem of random numbers; causal unless `options` say otherwise."""
+    """A problem of random numbers. Causal unless `options` say otherwise."""
     own = queries if own is None else own
     shapes = [
         (batch, kv_heads * group, queries, size),
@@ -51,12 +51,12 @@ def make(dtype=torch.float16, batch=2, group=2, kv_heads=2, queries=5, own=None,
     return AttentionProblem(**tensors, **{**defaults, **options})
 
 
-def exactly(problem: AttentionProblem) -> AttentionProblem:
+def in_float64(problem: AttentionProblem) -> AttentionProblem:
     return replace(problem, **{name: getattr(problem, name).double() for name in TENSORS})
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Within a few roundings of the largest number."""
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str) -> None:
+    """The error is at most 6 roundings of the largest number."""
     assert torch.equal(found == -torch.inf, wanted == -torch.inf), name
     found, wanted = (torch.where(t == -torch.inf, 0, t.double()) for t in (found, wanted))
     largest = wanted.abs().max().clamp_min(1) if wanted.numel() else 1
@@ -65,11 +65,11 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str) -> None:
 
 
 def check(problem: AttentionProblem, poison: bool = False) -> None:
-    """Forward and backward against float64.
+    """Compares forward and backward with float64.
 
-    With `poison` all that a result must not depend on is NaN: padding keys, and what belongs to rows without a key.
+    With `poison`, everything that no result may depend on is NaN: padding keys, and the inputs of rows without a key.
     """
-    dtype, exact = problem.query.dtype, exactly(problem)
+    dtype, exact = problem.query.dtype, in_float64(problem)
     assert KERNELS.unsupported(problem) is None
     wanted_out, wanted_lse = reference.forward(exact)
     draw = torch.Generator().manual_seed(1)
@@ -93,33 +93,33 @@ def check(problem: AttentionProblem, poison: bool = False) -> None:
         grad_lse = grad_lse.masked_fill(unseen, nan)
     out, lse = KERNELS.forward(problem)
     assert out.dtype == dtype and out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
-    close(out, wanted_out, dtype, "out")
-    close(lse, wanted_lse, dtype, "lse")
+    assert_close(out, wanted_out, dtype, "out")
+    assert_close(lse, wanted_lse, dtype, "lse")
     assert not out[wanted_lse == -torch.inf].any()
     found = KERNELS.backward(problem, out, lse, token_major(grad_out), grad_lse, ALL)
-    for name, mine, theirs in zip(Gradients._fields, found[:5], wanted[:5], strict=False):
-        close(mine, theirs, dtype, f"d{name}")
+    for name, actual, expected in zip(Gradients._fields, found[:5], wanted[:5], strict=False):
+        assert_close(actual, expected, dtype, f"d{name}")
 
 
-# --- against float64 --------------------------------------------------------------------------------------------------
+# --- compared with float64 --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("group", [1, 3, 7])
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_heads_groups_and_rules(dtype, size, group, rules):
-    """Sizes that are no multiples of a tile, and at least 3 tiles of keys; a bank of ragged prompts."""
+def test_dtypes_head_sizes_groups_and_masks(dtype, size, group, mask):
+    """Sizes that are not multiples of a tile, at least 3 tiles of keys, and a bank of ragged prompts."""
     ragged = {
         "prompt_index": torch.tensor([1, 0]),
         "prompt_lengths": torch.tensor([75, 33]),
         "key_lengths": torch.tensor([67, 90]),
     }
-    check(make(dtype, 2, group, 1, 29, 90, 2, 75, size, **ragged, **RULES[rules]))
+    check(make(dtype, 2, group, 1, 29, 90, 2, 75, size, **ragged, **MASKS[mask]))
 
 
-def any_problem(seed: int) -> AttentionProblem:
-    """Arguments of every kind, empty prompts, sequences and rows among them."""
+def random_problem(seed: int) -> AttentionProblem:
+    """Random arguments, among them empty prompts, empty sequences and rows without a key."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     batch, own, prompt = draw.choice((1, 2, 3)), draw.choice((0, 1, 17, 70, 150)), draw.choice((0, 1, 40, 64, 130))
@@ -140,9 +140,9 @@ def any_problem(seed: int) -> AttentionProblem:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_problems_of_every_kind_with_nan_in_all_that_does_not_count(seed):
+def test_random_problems_with_nan_in_everything_that_must_be_ignored(seed):
     HOST.module().seed(seed)
-    check(any_problem(seed), poison=True)
+    check(random_problem(seed), poison=True)
 
 
 @pytest.mark.parametrize("keys", [63, 64, 65])
@@ -152,15 +152,15 @@ def test_ends_of_tiles(keys):
 
 
 @pytest.mark.parametrize("ahead", [61, 62, 63, 64])
-def test_a_tile_pays_no_mask_only_if_its_last_key_is_not_after_the_first_row(ahead):
-    """The first query stands at own key `ahead`, and the first tile of own keys ends with key 63."""
+def test_tile_is_masked_if_its_last_key_is_after_the_first_query(ahead):
+    """The first query is at the position of own key `ahead`. The first tile of own keys ends with key 63."""
     check(make(queries=70, own=70 + ahead, prompt=10, group=1))
     check(make(queries=70, own=70 + ahead, prompt=10, group=1, window=63))
 
 
 @pytest.mark.parametrize("window", [126, 127, 128])
-def test_a_tile_pays_no_mask_only_if_the_last_row_sees_its_first_key(window):
-    """The last of the first 64 rows stands 127 after the first own key, whose tile no query is before."""
+def test_tile_is_masked_if_its_first_key_is_outside_the_window_of_the_last_query(window):
+    """The last of the first 64 rows is 127 positions after the first own key. All queries are after that key's tile."""
     check(make(queries=70, own=134, prompt=10, group=1, window=window))
 
 
@@ -168,7 +168,7 @@ def test_a_tile_pays_no_mask_only_if_the_last_row_sees_its_first_key(window):
     ("queries", "own", "prompt", "without_key"),
     [(5, 5, 0, 0), (3, 0, 4, 0), (1, 90, 70, 0), (9, 4, 0, 5), (2, 0, 0, 2)],
 )
-def test_nothing_of_a_kind_one_query_and_rows_without_a_key(queries, own, prompt, without_key):
+def test_empty_segments_single_queries_and_rows_without_a_key(queries, own, prompt, without_key):
     problem = make(queries=queries, own=own, prompt=prompt)
     check(problem, poison=True)
     out, lse = KERNELS.forward(problem)
@@ -176,18 +176,18 @@ def test_nothing_of_a_kind_one_query_and_rows_without_a_key(queries, own, prompt
     assert (lse[:, :, without_key:] != -torch.inf).all()
 
 
-def test_views_of_packed_projections_are_read_where_they_lie():
+def test_views_of_packed_projections_are_read_in_place():
     packed = torch.randn(2, 20, 3 * 4, 64).half()
     query, key, value = (t.transpose(1, 2) for t in packed.split(4, 2))
     problem = replace(make(group=1, kv_heads=4, queries=20, prompt=7), query=query, key=key, value=value)
     assert not query.is_contiguous() and KERNELS.unsupported(problem) is None
     copies = replace(problem, query=query.contiguous(), key=key.contiguous(), value=value.contiguous())
-    for mine, theirs in zip(KERNELS.forward(problem), KERNELS.forward(copies), strict=True):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(KERNELS.forward(problem), KERNELS.forward(copies), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("size", HEAD_SIZES)
-def test_schedules_change_no_bit(size):
+def test_results_do_not_depend_on_the_schedule(size):
     problem = make(torch.bfloat16, 2, 3, 1, 50, 150, 1, 140, size)
     results = []
     for seed in range(5):
@@ -201,26 +201,26 @@ def test_schedules_change_no_bit(size):
 @pytest.mark.parametrize("size", HEAD_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_errors_are_at_most_twice_those_of_pytorch(dtype, size):
-    """Root mean square of out's error against float64, of the same attention by PyTorch in the same dtype."""
+    """Root mean square error of out, compared with that of PyTorch's attention in the same dtype."""
     problem = make(dtype, 2, 2, 2, 80, 80, 1, 60, size)
     keys, values = (
         torch.cat([p.expand(2, -1, -1, -1), t], 2).repeat_interleave(2, 1)
         for p, t in ((problem.prompt_key, problem.key), (problem.prompt_value, problem.value))
     )
-    theirs = scaled_dot_product_attention(problem.query, keys, values, torch.ones(80, 140, dtype=torch.bool).tril(60))
-    exact = reference.forward(exactly(problem))[0]
+    expected = scaled_dot_product_attention(problem.query, keys, values, torch.ones(80, 140, dtype=torch.bool).tril(60))
+    exact = reference.forward(in_float64(problem))[0]
 
     def error(out: Tensor) -> float:
         return (out.double() - exact).square().mean().sqrt().item()
 
-    assert error(KERNELS.forward(problem)[0]) <= 2 * error(theirs)
+    assert error(KERNELS.forward(problem)[0]) <= 2 * error(expected)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- unsupported arguments --------------------------------------------------------------------------------------------
 
 
-def shifted(tensor: Tensor) -> Tensor:
-    """The same numbers, 2 bytes off a multiple of 16."""
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers, at an address 2 bytes after a multiple of 16."""
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
 
@@ -232,19 +232,19 @@ def shifted(tensor: Tensor) -> Tensor:
         (replace(make(), value=torch.zeros(2, 2, 5, 96).half()), "head sizes of query and value are 64 and 96"),
         (make(sinks=torch.zeros(4).half()), "sinks is given"),
         (make(batch=1, cu_seqlens=torch.tensor([0, 5])), "cu_seqlens is given"),
-        *[(replace(make(), **{n: shifted(getattr(make(), n))}), f"rows of {n} do not begin") for n in TENSORS],
+        *[(replace(make(), **{n: misaligned(getattr(make(), n))}), f"rows of {n} do not begin") for n in TENSORS],
         (replace(make(), key=torch.zeros(2, 2, 5, 65).half()[..., :64]), "rows of key do not begin"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_by_name(problem, reason):
+def test_unsupported_arguments_are_named(problem, reason):
     assert (KERNELS.unsupported(problem) or "").startswith(("the " if "head" in reason else "") + reason)
 
 
-# --- what is counted --------------------------------------------------------------------------------------------------
+# --- counters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def counted():
+def counters():
     module = HOST.module()
     module.reset_counters()
     module.count(True)
@@ -252,10 +252,10 @@ def counted():
     module.count(False)
 
 
-def floor_bytes(problem: AttentionProblem) -> int:
-    """Least bytes loaded: query once, and once for each block of 64 rows every key and value that one of them sees.
+def minimum_bytes(problem: AttentionProblem) -> int:
+    """Minimum bytes that the blocks load: every query once, and for each block of 64 rows all keys and values it sees.
 
-    Row r of a sequence and key head is query r // g. So blocks share no load; what they do share, L2 may serve.
+    Row r of a sequence and key head is query r // g. Loads of the same key by several blocks count once for each block.
     """
     batch, heads, queries, size = problem.query.shape
     visible = visibility(problem).visible.expand(batch, queries, -1).repeat_interleave(problem.group, 1)
@@ -273,18 +273,18 @@ def floor_bytes(problem: AttentionProblem) -> int:
         {"batch": 1, "queries": 520, "prompt": 70, "window": 512},
     ],
 )
-def test_bytes_conflicts_and_launches_of_a_forward(sizes, size, counted):
+def test_bytes_conflicts_and_launches_of_a_forward(sizes, size, counters):
     problem = make(size=size, **sizes)
     KERNELS.forward(problem)
-    found, rows = counted(), problem.query.shape[:3].numel()
+    found, rows = counters(), problem.query.shape[:3].numel()
     assert found["launches"] == 1
-    assert found["loaded_bytes"] <= 1.15 * floor_bytes(problem)
+    assert found["loaded_bytes"] <= 1.15 * minimum_bytes(problem)
     assert found["stored_bytes"] == rows * (2 * size + 4)
     assert [found[kind] for kind in ("shared_conflicts", "matrix_conflicts", "copy_conflicts")] == [0, 0, 0]
 
 
-def test_products_are_those_of_tiles_that_are_seen(counted):
-    """Causal, 4 tiles of rows (64 queries each), prompt of 1 tile: 1 + (1, 2, 3, 4) tiles of keys."""
+def test_only_visible_tiles_are_multiplied(counters):
+    """Causal, 4 tiles of 64 queries, 1 prompt tile: the row tiles see 1 prompt tile and 1, 2, 3 and 4 own tiles."""
     KERNELS.forward(make(batch=1, group=1, kv_heads=1, queries=256, prompt=64, size=64))
     tiles = 4 * 1 + 1 + 2 + 3 + 4
-    assert counted()["products"] == tiles * 2 * (64 * 64 * 64) // (16 * 8 * 16)
+    assert counters()["mma"] == tiles * 2 * (64 * 64 * 64) // (16 * 8 * 16)

@@ -1,4 +1,4 @@
-"""The CUDA attention kernels through the op, forward and backward, on the host: gradients, their errors and costs."""
+"""The CUDA attention kernels through prompt_attention, forward and backward, on the host: errors and traffic."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from softprompt_kernels.kernels.cuda import attention
 from softprompt_kernels.kernels.cuda.native import HOST
 from softprompt_kernels.ops import prompt_attention
 
-pytestmark = pytest.mark.skipif(HOST.missing() is not None, reason=f"the simt backend: {HOST.missing()}")
+pytestmark = pytest.mark.simt
 TENSORS = ("query", "key", "value", "prompt_key", "prompt_value")
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -28,7 +28,7 @@ def tensors(batch=2, heads=4, kv_heads=2, queries=5, own=None, rows=1, prompt=3,
 
 
 def run(given: dict[str, Tensor], dtype, backend, **options) -> dict[str, Tensor]:
-    """out, lse and the gradients, by those of both, which are drawn from a seed."""
+    """out, lse and the gradients of the inputs, for seeded random gradients of out and lse."""
     leaves = {name: given[name].detach().to(dtype).requires_grad_() for name in TENSORS}
     out, lse = prompt_attention(**leaves, **options, return_lse=True, backend=backend)
     draw = torch.Generator().manual_seed(1)
@@ -40,7 +40,7 @@ def run(given: dict[str, Tensor], dtype, backend, **options) -> dict[str, Tensor
 
 
 def check(given: dict[str, Tensor], dtype=torch.float16, **options) -> None:
-    """Within a few roundings of the largest number of each result."""
+    """The error of each result is at most 6 roundings of its largest number."""
     given = {name: tensor.to(dtype) for name, tensor in given.items()}
     exact, found = run(given, torch.float64, "reference", **options), run(given, dtype, "simt", **options)
     for name, wanted in exact.items():
@@ -51,21 +51,21 @@ def check(given: dict[str, Tensor], dtype=torch.float16, **options) -> None:
         assert not error.isnan().any() and (error <= 6 * ROUNDING[dtype] * scale).all(), (name, error.max(), scale)
 
 
-# --- against float64 --------------------------------------------------------------------------------------------------
+# --- compared with float64 --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", attention.HEAD_SIZES)
 @pytest.mark.parametrize("schedule", range(3))
-def test_four_tiles_of_each_kind(size, dtype, schedule):
-    """Each of the two buffers is filled anew, and the rows of the prompt's keys are shared by several blocks."""
+def test_four_tiles_of_rows_own_keys_and_prompt_keys(size, dtype, schedule):
+    """Both buffers are refilled, and several blocks share the rows of the prompt's keys."""
     HOST.module().seed(schedule)
     check(tensors(2, 3, 1, queries=90, own=210, prompt=220, size=size), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_are_no_larger_than_those_of_pytorch(dtype):
-    """Root mean squares: forward at most 2 times, gradients 3 times that of the same attention by PyTorch."""
+def test_errors_are_at_most_a_few_times_those_of_pytorch(dtype):
+    """Root mean square errors: at most 2 times PyTorch's for the forward, 3 times for the gradients."""
     given = {name: t.to(dtype) for name, t in tensors(2, 4, 2, queries=80, prompt=60).items()}
     exact, found = run(given, torch.float64, "reference"), run(given, dtype, "simt")
     query, key, value, prompt_key, prompt_value = leaves = [given[name].clone().requires_grad_() for name in TENSORS]
@@ -76,7 +76,7 @@ def test_errors_are_no_larger_than_those_of_pytorch(dtype):
     mask = torch.ones(80, 140, dtype=torch.bool).tril(60)
     out = scaled_dot_product_attention(query, keys, values, mask)
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    theirs = torch.autograd.grad(out, leaves, grad_out)
+    pytorch = torch.autograd.grad(out, leaves, grad_out)
     exact_without_lse = run_without_lse(given, torch.float64, "reference")
     ours = run_without_lse(given, dtype, "simt")
 
@@ -84,8 +84,8 @@ def test_errors_are_no_larger_than_those_of_pytorch(dtype):
         return (actual.double() - wanted).square().mean().sqrt().item()
 
     assert error(found["out"], exact["out"]) <= 2 * error(out, exact["out"])
-    for mine, their, wanted in zip(ours, theirs, exact_without_lse, strict=True):
-        assert error(mine, wanted) <= 3 * error(their, wanted)
+    for our_gradient, pytorch_gradient, wanted in zip(ours, pytorch, exact_without_lse, strict=True):
+        assert error(our_gradient, wanted) <= 3 * error(pytorch_gradient, wanted)
 
 
 def run_without_lse(given, dtype, backend):
@@ -96,9 +96,9 @@ def run_without_lse(given, dtype, backend):
 
 
 @pytest.mark.parametrize("needed", [("query",), ("key",), ("prompt_value",), ("prompt_key", "value"), TENSORS[:3]])
-def test_gradients_that_are_wanted_are_those_of_all_and_runs_repeat_bit_for_bit(needed):
+def test_a_subset_of_gradients_has_the_same_bits_as_all_of_them(needed):
     given = {name: t.half() for name, t in tensors(2, 4, 2, queries=70, prompt=80).items()}
-    every = run(given, torch.float16, "simt")
+    all_gradients = run(given, torch.float16, "simt")
     leaves = {name: given[name].detach().clone().requires_grad_(name in needed) for name in TENSORS}
     HOST.module().seed(7)
     out, lse = prompt_attention(**leaves, return_lse=True, backend="simt")
@@ -106,13 +106,13 @@ def test_gradients_that_are_wanted_are_those_of_all_and_runs_repeat_bit_for_bit(
     grad_out, grad_lse = torch.randn(out.shape, generator=draw), torch.randn(lse.shape, generator=draw)
     loss = (out * grad_out.half()).sum() + (lse * grad_lse).sum()
     for name, gradient in zip(needed, torch.autograd.grad(loss, [leaves[n] for n in needed]), strict=True):
-        assert torch.equal(gradient, every[f"d{name}"])
+        assert torch.equal(gradient, all_gradients[f"d{name}"])
 
 
-def test_a_prompt_gradient_is_summed_over_the_batch_in_fp32():
-    """32 sequences, and an error near that of rounding the result alone; sums in bf16 would have 8 times that.
+def test_prompt_gradients_are_summed_over_the_batch_in_fp32():
+    """32 sequences. The error is near that of rounding the result alone. Sums in bf16 would have 8 times that.
 
-    What is beyond it comes of weights that are rounded to 16 bits for the products, as everywhere on tensor cores.
+    The rest of the error comes from weights that are rounded to 16 bits for the GEMMs, as always on tensor cores.
     """
     given = {name: t.bfloat16() for name, t in tensors(32, 2, 1, queries=4, prompt=5).items()}
     exact, found = run_without_lse(given, torch.float64, "reference"), run_without_lse(given, torch.bfloat16, "simt")
@@ -121,11 +121,11 @@ def test_a_prompt_gradient_is_summed_over_the_batch_in_fp32():
         assert (actual.double() - wanted).square().mean().sqrt() <= 1.7 * rounding
 
 
-# --- what is counted --------------------------------------------------------------------------------------------------
+# --- counters ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def counted():
+def counters():
     module = HOST.module()
     module.reset_counters()
     module.count(True)
@@ -134,32 +134,34 @@ def counted():
 
 
 @pytest.mark.parametrize("size", attention.HEAD_SIZES)
-def test_bytes_conflicts_and_products_of_a_forward_and_a_backward(size, counted):
-    """Floor: each tensor once, but keys and values once for each tile of 64 rows that sees them, and for the gradients
-    by keys queries and dO once for each tile of 64 keys. Tiles are whole here, so the floor is that of the mask."""
+def test_bytes_conflicts_and_mma_of_a_forward_and_a_backward(size, counters):
+    """Minimum bytes: each tensor once, except keys and values, once for each tile of 64 rows that sees them.
+
+    For dK and dV, queries and dO count once for each tile of 64 keys. All sizes are multiples of a tile: no padding.
+    """
     batch, heads, kv_heads, tokens, prompt = 2, 4, 2, 128, 64
     given = {name: t.half() for name, t in tensors(batch, heads, kv_heads, tokens, None, 1, prompt, size).items()}
     leaves = [given[name].requires_grad_() for name in TENSORS]
     out = prompt_attention(*leaves, backend="simt")
-    found, row = counted(), 2 * size
-    rows_of = batch * heads * tokens
-    # Tiles of rows (of g = 2 heads a token) and their own tiles of keys: 4 of 32 tokens each, seeing 1, 1, 2 and 2.
+    found, row = counters(), 2 * size
+    row_count = batch * heads * tokens
+    # 4 row tiles of 32 tokens (g = 2 heads a token). Each sees the prompt tile and 1, 1, 2 and 2 own tiles.
     key_tiles = batch * kv_heads * (4 * 1 + 1 + 1 + 2 + 2)
-    floor = rows_of * row + key_tiles * 64 * 2 * row
+    floor = row_count * row + key_tiles * 64 * 2 * row
     assert found["launches"] == 1
-    assert found["loaded_bytes"] <= 1.15 * floor and found["stored_bytes"] == rows_of * (row + 4)
+    assert found["loaded_bytes"] <= 1.15 * floor and found["stored_bytes"] == row_count * (row + 4)
     conflicts = ("shared_conflicts", "matrix_conflicts", "copy_conflicts")
     assert [found[kind] for kind in conflicts] == [0, 0, 0]
-    assert 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024  # of a multiprocessor of sm_80
-    assert found["products"] == key_tiles * 2 * (64 * 64 * size) // (16 * 8 * 16)
+    assert 2 * (found["max_shared_bytes"] + 1024) <= 164 * 1024  # shared memory of a multiprocessor of sm_80
+    assert found["mma"] == key_tiles * 2 * (64 * 64 * size) // (16 * 8 * 16)
 
     HOST.module().reset_counters()
     out.sum().backward()
-    found = counted()
-    row_tiles = batch * kv_heads * (4 + 2 + 4)  # that see the tile of the prompt, and the two tiles of own keys
+    found = counters()
+    row_tiles = batch * kv_heads * (4 + 2 + 4)  # that see the prompt tile, and each of the two own tiles
     keys = batch * kv_heads * tokens + kv_heads * prompt
-    floor = rows_of * 3 * row + key_tiles * 64 * 2 * row + row_tiles * 64 * 2 * row + keys * 2 * row
+    floor = row_count * 3 * row + key_tiles * 64 * 2 * row + row_tiles * 64 * 2 * row + keys * 2 * row
     assert found["launches"] <= 3
-    assert found["most_shared_bytes"] <= 99 * 1024 and 2 * (found["most_shared_bytes"] + 1024) <= 164 * 1024
+    assert found["max_shared_bytes"] <= 99 * 1024 and 2 * (found["max_shared_bytes"] + 1024) <= 164 * 1024
     assert found["loaded_bytes"] <= 1.3 * floor
     assert [found[kind] for kind in conflicts] == [0, 0, 0]

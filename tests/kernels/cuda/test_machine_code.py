@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels: which instructions they have; that registers and memory are within limits."""
+"""The machine code that nvcc makes of the CUDA kernels: its instructions, registers and memory."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ def nvcc(source, *options):
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """PTX for sm_80 by kernel; names as the compiler mangles them."""
+    """The PTX for sm_80 of each kernel, by mangled name."""
     folder, found = tmp_path_factory.mktemp("ptx"), {}
     for source in SOURCES:
         nvcc(source, "-ptx", "-arch=compute_80", "-o", str(folder / source.replace("/", "_")))
@@ -40,8 +40,8 @@ def bodies(kernels, name):
     return found
 
 
-def test_every_kernel_is_here(kernels):
-    attention = ("14forward_kernel", "21query_gradient_kernel", "20key_gradients_kernel", "11fold_kernel")
+def test_every_kernel_is_compiled(kernels):
+    attention = ("14forward_kernel", "18backward_dq_kernel", "20backward_dkdv_kernel", "20reduce_splits_kernel")
     assert [len(bodies(kernels, name)) for name in attention] == [6, 6, 6, 6]  # two dtypes, three head sizes
     assert len(bodies(kernels, "17divergence_kernel")) == 3 and len(bodies(kernels, "19exponentials_kernel")) == 1
     assert len(kernels) == 28
@@ -54,10 +54,10 @@ def test_no_kernel_has_local_memory_or_adds_floats_atomically(kernels):
 
 
 @pytest.mark.parametrize(
-    ("name", "products"), [("14forward_kernel", 2), ("21query_gradient_kernel", 3), ("20key_gradients_kernel", 4)]
+    ("name", "gemms"), [("14forward_kernel", 2), ("18backward_dq_kernel", 3), ("20backward_dkdv_kernel", 4)]
 )
-def test_attention_multiplies_on_tensor_cores_what_was_copied_asynchronously(name, products, kernels):
-    """One loop over tiles, unrolled: for D = 64 each product of 16 rows with 64 x 64 numbers is 32 instructions."""
+def test_attention_uses_tensor_cores_and_asynchronous_copies(name, gemms, kernels):
+    """The tile loop's body is unrolled: for D = 64, a GEMM of 16 rows with a 64 x 64 tile is 32 mma instructions."""
     for mangled, body in kernels.items():
         if name not in mangled:
             continue
@@ -65,21 +65,21 @@ def test_attention_multiplies_on_tensor_cores_what_was_copied_asynchronously(nam
         found = re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\.\w+\.f32", body)
         assert set(found) == {kind}, mangled
         if "Li64E" in mangled:
-            assert len(found) == products * 32, mangled
+            assert len(found) == gemms * 32, mangled
         assert "cp.async.cg.shared.global" in body and "ldmatrix.sync.aligned.m8n8.x4.shared" in body
         assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared" in body
         wide = r"st\.(volatile\.)?(global\.)?v4\.\w32|st\.(global\.)?v2\.\w64"
         assert re.search(wide, body), mangled
 
 
-def test_losses_read_16_bytes_at_a_time(kernels):
+def test_losses_load_vectors_of_16_bytes(kernels):
     for name in ("17divergence_kernel", "19exponentials_kernel"):
         for body in bodies(kernels, name):
             assert re.search(r"ld\.(global\.)?(nc\.)?v4\.\w32", body) and "mma.sync" not in body
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_spills_and_two_blocks_a_multiprocessor(source, tmp_path):
+def test_no_spills_and_two_blocks_fit_on_a_multiprocessor(source, tmp_path):
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     said = nvcc(source, *codes, "-O3", "-Xptxas", "-v", "-c", "-o", str(tmp_path / "out.o")).stderr
     found = re.findall(

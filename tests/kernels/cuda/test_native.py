@@ -1,4 +1,4 @@
-"""What runs the CUDA kernels: which devices they have code for, which memory a launch may touch, what is missing."""
+"""Launchers of the CUDA kernels: which GPUs a module has code for, the memory of a launch, and missing modules."""
 
 import pytest
 import torch
@@ -12,17 +12,17 @@ BUILT = "80;86;89;90;100;120"
     ("capability", "archs", "served"),
     [
         ((8, 0), BUILT, True),
-        ((8, 9), "80;86", True),  # by the code for 8.6
-        ((8, 7), BUILT, False),  # of a system on a chip
+        ((8, 9), "80;86", True),  # machine code for 8.6
+        ((8, 7), BUILT, False),  # Tegra, a system on a chip
         ((8, 7), "80;87", True),
         ((10, 3), BUILT, True),
-        ((12, 1), "80", True),  # by PTX of the newest that it was built for
-        ((8, 0), "86", False),  # code for a later minor version
+        ((12, 1), "80", True),  # PTX of the newest architecture of the module
+        ((8, 0), "86", False),  # the module's code is for a later minor version
         ((9, 0), "80;100", False),
         ((7, 5), BUILT, False),
     ],
 )
-def test_a_module_serves_later_minor_versions_and_what_came_after_all_that_it_knows(capability, archs, served):
+def test_a_module_serves_later_minor_versions_and_every_gpu_newer_than_its_ptx(capability, archs, served):
     reason = native._unsupported_arch(capability, archs)
     assert (reason is None) == served
     if not served:
@@ -30,33 +30,33 @@ def test_a_module_serves_later_minor_versions_and_what_came_after_all_that_it_kn
         assert f"SOFTPROMPT_CUDA_ARCHS={capability[0]}{capability[1]}" in reason
 
 
-def test_memory_of_a_launch_is_that_of_its_tensors_and_of_no_gap_around_them():
+def test_memory_ranges_are_those_of_the_tensors_without_gaps():
     storage = torch.empty(100)
     first = storage.data_ptr()
     rows = storage[:40].view(2, 20)[:, 3:5]  # numbers 3 to 24
-    assert native._pieces([rows, None], [storage[50:60]]) == [
+    assert native._memory_ranges([rows, None], [storage[50:60]]) == [
         (first + 4 * 3, first + 4 * 25, False),
         (first + 4 * 50, first + 4 * 60, True),
     ]
-    assert native._pieces([storage[:0]], []) == []
+    assert native._memory_ranges([storage[:0]], []) == []
 
 
-def test_tensors_that_overlap_are_one_piece_that_is_written_to_if_one_of_them_is():
+def test_overlapping_tensors_are_one_range_that_is_writable_if_one_of_them_is():
     packed = torch.empty(4, 3, 8)
     query, key = packed[:, 0], packed[:, 1]
-    assert [piece[1] - piece[0] for piece in native._pieces([query, key], [])] == [4 * (3 * 24 + 16)]
-    assert [piece[2] for piece in native._pieces([query], [key])] == [True]
+    assert [each[1] - each[0] for each in native._memory_ranges([query, key], [])] == [4 * (3 * 24 + 16)]
+    assert [each[2] for each in native._memory_ranges([query], [key])] == [True]
 
 
-@pytest.mark.parametrize(("runner", "variable"), [(native.DeviceRunner(), "CUDA"), (native.HostRunner(), "SIMT")])
-def test_a_module_that_was_not_built_says_how_to_get_it(runner, variable, monkeypatch):
-    monkeypatch.setattr(runner, "_module_name", "softprompt_kernels.kernels.cuda._nowhere")
-    assert "its module was not built" in runner.missing() and f"SOFTPROMPT_{variable}=1" in runner.missing()
+@pytest.mark.parametrize(("launcher", "variable"), [(native.GpuLauncher(), "CUDA"), (native.HostLauncher(), "SIMT")])
+def test_a_module_that_was_not_built_says_how_to_build_it(launcher, variable, monkeypatch):
+    monkeypatch.setattr(launcher, "_module_name", "softprompt_kernels.kernels.cuda._nowhere")
+    assert "its module was not built" in launcher.missing() and f"SOFTPROMPT_{variable}=1" in launcher.missing()
     with pytest.raises(RuntimeError, match="its module was not built"):
-        runner.module()
+        launcher.module()
 
 
-def test_a_module_without_a_device_says_so_in_cuda_s_words():
+def test_a_module_without_a_device_quotes_the_error_of_cuda():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     missing = native.DEVICE.missing()
@@ -65,7 +65,7 @@ def test_a_module_without_a_device_says_so_in_cuda_s_words():
     assert "it cannot run here" in missing and "driver" in missing
 
 
-def test_tensors_elsewhere_and_of_other_dtypes_are_refused_by_name():
+def test_tensors_of_other_devices_and_dtypes_are_refused_by_name():
     assert "key is on cpu, and it serves NVIDIA GPUs" in native.DEVICE.unsupported_tensor("key", torch.ones(1))
     double = torch.ones(1, dtype=torch.float64)
     assert "key is torch.float64, and it computes in fp32" in native.HOST.unsupported_tensor("key", double)

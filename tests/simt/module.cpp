@@ -1,18 +1,18 @@
-// The toys and csrc/simt as a Python module.
+// The Python module of the test kernels and csrc/simt.
 #include <pybind11/pybind11.h>
 
 #include "simt/formats.h"
-#include "simt_toys.h"
+#include "test_kernels.h"
 
 namespace softprompt {
 void bind_simt(pybind11::module_& module);
 }
 
-PYBIND11_MODULE(simt_toys, module) {
+PYBIND11_MODULE(simt_test_kernels, module) {
   using namespace softprompt;
   bind_simt(module);
   module.def("gemm", &run_gemm, pybind11::call_guard<pybind11::gil_scoped_release>());
-  module.def("toy", &run_toy, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("run", &run_kernel, pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("convert", [](uintptr_t from, uintptr_t to, int64_t count, bool bfloat16, bool widen) {
     auto* wide = reinterpret_cast<float*>(widen ? to : from);
     auto* narrow = reinterpret_cast<uint16_t*>(widen ? from : to);

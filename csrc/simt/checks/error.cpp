@@ -1,4 +1,4 @@
-#include "simt/checks/fault.h"
+#include "simt/checks/error.h"
 
 #include <dlfcn.h>
 
@@ -12,7 +12,7 @@ struct Line {
   std::string function, place;
 };
 
-// What addr2line says of an address: the innermost of the functions inlined there that is not of csrc/simt itself.
+// Asks addr2line. If functions were inlined at the address, returns the innermost one that is not in csrc/simt.
 Line look_up(const void* address) {
   Dl_info module;
   if (dladdr(address, &module) == 0) return {};
@@ -36,7 +36,7 @@ Line look_up(const void* address) {
   }
 }
 
-std::string number(const void* address) {
+std::string hex(const void* address) {
   char text[32];
   std::snprintf(text, sizeof text, "%p", address);
   return text;
@@ -45,13 +45,13 @@ std::string number(const void* address) {
 }  // namespace
 
 std::string describe_place(const void* place) {
-  const Line found = look_up(static_cast<const char*>(place) - 1);  // a return address may belong to the next line
-  return found.place.empty() ? number(place) : found.place;
+  const Line found = look_up(static_cast<const char*>(place) - 1);  // a return address can belong to the next line
+  return found.place.empty() ? hex(place) : found.place;
 }
 
 std::string describe_kernel(const void* code) {
   const Line found = look_up(code);
-  return found.function.empty() ? "the kernel at " + number(code) : found.function;
+  return found.function.empty() ? "the kernel at " + hex(code) : found.function;
 }
 
 }  // namespace softprompt::simt

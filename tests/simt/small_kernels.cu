@@ -1,11 +1,11 @@
-// One kernel for each thing that csrc/simt says is wrong, and some that look alike and are right.
+// One kernel for each error that csrc/simt finds, and similar kernels that are correct.
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/arch.cuh"
 #include "cuda/launch.h"
-#include "simt_toys.h"
+#include "test_kernels.h"
 
 namespace softprompt {
 namespace {
@@ -16,7 +16,7 @@ struct Storage {
   alignas(16) float numbers[kThreads];
 };
 
-using Toy = void(const float* data, float* out);
+using Kernel = void(const float* data, float* out);
 
 __global__ void sum(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
@@ -38,7 +38,7 @@ __global__ void writes_to_an_input(const float* data, float* out) {
   const_cast<float*>(data)[threadIdx.x] = 1;
 }
 
-__global__ void reads_16_bytes_from_an_odd_place(const float* data, float* out) {
+__global__ void reads_16_bytes_at_an_unaligned_address(const float* data, float* out) {
   const float4 four = *reinterpret_cast<const float4*>(data + 1);
   out[threadIdx.x] = four.x + four.y + four.z + four.w;
 }
@@ -50,7 +50,7 @@ __global__ void reads_beyond_shared_memory(const float* data, float* out) {
   out[threadIdx.x] = shared.numbers[threadIdx.x + 1];
 }
 
-__global__ void reads_what_nobody_wrote(const float*, float* out) {
+__global__ void reads_unwritten_shared_memory(const float*, float* out) {
   out[threadIdx.x] = arch::shared_storage<Storage>().numbers[threadIdx.x];
 }
 
@@ -61,13 +61,13 @@ __global__ void needs_more_shared_memory(const float*, float* out) {
   out[threadIdx.x] = reinterpret_cast<uintptr_t>(&arch::shared_storage<Large>()) != 0;
 }
 
-__global__ void forgets_a_barrier(const float* data, float* out) {
+__global__ void misses_a_barrier(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
   out[threadIdx.x] = shared.numbers[kThreads - 1 - threadIdx.x];
 }
 
-__global__ void overwrites_what_others_may_still_read(const float* data, float* out) {
+__global__ void overwrites_before_others_have_read(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
   __syncthreads();
@@ -75,21 +75,23 @@ __global__ void overwrites_what_others_may_still_read(const float* data, float* 
   shared.numbers[threadIdx.x] = 0;
 }
 
-__global__ void forgets_a_barrier_of_the_warp(const float* data, float* out) {
+__global__ void misses_a_warp_barrier(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
-  __shfl_xor_sync(0xffffffffu, 0, 1);  // orders nothing in memory
+  __shfl_xor_sync(0xffffffffu, 0, 1);  // does not order accesses to memory
   out[threadIdx.x] = shared.numbers[threadIdx.x ^ 1];
 }
 
-__global__ void has_a_barrier_of_the_warp(const float* data, float* out) {
+__global__ void has_a_warp_barrier(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
   __syncwarp();
   out[threadIdx.x] = shared.numbers[threadIdx.x ^ 1];
 }
 
-__global__ void writes_where_another_block_does(const float* data, float* out) { out[threadIdx.x] = data[threadIdx.x]; }
+__global__ void writes_where_another_block_writes(const float* data, float* out) {
+  out[threadIdx.x] = data[threadIdx.x];
+}
 
 __global__ void reads_what_another_block_writes(const float*, float* out) {
   if (blockIdx.x == 0) {
@@ -106,12 +108,12 @@ __global__ void adds_atomically_and_reads(const float* data, float* out) {
   if (threadIdx.x == 0) out[1 + blockIdx.x] = out[0];
 }
 
-__global__ void leaves_lanes_behind(const float* data, float* out) {
+__global__ void shuffles_after_a_lane_has_ended(const float* data, float* out) {
   if (threadIdx.x % 32 == 7) return;
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, data[threadIdx.x], 1);
 }
 
-__global__ void waits_at_two_places(const float* data, float* out) {
+__global__ void shuffles_while_a_lane_is_at_a_barrier(const float* data, float* out) {
   if (threadIdx.x == 3) {
     __syncthreads();
   } else {
@@ -123,7 +125,7 @@ __global__ void is_not_in_its_own_mask(const float* data, float* out) {
   out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, data[threadIdx.x], 1);
 }
 
-__global__ void reads_a_copy_before_it_lands(const float* data, float* out) {
+__global__ void reads_a_copy_without_waiting(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   if (threadIdx.x < kThreads / 4) arch::copy_16_async(&shared.numbers[4 * threadIdx.x], data + 4 * threadIdx.x, true);
   arch::commit_copies();
@@ -148,7 +150,7 @@ __global__ void never_commits_a_copy(const float* data, float* out) {
   out[threadIdx.x] = shared.numbers[threadIdx.x];
 }
 
-__global__ void leaves_with_a_copy_on_its_way(const float* data, float* out) {
+__global__ void ends_during_a_copy(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   if (threadIdx.x < kThreads / 4) arch::copy_16_async(&shared.numbers[4 * threadIdx.x], data + 4 * threadIdx.x, true);
   arch::commit_copies();
@@ -163,7 +165,7 @@ __global__ void shares_a_copy_without_a_barrier(const float* data, float* out) {
   out[threadIdx.x] = shared.numbers[threadIdx.x];
 }
 
-__global__ void copies_as_it_should(const float* data, float* out) {
+__global__ void copies_correctly(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   const bool exists = threadIdx.x < kThreads / 8;
   if (threadIdx.x < kThreads / 4) arch::copy_16_async(&shared.numbers[4 * threadIdx.x], data + 4 * threadIdx.x, exists);
@@ -173,13 +175,13 @@ __global__ void copies_as_it_should(const float* data, float* out) {
   out[threadIdx.x] = shared.numbers[threadIdx.x];
 }
 
-__global__ void copies_to_an_odd_place(const float* data, float* out) {
+__global__ void copies_to_an_unaligned_address(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   arch::copy_16_async(&shared.numbers[1], data, true);
   out[threadIdx.x] = 0;
 }
 
-__global__ void loads_matrices_from_an_odd_place(const float* data, float* out) {
+__global__ void loads_matrices_from_an_unaligned_address(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
   __syncthreads();
@@ -206,7 +208,7 @@ __global__ void reads_and_updates_in_turn(const float* data, float* out) {
   out[threadIdx.x] = shared.numbers[threadIdx.x];
 }
 
-__global__ void reads_again_after_a_barrier_of_the_warp(const float* data, float* out) {
+__global__ void reads_again_after_a_warp_barrier(const float* data, float* out) {
   auto& shared = arch::shared_storage<Storage>();
   shared.numbers[threadIdx.x] = data[threadIdx.x];
   __syncwarp();
@@ -233,7 +235,7 @@ __global__ void waits_at_two_barriers(const float* data, float* out) {
   }
 }
 
-__global__ void multiplies_at_two_places(const float* data, float* out) {
+__global__ void multiplies_at_two_lines(const float* data, float* out) {
   float d[4] = {};
   const uint32_t a[4] = {};
   if (threadIdx.x % 32 < 16) {
@@ -245,11 +247,11 @@ __global__ void multiplies_at_two_places(const float* data, float* out) {
   }
 }
 
-__global__ void strides(const float* data, float* out) {  // 8 numbers apart: a sector each
+__global__ void loads_with_a_stride(const float* data, float* out) {  // 8 numbers apart: each load has its own sector
   if (threadIdx.x < 8) out[threadIdx.x] = data[8 * threadIdx.x];
 }
 
-__global__ void conflicts(const float* data, float* out) {  // 8 lanes of each warp in one bank
+__global__ void has_bank_conflicts(const float* data, float* out) {  // 8 lanes of a warp read from one bank
   auto& shared = arch::shared_storage<Storage[5]>();
   auto* numbers = &shared[0].numbers[0];
   for (int i = threadIdx.x; i < 5 * kThreads; i += kThreads) numbers[i] = data[i % kThreads];
@@ -257,62 +259,62 @@ __global__ void conflicts(const float* data, float* out) {  // 8 lanes of each w
   if (threadIdx.x < 8) out[threadIdx.x] = numbers[32 * threadIdx.x];
 }
 
-struct Named {
+struct NamedKernel {
   const char* name;
-  Toy* toy;
+  Kernel* kernel;
 };
 
-#define SPK_TOY(name) \
+#define SPK_KERNEL(name) \
   { #name, name }
-constexpr Named kToys[] = {
-    SPK_TOY(sum),
-    SPK_TOY(reads_beyond_the_end),
-    SPK_TOY(reads_before_the_beginning),
-    SPK_TOY(writes_to_an_input),
-    SPK_TOY(reads_16_bytes_from_an_odd_place),
-    SPK_TOY(reads_beyond_shared_memory),
-    SPK_TOY(reads_what_nobody_wrote),
-    SPK_TOY(needs_more_shared_memory),
-    SPK_TOY(forgets_a_barrier),
-    SPK_TOY(overwrites_what_others_may_still_read),
-    SPK_TOY(forgets_a_barrier_of_the_warp),
-    SPK_TOY(has_a_barrier_of_the_warp),
-    SPK_TOY(writes_where_another_block_does),
-    SPK_TOY(reads_what_another_block_writes),
-    SPK_TOY(adds_atomically),
-    SPK_TOY(adds_atomically_and_reads),
-    SPK_TOY(leaves_lanes_behind),
-    SPK_TOY(waits_at_two_places),
-    SPK_TOY(is_not_in_its_own_mask),
-    SPK_TOY(reads_a_copy_before_it_lands),
-    SPK_TOY(waits_for_too_few_copies),
-    SPK_TOY(never_commits_a_copy),
-    SPK_TOY(leaves_with_a_copy_on_its_way),
-    SPK_TOY(shares_a_copy_without_a_barrier),
-    SPK_TOY(copies_as_it_should),
-    SPK_TOY(copies_to_an_odd_place),
-    SPK_TOY(loads_matrices_from_an_odd_place),
-    SPK_TOY(overflows_its_stack),
-    SPK_TOY(reads_and_updates_in_turn),
-    SPK_TOY(reads_again_after_a_barrier_of_the_warp),
-    SPK_TOY(adds_once_and_reads),
-    SPK_TOY(waits_at_two_barriers),
-    SPK_TOY(multiplies_at_two_places),
-    SPK_TOY(strides),
-    SPK_TOY(conflicts),
+constexpr NamedKernel kKernels[] = {
+    SPK_KERNEL(sum),
+    SPK_KERNEL(reads_beyond_the_end),
+    SPK_KERNEL(reads_before_the_beginning),
+    SPK_KERNEL(writes_to_an_input),
+    SPK_KERNEL(reads_16_bytes_at_an_unaligned_address),
+    SPK_KERNEL(reads_beyond_shared_memory),
+    SPK_KERNEL(reads_unwritten_shared_memory),
+    SPK_KERNEL(needs_more_shared_memory),
+    SPK_KERNEL(misses_a_barrier),
+    SPK_KERNEL(overwrites_before_others_have_read),
+    SPK_KERNEL(misses_a_warp_barrier),
+    SPK_KERNEL(has_a_warp_barrier),
+    SPK_KERNEL(writes_where_another_block_writes),
+    SPK_KERNEL(reads_what_another_block_writes),
+    SPK_KERNEL(adds_atomically),
+    SPK_KERNEL(adds_atomically_and_reads),
+    SPK_KERNEL(shuffles_after_a_lane_has_ended),
+    SPK_KERNEL(shuffles_while_a_lane_is_at_a_barrier),
+    SPK_KERNEL(is_not_in_its_own_mask),
+    SPK_KERNEL(reads_a_copy_without_waiting),
+    SPK_KERNEL(waits_for_too_few_copies),
+    SPK_KERNEL(never_commits_a_copy),
+    SPK_KERNEL(ends_during_a_copy),
+    SPK_KERNEL(shares_a_copy_without_a_barrier),
+    SPK_KERNEL(copies_correctly),
+    SPK_KERNEL(copies_to_an_unaligned_address),
+    SPK_KERNEL(loads_matrices_from_an_unaligned_address),
+    SPK_KERNEL(overflows_its_stack),
+    SPK_KERNEL(reads_and_updates_in_turn),
+    SPK_KERNEL(reads_again_after_a_warp_barrier),
+    SPK_KERNEL(adds_once_and_reads),
+    SPK_KERNEL(waits_at_two_barriers),
+    SPK_KERNEL(multiplies_at_two_lines),
+    SPK_KERNEL(loads_with_a_stride),
+    SPK_KERNEL(has_bank_conflicts),
 };
 
 }  // namespace
 
-void run_toy(const char* what, uintptr_t data, uintptr_t out, int blocks) {
-  for (const Named& each : kToys) {
-    if (std::strcmp(each.name, what) != 0) continue;
-    const size_t bytes = std::strcmp(what, "conflicts") == 0 ? 5 * sizeof(Storage) : sizeof(Storage);
-    launch(what, each.toy, blocks, kThreads, bytes, nullptr, reinterpret_cast<const float*>(data),
+void run_kernel(const char* name, uintptr_t data, uintptr_t out, int blocks) {
+  for (const NamedKernel& each : kKernels) {
+    if (std::strcmp(each.name, name) != 0) continue;
+    const size_t bytes = std::strcmp(name, "has_bank_conflicts") == 0 ? 5 * sizeof(Storage) : sizeof(Storage);
+    launch(name, each.kernel, blocks, kThreads, bytes, nullptr, reinterpret_cast<const float*>(data),
            reinterpret_cast<float*>(out));
     return;
   }
-  throw std::invalid_argument(std::string("there is no toy ") + what);
+  throw std::invalid_argument(std::string("there is no kernel ") + name);
 }
 
 }  // namespace softprompt
