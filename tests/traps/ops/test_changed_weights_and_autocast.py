@@ -31,10 +31,10 @@ def test_backward_raises_if_the_weight_has_changed(tensors, backend):
             loss.backward()
 
 
-def test_backward_raises_if_the_prompt_has_changed(backend, attention, attention_precision):
+def test_backward_raises_if_the_prompt_has_changed(backend, attention_precision):
     query, key, prompt = (torch.randn(1, 2, 3, 64, dtype=attention_precision.dtype) for _ in range(3))
     prompt.requires_grad_()
-    out = attention(query, key, key, prompt, prompt, backend=backend)
+    out = prompt_attention(query, key, key, prompt, prompt, backend=backend)
     with torch.no_grad():
         prompt.mul_(0.9)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
