@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the top down; names in one row are on the same level and may not import from each other.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",)),
+    "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",), ("build_helper",)),
     "softprompt_kernels": (
         ("cli",),
         ("compress",),
@@ -81,7 +81,14 @@ def files(root: Path, *patterns: str) -> list[str]:
 def python_imports(root: Path) -> Imports:
     """Every import of one Python file of the repository by another, wherever it stands in the file."""
     found: Imports = {}
-    for file in files(root, "softprompt_kernels/**/*.py", "benchmarks/**/*.py", "tests/**/*.py", "examples/**/*.py"):
+    for file in files(
+        root,
+        "softprompt_kernels/**/*.py",
+        "benchmarks/**/*.py",
+        "tests/**/*.py",
+        "examples/**/*.py",
+        "build_helper/*.py",
+    ):
         found[file] = []
         for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
