@@ -97,8 +97,9 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
 	$(PIP) --editable '.[demo]'
 	touch $@
 
+# SOFTPROMPT_CPU=1: kernels that do not compile end the tests here. Without it the package installs without them.
 $(VENV)/test: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
-	$(PIP) --editable '.[demo,test]'
+	SOFTPROMPT_CPU=1 $(PIP) --editable '.[demo,test]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/torch pyproject.toml setup.py $(SOURCES)

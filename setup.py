@@ -8,7 +8,7 @@ build would need CMake as well:
 And a CMake build that fails ends the installation. Here a module that does not compile is left out, and the package
 installs and works without it.
 
-The environment variables are described in build_helper/modules.py and build_helper/compilers.py.
+The environment variables are described in docs/building.md.
 """
 
 import sys

@@ -19,6 +19,12 @@ from build_helper.ninja import DEPENDENCY_FILE, IN, OPTIONS, OUT, Plan, Unit, li
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COMPILE = f"-MMD -MF {DEPENDENCY_FILE} -c {IN} -o {OUT}"
 
+# Macros of csrc begin with SPK_, for softprompt-kernels:
+#   SPK_ISA        the instruction set that a file is compiled for, and the name of its namespace
+#   SPK_HAS_<SET>  the sets that the module contains
+#   SPK_GEMM       this set has a GEMM
+#   SPK_SIMT       the CUDA kernels are compiled for the CPU
+
 # --- C++ --------------------------------------------------------------------------------------------------------------
 
 CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi"

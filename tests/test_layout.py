@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 # From the top down; names in one row are on the same level and may not import from each other.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",), ("build_helper",)),
+    "": (("tests",), ("benchmarks",), ("softprompt_kernels",), ("build_helper",)),
     "softprompt_kernels": (
         ("cli",),
         ("compress",),
@@ -33,7 +33,6 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("report",),
         ("evaluate",),
         ("distill",),
-        ("matching",),
         ("teacher",),
         ("sources",),
         ("config", "reporter"),
@@ -86,7 +85,6 @@ def python_imports(root: Path) -> Imports:
         "softprompt_kernels/**/*.py",
         "benchmarks/**/*.py",
         "tests/**/*.py",
-        "examples/**/*.py",
         "build_helper/*.py",
     ):
         found[file] = []

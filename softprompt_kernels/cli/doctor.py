@@ -50,9 +50,9 @@ def doctor(
     from softprompt_kernels.cli.display import show_pairs
 
     if compile_kernels:
-        from softprompt_kernels.cli import compiled
+        from softprompt_kernels.cli import doctor_compile
 
-        compiled.check(target or (), json)
+        doctor_compile.check(target or (), json)
         return
     if target or json:
         raise SoftPromptError(f"{'--target' if target else '--json'}: needs --compile")

@@ -65,7 +65,7 @@ class Backend:
     kernels: Mapping[str, Any]  # op -> Kernel
     missing: Callable[[], str | None] = field(default=lambda: None)  # why it cannot run here, and how to get it
     by_name_only: bool = False  # never chosen for a call that names no backend
-    prefers_packed: bool = False  # packed sequences cost it no more than padded ones without padding
+    prefers_packed: bool = False  # a packed batch is as fast as a dense one with as many real tokens
 
 
 @dataclass(frozen=True)

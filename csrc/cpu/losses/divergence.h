@@ -38,7 +38,7 @@ constexpr float kMaxDifference = 48.0f;
 
 // False for every kind, but only once a template is instantiated: for a static_assert after the last known kind.
 template <Divergence kind>
-constexpr bool kIsKnown = false;
+constexpr bool kAlwaysFalse = false;
 
 struct Row {
   const float* student;  // [vocab]
@@ -178,7 +178,7 @@ static RowResult kl_of_row(const Row& row, const RowMaxima& maxima) {
   } else if constexpr (kind == Divergence::reverse) {
     return {loss, static_cast<float>(s.mean_difference), static_cast<float>(-1 / s.p_sum), false};
   } else {
-    static_assert(kIsKnown<kind>, "not a KL");
+    static_assert(kAlwaysFalse<kind>, "not a KL");
   }
 }
 

@@ -81,7 +81,7 @@ SPK_INLINE Vec loss_term(const Probabilities& at, const Shares& shares) {
     const Vec m = shares.teacher * at.p_t + shares.student * at.p_s;
     return shares.teacher * divergence_term(at.p_t, m, log_mixture(at.delta, shares.student, shares.teacher));
   } else {
-    static_assert(kIsKnown<kind>, "the loss of this divergence?");
+    static_assert(kAlwaysFalse<kind>, "the loss of this divergence?");
   }
 }
 
@@ -102,7 +102,7 @@ SPK_INLINE Vec gradient_term(const Probabilities& at, const Shares& shares, floa
     const Vec log_ratio = -log_mixture(-at.delta, shares.teacher, shares.student);  // log p_s/m
     return select(at.p_s == 0.0f, Vec{}, shares.student * at.p_s * (log_ratio - mean));
   } else {
-    static_assert(kIsKnown<kind>, "the gradient of this divergence?");
+    static_assert(kAlwaysFalse<kind>, "the gradient of this divergence?");
   }
 }
 

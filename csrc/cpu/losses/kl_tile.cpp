@@ -107,7 +107,7 @@ void move_centre(KlTileState& row, double centre, AccumulatorUpdate& update) {
   } else if constexpr (kind == Divergence::reverse) {
     update.t += g * update.r;
   } else {
-    static_assert(kIsKnown<kind>, "U of this divergence?");
+    static_assert(kAlwaysFalse<kind>, "U of this divergence?");
   }
 }
 
@@ -151,7 +151,7 @@ KlTileState sum_tile(KlTileState row, const Tile& tile) {
         } else if constexpr (kind == Divergence::reverse) {
           weight = e_difference;
         } else {
-          static_assert(kIsKnown<kind>, "U of this divergence?");
+          static_assert(kAlwaysFalse<kind>, "U of this divergence?");
         }
         if constexpr (want == Want::capped_gradient) {
           const Vec tanh = (student_is_p(kind) ? zp : zq) * tile.inverse_softcap;

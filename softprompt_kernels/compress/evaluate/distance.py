@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
+from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states

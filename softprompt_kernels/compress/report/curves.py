@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
+from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softprompt_kernels.compress.evaluate.names import STUDENT_NAMES
+from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
 
 SETS = (("heldout", "held-out"), ("train", "training"), ("queries", "given"))
 """The sets of queries: the key in evaluation.json, or of `softprompt evaluate`, and the name in the table."""

@@ -8,7 +8,7 @@ from softprompt_kernels.kernels.host import fused_linear
 from softprompt_kernels.kernels.host.chunks import block_size
 from softprompt_kernels.kernels.host.gemm import TORCH
 from softprompt_kernels.kernels.host.head_logits import Activation
-from softprompt_kernels.kernels.host.rows import Backend
+from softprompt_kernels.kernels.host.rows import HostKernels
 from softprompt_kernels.kernels.problems.loss import Divergence, HeadGradients, HeadNeeds, HeadProblem
 
 
@@ -20,12 +20,12 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    return fused_linear.forward(problem, need_gradient, _BACKEND)
+    return fused_linear.forward(problem, need_gradient, _KERNELS)
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Gradients of Σ_n row_scale[n] · loss[n], by hidden states, weight and bias."""
-    return fused_linear.backward(problem, row_scale, needs, _BACKEND)
+    return fused_linear.backward(problem, row_scale, needs, _KERNELS)
 
 
 def _divergence_kernel_(
@@ -72,4 +72,4 @@ def _allocate(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, dtype=dtype)
 
 
-_BACKEND = Backend(TORCH, _allocate, _divergence_kernel_, None)
+_KERNELS = HostKernels(TORCH, _allocate, _divergence_kernel_, None)

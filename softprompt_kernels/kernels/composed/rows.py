@@ -42,7 +42,9 @@ def divergence_(student: Tensor, teacher: Tensor, divergence: Divergence, scratc
     student.sub_(student_max).exp_()
     if kind == REVERSE:
         return _reverse_(student, difference, teacher, spare)
-    return _jsd_(student, teacher.sub_(teacher_max).exp_(), difference, divergence.beta, spare)
+    if kind == JSD:
+        return _jsd_(student, teacher.sub_(teacher_max).exp_(), difference, divergence.beta, spare)
+    raise unknown_divergence(kind)
 
 
 def _forward_(gradient: Tensor, teacher: Tensor, difference: Tensor) -> Tensor:

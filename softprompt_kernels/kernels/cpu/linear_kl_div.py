@@ -9,13 +9,13 @@ from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.cpu.gemm import fastest_gemm
 from softprompt_kernels.kernels.cpu.rows import add_tile_, divergence_, workspace
 from softprompt_kernels.kernels.host import fused_linear
-from softprompt_kernels.kernels.host.rows import Backend
+from softprompt_kernels.kernels.host.rows import HostKernels
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
-def backend() -> Backend:
+def host_kernels() -> HostKernels:
     """What the driver calls: the GEMM, the workspace and the row kernels."""
-    return Backend(fastest_gemm(), workspace, divergence_, add_tile_)
+    return HostKernels(fastest_gemm(), workspace, divergence_, add_tile_)
 
 
 def unsupported(problem: HeadProblem) -> str | None:
@@ -25,9 +25,9 @@ def unsupported(problem: HeadProblem) -> str | None:
 
 def forward(problem: HeadProblem, need_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and, if it is needed, ∂ loss[n] / ∂ student[n] [N, d]."""
-    return fused_linear.forward(problem, need_gradient, backend())
+    return fused_linear.forward(problem, need_gradient, host_kernels())
 
 
 def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds) -> HeadGradients:
     """Gradients of Σ_n row_scale[n] · loss[n] by hidden states, weight and bias."""
-    return fused_linear.backward(problem, row_scale, needs, backend())
+    return fused_linear.backward(problem, row_scale, needs, host_kernels())

@@ -15,7 +15,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.host.chunks import chunk_size, pull_back, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.gemm import Gemm
 from softprompt_kernels.kernels.host.head_logits import ScaledHidden, activations, gradient_factor, weights_of
-from softprompt_kernels.kernels.host.rows import Backend
+from softprompt_kernels.kernels.host.rows import HostKernels
 from softprompt_kernels.kernels.problems.loss import HeadGradients, HeadNeeds, HeadProblem
 
 
@@ -27,27 +27,29 @@ def tokens_at_once(problem: HeadProblem, tokens: int, gemm: Gemm) -> int:
     return chunk_size(tokens, problem.chunk_tokens, elements, weights_of(problem), problem.compute_dtype, gemm)
 
 
-def forward(problem: HeadProblem, kept: Tensor | None, loss: Tensor, gradient: Tensor | None, backend: Backend) -> None:
+def forward(
+    problem: HeadProblem, kept: Tensor | None, loss: Tensor, gradient: Tensor | None, kernels: HostKernels
+) -> None:
     """Writes the loss [N] and ∂ loss[n] / ∂ student[n] [N, d] of the kept tokens (None: of all)."""
-    for chunk in _chunks(problem, kept, gradient is not None, backend):
+    for chunk in _chunks(problem, kept, gradient is not None, kernels):
         loss[chunk.tokens] = chunk.loss
         if gradient is not None:
-            by_hidden = pull_back(chunk.by_logits, problem.head.weight, backend.gemm)
+            by_hidden = pull_back(chunk.by_logits, problem.head.weight, kernels.gemm)
             gradient[chunk.tokens] = by_hidden.mul_(gradient_factor(problem))
 
 
 def backward(
-    problem: HeadProblem, kept: Tensor | None, row_scale: Tensor, needs: HeadNeeds, backend: Backend
+    problem: HeadProblem, kept: Tensor | None, row_scale: Tensor, needs: HeadNeeds, kernels: HostKernels
 ) -> HeadGradients:
     """Gradients of Σ row_scale[n] · loss[n] over the kept tokens, by hidden states, weight and bias."""
     head, dtype = problem.head, problem.compute_dtype
     hidden = torch.zeros(problem.student.shape if needs.hidden else 0, dtype=dtype)
     weight = torch.zeros(head.weight.shape if needs.weight else 0, dtype=dtype)
     bias = torch.zeros(head.weight.shape[:1] if needs.bias else 0, dtype=dtype)
-    for chunk in _chunks(problem, kept, True, backend):
+    for chunk in _chunks(problem, kept, True, kernels):
         scale = row_scale[chunk.tokens, None].to(dtype) * gradient_factor(problem)
         if needs.hidden:
-            hidden[chunk.tokens] = pull_back(chunk.by_logits, head.weight, backend.gemm).mul_(scale)
+            hidden[chunk.tokens] = pull_back(chunk.by_logits, head.weight, kernels.gemm).mul_(scale)
         if needs.weight:
             weight.addmm_(chunk.by_logits.mT, problem.student[chunk.tokens].to(dtype) * scale)
         if needs.bias:
@@ -66,11 +68,11 @@ class _Chunk:
     by_logits: Tensor  # [n, V] ∂ loss / ∂ (W h + bias), up to `gradient_factor`; the next chunk overwrites it
 
 
-def _chunks(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, backend: Backend) -> Iterator[_Chunk]:
-    dtype, gemm = problem.compute_dtype, backend.gemm
+def _chunks(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, kernels: HostKernels) -> Iterator[_Chunk]:
+    dtype, gemm = problem.compute_dtype, kernels.gemm
     tokens, vocab = problem.student.shape[0], problem.head.weight.shape[0]
     size = tokens_at_once(problem, tokens if kept is None else kept.shape[0], gemm)
-    workspace = backend.allocate(2 * size, vocab, dtype)
+    workspace = kernels.allocate(2 * size, vocab, dtype)
     student_activation, teacher_activation = activations(problem)
     for rows in token_chunks(tokens, kept, size):
         hidden = ScaledHidden(problem, rows)
@@ -78,7 +80,7 @@ def _chunks(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, back
         for columns, weights in weight_parts(weights_of(problem), dtype, gemm, gemm.max_columns):
             hidden.multiply(logits[:, columns], weights, gemm)
         student, teacher = logits.chunk(2)
-        loss = backend.divergence(
+        loss = kernels.divergence(
             student, teacher, student_activation, teacher_activation, problem.divergence, need_gradient
         )
         yield _Chunk(rows, loss.mul_(problem.divergence.temperature**2), student)

@@ -18,7 +18,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.host import chunked_logits, streamed_vocabulary
 from softprompt_kernels.kernels.host.chunks import kept_tokens
 from softprompt_kernels.kernels.host.gemm import Gemm
-from softprompt_kernels.kernels.host.rows import Backend
+from softprompt_kernels.kernels.host.rows import HostKernels
 from softprompt_kernels.kernels.problems.loss import (
     FORWARD,
     JSD,
@@ -30,20 +30,20 @@ from softprompt_kernels.kernels.problems.loss import (
 )
 
 
-def forward(problem: HeadProblem, need_gradient: bool, backend: Backend) -> tuple[Tensor, Tensor | None]:
+def forward(problem: HeadProblem, need_gradient: bool, kernels: HostKernels) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
     loss = torch.zeros(problem.student.shape[0], dtype=problem.compute_dtype)
     gradient = torch.zeros(problem.student.shape, dtype=loss.dtype) if need_gradient else None
     kept = kept_tokens(problem.weights)
-    if backend.divergence_tile is not None and _streaming_is_faster(problem, kept, need_gradient, backend.gemm):
-        kept = streamed_vocabulary.forward(problem, kept, loss, gradient, backend)
-    chunked_logits.forward(problem, kept, loss, gradient, backend)
+    if kernels.divergence_tile is not None and _streaming_is_faster(problem, kept, need_gradient, kernels.gemm):
+        kept = streamed_vocabulary.forward(problem, kept, loss, gradient, kernels)
+    chunked_logits.forward(problem, kept, loss, gradient, kernels)
     return loss, gradient
 
 
-def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds, backend: Backend) -> HeadGradients:
+def backward(problem: HeadProblem, row_scale: Tensor, needs: HeadNeeds, kernels: HostKernels) -> HeadGradients:
     """Gradients of Σ_n row_scale[n] · loss[n], by hidden states, weight and bias."""
-    return chunked_logits.backward(problem, kept_tokens(problem.weights), row_scale, needs, backend)
+    return chunked_logits.backward(problem, kept_tokens(problem.weights), row_scale, needs, kernels)
 
 
 def _streaming_is_faster(problem: HeadProblem, kept: Tensor | None, need_gradient: bool, gemm: Gemm) -> bool:

@@ -95,7 +95,7 @@ class ExponentialsKernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Backend:
+class HostKernels:
     """What a backend supplies for the divergence of two heads."""
 
     gemm: Gemm

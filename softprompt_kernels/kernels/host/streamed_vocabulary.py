@@ -25,7 +25,7 @@ from torch import Tensor
 from softprompt_kernels.kernels.host.chunks import chunk_size, token_chunks, weight_parts
 from softprompt_kernels.kernels.host.gemm import Gemm
 from softprompt_kernels.kernels.host.head_logits import ScaledHidden, activations, gradient_factor, weights_of
-from softprompt_kernels.kernels.host.rows import Backend, KlColumn, KlTileState
+from softprompt_kernels.kernels.host.rows import HostKernels, KlColumn, KlTileState
 from softprompt_kernels.kernels.problems.loss import FORWARD, REVERSE, HeadProblem, unknown_divergence
 
 _TILE = 2048  # vocabulary entries; 1024 takes 3 % longer, and 4096 takes twice the memory
@@ -39,18 +39,18 @@ def tokens_at_once(problem: HeadProblem, tokens: int, gemm: Gemm) -> int:
 
 
 def forward(
-    problem: HeadProblem, kept: Tensor | None, loss: Tensor, gradient: Tensor | None, backend: Backend
+    problem: HeadProblem, kept: Tensor | None, loss: Tensor, gradient: Tensor | None, kernels: HostKernels
 ) -> Tensor:
     """Writes the loss [N] and ∂ loss[n] / ∂ student[n] [N, d] of the kept tokens (None: of all).
 
     Returns the indices of the tokens that need the fallback. What is written for them means nothing.
     """
-    add_tile = backend.divergence_tile
+    add_tile = kernels.divergence_tile
     assert add_tile is not None
-    divergence, dtype, gemm = problem.divergence, problem.compute_dtype, backend.gemm
+    divergence, dtype, gemm = problem.divergence, problem.compute_dtype, kernels.gemm
     (tokens, width), vocab = problem.student.shape, problem.head.weight.shape[0]
     size = tokens_at_once(problem, tokens if kept is None else kept.shape[0], gemm)
-    workspace = backend.allocate(2 * size, min(_TILE, vocab), dtype).flatten()
+    workspace = kernels.allocate(2 * size, min(_TILE, vocab), dtype).flatten()
     student_activation, teacher_activation = activations(problem)
     fallback = []
     for rows in token_chunks(tokens, kept, size):

@@ -203,6 +203,7 @@ def divergence_kernel(
                 losses, student_kls = _add_jsd_tile(z_p, z_q, measured, losses, student_kls, scale, beta)
             row_loss, student_kl = tl.sum(losses, 1), tl.sum(student_kls, 1)
         else:
+            tl.static_assert(KIND == FORWARD or KIND == REVERSE)
             mean_d = tl.sum(sums.p_d, 1) * inverse_sum
             mean_excess = tl.sum(sums.p_excess, 1) * inverse_sum  # X
             row_loss = tl.where(near, mean_excess + log1p_minus(mean_q_minus_p), log_ratio - mean_d)
@@ -267,7 +268,8 @@ def _load_logits(
         slope = tl.where(z_s == -INFINITY, 0.0, 1.0 - z_s * z_s)
     if KIND == REVERSE:
         return z_s, z_t, slope
-    return z_t, z_s, slope  # forward and jsd
+    tl.static_assert(KIND == FORWARD or KIND == JSD)
+    return z_t, z_s, slope
 
 
 @triton.jit
@@ -349,11 +351,13 @@ def _add_tile(z_p, z_q, row_max, sums, scale, KIND: tl.constexpr):
     sum_q_minus_p = sums.q_minus_p + e_q_minus_p
     sum_p_excess = sums.p_excess
     sum_p_d = sums.p_d
-    if KIND != JSD:  # forward and reverse
+    if KIND == FORWARD or KIND == REVERSE:
         e_p_d = tl.where(tl.abs(d) < INFINITY, e_p * d, 0.0)
         e_p_excess = tl.where(near, e_p * d_excess, e_q_minus_p - e_p_d)
         sum_p_excess += tl.where(d == -INFINITY, INFINITY, e_p_excess)
         sum_p_d += e_p_d
+    else:
+        tl.static_assert(KIND == JSD)
     return new_max, Sums(sum_p, sum_q, sum_q_minus_p, sum_p_excess, sum_p_d)
 
 
@@ -369,11 +373,13 @@ def _carry_over(old_max, max_p, max_q, sums, scale, KIND: tl.constexpr):
     f_p_expm1 = tl.where(near, f_p * (a_excess - a), f_q - f_p)  # f_p expm1(−a)
     sum_p_excess = sums.p_excess
     sum_p_d = sums.p_d
-    if KIND != JSD:  # forward and reverse
+    if KIND == FORWARD or KIND == REVERSE:
         f_p_excess = tl.where(near, f_p * a_excess, f_p_expm1 + f_p * a)  # f_p φ(−a)
         carried = f_p[:, None] * sums.p_excess + f_p_expm1[:, None] * sums.q_minus_p + f_p_excess[:, None] * sums.p
         sum_p_excess = tl.where(sums.p_excess == INFINITY, INFINITY, carried)
         sum_p_d = f_p[:, None] * (sums.p_d - a[:, None] * sums.p)
+    else:
+        tl.static_assert(KIND == JSD)
     sum_q_minus_p = f_q[:, None] * sums.q_minus_p + f_p_expm1[:, None] * sums.p
     return Sums(sums.p * f_p[:, None], sums.q * f_q[:, None], sum_q_minus_p, sum_p_excess, sum_p_d)
 
