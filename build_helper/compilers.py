@@ -33,7 +33,7 @@ DEFAULT_CUDA_HOME = "/usr/local/cuda"
 
 def cxx() -> str | None:
     """The command of the C++ compiler, None if there is none."""
-    named = os.environ.get("CXX")
+    named = os.environ.get("CXX", "").strip()
     return named or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 

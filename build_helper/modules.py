@@ -47,8 +47,10 @@ def package_problem(package: str) -> str | None:
     """Why a Python package of the build cannot be used, None if it can."""
     try:
         importlib.import_module(package)
-    except ImportError:
+    except ModuleNotFoundError:
         return f"there is no {package} for this Python (pip install {package})"
+    except Exception as error:
+        return f"{package} cannot be imported: {error}"
     return None
 
 

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = _backend_of(item)
         if name in (*BACKENDS, *ON_A_GPU) and name not in here:
             return False
-        if item.get_closest_marker("interpreter") and not interpreting:
+        if item.get_closest_marker("interpreter") and (not interpreting or triton.missing()):
             return False
         if item.get_closest_marker("simt") and HOST.missing():
             return False
@@ -59,14 +59,18 @@ def _backend_of(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """A test marked `refused` on its backend must be refused by the dispatcher, and fails if it is not."""
+    """A test marked `refused` on its backend must be refused, for what the mark says, and fails if it is not."""
     name = _backend_of(item)
-    if not any(name in mark.args for mark in item.iter_markers("refused")):
+    marks = list(item.iter_markers("refused"))
+    assert {backend for mark in marks for backend in mark.args} <= {*BACKENDS, *ON_A_GPU}
+    mark = next((mark for mark in marks if name in mark.args), None)
+    if mark is None:
         return (yield)
     try:
         yield
-    except Exception as error:  # opcheck wraps the dispatcher's ValueError
-        if re.search(rf"backend='{ON_A_GPU.get(str(name), name)}' cannot serve", str(error)):
+    except Exception as error:  # opcheck wraps the ValueError of ops/dispatch.py
+        served = ON_A_GPU.get(str(name), name)
+        if re.search(rf"backend='{served}' cannot serve this \w+ call: {served}: .*{mark.kwargs['match']}", str(error)):
             return None
         raise
     pytest.fail(f"{name} is marked as refusing this test, and ran it: remove the mark")

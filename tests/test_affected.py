@@ -41,8 +41,9 @@ def test_no_test_is_named_twice_and_the_layout_is_always_checked():
     assert affected.needed(["softprompt_kernels/cli/app.py", "constraints.txt"]) == ["tests"]
 
 
-def test_text_needs_no_tests():
-    assert affected.needed([]) == affected.needed(["CHANGELOG.md"]) == []
+def test_text_needs_the_tests_of_the_docs():
+    assert affected.needed([]) == []
+    assert affected.needed(["CHANGELOG.md"]) == ["tests/test_docs.py", "tests/test_layout.py"]
 
 
 def test_every_rule_names_paths_that_exist():

@@ -103,6 +103,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_placeholder_is_left(page: Path) -> None:
+    assert not re.search(r"\b(TIME_[A-Z]+|TODO|FIXME|XXX)\b", text(page))
+
+
 def headings(page: Path) -> list[str]:
     return re.findall(r"^#+ (.+)$", text(page), flags=re.MULTILINE)
 

@@ -61,6 +61,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "csrc/cpu": (("kernel_table",), ("attention", "losses"), ("gemm",), ("platform",)),
     "csrc/cuda": (("attention", "losses"), ("launch", "vector_io", "block_reduce", "elementwise"), ("arch",)),
 }
+RELATIVE = "?"  # what cannot be resolved from the root
+HOST_HEADERS = "csrc/simt/include"  # CUDA's headers for the CPU
 CROWDED = 16  # files of its own, beside `__init__.py`
 LONG = 500  # lines of a file
 WIDE = 120  # columns of a line
@@ -89,7 +91,9 @@ def python_imports(root: Path) -> Imports:
     ):
         found[file] = []
         for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if isinstance(node, ast.ImportFrom) and node.level > 0:
+                found[file].append((RELATIVE, None))
+            elif isinstance(node, ast.ImportFrom) and node.module:
                 for alias in node.names:
                     nested = module_file(root, f"{node.module}.{alias.name}")
                     taken = (nested, None) if nested else (module_file(root, node.module), alias.name)
@@ -97,6 +101,10 @@ def python_imports(root: Path) -> Imports:
                         found[file].append((taken[0], taken[1]))
             elif isinstance(node, ast.Import):
                 found[file] += [(path, None) for a in node.names if (path := module_file(root, a.name))]
+            elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func) and node.args:
+                name = node.args[0]
+                if isinstance(name, ast.Constant) and (path := module_file(root, str(name.value))):
+                    found[file].append((path, None))
     return found
 
 
@@ -110,8 +118,12 @@ def native_includes(root: Path) -> Imports:
     """Every `#include "..."` of csrc, which names a file from csrc on."""
     found: Imports = {}
     for file in files(root, *(f"csrc/**/*.{ending}" for ending in ("h", "cpp", "cu", "cuh"))):
-        names = re.findall(r'#include "([^"]+)"', (root / file).read_text(encoding="utf-8"))
-        found[file] = [(f"csrc/{name}", None) for name in names if (root / "csrc" / name).is_file()]
+        names = re.findall(r'#\s*include\s*"([^"]+)"', (root / file).read_text(encoding="utf-8"))
+        paths = [
+            next((p for p in (f"csrc/{name}", f"{HOST_HEADERS}/{name}") if (root / p).is_file()), None)
+            for name in names
+        ]
+        found[file] = [(path or RELATIVE, None) for path in paths]
     return found
 
 
@@ -123,6 +135,16 @@ def level(folder: str, path: str) -> tuple[int, str] | None:
     name = path.removeprefix(prefix).split("/")[0].split(".")[0]
     row = next((i for i, names in enumerate(ORDER[folder]) if name in names), None)
     return None if row is None else (row, name)
+
+
+def header_file(root: Path, name: str) -> str | None:
+    """The file of an include that names it from csrc on, or one of CUDA's headers for the CPU; None for others."""
+    return next((path for path in (f"csrc/{name}", f"{HOST_HEADERS}/{name}") if (root / path).is_file()), None)
+
+
+def unresolved(imports: Imports) -> Iterator[str]:
+    """Relative imports, and includes that do not name a file from csrc on. The other checks cannot see them."""
+    yield from (f"{file} imports by a relative name" for file, taken in imports.items() if (RELATIVE, None) in taken)
 
 
 def upward(imports: Imports) -> Iterator[str]:
@@ -167,6 +189,23 @@ def cycles(imports: Imports) -> Iterator[str]:
         yield from visit(file, [])
 
 
+def private_attributes(root: Path) -> Iterator[str]:
+    """`module._name` of a module of the package that lies in another folder."""
+    for file in files(root, "softprompt_kernels/**/*.py", "benchmarks/**/*.py", "build_helper/*.py"):
+        tree = ast.parse((root / file).read_text(encoding="utf-8"))
+        modules = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    if path := module_file(root, f"{node.module}.{alias.name}"):
+                        modules[alias.asname or alias.name] = path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                path = modules[node.value.id]
+                if re.match(r"_[^_]", node.attr) and Path(path).parent != Path(file).parent:
+                    yield f"{file} uses the private {node.attr} of {path}"
+
+
 def private(imports: Imports) -> Iterator[str]:
     """Names with a leading underscore that another folder takes."""
     for file, taken in imports.items():
@@ -178,11 +217,14 @@ def private(imports: Imports) -> Iterator[str]:
 def violations(root: Path) -> list[str]:
     python, native = python_imports(root), native_includes(root)
     return [
+        *unresolved(python),
+        *unresolved(native),
         *upward(python),
         *upward(native),
         *cycles(python),
         *cycles(native),
         *private(python),
+        *private_attributes(root),
     ]
 
 
@@ -213,6 +255,11 @@ PLANTED = {
     "one between neighbours": {"softprompt_kernels/kernels/cpu/a.py": "import softprompt_kernels.kernels.cuda.b"},
     "one of a benchmark by the package": {"softprompt_kernels/models/a.py": "from benchmarks.harness import b"},
     "an include that runs upwards": {"csrc/cpu/gemm/a.h": '#include "cpu/attention/b.h"'},
+    "a relative import": {"softprompt_kernels/ops/a.py": "from ..models import b"},
+    "an import by a string": {"softprompt_kernels/ops/a.py": "m = import_module('softprompt_kernels.models.b')"},
+    "a relative include": {"csrc/cpu/gemm/a.h": '#include "../attention/b.h"'},
+    "an include with a space": {"csrc/cpu/gemm/a.h": '#  include "cpu/attention/b.h"'},
+    "a private attribute": {"softprompt_kernels/models/a.py": "from softprompt_kernels.ops import b as m\nm._secret"},
     "a cycle": {
         "softprompt_kernels/ops/a.py": "from softprompt_kernels.ops.b import c",
         "softprompt_kernels/ops/b.py": "from softprompt_kernels.ops import a",

@@ -10,10 +10,13 @@ from softprompt_kernels.kernels.composed import kl_div as composed_kl_div
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.problems.loss import Divergence, LogitsProblem
 from softprompt_kernels.kernels.reference import attention as reference_attention
+from softprompt_kernels.kernels.triton import runtime
 from softprompt_kernels.kernels.triton.losses import kl_div as triton_kl_div
 from softprompt_kernels.ops import dispatch, kl_div, prompt_attention
 
 BACKENDS = dispatch.BACKENDS
+
+needs_triton = pytest.mark.skipif(runtime.missing() is not None, reason=f"the triton backend: {runtime.missing()}")
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +139,7 @@ def test_a_missing_backend_is_skipped_and_announced_with_how_to_get_it(capfd, mo
         attend(backend="native")
 
 
+@needs_triton
 def test_available_backends_lists_what_each_serves():
     records = {r.name: r for r in dispatch.available_backends()}
     ops = {"prompt_attention", "kl_div", "linear_kl_div", "teacher_moments", "linear_kl_div_from_moments"}
@@ -155,6 +159,7 @@ def test_a_backend_for_tests_serves_only_calls_that_name_it(capfd, monkeypatch, 
     assert dispatch.select("prompt_attention", None, "tested", torch.device("cpu")) is kernel and served
 
 
+@needs_triton
 def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
     double = torch.ones(1, 2, dtype=torch.float64)
     with pytest.raises(ValueError) as raised:
@@ -167,6 +172,7 @@ def test_a_refusal_says_which_backends_can_and_why_the_others_cannot():
         attend(softcap=2.0, backend="composed")
 
 
+@needs_triton
 def test_tensors_on_a_gpu_go_to_triton_and_those_on_a_cpu_do_not():
     class FakeTensor(NamedTuple):
         device: torch.device

@@ -93,7 +93,7 @@ def check(case, backend, attention, precision, attention_tensors, attention_orac
 
 def params(cases):
     """Names of cases. The CUDA C++ kernels refuse those with sinks."""
-    sinks = pytest.mark.refused("simt", "cuda", reason="sinks")
+    sinks = pytest.mark.refused("simt", "cuda", match="sinks is given")
     return [
         pytest.param(name, marks=sinks if "sinks" in case.get("options", {}) else ()) for name, case in cases.items()
     ]
@@ -114,7 +114,7 @@ def test_cases_that_composed_refuses_equal_the_oracle(
     check(NOT_IN_COMPOSED[name], backend, attention, attention_precision, attention_tensors, attention_oracle)
 
 
-@pytest.mark.refused("simt", "cuda", reason="cu_seqlens")
+@pytest.mark.refused("simt", "cuda", match="float32")
 def test_packed_sequences_equal_the_same_sequences_one_by_one(backend, precision, attention_tensors):
     query, key, value, prompt_key, prompt_value = attention_tensors(
         batch=1, queries=9, own=9, rows=2, dtype=precision.dtype, grad=True
@@ -187,8 +187,8 @@ def test_gradcheck_of_the_definition(attention_tensors):
 
 
 BF16_REFUSED = (
-    pytest.mark.refused("simt", "cuda", reason="heads of 16"),
-    pytest.mark.refused("triton", reason="bf16 in the interpreter"),
+    pytest.mark.refused("simt", "cuda", match="head sizes of query and value are 16"),
+    pytest.mark.refused("triton", match="bfloat16"),
 )
 
 

@@ -42,12 +42,12 @@ def head_inputs(grad=False):
 HEAD_OPTIONS = [None, 0.9, "forward", 0.5, 2.0, 28, 4]
 
 
-@pytest.mark.refused("simt", "cuda", reason="fp32")
+@pytest.mark.refused("simt", "cuda", match="float32")
 def test_attention_passes_opcheck(backend):
     torch.library.opcheck(attention.through_dispatcher, (*attention_inputs(grad=True), backend), test_utils=ALL)
 
 
-@pytest.mark.refused("simt", "cuda", reason="fp32")
+@pytest.mark.refused("simt", "cuda", match="float32")
 def test_attention_backward_passes_opcheck(backend):
     inputs = attention_inputs()
     out, lse = attention.through_dispatcher(*inputs, backend)
@@ -184,7 +184,10 @@ def test_the_record_of_checked_calls_is_bounded(monkeypatch):
         assert 1 <= len(module._passed) <= 3
 
 
-@pytest.mark.parametrize("backend", ["reference", "composed", "cpu"], indirect=True)
+ON_A_GPU = (pytest.param(name, marks=pytest.mark.gpu) for name in ("triton-gpu", "cuda"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "composed", "cpu", *ON_A_GPU], indirect=True)
 def test_gradients_have_the_memory_layout_of_dispatched_ones(attention_tensors, backend):
     inputs = attention_tensors(dtype=torch.float32, grad=True)
     out = prompt_attention(*inputs, backend=backend)

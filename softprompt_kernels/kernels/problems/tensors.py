@@ -8,9 +8,10 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension has stride 1, else a contiguous copy.
+    """The tensor itself where its last dimension has stride 1, else its contiguous form.
 
-    An empty tensor is replaced by a new one: it may be an expanded view whose strides the bindings would refuse.
+    A last dimension of size 1 may keep any stride. An empty tensor is replaced by a new one: it may be an expanded view
+    whose strides the bindings would refuse.
     """
     if tensor.numel() == 0:
         return tensor.new_empty(tensor.shape)

@@ -71,8 +71,8 @@ def test_a_permuted_batch_gives_permuted_results_and_runs_are_deterministic(back
         assert_close(a, b)
 
 
-@pytest.mark.refused("simt", "cuda", reason="head size 16")
-@pytest.mark.refused("triton", reason="bf16 in the interpreter")
+@pytest.mark.refused("simt", "cuda", match="head sizes of query and value are 16")
+@pytest.mark.refused("triton", match="bfloat16")
 def test_bf16_prompt_gradients_are_summed_in_fp32_over_the_batch(backend):
     """The error of a sum over 64 sequences is that of one rounding."""
     shapes = [(64, 2, 4, 16), *[(64, 2, 4, 16)] * 2, *[(1, 2, 8, 16)] * 2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 
-@pytest.mark.refused("simt", "cuda", reason="cu_seqlens")
+@pytest.mark.refused("simt", "cuda", match="cu_seqlens is given")
 def test_tokens_and_prompts_of_no_sequence_have_gradient_zero(backend, attention):
     torch.manual_seed(0)
     shapes = [(1, 4, 9, 8), *[(1, 2, 9, 8)] * 2, *[(3, 2, 5, 8)] * 2]
