@@ -96,7 +96,7 @@ class GpuLauncher(Launcher):
         if torch.version.hip is not None:
             return f"{name} is on an AMD GPU, and it serves NVIDIA's"
         if self.missing():
-            return None  # the dispatcher reports that
+            return None  # ops/dispatch.py reports that
         return _unsupported_arch(torch.cuda.get_device_capability(tensor.device), self.module().archs)
 
     def stream(self, device: torch.device) -> int:

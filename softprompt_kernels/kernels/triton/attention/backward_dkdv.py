@@ -172,7 +172,7 @@ def backward_dkdv_kernel(
     if is_own:
         keys = own_keys(key_values, own_sequence, kv_head, VARIANT)
         tokens = own_sequence.queries if VARIANT.packed else layout.keys
-        tokens = tl.where(s > layout.sequences, 0, tokens)
+        tokens = tl.where(s > layout.sequences, 0, tokens)  # S + 1: there is no such tile
         start = own_tile * VARIANT.block_n
         first_sequence = s
         last_sequence = s + 1
@@ -180,6 +180,7 @@ def backward_dkdv_kernel(
         split = 0
     else:
         length = prompt_length(layout, prompt)
+        # Only the prompt and its length are read.
         keys = prompt_keys(key_values, Sequence(0, 0, 0, 0, 0, 0, prompt, length), kv_head, VARIANT)
         tokens = layout.prompt_keys
         start = prompt_program % prompt_tiles * VARIANT.block_n
