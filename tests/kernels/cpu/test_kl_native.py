@@ -49,6 +49,7 @@ def python(code, **environment):
     )
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(module, tmp_path):
     names = module.instruction_sets()
     results = {}

@@ -37,6 +37,7 @@ def python(code, timeout=120, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_instruction_sets_agree(module, tmp_path, dtype):
     names = module.instruction_sets()

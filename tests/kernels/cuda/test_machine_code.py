@@ -13,7 +13,10 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 REGISTERS = 65536  # of a multiprocessor
 THREADS = {"exponentials": 256}  # of a block; 128 elsewhere
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here"),
+]
 
 
 def nvcc(source, *options):
