@@ -243,6 +243,16 @@ def test_imports_and_includes_run_downwards_without_cycles_and_private_names() -
     assert not (found := violations(ROOT)), report(found)
 
 
+def test_the_page_on_the_architecture_shows_this_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = re.sub(r"\s+", " ", page.partition("## The order of imports")[2].split("```")[1])
+    for folder, levels in ORDER.items():
+        chain = " → ".join(", ".join(names) for names in levels)
+        name = folder.removeprefix("softprompt_kernels/")
+        expected = chain if folder in ("", "softprompt_kernels") else f"{name}: {chain}"
+        assert expected in shown, expected
+
+
 def test_every_folder_has_a_place_in_the_order() -> None:
     assert not (found := list(unplaced(ROOT))), report(found)
 

@@ -53,7 +53,7 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         if resolved.type != "cuda" or torch.cuda.is_available():
             torch.empty(0, device=resolved)  # a valid name may still be a device that does not exist
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise SoftPromptError(
             f'device: got {device!r}, which torch cannot use here; accepted are "auto", "cpu", "cuda", "cuda:1", …'
         ) from error

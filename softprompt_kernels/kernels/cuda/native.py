@@ -8,8 +8,9 @@ The same kernels serve two backends. Each has its own compiled module and its ow
 
 import importlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from types import ModuleType
 
@@ -24,7 +25,7 @@ _TEGRA = (87, 101, 110)
 _HOST_MULTIPROCESSORS = 4  # few, so that small problems are split as large ones are on a GPU
 
 
-class Launcher:
+class Launcher(ABC):
     """A compiled module of the kernels, and how to launch them."""
 
     def __init__(self, module_name: str, device_type: str, how_to_get: str) -> None:
@@ -67,19 +68,17 @@ class Launcher:
             return f"{name} is {tensor.dtype}, and it computes in fp32"
         return None
 
+    @abstractmethod
     def stream(self, device: torch.device) -> int:
         """The address of the stream for launches on a device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiprocessors(self, device: torch.device) -> int:
         """The number of multiprocessors: each runs at least one block at a time."""
-        raise NotImplementedError
 
-    @contextmanager
-    def launching(self, reads: Tensors, writes: Tensors) -> Iterator[ModuleType]:
+    @abstractmethod
+    def launching(self, reads: Tensors, writes: Tensors) -> AbstractContextManager[ModuleType]:
         """The module, for launches that access only these tensors and write only to `writes`."""
-        raise NotImplementedError
-        yield
 
 
 class GpuLauncher(Launcher):

@@ -62,7 +62,7 @@ def test_an_unsupported_family_is_refused(tiny_model_folder: Path, tmp_path: Pat
         load_model(str(folder), "auto", "cpu")
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "mps", "xpu"])
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "mps", "xpu", "xla", "hpu"])
 def test_a_device_that_does_not_exist_is_refused(tiny_model_folder: Path, device: str) -> None:
     with pytest.raises(SoftPromptError, match=f"device: got '{device}'"):
         load_model(str(tiny_model_folder), "auto", device)
