@@ -1,6 +1,9 @@
 // The tile of rows of a block, and the tiles of keys that it visits: first the prompt's, then the sequence's own.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "cuda/attention/mask.cuh"
 #include "cuda/attention/tile.cuh"
 
@@ -139,6 +142,7 @@ void for_dtype_and_head_size(const AttentionProblem& problem, const Body& body) 
       case 96: return body(dtype, std::integral_constant<int, 96>());
       case 128: return body(dtype, std::integral_constant<int, 128>());
     }
+    throw std::invalid_argument("no kernel for the head size " + std::to_string(problem.head_size));
   };
   problem.dtype == Dtype::bfloat16 ? with_head_size(__nv_bfloat16()) : with_head_size(__half());
 }
