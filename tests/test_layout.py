@@ -33,6 +33,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("report",),
         ("evaluate",),
         ("distill",),
+        ("matching",),
         ("teacher",),
         ("sources",),
         ("config", "reporter"),

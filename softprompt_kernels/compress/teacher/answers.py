@@ -6,7 +6,7 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,6 +18,7 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
 from softprompt_kernels.models import generate
+from softprompt_kernels.models.attention import QueryTap
 from softprompt_kernels.prompts import Prefix
 
 TOKENS_PER_BATCH = 1024
@@ -111,7 +112,13 @@ def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def hidden_states(
-    model: PreTrainedModel, prefix: Prefix | None, examples: Sequence[Example], reporter: Reporter, description: str
+    model: PreTrainedModel,
+    prefix: Prefix | None,
+    examples: Sequence[Example],
+    reporter: Reporter,
+    description: str,
+    *,
+    tap: Callable[[Sequence[int]], QueryTap] | None = None,
 ) -> list[Tensor]:
     """The last hidden states that predict the output of each example, `[n_i, d]` in the model's dtype.
 
@@ -120,12 +127,13 @@ def hidden_states(
         prefix: the prefix of teacher or student; None for none.
         examples: any number. They are batched by length.
         reporter, description: receives the progress under this description.
+        tap: gives the tap for each batch of examples, by their indices; None records nothing.
     """
     found: dict[int, Tensor] = {}
     with reporter.progress(description, len(examples), "sequence") as advance:
         for group in in_batches(examples, TOKENS_PER_BATCH):
             chosen = [examples[index] for index in group]
-            rows = Batch.of(chosen, model.device).hidden(model, prefix)
+            rows = Batch.of(chosen, model.device).hidden(model, prefix, None if tap is None else tap(group))
             parts = rows.split([example.targets for example in chosen])
             found.update(zip(group, parts, strict=True))
             advance(len(group))
