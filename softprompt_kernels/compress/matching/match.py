@@ -42,13 +42,11 @@ class Matching:
         tokens: k, from 1 to C.
         steps: of refinement; 0 leaves the closed form.
         frozen_tokens: first tokens that refinement does not move.
-        seed: of the rows that each step draws.
     """
 
     tokens: int
     steps: int
     frozen_tokens: int
-    seed: int
 
 
 def match(
@@ -200,13 +198,12 @@ def _refine_group(
 
     return refine(
         *start,
-        rows.take(slice(heldout, None)),
-        rows.take(slice(heldout)),
+        rows.slice(heldout, rows.count),
+        rows.slice(0, heldout),
         steps=settings.steps,
         learning_rate=LEARNING_RATE,
         rows_per_step=ROWS_PER_STEP,
         frozen_tokens=settings.frozen_tokens,
-        generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + group.start),
         after_step=after_step,
     )
 
