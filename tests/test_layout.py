@@ -54,7 +54,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "benchmarks": (
         ("device",),
-        ("suites",),
+        ("suites", "study"),
         ("counted", "step"),
         ("harness",),
     ),
