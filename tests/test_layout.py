@@ -28,8 +28,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "softprompt_kernels/compress": (
         ("forecast",),
         ("run", "saved_prompt"),
-        ("initial_prompt",),
-        ("inputs", "folder"),
+        ("initial_prompt", "compared_answers"),
+        ("inputs", "folder", "stage_times"),
         ("report",),
         ("evaluate",),
         ("distill",),

@@ -79,6 +79,9 @@ class CompressConfig(BaseModel):
     heldout: FilePath | None = Field(
         None, description="File of held-out queries, as --queries. Without it, a share of the queries is held out."
     )
+    test: FilePath | None = Field(
+        None, description="File of test queries, as --queries; never used for training or choosing, reported once."
+    )
     heldout_share: Number = Field(0.1, gt=0, lt=1, description="Share of the queries to hold out without --heldout.")
     selfstudy: Integer = Field(256, ge=0, description="Number of queries to generate from the context (self-study).")
     samples: Integer = Field(1, ge=1, description="Answers sampled for each training query without an output.")

@@ -1,7 +1,7 @@
 """The folder of a run: its files, and a record of which run they belong to.
 
     config.yaml  run.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
-    curves.png  prompt/  evaluation.json
+    stages.json  curves.png  prompt/  answers.md  evaluation.json
 
 `run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another
 identity is refused before it changes anything.
@@ -10,6 +10,7 @@ identity is refused before it changes anything.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def stages(self) -> Path:
+        """The seconds of the stages that are finished."""
+        return self.path / "stages.json"
+
+    @property
     def curves(self) -> Path:
         """The plot of the training curves."""
         return self.path / "curves.png"
@@ -58,6 +64,11 @@ class RunFolder:
     def prompt(self) -> Path:
         """The saved prompt."""
         return self.path / "prompt"
+
+    @property
+    def answers(self) -> Path:
+        """The answers to the held-out and test questions, with the full context and with the prompt."""
+        return self.path / "answers.md"
 
     @property
     def evaluation(self) -> Path:
@@ -111,6 +122,10 @@ class RunFolder:
         except (OSError, ValueError):
             return None
         return figures
+
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        """Write evaluation.json, which marks the run as finished."""
+        write_text(self.evaluation, json.dumps(figures, indent=1) + "\n")
 
     def drop_metrics_after(self, step: int) -> float:
         """Delete the metrics of steps after `step`, which the run repeats.

@@ -1,6 +1,7 @@
 """One compression, from the text to the saved prompt.
 
     inputs → folder → context → initial prompt → answers → baselines → targets → training → evaluation → saving
+    → compared answers
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -9,13 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from softprompt_kernels.compress.compared_answers import compared_answers
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
@@ -24,9 +25,11 @@ from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.report.curves import save_curves
+from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
+from softprompt_kernels.compress.sources.queries import save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
@@ -57,38 +60,49 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
         Interrupted: Ctrl-C during training. The state is saved first.
     """
-    begin = time.perf_counter()
     reporter = reporter or SilentReporter()
+    times = StageTimes()
 
-    inputs = load_inputs(config)
-    folder = RunFolder(config.output)
-    folder.claim(identity(inputs), config.to_yaml())
+    with times("load"):
+        inputs = load_inputs(config)
+        folder = RunFolder(config.output)
+        folder.claim(identity(inputs), config.to_yaml())
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
         return finished
+    times.keep_in(folder.stages)
     check_destination(folder.prompt)
 
-    context = capture_context(inputs.model, inputs.context_ids)
-    prompt = initial_prompt(inputs, context)
+    with times("context"):
+        context = capture_context(inputs.model, inputs.context_ids)
+        prompt = initial_prompt(inputs, context)
     run = _Run(inputs, folder, context, reporter)
 
-    baselines = run.baselines(prompt)
-    train, heldout = run.answer_queries()
-    examples = {"train": run.sample(train), "heldout": heldout}
-    distances = {name: run.measure(baselines, name, examples[name]) for name in examples}
-    for of_set in distances.values():
-        check_context_matters(of_set["none"].kl)
+    with times("answers"):
+        examples = run.answer_queries()
+    evaluated = examples | {"train": run.sample(examples["train"])}
+    with times("baselines"):
+        distances = run.measure(run.baselines(prompt), evaluated)
+        for of_set in distances.values():
+            check_context_matters(of_set["none"].kl)
 
-    targets = run.teacher_targets(train)
-    seconds_before = run.train(prompt, train, targets, heldout)
+    with times("targets"):
+        targets = run.teacher_targets(examples["train"])
+    with times("training"):
+        seconds_before = run.train(prompt, examples["train"], targets, examples["heldout"])
+        times.replace_earlier("training", seconds_before)
 
-    trained = {"prompt": prefix_of(inputs.model, prompt).detach()}
-    for name in examples:
-        distances[name] |= run.measure(trained, name, examples[name])
-    figures = run.figures(distances)
-    figures["seconds"] = time.perf_counter() - begin + seconds_before
-    run.save(prompt, figures)
+    with times("evaluation"):
+        trained = prefix_of(inputs.model, prompt).detach()
+        for name, of_set in run.measure({"prompt": trained}, evaluated).items():
+            distances[name] |= of_set
+        figures = run.figures(distances)
+        run.save(prompt, figures)
+    with times("answers_compared"):
+        write_text(folder.answers, compared_answers(inputs, context, trained, reporter))
+    figures |= {"seconds": times.total, "stages": times.seconds}
+    folder.finish(figures)
     return figures
 
 
@@ -119,14 +133,15 @@ class _Run:
             prefixes["initial"] = prefix_of(inputs.model, prompt).detach()
         return prefixes
 
-    def answer_queries(self) -> tuple[list[Example], list[Example]]:
-        """Training and held-out examples: read from the folder, or answered by the teacher and stored there."""
+    def answer_queries(self) -> dict[str, list[Example]]:
+        """The examples of each set of queries: read from the folder, or answered by the teacher and stored there."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        queries = {"train": inputs.train, "heldout": inputs.heldout}
-        with suppress(OSError, ValueError):  # no file yet, or one that a crash cut off: the teacher answers again
+        queries = inputs.sets
+        with suppress(
+            OSError, ValueError, KeyError
+        ):  # no file yet, or one that a crash cut off: the teacher answers again
             saved = json.loads(folder.examples.read_text(encoding="utf-8"))
-            train, heldout = ([Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries)
-            return train, heldout
+            return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries}
         examples = {
             name: answer(
                 inputs.model,
@@ -142,18 +157,14 @@ class _Run:
             for offset, name in enumerate(queries)
         }
         folder.cache.mkdir(exist_ok=True)
-        save_queries(folder.queries, {name: self._as_text(queries[name], examples[name]) for name in queries})
+        texts = {name: inputs.as_text(examples[name]) for name in queries}
+        save_queries(
+            folder.queries,
+            {name: [replace(q, output=y) for q, y in zip(queries[name], texts[name], strict=True)] for name in queries},
+        )
         token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in queries}
         write_text(folder.examples, json.dumps(token_ids))
-        return examples["train"], examples["heldout"]
-
-    def _as_text(self, queries: Sequence[Query], examples: Sequence[Example]) -> list[Query]:
-        """The queries with the answers as text, for people to read."""
-        decode = self.inputs.tokenizer.decode
-        return [
-            Query(query.input, str(decode(list(example.output_ids), skip_special_tokens=True)))
-            for query, example in zip(queries, examples, strict=True)
-        ]
+        return examples
 
     def sample(self, train: list[Example]) -> list[Example]:
         """The training examples that are evaluated."""
@@ -161,11 +172,14 @@ class _Run:
         return random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
 
     def measure(
-        self, students: Mapping[str, Prefix | None], name: str, examples: Sequence[Example]
-    ) -> dict[str, Distance]:
-        """The distance of each student from the teacher on the set of examples called `name`."""
-        label = "training" if name == "train" else "held-out"
-        return measure(self.inputs.model, self.context, students, examples, self.reporter, label)
+        self, students: Mapping[str, Prefix | None], sets: Mapping[str, Sequence[Example]]
+    ) -> dict[str, dict[str, Distance]]:
+        """The distance of each student from the teacher, on each set of examples."""
+        model, titles = self.inputs.model, dict(SETS)
+        return {
+            name: measure(model, self.context, students, examples, self.reporter, titles[name])
+            for name, examples in sets.items()
+        }
 
     def teacher_targets(self, train: Sequence[Example]) -> Targets | None:
         """The teacher's moments or hidden states; None for an objective that needs neither."""
@@ -252,19 +266,18 @@ class _Run:
         return seconds_before
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
-        """The content of evaluation.json; "seconds" is still to be filled in."""
+        """The content of evaluation.json, without the seconds."""
         inputs, config = self.inputs, self.inputs.config
         return {
             "context_tokens": inputs.context_tokens,
             "prompt_tokens": config.tokens,
             "ratio": inputs.context_tokens / config.tokens,
             "start": initial_baseline(config),
-            "seconds": 0.0,
             **{name: summary(of_set) for name, of_set in distances.items()},
         }
 
     def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
-        """Write the prompt, the curves and, last, evaluation.json, which marks the run as finished."""
+        """Write the prompt and the curves."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         save(
             folder.prompt,
@@ -276,4 +289,3 @@ class _Run:
             figures=figures["heldout"],
         )
         save_curves(folder.metrics, figures, folder.curves)
-        write_text(folder.evaluation, json.dumps(figures, indent=1) + "\n")

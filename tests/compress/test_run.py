@@ -25,6 +25,9 @@ FullDisk = Callable[..., AbstractContextManager[None]]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
+STAGES = ("load", "context", "answers", "baselines", "targets", "training", "evaluation", "answers_compared")
+"""The stages of a run, in order."""
+
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics without the seconds."""
@@ -41,15 +44,19 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
     figures = [json.loads((folder / "evaluation.json").read_text()) for folder in (first, second)]
     for one in figures:
-        del one["seconds"]
+        del one["seconds"], one["stages"]
     assert figures[0] == figures[1]
+    assert (first / "answers.md").read_text() == (second / "answers.md").read_text()
 
 
-def check_figures(figures: dict[str, Any], output: Path) -> None:
+def check_figures(figures: dict[str, Any], output: Path, sets: tuple[str, ...] = ("train", "heldout")) -> None:
     """evaluation.json holds `figures` and all that belongs in it."""
     assert json.loads((output / "evaluation.json").read_text()) == figures
-    assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "train", "heldout"}
-    for part in (figures["train"], figures["heldout"]):
+    assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "stages", *sets}
+    assert tuple(figures["stages"]) == STAGES
+    assert all(seconds >= 0 for seconds in figures["stages"].values())
+    assert figures["seconds"] == pytest.approx(sum(figures["stages"].values()))
+    for part in (figures[name] for name in sets):
         assert {"kl_none", "kl_truncated", "kl_untrained", "kl_prompt", "recovered", "top1_agreement"} <= set(part)
         assert part["recovered"] == pytest.approx(1 - part["kl_prompt"] / part["kl_none"])
         assert 0 <= part["top1_agreement"] <= 1
@@ -75,7 +82,8 @@ def test_a_run_writes_all_its_files(
     assert figures["prompt_tokens"] == 8
     assert figures["ratio"] == figures["context_tokens"] / 8
     names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
-    assert {entry.name for entry in output.iterdir()} == names | {"curves.png", "prompt", "evaluation.json"}
+    names |= {"stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
+    assert {entry.name for entry in output.iterdir()} == names
     records = metrics(output)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in records if "heldout_kl" in record] == [2, 4]

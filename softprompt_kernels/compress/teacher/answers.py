@@ -36,6 +36,7 @@ def answer(
     batch_size: int,
     seed: int,
     reporter: Reporter,
+    description: str = "Teacher's answers",
 ) -> list[Example]:
     """The queries as examples, in the same order. The teacher answers those without an output.
 
@@ -44,19 +45,19 @@ def answer(
 
     Args:
         model, chat: the model and its chat format.
-        prefix: the teacher's prefix.
+        prefix: what the model reads before each query: the teacher's prefix, or that of a prompt.
         queries: any number.
         new_tokens: at most so many tokens an answer.
         temperature: divides the logits; 0 is greedy.
         batch_size: answers sampled at once.
         seed: of sampling.
-        reporter: receives the progress.
+        reporter, description: receives the progress under this description.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     # Sorted by length, so that the queries of a batch need little padding.
     unanswered = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
-    with reporter.progress("Teacher's answers", len(unanswered), "query") as advance, _forked_rng(model.device):
+    with reporter.progress(description, len(unanswered), "query") as advance, _forked_rng(model.device):
         torch.manual_seed(seed)
         for start in range(0, len(unanswered), batch_size):
             chosen = unanswered[start : start + batch_size]
