@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object for each training step."""
+        """One JSON object for each step, of matching (by groups of layers) and of training."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -128,10 +128,10 @@ class RunFolder:
         write_text(self.evaluation, json.dumps(figures, indent=1) + "\n")
 
     def drop_metrics_after(self, step: int) -> float:
-        """Delete the metrics of steps after `step`, which the run repeats.
+        """Delete the metrics of training steps after `step`, which the run repeats.
 
         Returns:
-            Seconds that the remaining steps took.
+            Seconds that the remaining training steps took.
         """
         if not self.metrics.exists():
             return 0.0
@@ -141,8 +141,8 @@ class RunFolder:
                 record = json.loads(line)
             except ValueError:  # the run was killed while it wrote this line
                 break
-            if record["step"] > step:
+            if record["stage"] == "training" and record["step"] > step:
                 break
             kept.append(record)
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return float(sum(record["seconds"] for record in kept))
+        return float(sum(record["seconds"] for record in kept if record["stage"] == "training"))

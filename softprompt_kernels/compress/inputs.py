@@ -20,7 +20,7 @@ from softprompt_kernels.compress.sources.queries import Query, hold_out, load_qu
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import head_of
+from softprompt_kernels.models import check_fixed_frequencies, head_of
 from softprompt_kernels.prompts.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 
@@ -135,6 +135,8 @@ def load_inputs(config: CompressConfig) -> RunInputs:
             f"tokens: got {config.tokens} for a context of {context_tokens} tokens, "
             f"accepted is 1 to {context_tokens - 1}"
         )
+    if config.kind == "kv" and config.init in ("matched", "strided"):
+        check_fixed_frequencies(model)
     check_window(model, chat, context_tokens, (*train, *heldout, *test), config.new_tokens)
     if config.gradient_checkpointing:
         # This takes effect only in training mode. The model stays in evaluation mode, and the trainer switches the

@@ -1,6 +1,6 @@
 """One compression, from the text to the saved prompt.
 
-    inputs → folder → context → initial prompt → answers → baselines → targets → training → evaluation → saving
+    inputs → folder → context → answers → baselines → teacher's pass → matching → training → evaluation → saving
     → compared answers
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepRe
 from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt
+from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.matching.match import Matching, match, stored_match
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
@@ -33,8 +35,16 @@ from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
+from softprompt_kernels.compress.teacher.rows import (
+    RowRecorder,
+    Rows,
+    delete_rows,
+    enough_examples,
+    read_rows,
+    row_bytes,
+)
 from softprompt_kernels.models import head_of, prefix_of
-from softprompt_kernels.prompts import Prefix, check_destination, save
+from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
 
 
@@ -76,26 +86,30 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
 
     with times("context"):
         context = capture_context(inputs.model, inputs.context_ids)
-        prompt = initial_prompt(inputs, context)
+        prompt = None if config.init == "matched" else initial_prompt(inputs, context)
     run = _Run(inputs, folder, context, reporter)
 
     with times("answers"):
         examples = run.answer_queries()
     evaluated = examples | {"train": run.sample(examples["train"])}
     with times("baselines"):
-        distances = run.measure(run.baselines(prompt), evaluated)
+        distances = run.measure(run.baselines(), evaluated)
         for of_set in distances.values():
             check_context_matters(of_set["none"].kl)
 
     with times("targets"):
-        targets = run.teacher_targets(examples["train"])
+        targets, rows = run.read_answers(examples["train"])
+    if prompt is None:
+        with times("matching"):
+            prompt = run.match(rows)
+    students = run.initial_student(prompt)
     with times("training"):
         seconds_before = run.train(prompt, examples["train"], targets, examples["heldout"])
         times.replace_earlier("training", seconds_before)
 
     with times("evaluation"):
         trained = prefix_of(inputs.model, prompt).detach()
-        for name, of_set in run.measure({"prompt": trained}, evaluated).items():
+        for name, of_set in run.measure({**students, "prompt": trained}, evaluated).items():
             distances[name] |= of_set
         figures = run.figures(distances)
         run.save(prompt, figures)
@@ -122,16 +136,22 @@ class _Run:
     context: Prefix
     reporter: Reporter
 
-    def baselines(self, prompt: Prompt) -> dict[str, Prefix | None]:
-        """The prefixes that the trained prompt has to beat, by key.
+    @cached_property
+    def key(self) -> str:
+        """A digest of everything that decides the result of the run."""
+        return sha256(json.dumps(identity(self.inputs), sort_keys=True))
 
-        To `baseline_prefixes` it adds "initial", the prompt before training, unless that equals one of them.
-        """
-        inputs = self.inputs
-        prefixes = baseline_prefixes(inputs.model, inputs.chat, self.context, inputs.config.tokens)
-        if initial_baseline(inputs.config) == "initial":
-            prefixes["initial"] = prefix_of(inputs.model, prompt).detach()
-        return prefixes
+    def baselines(self) -> dict[str, Prefix | None]:
+        """The prefixes that the prompt has to beat, by key."""
+        return baseline_prefixes(self.inputs.model, self.inputs.chat, self.context, self.inputs.config.tokens)
+
+    def initial_student(self, prompt: Prompt) -> dict[str, Prefix]:
+        """The prompt before training, as "initial"; nothing where it equals a baseline or is not trained."""
+        if initial_baseline(self.inputs.config) != "initial":
+            return {}
+        prefix = prefix_of(self.inputs.model, prompt).detach()
+        # Training changes the prompt in place.
+        return {"initial": Prefix.of((key.clone(), value.clone()) for key, value in prefix.layers)}
 
     def answer_queries(self) -> dict[str, list[Example]]:
         """The examples of each set of queries: read from the folder, or answered by the teacher and stored there."""
@@ -181,7 +201,57 @@ class _Run:
             for name, examples in sets.items()
         }
 
-    def teacher_targets(self, train: Sequence[Example]) -> Targets | None:
+    def read_answers(self, train: Sequence[Example]) -> tuple[Targets | None, Rows | None]:
+        """What the teacher gives when it reads its answers once more: targets for training and rows for matching.
+
+        Either is None where the run does not need it, or no longer.
+        """
+        cache, config = self.folder.cache, self.inputs.config
+        matches = config.init == "matched" and stored_match(self.context, cache, self.key) is None
+        rows = read_rows(cache, self.key) if matches else None
+        recorder = self._row_recorder(train) if matches and rows is None else None
+        targets = self.teacher_targets(train, recorder) if config.steps else None
+        if recorder is None:
+            return targets, rows
+        if targets is None:
+            hidden_states(
+                self.inputs.model, self.context, recorder.examples, self.reporter, "Rows for matching", tap=recorder.tap
+            )
+        recorder.close(self.key)
+        return targets, read_rows(cache, self.key)
+
+    def _row_recorder(self, train: Sequence[Example]) -> RowRecorder:
+        config, model = self.inputs.config, self.inputs.model
+        delete_rows(self.folder.cache)
+        size = row_bytes(self.context, model.config.get_text_config().num_attention_heads)
+        if config.steps == 0 or self.inputs.objective.form is None:
+            train = enough_examples(train, config.matching_rows, config.seed)
+        return RowRecorder(self.folder.cache, train, config.matching_rows, size, config.seed)
+
+    def match(self, rows: Rows | None) -> KVPrompt:
+        """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back."""
+        config, cache = self.inputs.config, self.folder.cache
+        matched = stored_match(self.context, cache, self.key)
+        if matched is None:
+            assert rows is not None
+            settings = Matching(config.tokens, config.matching_steps, config.frozen)
+            with self.folder.metrics.open("a", encoding="utf-8") as metrics:
+                group: list[str] = []
+
+                def record(step: dict[str, Any]) -> None:
+                    group.append(json.dumps(step) + "\n")
+                    if step["step"] == config.matching_steps:  # an interrupted group is done again
+                        metrics.writelines(group)
+                        metrics.flush()
+                        group.clear()
+
+                matched = match(
+                    self.context, rows, settings, reporter=self.reporter, folder=cache, key=self.key, record=record
+                )
+            delete_rows(cache)
+        return matched_prompt(self.inputs, self.context, matched)
+
+    def teacher_targets(self, train: Sequence[Example], recorder: RowRecorder | None) -> Targets | None:
         """The teacher's moments or hidden states; None for an objective that needs neither."""
         inputs = self.inputs
         form = inputs.objective.form
@@ -201,6 +271,7 @@ class _Run:
             form=form,
             temperature=inputs.config.loss_temperature,
             reporter=self.reporter,
+            recorder=recorder,
         )
 
     def train(
@@ -212,6 +283,8 @@ class _Run:
             Seconds that earlier calls spent on the steps before the checkpoint.
         """
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        if config.steps == 0:
+            return 0.0
         trainer = Trainer(
             inputs.model,
             prompt,
@@ -225,9 +298,8 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
         )
-        key = sha256(json.dumps(identity(inputs), sort_keys=True))
         if folder.checkpoint.exists():
-            trainer.load(folder.checkpoint, key)
+            trainer.load(folder.checkpoint, self.key)
             self.reporter.message(f"Resuming from step {trainer.step}.")
         seconds_before = folder.drop_metrics_after(trainer.step)
         head, teacher = head_of(inputs.model), None
@@ -243,7 +315,7 @@ class _Run:
             advance(trainer.step)
 
             def after_step(report: StepReport) -> None:
-                record = asdict(report)
+                record = {"stage": "training", **asdict(report)}
                 if teacher is not None and report.step % config.evaluate_every == 0:
                     prefix = prefix_of(inputs.model, prompt).detach()
                     student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
@@ -255,14 +327,14 @@ class _Run:
                     figures["heldout_kl"] = record["heldout_kl"]
                 advance(1, **figures)
                 if report.step % config.checkpoint_every == 0:
-                    trainer.save(folder.checkpoint, key)
+                    trainer.save(folder.checkpoint, self.key)
 
             try:
                 trainer.run(after_step)
             except KeyboardInterrupt:
-                trainer.save(folder.checkpoint, key)
+                trainer.save(folder.checkpoint, self.key)
                 raise Interrupted(trainer.saved_step, config.steps, folder.path) from None
-        trainer.save(folder.checkpoint, key)
+        trainer.save(folder.checkpoint, self.key)
         return seconds_before
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
@@ -285,7 +357,13 @@ class _Run:
             model=inputs.model,
             tokenizer=inputs.tokenizer,
             context={"sha256": sha256(inputs.text), "tokens": inputs.context_tokens},
-            objective={"name": config.objective, "nll_weight": config.nll_weight, "steps": config.steps},
+            objective={
+                "name": config.objective,
+                "nll_weight": config.nll_weight,
+                "steps": config.steps,
+                "init": config.init,
+            },
             figures=figures["heldout"],
         )
-        save_curves(folder.metrics, figures, folder.curves)
+        if folder.metrics.exists():  # not for a prompt in closed form
+            save_curves(folder.metrics, figures, folder.curves)

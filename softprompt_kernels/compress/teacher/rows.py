@@ -113,7 +113,7 @@ class RowRecorder:
     """
 
     def __init__(self, folder: Path, examples: Sequence[Example], rows: int, row_bytes: int, seed: int) -> None:
-        self.folder, self.row_bytes, self.seed = folder, row_bytes, seed
+        self.folder, self.examples, self.row_bytes, self.seed = folder, examples, row_bytes, seed
         lengths = torch.tensor([example.length for example in examples])
         total = int(lengths.sum())
         generator = torch.Generator().manual_seed(seed)
@@ -168,6 +168,18 @@ class RowRecorder:
         save_file({**tensors, "offset": torch.cat(self.offsets)}, _shard(self.folder, self.shards))
         self.count, self.shards, self.buffered = self.count + self.buffered, self.shards + 1, 0
         self.tensors, self.offsets = {}, []
+
+
+def enough_examples(examples: Sequence[Example], rows: int, seed: int) -> Sequence[Example]:
+    """A random part of the examples with about twice as many tokens as rows; all of them if that is less."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen, tokens = [], 0
+    for index in order:
+        if tokens >= 2 * rows:
+            break
+        chosen.append(examples[index])
+        tokens += examples[index].length
+    return chosen
 
 
 def row_bytes(context: Prefix, query_heads: int) -> int:
