@@ -12,6 +12,10 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import Prefix
 
 
+TOKEN_BASELINES = ("truncated", "untrained")
+"""Those that are k tokens of the context."""
+
+
 def baseline_prefixes(
     model: PreTrainedModel, chat: ChatFormat, context: Prefix, tokens: int
 ) -> dict[str, Prefix | None]:
