@@ -90,7 +90,7 @@ def match(
                 stored = _match_group(context, rows, settings, group, advance, record)
                 if path is not None:
                     _write(path, key, stored)
-            found += stored
+            found += [(layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored]
     return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
 
 
@@ -99,7 +99,7 @@ def stored_match(context: Prefix, folder: Path, key: str) -> Prefix | None:
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < context.num_layers:
         group = _read(folder / f"matched-{len(found):05d}.safetensors", key)
-        if group is None:
+        if not group:
             return None
         found += group
     return Prefix.of((key[None].to(context.device), value[None].to(context.device)) for key, value in found)

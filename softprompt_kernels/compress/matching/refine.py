@@ -83,6 +83,7 @@ def match_error(rows: RefineRows, key: Tensor, value: Tensor) -> Tensor:
     return difference.square().sum((2, 3)) / rows.out.square().sum((2, 3)).clamp(min=1e-20)
 
 
+@torch.enable_grad()
 def refine(
     key: Tensor,
     value: Tensor,
