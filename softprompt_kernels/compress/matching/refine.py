@@ -51,13 +51,21 @@ class RefineRows:
     @classmethod
     def of(cls, rows: Sequence[LayerRows], parts: Sequence[Parts]) -> RefineRows:
         """The rows of several layers."""
-        return cls(
-            torch.stack([one.query for one in rows]),
-            torch.stack([one.out for one in rows]),
-            torch.stack([one.rest_out for one in parts]),
-            torch.stack([one.rest_lse for one in parts]),
-            rows[0].scores,
-        )
+        found = cls.empty(len(rows), rows[0])
+        for index, (layer_rows, layer_parts) in enumerate(zip(rows, parts, strict=True)):
+            found.put(index, layer_rows, layer_parts)
+        return found
+
+    @classmethod
+    def empty(cls, layers: int, like: LayerRows) -> RefineRows:
+        """Room for the rows of several layers, each of the shape of `like`. Layer by layer, `put` fills it."""
+        query, out, lse = (tensor.new_empty(layers, *tensor.shape) for tensor in (like.query, like.out, like.lse))
+        return cls(query, out, torch.empty_like(out), lse, like.scores)
+
+    def put(self, index: int, rows: LayerRows, parts: Parts) -> None:
+        """Copy the rows of one layer to their place."""
+        self.query[index], self.out[index] = rows.query, rows.out
+        self.rest_out[index], self.rest_lse[index] = parts.rest_out, parts.rest_lse
 
     @property
     def count(self) -> int:
