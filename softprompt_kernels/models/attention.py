@@ -34,6 +34,13 @@ class KeyValueSink(Protocol):
         """`key [B, Hkv, N, D]` after the rotary embedding, `value [B, Hkv, N, Dv]`."""
 
 
+class OwnTokens(Protocol):
+    """Keeps the keys and values of a sequence's earlier tokens. `past_key_values` of transformers is not used then."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `key [B, Hkv, M, D]` and `value [B, Hkv, M, Dv]`; returns those of all N tokens."""
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The prompt and the padding of one forward of the model.
@@ -46,6 +53,7 @@ class Call:
         packing: where the S sequences begin in a packed batch. Then prompt_index has shape `[S]`, and key_lengths and
             placement are None.
         sink: receives own keys and values, None to drop them.
+        own: adds the keys and values of earlier own tokens; None if there are none.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
     """
 
@@ -55,6 +63,7 @@ class Call:
     placement: Placement | None = None
     packing: Packing | None = None
     sink: KeyValueSink | None = None
+    own: OwnTokens | None = None
     wants_grad: bool = False
 
 
@@ -120,6 +129,8 @@ def attend(
         )
     if call.sink is not None:
         call.sink.put(module.layer_idx, key, value)
+    if call.own is not None:
+        key, value = call.own.extend(module.layer_idx, key, value)
     prompt_key, prompt_value = _layer_prompt(call, module.layer_idx, key, value)
     packing = call.packing
     own_keys = key.shape[2] if packing is None else packing.max_seqlen
