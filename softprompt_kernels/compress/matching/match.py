@@ -91,7 +91,9 @@ def match(
                 stored = _match_group(context, rows, settings, group, advance, record)
                 if path is not None:
                     _write(path, key, stored)
-            found += [(layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored]
+            found += [
+                (layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored
+            ]
     return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
 
 

@@ -255,7 +255,7 @@ def test_a_context_in_16_bits(
     layers = [make_layer(context=20, count=100, seed=seed) for seed in range(2)]
     found = run(stored(layers, dtype), Matching(5, 0, 1, 0))
     exact = run(stored(layers), Matching(5, 0, 1, 0))
-    for (key, value), (same_key, same_value) in zip(found.layers, exact.layers, strict=True):
+    for (key, value), (same_key, _) in zip(found.layers, exact.layers, strict=True):
         assert key.dtype == value.dtype == torch.float32
         assert key.isfinite().all() and value.isfinite().all()
         # The choice of keys may differ, but not by much.
