@@ -52,7 +52,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("launch", "runtime", "targets", "elementwise"),
     ),
     "benchmarks": (
-        ("device",),
+        ("device", "study"),
         ("suites",),
         ("counted", "step"),
         ("harness",),
