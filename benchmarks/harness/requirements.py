@@ -99,6 +99,7 @@ def _step_ops_over_floor(record: Record) -> float:
 # kind -> (whether the limit is a lower one, the figure)
 KINDS: dict[str, tuple[bool, Callable[[Record], float]]] = {
     "speedup over the fastest baseline": (True, lambda record: _speedup(record, "")),
+    "speedup over plain PyTorch": (True, lambda record: _speedup(record, "PyTorch")),
     "speedup over concat + SDPA": (True, lambda record: _speedup(record, "concat + SDPA")),
     "rate, as a share of the reference GEMM's": (True, lambda record: 1 / _over_floor(record)),
     "time over the floor": (False, _over_floor),

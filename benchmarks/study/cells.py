@@ -15,12 +15,18 @@ from typing import Any
 
 from benchmarks.study.corpus import Text
 from benchmarks.study.methods import METHODS, Method
+from softprompt_kernels.compress.config import load_config
 from softprompt_kernels.errors import SoftPromptError
 
 RATIOS = (4, 8, 16, 32)
 SEEDS = (0, 1, 2)
 TRAINED_RATIOS = (8, 32)
 TRAINED_TEXTS = ("demo", "garden")
+DECIDING = (
+    *("init", "objective", "nll_weight", "loss_temperature", "frozen_tokens"),
+    *("steps", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"),
+)
+MATCHING = ("matching_rows", "matching_steps")
 FORMAT = 1  # of the results; a new number measures every cell again
 
 # The same for all methods: how the teacher answers, for training and for evaluation.
@@ -76,14 +82,25 @@ def _planned(cell: Cell) -> bool:
 
 
 def settings(cell: Cell, model: str) -> dict[str, Any]:
-    """Everything that decides the figures of a cell, JSON-able. Files count by their content."""
+    """Everything that decides the figures of a cell, JSON-able. Files count by their content.
+
+    Of a run these are its settings with the defaults of `CompressConfig`, as far as DECIDING names them.
+    """
     return {
         "format": FORMAT,
         "ratio": cell.ratio,
         "seed": cell.seed,
-        "method": {"kind": cell.method.kind, **cell.method.settings(cell.text)},
+        "method": {"kind": cell.method.kind, **_method_settings(cell)},
         "teacher": teacher_settings(cell.text, cell.seed, model),
     }
+
+
+def _method_settings(cell: Cell) -> dict[str, Any]:
+    given = cell.method.settings(cell.text)
+    if cell.method.kind != "run":
+        return given
+    config = load_config(None, {"model": "-", "context": "-", "output": "-", "tokens": 2, **given})
+    return config.model_dump(mode="json", include={*DECIDING, *(MATCHING if config.init == "matched" else ())})
 
 
 def teacher_settings(text: Text, seed: int, model: str) -> dict[str, Any]:

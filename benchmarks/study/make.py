@@ -10,11 +10,8 @@ measured once and are equal for all methods that need them. The evaluation is in
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from benchmarks.study.teacher import WATCHED, Study, Teacher
 from softprompt_kernels.compress.config import CompressConfig, load_config
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import identity, load_inputs
-from softprompt_kernels.compress.reporter import Advance, Reporter
 from softprompt_kernels.compress.run import compress
 from softprompt_kernels.compress.sources.chat import INSTRUCTION
 from softprompt_kernels.compress.sources.queries import write_text
@@ -33,8 +29,8 @@ from softprompt_kernels.compress.teacher.context import capture_context, select_
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import Prefix, load
 
-# Stages of a run that are measured for all methods alike, or that only evaluate.
-_NOT_OF_THE_METHOD = re.compile(r"context|answer|evaluat|baseline|load|sav", re.IGNORECASE)
+STAGES = ("targets", "matching", "training")
+"""The stages of a run that belong to its method. The others are shared, or evaluate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +84,13 @@ def _of_run(study: Study, cell: Cell, k: int) -> Made:
     key = digest(settings(cell, study.name))
     config = run_config(study, cell, teacher, k, teacher.folder / f"{cell.method.name}-{cell.ratio}x-{key}")
     prepare_run(config, teacher)
-    stages = StageTimes(study.reporter)
-    figures = compress(config, stages)
+    figures = compress(config, study.reporter)
     model, tokenizer = study.loaded
     prompt, _ = load(RunFolder(config.output).prompt, model, tokenizer)
     seconds = {
         "context": study.captured(cell.text).seconds,
         "answers": teacher.answers("train").seconds,
-        **method_seconds(figures, stages.seconds, RunFolder(config.output)),
+        **method_seconds(figures),
     }
     fields = config.model_dump(mode="json", exclude={"model", "context", "output", "queries", "heldout", "threads"})
     return Made(prefix_of(model, prompt).detach(), seconds, fields, config.output)
@@ -132,47 +127,16 @@ def prepare_run(config: CompressConfig, teacher: Teacher) -> None:
     folder.claim(identity(load_inputs(config)), config.to_yaml())
     folder.cache.mkdir(exist_ok=True)
     train, heldout = teacher.answers("train").examples, teacher.answers("heldout").examples[:WATCHED]
-    sets = {"train": train, "heldout": heldout, "test": []}
+    sets = {"train": train, "heldout": heldout}
     write_text(folder.examples, json.dumps({n: [(e.input_ids, e.output_ids) for e in sets[n]] for n in sets}))
 
 
-def method_seconds(figures: dict[str, Any], reported: dict[str, float], folder: RunFolder) -> dict[str, float]:
-    """The stages of a run that belong to the method, and their seconds.
-
-    Args:
-        figures: the content of evaluation.json. Its "stages" are used where it has them.
-        reported: seconds by description of the progress, of this call.
-        folder: of the run; metrics.jsonl has the steps of earlier calls too.
-    """
-    stages = figures.get("stages")
-    if stages is None:
-        stages = {"targets": sum(s for name, s in reported.items() if name.startswith("Teacher's targets"))}
-        if folder.metrics.exists():
-            lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-            stages["training"] = sum(json.loads(line)["seconds"] for line in lines)
-    return {name: float(seconds) for name, seconds in stages.items() if not _NOT_OF_THE_METHOD.search(name)}
+def method_seconds(figures: dict[str, Any]) -> dict[str, float]:
+    """The stages of a run that belong to the method, and their seconds, from the content of evaluation.json."""
+    return {name: float(seconds) for name, seconds in figures["stages"].items() if name in STAGES}
 
 
 def clean(made: Made) -> None:
     """Delete what a finished run left."""
     if made.folder is not None:
         shutil.rmtree(made.folder, ignore_errors=True)
-
-
-class StageTimes:
-    """A reporter that passes on to another one and adds up the seconds of each stage."""
-
-    def __init__(self, inner: Reporter) -> None:
-        self.inner, self.seconds = inner, dict[str, float]()
-
-    def message(self, text: str) -> None:
-        """Shows one line of text."""
-        self.inner.message(text)
-
-    @contextmanager
-    def progress(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """A stage, timed."""
-        begin = time.perf_counter()
-        with self.inner.progress(description, total, unit) as advance:
-            yield advance
-        self.seconds[description] = self.seconds.get(description, 0.0) + time.perf_counter() - begin

@@ -5,7 +5,8 @@
 | truncated | the first k tokens of the text | no |
 | strided | k of the text's keys and values, evenly spaced | no |
 | snapkv, expected_attention, kvzip | k keys and values for each head, chosen by kvpress; see press.py | no |
-| matched | attention matching, no training | yes |
+| closed_form | attention matching in closed form | yes |
+| matched | attention matching, closed form and refinement, no training | yes |
 | matched_distilled | attention matching, then training end to end | yes |
 | today | the recipe before attention matching: training from tokens of the text | yes |
 | cartridges | the recipe of Cartridges: first tokens, KL, its learning rate | yes |
@@ -74,6 +75,10 @@ def _matched(text: Text) -> Settings:
     return {"init": "matched", "steps": 0}
 
 
+def _closed_form(text: Text) -> Settings:
+    return {"init": "matched", "matching_steps": 0, "steps": 0}
+
+
 def _matched_distilled(text: Text) -> Settings:
     return {**_today(text), "init": "matched", "steps": 100, "learning_rate": 4e-3}
 
@@ -90,6 +95,7 @@ METHODS = {
         Method("snapkv", "SnapKV", "press", _fixed(press="SnapKVPress", window_size=64), 30),
         Method("expected_attention", "Expected Attention", "press", _fixed(press="ExpectedAttentionPress"), 30),
         Method("kvzip", "KVzip", "press", _fixed(press="KVzipPress", heads="same number for each head"), 60),
+        Method("closed_form", "matched, closed form", "run", _closed_form, 60),
         Method("matched", "matched", "run", _matched, 90),
         Method("matched_distilled", "matched + distilled", "run", _matched_distilled, 240, trained=True),
         Method("today", "distilled from tokens", "run", _today, 240, trained=True),

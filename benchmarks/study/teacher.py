@@ -31,7 +31,7 @@ from softprompt_kernels.compress.inputs import check_window, read_queries, read_
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import load_model
-from softprompt_kernels.compress.sources.queries import Query, load_queries, remove_held_out, save_queries, write_text
+from softprompt_kernels.compress.sources.queries import Query, load_queries, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
@@ -197,13 +197,13 @@ class Teacher:
                 "tokens": 1,
                 "queries": text.queries,
                 "heldout": text.heldout,
+                "test": text.test if text.test.is_file() else None,
                 "selfstudy": text.selfstudy,
                 "samples": text.samples,
                 "seed": self.seed,
             },
         )
-        train = list(read_queries(config, read_text(text.context, "context"))[0])
-        return remove_held_out(train, load_queries(text.test)) if text.test.is_file() else train
+        return list(read_queries(config, read_text(text.context, "context"))[0])
 
     @cached_property
     def _references(self) -> dict[str, tuple[list[Tensor], Distance]]:

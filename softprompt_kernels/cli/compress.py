@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,12 +72,14 @@ def _compress(settings: CompressConfig) -> None:
     show_table(header, rows, highlight="soft prompt")
     context, prompt = figures["context_tokens"], figures["prompt_tokens"]
     typer.echo(LEGEND)
-    typer.echo(f"{context} tokens in a prompt of {prompt} ({context / prompt:.1f}x), {duration(figures['seconds'])}.\n")
+    typer.echo(f"{context} tokens in a prompt of {prompt} ({context / prompt:.1f}x), {duration(figures['seconds'])}.")
+    typer.echo(f"{stage_line(figures.get('stages', {}))}\n")
     show_pairs(
         [
             ("prompt", str(folder.prompt)),
             ("figures", str(folder.evaluation)),
             ("curves", str(folder.curves)),
+            *([("answers", str(folder.answers))] if folder.answers.exists() else []),
             ("try it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
         ]
     )
@@ -96,17 +99,23 @@ def _forecast(settings: CompressConfig) -> None:
 def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
     """A forecast as pairs of name and value."""
     stages = forecast.estimated_seconds
+    test = f", {forecast.test_queries} for the test" if forecast.test_queries else ""
     return [
         ("context", f"{forecast.context_tokens} tokens, {size(forecast.context_kv_bytes)} of keys and values"),
         ("prompt", f"{forecast.prompt_tokens} tokens, {size(forecast.prompt_bytes)} of keys and values"),
         ("ratio", f"{forecast.ratio:.1f}x"),
-        ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out"),
+        ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),
         ("KL without context", f"{forecast.kl_none:.3f} nats per token on a few queries: what a prompt can recover"),
         ("time per step", duration_of_step(forecast.seconds_per_step)),
         *((f"  {name}", duration(seconds)) for name, seconds in stages.items()),
         ("total time", f"about {duration(sum(stages.values()))}"),
         ("written", "nothing (dry run)"),
     ]
+
+
+def stage_line(stages: Mapping[str, float]) -> str:
+    """The times of the stages in one line; empty for a run that did not store them."""
+    return ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in stages.items())
 
 
 def duration_of_step(seconds: float) -> str:

@@ -12,6 +12,7 @@ import typer
 from softprompt_kernels.cli.display import on_terminal
 from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
+from softprompt_kernels.compress.report.answers import Comparison, comparison_text
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -185,14 +186,7 @@ def answer_to(
 def show_side_by_side(question: str, answers: dict[str, str]) -> None:
     """Print a question and its answers: as columns on a terminal, as indented lines elsewhere."""
     if not on_terminal():
-        width = max(map(len, answers))
-        typer.echo(f"> {question}")
-        for name, text in answers.items():
-            lines = text.splitlines() or [""]
-            typer.echo(f"  {name.ljust(width)} | {lines[0]}")
-            for line in lines[1:]:
-                typer.echo(f"  {' ' * width} | {line}")
-        typer.echo("")
+        typer.echo(comparison_text(Comparison(question, answers)) + "\n")
         return
     from rich.console import Console
     from rich.table import Table

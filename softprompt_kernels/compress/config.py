@@ -39,7 +39,7 @@ Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(Path.expanduser)]
 Kind = Literal["kv", "embedding"]
-Init = Literal["strided", "first", "text", "vocabulary", "random"]
+Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
 Objective = Literal["kl", "reverse_kl", "jsd", "nll"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -61,11 +61,20 @@ class CompressConfig(BaseModel):
     )
     tokens: Integer = Field(ge=1, description="Length k of the soft prompt, in tokens; less than that of the context.")
     init: Init = Field(
-        "strided",
-        description="How the prompt is initialised. strided: k tokens spread evenly over the context. first: the first "
-        "k tokens of the context. text: the text of --init-text. vocabulary: random tokens. random: noise.",
+        default_factory=lambda fields: "matched" if fields.get("kind", "kv") == "kv" else "strided",
+        description="How the prompt is initialised. matched: fitted to the attention of the teacher, layer by layer. "
+        "strided: k tokens spread evenly over the context. first: its first k tokens. text: the text of "
+        "--init-text. vocabulary: random tokens. random: noise. Default: matched for kv, strided for embedding.",
     )
     init_text: FilePath | None = Field(None, description="File with the text for init=text, in UTF-8.")
+    matching_rows: Integer = Field(
+        6144,
+        ge=1,
+        description="Tokens of the teacher's answers that init=matched fits, in every layer. Long prompts need more.",
+    )
+    matching_steps: Integer = Field(
+        300, ge=0, description="Refinement steps of init=matched. 0: the closed form alone."
+    )
     frozen_tokens: Integer | None = Field(
         None,
         ge=0,
@@ -78,6 +87,9 @@ class CompressConfig(BaseModel):
     )
     heldout: FilePath | None = Field(
         None, description="File of held-out queries, as --queries. Without it, a share of the queries is held out."
+    )
+    test: FilePath | None = Field(
+        None, description="File of test queries, as --queries; never used for training or choosing, reported once."
     )
     heldout_share: Number = Field(0.1, gt=0, lt=1, description="Share of the queries to hold out without --heldout.")
     selfstudy: Integer = Field(256, ge=0, description="Number of queries to generate from the context (self-study).")
@@ -101,7 +113,9 @@ class CompressConfig(BaseModel):
         1.0, gt=0, description="Divides the logits of student and teacher in the loss, as in distillation."
     )
 
-    steps: Integer = Field(200, ge=1, description="Optimiser steps.")
+    steps: Integer = Field(
+        200, ge=0, description="Optimiser steps of the training end to end. 0: the prompt stays as it is initialised."
+    )
     batch_size: Integer = Field(8, ge=1, description="Sequences per step.")
     micro_batch_size: Integer | None = Field(
         None,
@@ -151,6 +165,10 @@ class CompressConfig(BaseModel):
                 f"frozen_tokens: got {self.frozen}, accepted is less than tokens={self.tokens}",
             ),
             (self.init != "text" or self.init_text, "init_text: missing, but init=text needs it"),
+            (
+                self.init != "matched" or self.kind == "kv",
+                f"init: got matched with kind={self.kind}, accepted are strided, first, text, vocabulary and random",
+            ),
             (self.init == "text" or not self.init_text, f"init_text: given, but init={self.init} does not use it"),
             (
                 self.nll_weight == 0 or self.objective == "kl",

@@ -1,7 +1,7 @@
 """The folder of a run: its files, and a record of which run they belong to.
 
     config.yaml  run.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
-    curves.png  prompt/  evaluation.json
+    stages.json  curves.png  prompt/  answers.md  evaluation.json
 
 `run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another
 identity is refused before it changes anything.
@@ -10,6 +10,7 @@ identity is refused before it changes anything.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object for each training step."""
+        """One JSON object for each step, of matching (by groups of layers) and of training."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def stages(self) -> Path:
+        """The seconds of the stages that are finished."""
+        return self.path / "stages.json"
 
     @property
     def curves(self) -> Path:
@@ -58,6 +64,11 @@ class RunFolder:
     def prompt(self) -> Path:
         """The saved prompt."""
         return self.path / "prompt"
+
+    @property
+    def answers(self) -> Path:
+        """The answers to the held-out and test questions, with the full context and with the prompt."""
+        return self.path / "answers.md"
 
     @property
     def evaluation(self) -> Path:
@@ -112,11 +123,15 @@ class RunFolder:
             return None
         return figures
 
+    def finish(self, figures: Mapping[str, Any]) -> None:
+        """Write evaluation.json, which marks the run as finished."""
+        write_text(self.evaluation, json.dumps(figures, indent=1) + "\n")
+
     def drop_metrics_after(self, step: int) -> float:
-        """Delete the metrics of steps after `step`, which the run repeats.
+        """Delete the metrics of training steps after `step`, which the run repeats.
 
         Returns:
-            Seconds that the remaining steps took.
+            Seconds that the remaining training steps took.
         """
         if not self.metrics.exists():
             return 0.0
@@ -126,8 +141,8 @@ class RunFolder:
                 record = json.loads(line)
             except ValueError:  # the run was killed while it wrote this line
                 break
-            if record["step"] > step:
+            if record["stage"] == "training" and record["step"] > step:
                 break
             kept.append(record)
         write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        return float(sum(record["seconds"] for record in kept))
+        return float(sum(record["seconds"] for record in kept if record["stage"] == "training"))

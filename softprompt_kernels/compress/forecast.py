@@ -33,7 +33,7 @@ class Plan:
         context_tokens, prompt_tokens: C and k.
         ratio: C / k.
         prompt_bytes, context_kv_bytes: bytes of the keys and values of both, in the model's dtype.
-        train_queries, heldout_queries: number of each.
+        train_queries, heldout_queries, test_queries: number of each.
         kl_none: KL of the model without the context from the model with it, nats per token, on a few held-out
             queries. It is what a prompt can recover at most.
         seconds_per_step: measured.
@@ -47,6 +47,7 @@ class Plan:
     context_kv_bytes: int
     train_queries: int
     heldout_queries: int
+    test_queries: int
     kl_none: float
     seconds_per_step: float
     estimated_seconds: dict[str, float]
@@ -88,8 +89,9 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     _, decode_seconds = sample(batch_queries, 1 + MEASURED_TOKENS)
     examples, _ = sample(min(MEASURED_QUERIES, total), min(config.new_tokens, 2 * MEASURED_TOKENS))
     token_seconds = max(0.0, decode_seconds - prefill_seconds) / MEASURED_TOKENS
-    unanswered = sum(query.output is None for query in (*inputs.train, *inputs.heldout))
-    answer_seconds = unanswered / batch_queries * (prefill_seconds + token_seconds * config.new_tokens)
+    unanswered = sum(query.output is None for queries in inputs.sets.values() for query in queries)
+    one_answer = (prefill_seconds + token_seconds * config.new_tokens) / batch_queries
+    compared = len({query.input for query in (*inputs.heldout, *inputs.test)})
 
     # Evaluation: teacher and student on the examples just sampled.
     begin = time.perf_counter()
@@ -122,7 +124,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
 
     with torch.no_grad():
         prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=context.dtype).nbytes
-    evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
+    evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout) + len(inputs.test)
     return Plan(
         context_tokens=inputs.context_tokens,
         prompt_tokens=config.tokens,
@@ -131,13 +133,15 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         context_kv_bytes=context.nbytes,
         train_queries=len(inputs.train),
         heldout_queries=len(inputs.heldout),
+        test_queries=len(inputs.test),
         kl_none=distances["none"].kl,
         seconds_per_step=step_seconds,
         estimated_seconds={
             "context": capture_seconds,
-            "teacher's answers": answer_seconds,
+            "teacher's answers": unanswered * one_answer,
             "teacher's targets": sequence_seconds * len(inputs.train),
             "training": step_seconds * config.steps,
             "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
+            "compared answers": 2 * compared * one_answer,  # with the full context and with the prompt
         },
     )

@@ -11,13 +11,15 @@ from torch import Tensor
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt
 from softprompt_kernels.compress.inputs import RunInputs, read_text
-from softprompt_kernels.compress.teacher.context import select_tokens
+from softprompt_kernels.compress.teacher.context import move_keys, select_tokens
 from softprompt_kernels.models import capture
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix, initialise
 
 
 def initial_prompt(inputs: RunInputs, context: Prefix) -> Prompt:
     """k tokens chosen by `config.init`, on the model's device. All but the first `config.frozen` are trainable.
+
+    Not for init=matched, which needs the teacher's answers: see `matched_prompt`.
 
     Args:
         inputs: the inputs of the run.
@@ -40,6 +42,18 @@ def initial_prompt(inputs: RunInputs, context: Prefix) -> Prompt:
     else:
         rows = initialise.embed_tokens(embed, initial_token_ids(inputs, generator).to(model.device))
     return EmbeddingPrompt(rows, frozen_tokens=config.frozen).to(model.device)
+
+
+def matched_prompt(inputs: RunInputs, context: Prefix, matched: Prefix) -> KVPrompt:
+    """The prompt that `match` found, with its keys at the positions of a prompt.
+
+    Args:
+        inputs: the inputs of the run.
+        context: the captured context.
+        matched: k tokens with keys at the positions of the context.
+    """
+    prefix = move_keys(inputs.model, matched, matched.length - context.length)
+    return KVPrompt.from_prefix(prefix, frozen_tokens=inputs.config.frozen).to(inputs.model.device)
 
 
 def initial_baseline(config: CompressConfig) -> str:

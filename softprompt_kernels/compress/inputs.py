@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
 from softprompt_kernels.compress.sources.self_study import self_study
+from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import head_of
+from softprompt_kernels.models import check_fixed_frequencies, head_of
 from softprompt_kernels.prompts.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 
@@ -33,7 +34,7 @@ class RunInputs:
         chat: the chat format of the tokenizer.
         text: the context.
         context_ids: `[1, C]` int64: the tokens of the context, on the model's device.
-        train, heldout: queries. No input is in both.
+        train, heldout, test: queries. No input is in two of them. Without test queries `test` is empty.
         objective: the training loss.
     """
 
@@ -45,12 +46,23 @@ class RunInputs:
     context_ids: Tensor
     train: tuple[Query, ...]
     heldout: tuple[Query, ...]
+    test: tuple[Query, ...]
     objective: Objective
 
     @property
     def context_tokens(self) -> int:
         """C, the length of the context."""
         return self.context_ids.shape[1]
+
+    @property
+    def sets(self) -> dict[str, tuple[Query, ...]]:
+        """The sets of queries, by their key in evaluation.json; "test" only if there are test queries."""
+        return {"train": self.train, "heldout": self.heldout} | ({"test": self.test} if self.test else {})
+
+    def as_text(self, examples: Iterable[Example]) -> list[str]:
+        """The outputs of examples as text."""
+        decode = self.tokenizer.decode
+        return [str(decode(list(example.output_ids), skip_special_tokens=True)) for example in examples]
 
 
 def read_text(path: Path, name: str) -> str:
@@ -70,24 +82,35 @@ def read_text(path: Path, name: str) -> str:
     return text
 
 
-def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
-    """`(training, held-out)` queries from files and self-study; a training query is repeated for each of its samples.
+def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], tuple[Query, ...], tuple[Query, ...]]:
+    """`(training, held-out, test)` queries from files and self-study.
+
+    A training query is repeated for each of its samples. Inputs of test queries are removed before the rest is split.
 
     Raises:
-        SoftPromptError: a query file is invalid, or no query is left for one of the two sets.
+        SoftPromptError: a query file is invalid, a test query is held out too, or no query is left for one of the first
+            two sets.
     """
+    test = [] if config.test is None else load_queries(config.test)
     queries = [] if config.queries is None else load_queries(config.queries)
     known = {query.input for query in queries}
     queries += [query for query in self_study(text, config.selfstudy, config.seed) if query.input not in known]
+    queries = remove_held_out(queries, test)
     if config.heldout is None:
         train, heldout = hold_out(queries, config.heldout_share, config.seed)
     else:
         heldout = load_queries(config.heldout)
+        tested = {query.input for query in test}
+        if both := next((query.input for query in heldout if query.input in tested), None):
+            raise SoftPromptError(
+                f"test: {config.test} has {both[:40]!r}, which is held out too; "
+                f"accepted are queries that are not in {config.heldout}"
+            )
         train = remove_held_out(queries, heldout)
     if not train:
-        raise SoftPromptError("queries: none is left to train on: every one is held out")
+        raise SoftPromptError("queries: none is left to train on: every one is held out or a test query")
     train = [query for query in train for _ in range(config.samples if query.output is None else 1)]
-    return tuple(train), tuple(heldout)
+    return tuple(train), tuple(heldout), tuple(test)
 
 
 def load_inputs(config: CompressConfig) -> RunInputs:
@@ -97,7 +120,7 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         SoftPromptError: an input is invalid, or two of them do not fit together.
     """
     text = read_text(config.context, "context")
-    train, heldout = read_queries(config, text)
+    train, heldout, test = read_queries(config, text)
     if config.init_text is not None:
         read_text(config.init_text, "init_text")
     if config.threads is not None:
@@ -112,13 +135,15 @@ def load_inputs(config: CompressConfig) -> RunInputs:
             f"tokens: got {config.tokens} for a context of {context_tokens} tokens, "
             f"accepted is 1 to {context_tokens - 1}"
         )
-    check_window(model, chat, context_tokens, (*train, *heldout), config.new_tokens)
+    if config.kind == "kv" and config.init in ("matched", "strided"):
+        check_fixed_frequencies(model)
+    check_window(model, chat, context_tokens, (*train, *heldout, *test), config.new_tokens)
     if config.gradient_checkpointing:
         # This takes effect only in training mode. The model stays in evaluation mode, and the trainer switches the
         # layers while it needs them to recompute (see `recompute_activations`).
         model.activation_checkpointing_enable({"use_reentrant": False})
     objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
-    return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, objective)
+    return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, test, objective)
 
 
 def check_window(
@@ -171,6 +196,7 @@ def identity(inputs: RunInputs) -> dict[str, Any]:
     for name, path in (
         ("queries", inputs.config.queries),
         ("heldout", inputs.config.heldout),
+        ("test", inputs.config.test),
         ("init_text", inputs.config.init_text),
     ):
         if path is not None:

@@ -1,6 +1,7 @@
 """One compression, from the text to the saved prompt.
 
-    inputs → folder → context → initial prompt → answers → baselines → targets → training → evaluation → saving
+    inputs → folder → context → answers → baselines → teacher's pass → matching → training → evaluation → saving
+    → compared answers
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -9,29 +10,41 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from softprompt_kernels.compress.compared_answers import compared_answers
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt
+from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.matching.match import Matching, match, stored_match
 from softprompt_kernels.compress.report.curves import save_curves
+from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
+from softprompt_kernels.compress.sources.queries import save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
+from softprompt_kernels.compress.teacher.rows import (
+    RowRecorder,
+    Rows,
+    delete_rows,
+    enough_examples,
+    read_rows,
+    row_bytes,
+)
 from softprompt_kernels.models import head_of, prefix_of
-from softprompt_kernels.prompts import Prefix, check_destination, save
+from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
 
 
@@ -57,38 +70,53 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
         Interrupted: Ctrl-C during training. The state is saved first.
     """
-    begin = time.perf_counter()
     reporter = reporter or SilentReporter()
+    times = StageTimes()
 
-    inputs = load_inputs(config)
-    folder = RunFolder(config.output)
-    folder.claim(identity(inputs), config.to_yaml())
+    with times("load"):
+        inputs = load_inputs(config)
+        folder = RunFolder(config.output)
+        folder.claim(identity(inputs), config.to_yaml())
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
         return finished
+    times.keep_in(folder.stages)
     check_destination(folder.prompt)
 
-    context = capture_context(inputs.model, inputs.context_ids)
-    prompt = initial_prompt(inputs, context)
+    with times("context"):
+        context = capture_context(inputs.model, inputs.context_ids)
+        prompt = None if config.init == "matched" else initial_prompt(inputs, context)
     run = _Run(inputs, folder, context, reporter)
 
-    baselines = run.baselines(prompt)
-    train, heldout = run.answer_queries()
-    examples = {"train": run.sample(train), "heldout": heldout}
-    distances = {name: run.measure(baselines, name, examples[name]) for name in examples}
-    for of_set in distances.values():
-        check_context_matters(of_set["none"].kl)
+    with times("answers"):
+        examples = run.answer_queries()
+    evaluated = examples | {"train": run.sample(examples["train"])}
+    with times("baselines"):
+        distances = run.measure(run.baselines(), evaluated)
+        for of_set in distances.values():
+            check_context_matters(of_set["none"].kl)
 
-    targets = run.teacher_targets(train)
-    seconds_before = run.train(prompt, train, targets, heldout)
+    with times("targets"):
+        targets, rows = run.read_answers(examples["train"])
+    if prompt is None:
+        with times("matching"):
+            prompt = run.match(rows)
+    students = run.initial_student(prompt)
+    with times("training"):
+        seconds_before = run.train(prompt, examples["train"], targets, examples["heldout"])
+        times.replace_earlier("training", seconds_before)
 
-    trained = {"prompt": prefix_of(inputs.model, prompt).detach()}
-    for name in examples:
-        distances[name] |= run.measure(trained, name, examples[name])
-    figures = run.figures(distances)
-    figures["seconds"] = time.perf_counter() - begin + seconds_before
-    run.save(prompt, figures)
+    with times("evaluation"):
+        trained = prefix_of(inputs.model, prompt).detach()
+        for name, of_set in run.measure({**students, "prompt": trained}, evaluated).items():
+            distances[name] |= of_set
+        figures = run.figures(distances)
+        run.save(prompt, figures)
+    with times("answers_compared"):
+        write_text(folder.answers, compared_answers(inputs, context, trained, reporter))
+    figures |= {"seconds": times.total, "stages": times.seconds}
+    folder.finish(figures)
     return figures
 
 
@@ -108,25 +136,32 @@ class _Run:
     context: Prefix
     reporter: Reporter
 
-    def baselines(self, prompt: Prompt) -> dict[str, Prefix | None]:
-        """The prefixes that the trained prompt has to beat, by key.
+    @cached_property
+    def key(self) -> str:
+        """A digest of everything that decides the result of the run."""
+        return sha256(json.dumps(identity(self.inputs), sort_keys=True))
 
-        To `baseline_prefixes` it adds "initial", the prompt before training, unless that equals one of them.
-        """
-        inputs = self.inputs
-        prefixes = baseline_prefixes(inputs.model, inputs.chat, self.context, inputs.config.tokens)
-        if initial_baseline(inputs.config) == "initial":
-            prefixes["initial"] = prefix_of(inputs.model, prompt).detach()
-        return prefixes
+    def baselines(self) -> dict[str, Prefix | None]:
+        """The prefixes that the prompt has to beat, by key."""
+        return baseline_prefixes(self.inputs.model, self.inputs.chat, self.context, self.inputs.config.tokens)
 
-    def answer_queries(self) -> tuple[list[Example], list[Example]]:
-        """Training and held-out examples: read from the folder, or answered by the teacher and stored there."""
+    def initial_student(self, prompt: Prompt) -> dict[str, Prefix]:
+        """The prompt before training, as "initial"; nothing where it equals a baseline or is not trained."""
+        if initial_baseline(self.inputs.config) != "initial":
+            return {}
+        prefix = prefix_of(self.inputs.model, prompt).detach()
+        # Training changes the prompt in place.
+        return {"initial": Prefix.of((key.clone(), value.clone()) for key, value in prefix.layers)}
+
+    def answer_queries(self) -> dict[str, list[Example]]:
+        """The examples of each set of queries: read from the folder, or answered by the teacher and stored there."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        queries = {"train": inputs.train, "heldout": inputs.heldout}
-        with suppress(OSError, ValueError):  # no file yet, or one that a crash cut off: the teacher answers again
+        queries = inputs.sets
+        with suppress(
+            OSError, ValueError, KeyError
+        ):  # no file yet, or one that a crash cut off: the teacher answers again
             saved = json.loads(folder.examples.read_text(encoding="utf-8"))
-            train, heldout = ([Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries)
-            return train, heldout
+            return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries}
         examples = {
             name: answer(
                 inputs.model,
@@ -142,18 +177,14 @@ class _Run:
             for offset, name in enumerate(queries)
         }
         folder.cache.mkdir(exist_ok=True)
-        save_queries(folder.queries, {name: self._as_text(queries[name], examples[name]) for name in queries})
+        texts = {name: inputs.as_text(examples[name]) for name in queries}
+        save_queries(
+            folder.queries,
+            {name: [replace(q, output=y) for q, y in zip(queries[name], texts[name], strict=True)] for name in queries},
+        )
         token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in queries}
         write_text(folder.examples, json.dumps(token_ids))
-        return examples["train"], examples["heldout"]
-
-    def _as_text(self, queries: Sequence[Query], examples: Sequence[Example]) -> list[Query]:
-        """The queries with the answers as text, for people to read."""
-        decode = self.inputs.tokenizer.decode
-        return [
-            Query(query.input, str(decode(list(example.output_ids), skip_special_tokens=True)))
-            for query, example in zip(queries, examples, strict=True)
-        ]
+        return examples
 
     def sample(self, train: list[Example]) -> list[Example]:
         """The training examples that are evaluated."""
@@ -161,13 +192,66 @@ class _Run:
         return random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
 
     def measure(
-        self, students: Mapping[str, Prefix | None], name: str, examples: Sequence[Example]
-    ) -> dict[str, Distance]:
-        """The distance of each student from the teacher on the set of examples called `name`."""
-        label = "training" if name == "train" else "held-out"
-        return measure(self.inputs.model, self.context, students, examples, self.reporter, label)
+        self, students: Mapping[str, Prefix | None], sets: Mapping[str, Sequence[Example]]
+    ) -> dict[str, dict[str, Distance]]:
+        """The distance of each student from the teacher, on each set of examples."""
+        model, titles = self.inputs.model, dict(SETS)
+        return {
+            name: measure(model, self.context, students, examples, self.reporter, titles[name])
+            for name, examples in sets.items()
+        }
 
-    def teacher_targets(self, train: Sequence[Example]) -> Targets | None:
+    def read_answers(self, train: Sequence[Example]) -> tuple[Targets | None, Rows | None]:
+        """What the teacher gives when it reads its answers once more: targets for training and rows for matching.
+
+        Either is None where the run does not need it, or no longer.
+        """
+        cache, config = self.folder.cache, self.inputs.config
+        matches = config.init == "matched" and stored_match(self.context, cache, self.key) is None
+        rows = read_rows(cache, self.key) if matches else None
+        recorder = self._row_recorder(train) if matches and rows is None else None
+        targets = self.teacher_targets(train, recorder) if config.steps else None
+        if recorder is None:
+            return targets, rows
+        if targets is None:
+            hidden_states(
+                self.inputs.model, self.context, recorder.examples, self.reporter, "Rows for matching", tap=recorder.tap
+            )
+        recorder.close(self.key)
+        return targets, read_rows(cache, self.key)
+
+    def _row_recorder(self, train: Sequence[Example]) -> RowRecorder:
+        config, model = self.inputs.config, self.inputs.model
+        delete_rows(self.folder.cache)
+        size = row_bytes(self.context, model.config.get_text_config().num_attention_heads)
+        if config.steps == 0 or self.inputs.objective.form is None:
+            train = enough_examples(train, config.matching_rows, config.seed)
+        return RowRecorder(self.folder.cache, train, config.matching_rows, size, config.seed)
+
+    def match(self, rows: Rows | None) -> KVPrompt:
+        """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back."""
+        config, cache = self.inputs.config, self.folder.cache
+        matched = stored_match(self.context, cache, self.key)
+        if matched is None:
+            assert rows is not None
+            settings = Matching(config.tokens, config.matching_steps, config.frozen)
+            with self.folder.metrics.open("a", encoding="utf-8") as metrics:
+                group: list[str] = []
+
+                def record(step: dict[str, Any]) -> None:
+                    group.append(json.dumps(step) + "\n")
+                    if step["step"] == config.matching_steps:  # an interrupted group is done again
+                        metrics.writelines(group)
+                        metrics.flush()
+                        group.clear()
+
+                matched = match(
+                    self.context, rows, settings, reporter=self.reporter, folder=cache, key=self.key, record=record
+                )
+            delete_rows(cache)
+        return matched_prompt(self.inputs, self.context, matched)
+
+    def teacher_targets(self, train: Sequence[Example], recorder: RowRecorder | None) -> Targets | None:
         """The teacher's moments or hidden states; None for an objective that needs neither."""
         inputs = self.inputs
         form = inputs.objective.form
@@ -187,6 +271,7 @@ class _Run:
             form=form,
             temperature=inputs.config.loss_temperature,
             reporter=self.reporter,
+            recorder=recorder,
         )
 
     def train(
@@ -198,6 +283,8 @@ class _Run:
             Seconds that earlier calls spent on the steps before the checkpoint.
         """
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        if config.steps == 0:
+            return 0.0
         trainer = Trainer(
             inputs.model,
             prompt,
@@ -211,9 +298,8 @@ class _Run:
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
         )
-        key = sha256(json.dumps(identity(inputs), sort_keys=True))
         if folder.checkpoint.exists():
-            trainer.load(folder.checkpoint, key)
+            trainer.load(folder.checkpoint, self.key)
             self.reporter.message(f"Resuming from step {trainer.step}.")
         seconds_before = folder.drop_metrics_after(trainer.step)
         head, teacher = head_of(inputs.model), None
@@ -229,7 +315,7 @@ class _Run:
             advance(trainer.step)
 
             def after_step(report: StepReport) -> None:
-                record = asdict(report)
+                record = {"stage": "training", **asdict(report)}
                 if teacher is not None and report.step % config.evaluate_every == 0:
                     prefix = prefix_of(inputs.model, prompt).detach()
                     student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
@@ -241,30 +327,29 @@ class _Run:
                     figures["heldout_kl"] = record["heldout_kl"]
                 advance(1, **figures)
                 if report.step % config.checkpoint_every == 0:
-                    trainer.save(folder.checkpoint, key)
+                    trainer.save(folder.checkpoint, self.key)
 
             try:
                 trainer.run(after_step)
             except KeyboardInterrupt:
-                trainer.save(folder.checkpoint, key)
+                trainer.save(folder.checkpoint, self.key)
                 raise Interrupted(trainer.saved_step, config.steps, folder.path) from None
-        trainer.save(folder.checkpoint, key)
+        trainer.save(folder.checkpoint, self.key)
         return seconds_before
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
-        """The content of evaluation.json; "seconds" is still to be filled in."""
+        """The content of evaluation.json, without the seconds."""
         inputs, config = self.inputs, self.inputs.config
         return {
             "context_tokens": inputs.context_tokens,
             "prompt_tokens": config.tokens,
             "ratio": inputs.context_tokens / config.tokens,
             "start": initial_baseline(config),
-            "seconds": 0.0,
             **{name: summary(of_set) for name, of_set in distances.items()},
         }
 
     def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
-        """Write the prompt, the curves and, last, evaluation.json, which marks the run as finished."""
+        """Write the prompt and the curves."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         save(
             folder.prompt,
@@ -272,8 +357,13 @@ class _Run:
             model=inputs.model,
             tokenizer=inputs.tokenizer,
             context={"sha256": sha256(inputs.text), "tokens": inputs.context_tokens},
-            objective={"name": config.objective, "nll_weight": config.nll_weight, "steps": config.steps},
+            objective={
+                "name": config.objective,
+                "nll_weight": config.nll_weight,
+                "steps": config.steps,
+                "init": config.init,
+            },
             figures=figures["heldout"],
         )
-        save_curves(folder.metrics, figures, folder.curves)
-        write_text(folder.evaluation, json.dumps(figures, indent=1) + "\n")
+        if folder.metrics.exists():  # not for a prompt in closed form
+            save_curves(folder.metrics, figures, folder.curves)

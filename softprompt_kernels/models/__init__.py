@@ -5,11 +5,12 @@ from softprompt_kernels.models.forward import prompted_hidden, prompted_logits
 from softprompt_kernels.models.generate import generate
 from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.prepare import prepare, release
-from softprompt_kernels.models.rope import shift_keys
+from softprompt_kernels.models.rope import check_fixed_frequencies, shift_keys
 
 __all__ = [
     "Head",
     "capture",
+    "check_fixed_frequencies",
     "embed_prefix",
     "generate",
     "head_of",

@@ -34,6 +34,35 @@ class KeyValueSink(Protocol):
         """`key [B, Hkv, N, D]` after the rotary embedding, `value [B, Hkv, N, Dv]`."""
 
 
+@dataclass(frozen=True)
+class ScoreFunction:
+    """How a layer turns q·k into a score: `softcap·tanh(scale·q·k / softcap)`, over the last `window` positions."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+class QuerySink(Protocol):
+    """Receives the queries of each layer, and what the attention gave them."""
+
+    def put(self, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
+        """`query [n, Hq, D]` after the rotary embedding, `out [n, Hq, Dv]`, `lse [n, Hq]` fp32 over all keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTap:
+    """Hands the queries of some tokens to a sink.
+
+    Args:
+        tokens: `[n]` int64, indices into the flattened `[B·M]` tokens of the forward.
+        sink: receives them, layer by layer.
+    """
+
+    tokens: Tensor
+    sink: QuerySink
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The prompt and the padding of one forward of the model.
@@ -46,6 +75,7 @@ class Call:
         packing: where the S sequences begin in a packed batch. Then prompt_index has shape `[S]`, and key_lengths and
             placement are None.
         sink: receives own keys and values, None to drop them.
+        tap: hands out queries and their results, None for none. Only for a forward without `placement`.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
     """
 
@@ -55,6 +85,7 @@ class Call:
     placement: Placement | None = None
     packing: Packing | None = None
     sink: KeyValueSink | None = None
+    tap: QueryTap | None = None
     wants_grad: bool = False
 
 
@@ -130,24 +161,28 @@ def attend(
         placement = None  # the only query is the last token: it sees all real keys at any position
     if placement is not None:
         query = gather_tokens(query, placement.query_of_slot)
-    out = cast(
-        Tensor,
-        prompt_attention(
-            query,
-            key,
-            value,
-            prompt_key,
-            prompt_value,
-            prompt_index=_to_device_of(call.prompt_index, query),
-            prompt_lengths=_to_device_of(lengths, query),
-            key_lengths=_to_device_of(call.key_lengths, query),
-            cu_seqlens=None if packing is None else _to_device_of(packing.cu_seqlens, query),
-            window=window,
-            softcap=softcap,
-            sinks=s_aux,
-            scale=scaling,
-        ),
+    result = prompt_attention(
+        query,
+        key,
+        value,
+        prompt_key,
+        prompt_value,
+        prompt_index=_to_device_of(call.prompt_index, query),
+        prompt_lengths=_to_device_of(lengths, query),
+        key_lengths=_to_device_of(call.key_lengths, query),
+        cu_seqlens=None if packing is None else _to_device_of(packing.cu_seqlens, query),
+        window=window,
+        softcap=softcap,
+        sinks=s_aux,
+        scale=scaling,
+        return_lse=call.tap is not None,
     )
+    if call.tap is None:
+        out = cast(Tensor, result)
+    else:
+        out, lse = cast(tuple[Tensor, Tensor], result)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        _hand_out(call.tap, module.layer_idx, query, out, lse, ScoreFunction(scale, softcap, sliding_window))
     if placement is not None:
         out = gather_tokens(out, placement.slot_of_query)
     return out.transpose(1, 2).contiguous(), None
@@ -208,6 +243,14 @@ def _layer_prompt(call: Call, layer: int, key: Tensor, value: Tensor) -> tuple[T
         return key.new_empty(1, key.shape[1], 0, key.shape[3]), value.new_empty(1, value.shape[1], 0, value.shape[3])
     prompt_key, prompt_value = call.prefix.layers[layer]
     return prompt_key.to(key.device, key.dtype), prompt_value.to(value.device, value.dtype)
+
+
+def _hand_out(tap: QueryTap, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
+    """Pass `tap.tokens` of `[B, H, M, ·]` to the sink as `[n, H, ·]`."""
+    tokens = tap.tokens.to(query.device)
+    width = query.shape[2]
+    row, column = tokens // width, tokens % width
+    tap.sink.put(layer, query[row, :, column], out[row, :, column], lse[row, :, column], scores)
 
 
 def _to_device_of(tensor: Tensor | None, like: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.attention import Call, QueryTap
 from softprompt_kernels.models.families import check_positions
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
@@ -35,6 +35,7 @@ def prompted_hidden(
     *,
     attention_mask: Tensor | None = None,
     prompt_index: Tensor | None = None,
+    tap: QueryTap | None = None,
 ) -> Tensor:
     """Hidden states after the final norm, ready for the head; the head itself is not run.
 
@@ -48,6 +49,8 @@ def prompted_hidden(
             avoids waiting for the device. The output at padding is finite and has no meaning.
         prompt_index: `[B]` int64, the row of the prefix that each sequence reads. None: the only row, or row b for
             sequence b if R = B.
+        tap: receives the queries of some tokens in every layer, and what the attention gave them. Its indices are those
+            of the flattened `input_ids`; the tokens must be real. None: nothing is handed out.
 
     Returns:
         `[B, M, d]` in the model's dtype.
@@ -58,7 +61,7 @@ def prompted_hidden(
     """
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index)
     first = first_position(prefix, prompt_index, input_ids)
-    call = Call(prefix, prompt_index, wants_grad=wants_grad(prefix))
+    call = Call(prefix, prompt_index, tap=tap, wants_grad=wants_grad(prefix))
     if attention_mask is None or bool(attention_mask.all()):
         positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
         return run_base(model, call, positions, input_ids=input_ids)
@@ -70,6 +73,9 @@ def prompted_hidden(
     if not is_right_padded(mask):
         order, inverse = (index.to(input_ids.device) for index in compaction(mask))
         input_ids = input_ids.gather(1, order)
+        call = replace(
+            call, tap=_moved(tap, inverse + torch.arange(mask.shape[0], device=inverse.device)[:, None] * mask.shape[1])
+        )
     positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = run_base(model, call, positions, input_ids=input_ids)
     return hidden if inverse is None else hidden.take_along_dim(inverse.to(hidden.device)[..., None], dim=1)
@@ -80,9 +86,17 @@ def _packed_hidden(model: PreTrainedModel, call: Call, first: Tensor, input_ids:
     batch, width = input_ids.shape
     packing = Packing.of(mask, input_ids.device)
     positions = packing.pack(first + packing.own_positions)
-    hidden = run_base(model, replace(call, packing=packing), positions, input_ids=packing.pack(input_ids))
+    tap = _moved(call.tap, mask.flatten().cumsum(0) - 1)
+    hidden = run_base(model, replace(call, packing=packing, tap=tap), positions, input_ids=packing.pack(input_ids))
     padded = hidden.new_zeros(batch * width, hidden.shape[2])
     return padded.index_copy(0, packing.real.to(hidden.device), hidden[0]).unflatten(0, (batch, width))
+
+
+def _moved(tap: QueryTap | None, new_index: Tensor) -> QueryTap | None:
+    """The tap for a batch whose token i has moved to `new_index.flatten()[i]`."""
+    if tap is None:
+        return None
+    return replace(tap, tokens=new_index.to(tap.tokens.device).flatten()[tap.tokens])
 
 
 def prompted_logits(

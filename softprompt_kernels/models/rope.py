@@ -52,12 +52,7 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
             f"delta: got {delta} for a '{config.model_type}', whose positions are learned and cannot be moved; "
             "accepted is 0"
         )
-    for settings in parameters.values():
-        if settings["rope_type"] in _LENGTH_DEPENDENT:
-            raise SoftPromptError(
-                f"model: got the rotary type '{settings['rope_type']}', whose frequencies depend on the length; "
-                "accepted are types with fixed frequencies"
-            )
+    check_fixed_frequencies(model)
     rotary = model.base_model.rotary_emb
     tables: dict[str | None, tuple[Tensor, Tensor]] = {}
     layers = []
@@ -67,6 +62,16 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
             tables[layer_type] = _rotation(_frequencies(rotary, layer_type), delta)
         layers.append((_rotate(key, *tables[layer_type]), value))
     return Prefix.of(layers, prefix.lengths)
+
+
+def check_fixed_frequencies(model: PreTrainedModel) -> None:
+    """Raise SoftPromptError if the rotary frequencies depend on the length: no rotation moves such keys."""
+    for settings in rope_parameters(model.config).values():
+        if settings["rope_type"] in _LENGTH_DEPENDENT:
+            raise SoftPromptError(
+                f"model: got the rotary type '{settings['rope_type']}', whose frequencies depend on the length; "
+                "accepted are types with fixed frequencies"
+            )
 
 
 def _frequencies(rotary: Any, layer_type: str | None) -> Tensor:

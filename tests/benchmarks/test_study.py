@@ -224,9 +224,11 @@ def test_cell_is_measured_again_when_its_settings_change(make_cells: Any, result
 def test_changed_method_changes_the_digest_of_its_cells_alone(make_cells: Any) -> None:
     from benchmarks.study.cells import digest, settings
 
-    strided, today = make_cells(["strided", "today"], ratios=(8,))
-    other = replace(today, method=replace(today.method, settings=lambda text: {"steps": 1}))
-    assert digest(settings(other, "model")) != digest(settings(today, "model"))
+    strided, matched = make_cells(["strided", "matched"], ratios=(8,))
+    defaults = {"init": "matched", "steps": 0}
+    for changes, same in (({}, True), ({"matching_rows": 7}, False), ({"learning_rate": 1.0}, False)):
+        other = replace(matched, method=replace(matched.method, settings=lambda _, c=changes: defaults | c))
+        assert (digest(settings(other, "model")) == digest(settings(matched, "model"))) == same
     assert digest(settings(strided, "model")) == digest(settings(replace(strided), "model"))
 
 
@@ -327,12 +329,15 @@ def test_runs_share_the_answers_of_their_text_and_seed(
     monkeypatch.setattr("softprompt_kernels.compress.run.answer", refuse)
     monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
     teacher = study.teacher(make_cells(["today"])[0].text, 0)
-    for cell in make_cells(["today", "cartridges", "next_token"], ratios=(4,)):
-        short = cell.method.settings(cell.text) | {"steps": 2}
+    stages = {"closed_form": "targets matching", "matched_distilled": "targets matching training"}
+    for cell in make_cells(["closed_form", "matched_distilled", "today", "next_token"], ratios=(4,)):
+        short = cell.method.settings(cell.text)
+        short |= {"steps": min(2, short["steps"])} | ({"matching_steps": 2} if cell.method.trained else {})
         found = measure.measure_cell(study, replace(cell, method=replace(cell.method, settings=lambda _, s=short: s)))
-        assert found["steps"] == 2
+        assert found["steps"] == short["steps"]
         assert found["seconds"]["answers"] == teacher.answers("train").seconds > 0
-        assert found["seconds"]["training"] > 0 and not any("queries" in name for name in found["seconds"])
+        timed = stages.get(cell.method.name, "targets training").split()
+        assert set(timed) <= set(found["seconds"]) <= {"context", "answers", "targets", "matching", "training"}
     assert sorted(path.name for path in teacher.folder.iterdir()) == [
         *("heldout.json", "heldout.jsonl", "test.json", "test.jsonl", "train.json", "train.jsonl", "watched.jsonl"),
     ]

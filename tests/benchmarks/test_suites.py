@@ -56,7 +56,8 @@ def test_every_suite_measures_ours_and_baselines(run: tuple[str, dict[str, Any],
     assert len(records(written, "attention")) >= 20
     assert {record["case"].split()[0] for record in records(written, "kl")} == {"live", "moments", "logits"}
     assert len(records(written, "step")) == 1
-    for suite in ("attention", "kl", "step"):
+    assert len(records(written, "matching")) == 3
+    for suite in ("attention", "kl", "matching", "step"):
         for record in records(written, suite):
             entries = record["entries"]
             assert [entry["role"] for entry in entries].count("ours") == 1

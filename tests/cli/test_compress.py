@@ -4,6 +4,7 @@ import json
 
 import yaml
 
+from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Trainer
 
@@ -33,6 +34,22 @@ def test_the_table_shows_the_figures_of_evaluation_json(finished):
         figures[part][key] for part in ("heldout", "train") for key in ("kl_prompt", "recovered", "top1_agreement")
     ]
     assert all(abs(a - b) <= 5.1e-4 for a, b in zip(shown, expected, strict=True))
+
+
+def test_the_times_of_the_stages_are_one_line(finished):
+    stages = json.loads((finished.folder / "evaluation.json").read_text())["stages"]
+    (line,) = [line for line in finished.result.stdout.splitlines() if line.startswith("load ")]
+    assert line == ", ".join(f"{name.replace('_', ' ')} {duration(seconds)}" for name, seconds in stages.items())
+    assert " training " in line and str(finished.folder / "answers.md") in finished.result.stdout
+
+
+def test_a_test_set_is_in_the_dry_run_and_in_the_table(run, inputs, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"input": "Is there a cat?"}\n')
+    command = inputs.compress(tmp_path / "run", test=tmp_path / "test.jsonl")
+    assert "4 for training, 2 held out, 1 for the test" in run(*command, "--dry-run").stdout
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "test KL" in result.stdout
 
 
 def test_progress_goes_to_standard_error_without_control_codes(finished):

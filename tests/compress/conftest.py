@@ -85,6 +85,15 @@ def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Compre
     return make
 
 
+@pytest.fixture
+def test_file(tmp_path: Path) -> Path:
+    """A file of three test queries. The first is one of `INPUTS`, the last has an output."""
+    lines = [{"input": INPUTS[0]}, {"input": "What does it grind?"}, {"input": "Whose mill?", "output": "Mira's."}]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
 class RecordingReporter:
     """Records messages and stages. Raises `error` when `stage` has advanced by `after` units in total."""
 

@@ -109,6 +109,7 @@ def test_the_default_warmup_fits_into_a_short_training(steps, warmup):
         ("model", 7),
         ("context", ""),
         ("context", 7),
+        ("test", ""),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):

@@ -30,11 +30,16 @@ def test_a_plan_measures_and_writes_nothing(make_config: Make, tmp_path: Path, o
     # Keys and values of 2 layers, 2 heads of 8 numbers, fp32.
     assert found.prompt_bytes == 8 * 2 * 2 * 2 * 8 * 4
     assert found.context_kv_bytes == found.prompt_bytes * found.context_tokens // 8
-    assert (found.train_queries, found.heldout_queries) == (4, 2)
+    assert (found.train_queries, found.heldout_queries, found.test_queries) == (4, 2, 0)
     assert found.kl_none > 0.01
     assert found.seconds_per_step > 0
     assert found.estimated_seconds["training"] == pytest.approx(found.seconds_per_step * config.steps)
     assert all(seconds >= 0 for seconds in found.estimated_seconds.values())
+
+
+def test_a_plan_counts_the_test_queries(make_config: Make, test_file: Path) -> None:
+    found = plan(make_config(test=test_file))
+    assert (found.train_queries, found.heldout_queries, found.test_queries) == (3, 2, 3)
 
 
 def test_a_plan_has_the_context_length_of_the_run(make_config: Make) -> None:

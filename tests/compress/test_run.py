@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress import CompressConfig, Interrupted, compress
+from softprompt_kernels.compress import ChatFormat, CompressConfig, Interrupted, compress
 from softprompt_kernels.compress import run as module
 from softprompt_kernels.compress.distill.trainer import Trainer
+from softprompt_kernels.compress.report.answers import Comparison, answers_page
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models import capture, generate, prefix_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
 
 Make = Callable[..., CompressConfig]
 FullDisk = Callable[..., AbstractContextManager[None]]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
+
+STAGES = ("load", "context", "answers", "baselines", "targets", "training", "evaluation", "answers_compared")
+"""The stages of a run, in order."""
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -41,15 +47,19 @@ def assert_same_run(first: Path, second: Path) -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
     figures = [json.loads((folder / "evaluation.json").read_text()) for folder in (first, second)]
     for one in figures:
-        del one["seconds"]
+        del one["seconds"], one["stages"]
     assert figures[0] == figures[1]
+    assert (first / "answers.md").read_text() == (second / "answers.md").read_text()
 
 
-def check_figures(figures: dict[str, Any], output: Path) -> None:
+def check_figures(figures: dict[str, Any], output: Path, sets: tuple[str, ...] = ("train", "heldout")) -> None:
     """evaluation.json holds `figures` and all that belongs in it."""
     assert json.loads((output / "evaluation.json").read_text()) == figures
-    assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "train", "heldout"}
-    for part in (figures["train"], figures["heldout"]):
+    assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "stages", *sets}
+    assert tuple(figures["stages"]) == STAGES
+    assert all(seconds >= 0 for seconds in figures["stages"].values())
+    assert figures["seconds"] == pytest.approx(sum(figures["stages"].values()))
+    for part in (figures[name] for name in sets):
         assert {"kl_none", "kl_truncated", "kl_untrained", "kl_prompt", "recovered", "top1_agreement"} <= set(part)
         assert part["recovered"] == pytest.approx(1 - part["kl_prompt"] / part["kl_none"])
         assert 0 <= part["top1_agreement"] <= 1
@@ -75,7 +85,8 @@ def test_a_run_writes_all_its_files(
     assert figures["prompt_tokens"] == 8
     assert figures["ratio"] == figures["context_tokens"] / 8
     names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
-    assert {entry.name for entry in output.iterdir()} == names | {"curves.png", "prompt", "evaluation.json"}
+    names |= {"stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
+    assert {entry.name for entry in output.iterdir()} == names
     records = metrics(output)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert [record["step"] for record in records if "heldout_kl" in record] == [2, 4]
@@ -159,6 +170,121 @@ def test_several_answers_to_a_query_differ(make_config: Make) -> None:
     counts = {name: len(found) for name, found in answers.items()}
     assert len(saved) == 3 * sum(name.startswith("train") for name in counts) + sum("heldout" in n for n in counts)
     assert all(count > 1 for name, count in counts.items() if name.startswith("train"))
+
+
+# The test set
+
+
+def test_test_queries_are_answered_and_measured_but_not_trained_on(
+    make_config: Make, test_file: Path, tmp_path: Path
+) -> None:
+    config = make_config(test=test_file, steps=2, samples=2)
+    check_figures(compress(config), config.output, ("train", "heldout", "test"))
+    saved = [json.loads(line) for line in (config.output / "queries.jsonl").read_text().splitlines()]
+    asked = {name: [line["input"] for line in saved if line["split"] == name] for name in ("train", "heldout", "test")}
+    assert asked["test"] == [query.input for query in load_queries(test_file)]
+    assert not set(asked["test"]) & {*asked["train"], *asked["heldout"]}
+    assert (len(asked["train"]), len(asked["heldout"])) == (2 * 3, 2), "one of the six queries is a test query"
+    assert saved[-1]["output"] == "Mira's."
+    page = (config.output / "answers.md").read_text()
+    assert page.count("> ") == page.count("full context |") == page.count("soft prompt  |") == 2 + 3
+    assert all(f"> {question}\n" in page for question in (*asked["heldout"], *asked["test"]))
+
+
+def test_answers_are_those_of_the_full_context_and_of_the_saved_prompt(
+    make_config: Make, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = make_config(steps=2)
+    compress(config)
+    chat = ChatFormat(tokenizer)
+    context = capture(model, chat.context_ids(config.context.read_text()))
+    prompt = prefix_of(model, load(config.output / "prompt", model)[0]).detach()
+    held = [json.loads(line) for line in (config.output / "queries.jsonl").read_text().splitlines()]
+    held = [line["input"] for line in held if line["split"] == "heldout"]
+    expected = []
+    for question in held:
+        ids, answers = torch.tensor([chat.query_ids(question)]), {}
+        for name, prefix in (("full context", context), ("soft prompt", prompt)):
+            tokens = generate(model, ids, prefix, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+            answers[name] = tokenizer.decode(tokens, skip_special_tokens=True)
+        expected.append(Comparison(question, answers))
+    assert (config.output / "answers.md").read_text() == answers_page({"held-out": expected}, 6)
+
+
+def test_a_test_set_changes_no_other_figure(make_config: Make, test_file: Path, tmp_path: Path) -> None:
+    test_file.write_text('{"input": "What is asked nowhere else?"}\n')
+    without, with_test = make_config(steps=2), make_config(steps=2, test=test_file, output=tmp_path / "other")
+    first, second = compress(without), compress(with_test)
+    assert all(first[name] == second[name] for name in ("train", "heldout"))
+    assert metrics(without.output) == metrics(with_test.output)
+
+
+def test_a_context_that_does_not_matter_for_the_test_is_refused(
+    make_config: Make, test_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = module.measure
+
+    def measure(*arguments: Any) -> dict[str, Any]:
+        found = measured(*arguments)
+        return {name: replace(one, kl=1e-9) for name, one in found.items()} if arguments[-1] == "test" else found
+
+    monkeypatch.setattr(module, "measure", measure)
+    config = make_config(test=test_file)
+    with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
+        compress(config)
+    assert not (config.output / "metrics.jsonl").exists()
+
+
+def test_a_changed_or_added_test_file_is_another_run(make_config: Make, test_file: Path) -> None:
+    compress(make_config(steps=1))
+    with pytest.raises(SoftPromptError, match="differs in test;"):
+        compress(make_config(steps=1, test=test_file))
+    config = make_config(steps=1, test=test_file, output=test_file.with_name("other"))
+    compress(config)
+    test_file.write_text('{"input": "Another?"}')
+    with pytest.raises(SoftPromptError, match="differs in test;"):
+        compress(config)
+
+
+# The seconds of a run
+
+
+def test_a_resumed_run_adds_the_seconds_of_earlier_calls(
+    make_config: Make, test_file: Path, tmp_path: Path, recording_reporter: Any
+) -> None:
+    uninterrupted = make_config(test=test_file, output=tmp_path / "uninterrupted")
+    compress(uninterrupted)
+    config = make_config(test=test_file)
+    with pytest.raises(Interrupted):
+        compress(config, recording_reporter("Training", 3))
+    stored = json.loads((config.output / "stages.json").read_text())
+    assert tuple(stored) == STAGES[:5], "an interrupted stage does not count"
+    (config.output / "stages.json").write_text(json.dumps(stored | {"answers": 1000.0}))
+    records = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps(record | {"seconds": 200.0}) + "\n" for record in records]
+    (config.output / "metrics.jsonl").write_text("".join(lines))
+    figures = compress(config)
+    assert_same_run(config.output, uninterrupted.output)
+    check_figures(figures, config.output, ("train", "heldout", "test"))
+    assert 1000 <= figures["stages"]["answers"] < 1100
+    assert 600 <= figures["stages"]["training"] < 700, "the steps before the checkpoint count once"
+    assert stored["load"] < figures["stages"]["load"]
+
+
+def test_a_run_that_is_stopped_after_training_counts_its_training_once(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "compared_answers", None)
+        with pytest.raises(TypeError):
+            compress(config)
+    stored = json.loads((config.output / "stages.json").read_text())
+    assert tuple(stored) == STAGES[:7]
+    (config.output / "stages.json").write_text(json.dumps(stored | {"training": 1000.0}))
+    figures = compress(config)
+    check_figures(figures, config.output)
+    assert figures["stages"]["training"] < 900
 
 
 # The same call again: after the end, and after an interruption
@@ -250,6 +376,18 @@ def test_a_damaged_file_of_answers_is_made_again(
     path.write_text(path.read_text()[:-20] if damage == "truncated" else "")
     compress(config)
     assert_same_run(config.output, uninterrupted.output)
+
+
+def test_answers_that_a_version_without_test_sets_stored_are_read(
+    make_config: Make, recording_reporter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    with pytest.raises(KeyboardInterrupt):
+        compress(config, recording_reporter("Full context, training queries", 3))
+    stored = json.loads((config.output / "cache" / "examples.json").read_text())
+    assert set(stored) == {"train", "heldout"}
+    monkeypatch.setattr(module, "answer", None)
+    check_figures(compress(config), config.output)
 
 
 def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, recording_reporter: Any) -> None:
@@ -366,6 +504,15 @@ def test_a_damaged_run_json_is_refused(make_config: Make) -> None:
         ({}, {"queries.jsonl": '{"input": "a"}'}, "got 1 different input"),
         ({"heldout": "queries.jsonl"}, {}, "none is left to train on"),
         ({"heldout": "missing.jsonl"}, {}, "cannot be read"),
+        ({"test": "missing.jsonl"}, {}, r"missing\.jsonl cannot be read"),
+        ({"test": "test.jsonl"}, {"test.jsonl": "\n"}, r"test\.jsonl holds no query"),
+        ({"test": "queries.jsonl"}, {}, "got 0 different input"),
+        (
+            {"test": "test.jsonl", "heldout": "heldout.jsonl"},
+            {"test.jsonl": '{"input": "a"}\n{"input": "b"}', "heldout.jsonl": '{"input": " b "}'},
+            r"test: .*test\.jsonl has 'b', which is held out too; accepted are queries that are not in .*heldout",
+        ),
+        ({"test": "test.jsonl"}, {"test.jsonl": '{"input": "' + "word " * 100 + '"}'}, "queries: 'word .* needs"),
         ({"model": "/nowhere/at/all"}, {}, "model: cannot load '/nowhere/at/all'"),
         ({"device": "nonsense"}, {}, "device: got 'nonsense'"),
         ({"init": "text", "init_text": "start.txt"}, {"start.txt": " "}, "init_text: .* is empty"),
@@ -376,7 +523,7 @@ def test_a_damaged_run_json_is_refused(make_config: Make) -> None:
 def test_bad_input_is_refused_before_anything_is_written(
     make_config: Make, tmp_path: Path, options: dict[str, Any], files: dict[str, Any], reason: str
 ) -> None:
-    named = {name: tmp_path / value for name, value in options.items() if name in ("heldout", "init_text")}
+    named = {name: tmp_path / value for name, value in options.items() if name in ("heldout", "test", "init_text")}
     config = make_config(**options | named)
     for name, content in files.items():  # make_config has written its own
         if content is None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None:
-    """Draw the training curves: loss and held-out KL with the baselines, learning rate, gradient norm.
+    """Draw the curves of a run: the error of matching, then loss and held-out KL with the baselines, learning rate and
+    gradient norm of the training. A stage that the run does not have is left out.
 
     Args:
         metrics: the run's metrics.jsonl.
@@ -31,16 +32,23 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
     """
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    steps = read_metrics(metrics)
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    _draw_loss(axes[0], steps, figures.get("heldout") or {}, figures.get("start"))
-    _draw_metric(axes[1], steps, "learning_rate", "learning rate")
-    _draw_metric(axes[2], steps, "grad_norm", "gradient norm [nats]")
-    if any(step.get("grad_norm") for step in steps):
-        axes[2].set_yscale("log")
-    axes[2].set_xlabel("step")
+    matching, training = read_metrics(metrics)
+    heights = [2] * bool(matching) + [3, 1, 1] * bool(training)
+    figure = Figure(figsize=(8, 1 + 1.4 * sum(heights)), layout="constrained")
+    axes = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     axes[0].set_title(_title(figures))
+    if matching:
+        _draw_matching(axes.pop(0), matching)
+    if training:
+        _draw_loss(axes[0], training, figures.get("heldout") or {}, figures.get("start"))
+        _draw_metric(axes[1], training, "learning_rate", "learning rate")
+        _draw_metric(axes[2], training, "grad_norm", "gradient norm [nats]")
+        if any(step.get("grad_norm") for step in training):
+            axes[2].set_yscale("log")
+        axes[2].set_xlabel("step of training")
+        for axis in axes[:2]:
+            axis.sharex(axes[2])
+            axis.tick_params(labelbottom=False)
     temporary = target.with_name(f".{target.name}.partial")
     try:
         figure.savefig(temporary, format="png", dpi=120)
@@ -49,11 +57,11 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
         temporary.unlink(missing_ok=True)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The steps of a run, in order.
+def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The steps of matching and those of training, each in order.
 
-    Of a step that was repeated after an interruption the last record counts. A last line that a crash cut off is
-    ignored.
+    Matching has a record for each step of each group of layers. Of a step that was repeated after an interruption the
+    last record counts. A last line that a crash cut off is ignored.
 
     Raises:
         SoftPromptError: the file does not exist, holds no steps, or has an invalid line.
@@ -62,17 +70,38 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SoftPromptError(f"{file} cannot be read: {error}") from error
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[tuple[str, int, int], dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            steps[int(record["step"])] = record
+            steps[str(record["stage"]), int(record.get("first_layer", 0)), int(record["step"])] = record
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
-                raise SoftPromptError(f"{file}, line {number} is not the record of a training step") from error
+                raise SoftPromptError(f"{file}, line {number} is not the record of a step") from error
     if not steps:
         raise SoftPromptError(f"{file} has no steps yet")
-    return [steps[step] for step in sorted(steps)]
+    ordered = [steps[key] for key in sorted(steps)]
+    return [r for r in ordered if r["stage"] == "matching"], [r for r in ordered if r["stage"] == "training"]
+
+
+def _draw_matching(axes: Axes, records: list[dict[str, Any]]) -> None:
+    """The error of refinement, mean over all layers, and its moving average."""
+    layers: dict[int, int] = {}
+    error: dict[int, float] = {}
+    for record in records:
+        layers[record["step"]] = layers.get(record["step"], 0) + record["layers"]
+        error[record["step"]] = error.get(record["step"], 0.0) + record["layers"] * record["error"]
+    steps = sorted(error)
+    mean = [error[step] / layers[step] for step in steps]
+    axes.plot(steps, mean, color="tab:green", alpha=0.3, linewidth=1)
+    axes.plot(
+        steps, _smooth(mean), color="tab:green", label="error of the attention output (mean of the last 10 steps)"
+    )
+    axes.set_yscale("log")
+    axes.set_xlabel("step of matching")
+    axes.set_ylabel("relative squared error")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize="small", loc="best")
 
 
 def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any], start_row: str | None) -> None:

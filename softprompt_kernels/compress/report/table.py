@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
 
-SETS = (("heldout", "held-out"), ("train", "training"), ("queries", "given"))
+SETS = (("heldout", "held-out"), ("test", "test"), ("train", "training"), ("queries", "given"))
 """The sets of queries: the key in evaluation.json, or of `softprompt evaluate`, and the name in the table."""
 
 LEGEND = (

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.models import prompted_hidden
+from softprompt_kernels.models.attention import QueryTap
 from softprompt_kernels.prompts import Prefix
 
 
@@ -71,9 +72,12 @@ class Batch:
         padded = None if bool(mask.all()) else mask
         return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
 
-    def hidden(self, model: PreTrainedModel, prefix: Prefix | None) -> Tensor:
-        """`[n, d]`: the last hidden states of `target_rows`, with every sequence behind `prefix` (None: no prefix)."""
-        hidden = prompted_hidden(model, self.input_ids, prefix, attention_mask=self.attention_mask)
+    def hidden(self, model: PreTrainedModel, prefix: Prefix | None, tap: QueryTap | None = None) -> Tensor:
+        """`[n, d]`: the last hidden states of `target_rows`, with every sequence behind `prefix` (None: no prefix).
+
+        `tap` receives the queries of some tokens (see `prompted_hidden`).
+        """
+        hidden = prompted_hidden(model, self.input_ids, prefix, attention_mask=self.attention_mask, tap=tap)
         return hidden.flatten(0, 1).index_select(0, self.target_rows)
 
 

@@ -6,7 +6,7 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,6 +18,7 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
 from softprompt_kernels.models import generate
+from softprompt_kernels.models.attention import QueryTap
 from softprompt_kernels.prompts import Prefix
 
 TOKENS_PER_BATCH = 1024
@@ -35,6 +36,7 @@ def answer(
     batch_size: int,
     seed: int,
     reporter: Reporter,
+    description: str = "Teacher's answers",
 ) -> list[Example]:
     """The queries as examples, in the same order. The teacher answers those without an output.
 
@@ -43,19 +45,19 @@ def answer(
 
     Args:
         model, chat: the model and its chat format.
-        prefix: the teacher's prefix.
+        prefix: what the model reads before each query: the teacher's prefix, or that of a prompt.
         queries: any number.
         new_tokens: at most so many tokens an answer.
         temperature: divides the logits; 0 is greedy.
         batch_size: answers sampled at once.
         seed: of sampling.
-        reporter: receives the progress.
+        reporter, description: receives the progress under this description.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     # Sorted by length, so that the queries of a batch need little padding.
     unanswered = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
-    with reporter.progress("Teacher's answers", len(unanswered), "query") as advance, _forked_rng(model.device):
+    with reporter.progress(description, len(unanswered), "query") as advance, _forked_rng(model.device):
         torch.manual_seed(seed)
         for start in range(0, len(unanswered), batch_size):
             chosen = unanswered[start : start + batch_size]
@@ -111,7 +113,13 @@ def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def hidden_states(
-    model: PreTrainedModel, prefix: Prefix | None, examples: Sequence[Example], reporter: Reporter, description: str
+    model: PreTrainedModel,
+    prefix: Prefix | None,
+    examples: Sequence[Example],
+    reporter: Reporter,
+    description: str,
+    *,
+    tap: Callable[[Sequence[int]], QueryTap] | None = None,
 ) -> list[Tensor]:
     """The last hidden states that predict the output of each example, `[n_i, d]` in the model's dtype.
 
@@ -120,12 +128,13 @@ def hidden_states(
         prefix: the prefix of teacher or student; None for none.
         examples: any number. They are batched by length.
         reporter, description: receives the progress under this description.
+        tap: gives the tap for each batch of examples, by their indices; None records nothing.
     """
     found: dict[int, Tensor] = {}
     with reporter.progress(description, len(examples), "sequence") as advance:
         for group in in_batches(examples, TOKENS_PER_BATCH):
             chosen = [examples[index] for index in group]
-            rows = Batch.of(chosen, model.device).hidden(model, prefix)
+            rows = Batch.of(chosen, model.device).hidden(model, prefix, None if tap is None else tap(group))
             parts = rows.split([example.targets for example in chosen])
             found.update(zip(group, parts, strict=True))
             advance(len(group))

@@ -33,9 +33,12 @@ def select_tokens(model: PreTrainedModel, context: Prefix, k: int, how: str) -> 
     Raises:
         SoftPromptError: "strided" for a model whose rotary frequencies depend on the length: its keys cannot be moved.
     """
-    # Learned positions are part of the keys and cannot be taken out: strided keys are used unchanged.
-    rotate = partial(shift_keys, model) if rope_parameters(model.config) else None
-    return initialise.from_prefix(context, k, how, rotate=rotate)
+    return initialise.from_prefix(context, k, how, rotate=partial(move_keys, model))
+
+
+def move_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
+    """`shift_keys`, but the keys of a model with learned positions stay: positions cannot be taken out of them."""
+    return shift_keys(model, prefix, delta) if rope_parameters(model.config) else prefix
 
 
 def no_context_prefix(model: PreTrainedModel, chat: ChatFormat) -> Prefix | None:

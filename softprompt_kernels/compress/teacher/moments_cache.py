@@ -29,6 +29,7 @@ from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.rows import RowRecorder
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, teacher_moments
 from softprompt_kernels.prompts import Prefix
@@ -86,6 +87,7 @@ def cached_targets(
     form: Form,
     temperature: float,
     reporter: Reporter,
+    recorder: RowRecorder | None = None,
 ) -> Targets:
     """The targets of `examples`, read from `folder`, or computed and saved there.
 
@@ -98,18 +100,26 @@ def cached_targets(
         form: what to store for each token.
         temperature: of the loss.
         reporter: receives the progress.
+        recorder: also records rows of these examples. Then the teacher reads them even where the targets are cached.
     """
     key = _digest({"format": _FORMAT, **identity, "form": form, "temperature": temperature}, examples)
     index = folder / "index.json"
     paths = [folder / f"targets-{i:05d}.safetensors" for i in range(-(-len(examples) // EXAMPLES_PER_SHARD))]
-    if not _is_complete(index, key, paths):
+    complete = _is_complete(index, key, paths)
+    if not complete:
         index.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for i, path in enumerate(paths):
-            part = examples[i * EXAMPLES_PER_SHARD : (i + 1) * EXAMPLES_PER_SHARD]
-            stage = f"Teacher's targets, part {i + 1} of {len(paths)}"
-            rows = torch.cat(hidden_states(model, prefix, part, reporter, stage))
+    for i, path in enumerate(paths):
+        if complete and recorder is None:
+            break
+        first = i * EXAMPLES_PER_SHARD
+        part = examples[first : first + EXAMPLES_PER_SHARD]
+        stage = f"Teacher's targets, part {i + 1} of {len(paths)}"
+        tap = None if recorder is None else recorder.tap_from(first)
+        rows = torch.cat(hidden_states(model, prefix, part, reporter, stage, tap=tap))
+        if not complete:
             save_file(_target_rows(rows, head, form, temperature), path)
+    if not complete:
         write_text(index, json.dumps({"key": key}))
     shards = tuple(safe_open(path, framework="pt") for path in paths)
     return Targets(form, shards, _rows(examples), temperature, head.logit_scale, head.bias is not None)

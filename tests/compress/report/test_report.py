@@ -69,6 +69,13 @@ def test_the_table_has_a_row_for_each_baseline_and_the_full_context():
     assert rows[3][4:] == ["0.040", "0.950", "0.900"]
 
 
+def test_the_test_set_has_its_columns_between_held_out_and_training():
+    header, rows = evaluation_table(FIGURES | {"test": {**HELDOUT, "kl_prompt": 0.2}})
+    assert [name for name in header if name.endswith("KL")] == ["held-out KL", "test KL", "training KL"]
+    assert rows[3][4:7] == ["0.200", "0.750", "0.900"]
+    assert rows[4][4:7] == ["0.000", "1.000", "1.000"]
+
+
 def test_a_prompt_worse_than_no_context_has_a_negative_recovered_fraction():
     _, rows = evaluation_table({"heldout": {"kl_none": 0.5, "kl_prompt": 0.75}})
     assert rows[1] == ["soft prompt", "0.750", "-0.500", "-"]
@@ -127,6 +134,17 @@ def test_the_curves_show_loss_heldout_points_and_baselines(tmp_path, drawn):
     assert loss.get_yscale() == gradient.get_yscale() == "log" and rate.get_yscale() == "linear"
     assert loss.get_ylabel() == "nats per token" and gradient.get_xlabel() == "step"
     assert "600 tokens" in loss.get_title() and "10.0×" in loss.get_title()
+
+
+def test_the_test_set_is_not_in_the_curves(tmp_path, drawn):
+    metrics = write_metrics(tmp_path / "m.jsonl", [step(1), step(2)])
+    for figures in (FIGURES, FIGURES | {"test": dict.fromkeys(HELDOUT, 9.0)}):
+        save_curves(metrics, figures, tmp_path / "c.png")
+    first, second = (
+        [(str(line.get_label()), list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+        for figure in drawn
+    )
+    assert first == second
 
 
 def test_the_held_out_curve_starts_at_the_kl_of_the_initial_prompt(tmp_path, drawn):

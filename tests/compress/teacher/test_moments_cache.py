@@ -42,9 +42,9 @@ def teacher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     runs: list[int] = []
     original = module.hidden_states
 
-    def recorded(*args: Any) -> list[torch.Tensor]:
+    def recorded(*args: Any, **options: Any) -> list[torch.Tensor]:
         runs.append(len(args[2]))
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(module, "hidden_states", recorded)
     return runs
@@ -143,10 +143,10 @@ def test_an_interrupted_computation_leaves_no_cache(
     make_targets()
     recorded = module.hidden_states
 
-    def stopped(*args: Any) -> list[torch.Tensor]:
+    def stopped(*args: Any, **options: Any) -> list[torch.Tensor]:
         if len(teacher_runs) == 6:
             raise KeyboardInterrupt
-        return recorded(*args)
+        return recorded(*args, **options)
 
     monkeypatch.setattr(module, "hidden_states", stopped)
     with pytest.raises(KeyboardInterrupt):

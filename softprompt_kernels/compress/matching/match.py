@@ -1,0 +1,231 @@
+"""Fit a KV prompt to the teacher's attention in all layers: closed form, then refinement.
+
+Layers are independent of each other. They are done in groups, so that the rows of a group fit into `GROUP_BYTES`, and
+the result of a group is stored before the next one begins: an interrupted run resumes there.
+
+Peak memory beyond the captured context and the finished layers: about twice the rows of a group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_prompt
+from softprompt_kernels.compress.matching.parts import Parts, split
+from softprompt_kernels.compress.matching.refine import RefineRows, refine
+from softprompt_kernels.compress.reporter import Reporter
+from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.prompts import Prefix
+
+GROUP_BYTES = 192 << 20
+LEARNING_RATE = 4e-2
+ROWS_PER_STEP = 512
+HELDOUT_SHARE, MOST_HELDOUT = 0.1, 1024
+FEWEST_TO_REFINE = 64  # with fewer rows the held-out ones decide nothing
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How a prompt is matched.
+
+    Args:
+        tokens: k, from 1 to C.
+        steps: of refinement; 0 leaves the closed form.
+        frozen_tokens: first tokens that refinement does not move.
+    """
+
+    tokens: int
+    steps: int
+    frozen_tokens: int
+
+
+def match(
+    context: Prefix,
+    rows: Rows,
+    settings: Matching,
+    *,
+    reporter: Reporter,
+    folder: Path | None = None,
+    key: str = "",
+    record: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Prefix:
+    """The prompt of k tokens for a captured context, with keys at the positions of the context, fp32.
+
+    Move the keys by k − C with `models.shift_keys` before use.
+
+    Args:
+        context: one row of C tokens.
+        rows: that the teacher recorded behind this context.
+        settings: how.
+        reporter: receives the progress.
+        folder: where finished groups are stored; None stores nothing.
+        key: names everything that the result depends on; groups stored under another key are not used.
+        record: receives `{"stage": "matching", "first_layer", "layers", "step", "error", "seconds"}` for each step of
+            refinement: mean error over heads, and the seconds since the step before.
+
+    Raises:
+        SoftPromptError: queries, keys or values are not finite.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    groups = list(_groups(context, rows))
+    with reporter.progress("Matching", context.num_layers * (settings.steps + 1), "layer step") as advance:
+        for group in groups:
+            path = None if folder is None else folder / f"matched-{group.start:05d}.safetensors"
+            stored = None if path is None else _read(path, key, len(group))
+            if stored is not None:
+                advance(len(group) * (settings.steps + 1))
+            else:
+                stored = _match_group(context, rows, settings, group, advance, record)
+                if path is not None:
+                    _write(path, key, stored)
+            found += stored
+    return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
+
+
+def stored_match(context: Prefix, folder: Path, key: str) -> Prefix | None:
+    """What `match` has stored for all layers under this key; None if some are missing."""
+    found: list[tuple[Tensor, Tensor]] = []
+    while len(found) < context.num_layers:
+        group = _read(folder / f"matched-{len(found):05d}.safetensors", key)
+        if group is None:
+            return None
+        found += group
+    return Prefix.of((key[None].to(context.device), value[None].to(context.device)) for key, value in found)
+
+
+def _groups(context: Prefix, rows: Rows) -> Iterator[range]:
+    """Runs of layers of equal shapes and score functions, whose rows fit into GROUP_BYTES."""
+    start = 0
+    for layer in range(1, context.num_layers):
+        fits = (layer + 1 - start) * _row_bytes(context, rows, layer) <= GROUP_BYTES
+        if not (fits and _same_kind(context, rows, start, layer)):
+            yield range(start, layer)
+            start = layer
+    yield range(start, context.num_layers)
+
+
+def _same_kind(context: Prefix, rows: Rows, one: int, other: int) -> bool:
+    shapes = [tuple(tensor.shape for tensor in context.layers[layer]) for layer in (one, other)]
+    return shapes[0] == shapes[1] and rows.scores[one] == rows.scores[other]
+
+
+def _row_bytes(context: Prefix, rows: Rows, layer: int) -> int:
+    """Bytes of what refinement reads of a layer: query, out and rest in fp32."""
+    key, value = context.layers[layer]
+    return 4 * rows.count * rows.query_heads * (key.shape[3] + 2 * value.shape[3] + 1)
+
+
+def _match_group(
+    context: Prefix,
+    rows: Rows,
+    settings: Matching,
+    group: range,
+    advance: Callable[..., None],
+    record: Callable[[dict[str, Any]], None],
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers."""
+    keys, values = [], []
+    all_rows: list[LayerRows] = []
+    all_parts: list[Parts] = []
+    for layer in group:
+        context_key, context_value = (tensor[0] for tensor in context.layers[layer])
+        layer_rows = rows.layer(layer, context.device)
+        parts = split(layer_rows, context_key, context_value)
+        key, value = fit_layer(layer_rows, parts, context_key, context_value, settings.tokens)
+        if not bool(key.isfinite().all() and value.isfinite().all()):
+            raise SoftPromptError(
+                f"matching_rows: the closed form of layer {layer} is not finite with {layer_rows.count} rows; try more "
+                "rows, or another init"
+            )
+        keys.append(key)
+        values.append(value)
+        all_rows.append(layer_rows)
+        all_parts.append(parts)
+        advance(1)
+    stacked = torch.stack(keys), torch.stack(values)
+    if settings.steps and _can_refine(all_rows[0], settings, context):
+        refine_rows = RefineRows.of(all_rows, all_parts)
+        del all_rows, all_parts
+        stacked = _refine_group(stacked, refine_rows, settings, group, advance, record)
+    else:
+        advance(len(group) * settings.steps)
+    return list(zip(*stacked, strict=True))
+
+
+def _can_refine(rows: LayerRows, settings: Matching, context: Prefix) -> bool:
+    """Not with few rows, nor where the prompt is the context, nor where a window hides a part of the prompt."""
+    return (
+        rows.count >= FEWEST_TO_REFINE and settings.tokens < context.length and not hides_prompt(rows, settings.tokens)
+    )
+
+
+def _refine_group(
+    start: tuple[Tensor, Tensor],
+    rows: RefineRows,
+    settings: Matching,
+    group: range,
+    advance: Callable[..., None],
+    record: Callable[[dict[str, Any]], None],
+) -> tuple[Tensor, Tensor]:
+    heldout = min(MOST_HELDOUT, round(rows.count * HELDOUT_SHARE))
+    last = time.perf_counter()
+
+    def after_step(step: int, error: float) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        record(
+            {
+                "stage": "matching",
+                "first_layer": group.start,
+                "layers": len(group),
+                "step": step,
+                "error": error,
+                "seconds": now - last,
+            }
+        )
+        last = now
+        advance(len(group), error=error)
+
+    return refine(
+        *start,
+        rows.slice(heldout, rows.count),
+        rows.slice(0, heldout),
+        steps=settings.steps,
+        learning_rate=LEARNING_RATE,
+        rows_per_step=ROWS_PER_STEP,
+        frozen_tokens=settings.frozen_tokens,
+        after_step=after_step,
+    )
+
+
+def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write a finished group atomically."""
+    temporary = path.with_name(path.name + ".partial")
+    tensors = {"key": torch.stack([k for k, _ in layers]).cpu(), "value": torch.stack([v for _, v in layers]).cpu()}
+    try:
+        save_file(tensors, temporary, {"key": key})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, key: str, layers: int | None = None) -> list[tuple[Tensor, Tensor]] | None:
+    """A finished group; None if there is none, or one of another key or number of layers."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return None
+            keys, values = file.get_tensor("key"), file.get_tensor("value")
+    except (OSError, SafetensorError):
+        return None
+    return list(zip(keys, values, strict=True)) if layers in (None, keys.shape[0]) else None

@@ -1,0 +1,177 @@
+"""Refinement: Adam on the keys and values of many layers at once, without a pass through the model.
+
+For a row i and a query head, with the notation of `parts`, the prompt gives
+
+    a' = sigmoid(Λ' − Λ^rest),   out' = a' o' + (1 − a') r,   error = Σ_i ‖out' − out‖² / Σ_i ‖out‖²
+
+The loss is the sum of the errors of all heads and layers. One call of `prompt_attention` does all layers: they are the
+sequences of a batch, each with its own prompt of a bank, without own keys. The gradient of its lse carries that of a'.
+
+Some rows are held out. The prompt is compared on them every few steps, and each layer keeps its best keys and values:
+where rows are few for k, refinement would fit their noise.
+
+Cost of a step: attention of the step's rows over k keys, forward and backward.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from softprompt_kernels.compress.matching.parts import Parts, attend_prompts
+from softprompt_kernels.compress.teacher.rows import LayerRows
+from softprompt_kernels.models.attention import ScoreFunction
+
+BETAS = (0.9, 0.99)
+CHECK_EVERY = 25  # steps between two comparisons on the held-out rows
+
+
+@dataclass(frozen=True, eq=False)
+class RefineRows:
+    """Rows of L layers with one score function.
+
+    Args:
+        query: `[L, Hq, n, D]`.
+        rest_out: r `[L, Hq, n, Dv]`.
+        rest_error: r − out `[L, Hq, n, Dv]`, the error of a prompt that no query looks at.
+        rest_lse: Λ^rest `[L, Hq, n]`.
+        size: `[L, Hq]`, the mean of ‖out‖² over the rows that these were taken from.
+        scores: of the layers. A window is not applied.
+    """
+
+    query: Tensor
+    rest_out: Tensor
+    rest_error: Tensor
+    rest_lse: Tensor
+    size: Tensor
+    scores: ScoreFunction
+
+    @classmethod
+    def of(cls, rows: Sequence[LayerRows], parts: Sequence[Parts]) -> RefineRows:
+        """The rows of several layers."""
+        return cls(
+            torch.stack([one.query for one in rows]),
+            torch.stack([one.rest_out for one in parts]),
+            torch.stack([part.rest_out - row.out for row, part in zip(rows, parts, strict=True)]),
+            torch.stack([one.rest_lse for one in parts]),
+            torch.stack([one.out.square().sum(-1).mean(-1) for one in rows]).clamp(min=1e-20),
+            rows[0].scores,
+        )
+
+    @property
+    def count(self) -> int:
+        """n, the rows of each layer."""
+        return self.query.shape[2]
+
+    def slice(self, start: int, stop: int) -> RefineRows:
+        """Rows `start` to `stop − 1` of every layer, as views."""
+        query, rest_out, rest_error = (t[:, :, start:stop] for t in (self.query, self.rest_out, self.rest_error))
+        return RefineRows(query, rest_out, rest_error, self.rest_lse[:, :, start:stop], self.size, self.scores)
+
+
+def match_error(rows: RefineRows, key: Tensor, value: Tensor) -> Tensor:
+    """The mean of ‖out' − out‖² over the rows, relative to `rows.size`: `[L, Hq]`, differentiable.
+
+    Args:
+        rows: of L layers.
+        key, value: `[L, Hkv, k, D]` and `[L, Hkv, k, Dv]`.
+    """
+    out, lse = attend_prompts(rows.query, key, value, rows.scores)
+    squares: Tensor = _SquaredError.apply(out, lse, rows.rest_out, rows.rest_error, rows.rest_lse)
+    return squares / (rows.size * rows.count)
+
+
+class _SquaredError(torch.autograd.Function):
+    """Σ_i ‖δ_i‖² of each head, δ = out' − out = a' (o' − r) + (r − out), differentiable by o' and Λ'.
+
+        ∂/∂o' = 2 a' δ        ∂/∂Λ' = 2 a' (1 − a') δ·(o' − r)
+
+    Autograd would pass over the rows four times as often; these passes would take longer than the attention.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor, rest_out: Tensor, rest_error: Tensor, rest_lse: Tensor) -> Tensor:
+        share = torch.sigmoid(lse - rest_lse).to(out.dtype)
+        difference = out - rest_out
+        error = torch.addcmul(rest_error, difference, share[..., None])
+        along = difference.mul_(error).sum(-1)
+        ctx.save_for_backward(error, share, along)
+        return torch.linalg.vector_norm(error, dim=(2, 3)).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        error, share, along = ctx.saved_tensors
+        factor = 2 * gradient[..., None] * share
+        return error * factor[..., None], factor * (1 - share) * along, None, None, None
+
+
+def refine(
+    key: Tensor,
+    value: Tensor,
+    rows: RefineRows,
+    heldout: RefineRows,
+    *,
+    steps: int,
+    learning_rate: float,
+    rows_per_step: int,
+    frozen_tokens: int,
+    after_step: Callable[[int, float], None] = lambda step, error: None,
+) -> tuple[Tensor, Tensor]:
+    """Better keys and values `[L, Hkv, k, ·]`, in their dtype.
+
+    Args:
+        key, value: where to start.
+        rows: to fit, in random order; each step takes the next `rows_per_step` of them.
+        heldout: other rows, which decide which state of a layer is kept.
+        steps, learning_rate: of Adam, in units of the standard deviation of a head's keys and values; the rate falls
+            to 0 by a cosine.
+        frozen_tokens: the first tokens, which do not move.
+        after_step: receives the step, from 1, and the mean error on its rows before it.
+    """
+    scales = [tensor.std(dim=(2, 3), keepdim=True, correction=0).clamp(min=1e-6) for tensor in (key, value)]
+    fixed = [tensor[:, :, :frozen_tokens] for tensor in (key, value)]
+    free = [
+        (tensor[:, :, frozen_tokens:] / scale).requires_grad_()
+        for tensor, scale in zip((key, value), scales, strict=True)
+    ]
+    optimizer = torch.optim.Adam(free, lr=learning_rate, betas=BETAS)
+
+    def current() -> list[Tensor]:
+        return [torch.cat((f, x * s), dim=2) for f, x, s in zip(fixed, free, scales, strict=True)]
+
+    batches = _batches(rows, rows_per_step)
+    with torch.no_grad():
+        best = [key, value]
+        best_error = match_error(heldout, key, value).sum(1)
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        errors = match_error(next(batches), *current())
+        optimizer.zero_grad()
+        errors.sum().backward()
+        optimizer.step()
+        if step % CHECK_EVERY == 0 or step == steps:
+            with torch.no_grad():
+                now = current()
+                error = match_error(heldout, *now).sum(1)
+                better = error < best_error
+                best_error = torch.where(better, error, best_error)
+                best = [torch.where(better[:, None, None, None], n, b) for n, b in zip(now, best, strict=True)]
+        after_step(step, float(errors.detach().mean()))
+    return best[0], best[1]
+
+
+def _batches(rows: RefineRows, size: int) -> Iterator[RefineRows]:
+    """Runs of `size` rows, again and again. Runs are views: to draw rows at random would copy them in every step."""
+    size = min(size, rows.count)
+    for turn in itertools.count():
+        first = turn % 2 * (size // 2)  # every other turn cuts the rows elsewhere
+        for start in range(first, rows.count - size + 1, size):
+            yield rows.slice(start, start + size)
