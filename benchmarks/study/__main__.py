@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         update_page(results, options.page, options.plot)
         console.print(f"Tables: {options.page}")
     if "run" in words:
-        console.print(markdown(results), markup=False)
+        console.print(markdown(results, test=False), markup=False)
     return 0
 
 

@@ -61,13 +61,14 @@ def press_prefix(
     if reason := missing():
         raise SoftPromptError(f"method: {reason}")
     job = {
-        "model": name,
+        "model": str(Path(name).resolve()) if Path(name).exists() else name,
         "ids": ids[0].tolist(),
         "before": before,
         "tokens": k,
         "settings": settings,
         "threads": torch.get_num_threads(),
     }
+    folder = folder.resolve()  # the process starts in the root of the repository
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{settings['press']}-{k}.safetensors"
     if not _is_complete(out, job):

@@ -55,8 +55,12 @@ def grouped(results: Results) -> dict[str, dict[str, dict[int, list[Record]]]]:
     return found
 
 
-def markdown(results: Results) -> str:
-    """All tables."""
+def markdown(results: Results, test: bool = True) -> str:
+    """All tables.
+
+    Args:
+        test: with the test figures. Test questions are not for choosing, so a run does not print them.
+    """
     parts = []
     for text, methods in grouped(results).items():
         every = [cell for ratios in methods.values() for cells in ratios.values() for cell in cells]
@@ -68,7 +72,7 @@ def markdown(results: Results) -> str:
             label = METHODS[method].label if method in METHODS else method
             timed = by_ratio.get(TIMED_RATIO)
             seconds = "" if timed is None else f"{total_seconds(timed):.0f}"
-            lines.append(_row([label, *(_figure(by_ratio.get(ratio, [])) for ratio in ratios), seconds]))
+            lines.append(_row([label, *(_figure(by_ratio.get(ratio, []), test) for ratio in ratios), seconds]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or NOTHING
 
@@ -95,14 +99,14 @@ def content(results: Results, plot: Path = PLOT) -> str:
     return f"![Recovered against the ratio and against the seconds, for each text]({plot.name})\n\n{tables}"
 
 
-def _figure(cells: Sequence[Record]) -> str:
+def _figure(cells: Sequence[Record], with_test: bool) -> str:
     heldout, test, deviation = seed_mean(cells, "heldout"), seed_mean(cells, "test"), spread(cells)
     if heldout is None:
         return ""
     shown = _number(heldout)
     if deviation is not None:
         shown += f" ±{_number(deviation)}"
-    return shown if test is None else f"{shown} / {_number(test)}"
+    return shown if test is None or not with_test else f"{shown} / {_number(test)}"
 
 
 def _number(value: float) -> str:

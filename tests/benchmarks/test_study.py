@@ -270,6 +270,7 @@ def test_table_has_means_spread_test_figures_and_seconds(results: Any) -> None:
         "| truncated text | -.250 | 1.50 | 10 |",
         "| matched | .600 ±.100 / .500 |  | 10 |",
     ]
+    assert markdown(results, test=False).splitlines()[-1] == "| matched | .600 ±.100 |  | 10 |"
 
 
 def test_page_gets_the_tables_between_its_markers(results: Any, tmp_path: Path) -> None:
