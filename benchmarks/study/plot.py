@@ -13,6 +13,8 @@ from benchmarks.study.results import Record, Results
 from benchmarks.study.table import PLOT, TIMED_RATIO, grouped, seed_mean, spread, total_seconds
 
 MARKERS = "osD^vP*X<>h"
+COLOURS = (*(f"C{index}" for index in range(10)), "black")
+SECONDS = (1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
 def save_plot(results: Results, path: Path = PLOT) -> bool:
@@ -63,6 +65,11 @@ def _against_seconds(axis: Axes, methods: dict[str, dict[int, list[Record]]]) ->
             mean = seed_mean(cells, "heldout")
             axis.errorbar([total_seconds(cells)], [mean or 0.0], [spread(cells) or 0.0], capsize=2, **_style(method))
     axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.9), max(high, 300))
+    shown = [tick for tick in SECONDS if tick <= axis.get_xlim()[1]]
+    axis.set_xticks(shown, [str(tick) for tick in shown])
+    axis.minorticks_off()
     axis.set_xlabel(f"seconds at {TIMED_RATIO}×")
     _common(axis)
 
@@ -82,5 +89,13 @@ def _order(label: str) -> int:
 
 
 def _style(method: str) -> dict[str, object]:
+    """Colour and marker of a method; what does not read the teacher's answers is dashed."""
     index = list(METHODS).index(method) if method in METHODS else len(METHODS)
-    return {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+    dashed = method in METHODS and not METHODS[method].reads_answers
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 5,
+        "linewidth": 1.2,
+        "linestyle": "--" if dashed else "-",
+    }

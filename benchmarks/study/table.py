@@ -111,6 +111,7 @@ def _figure(cells: Sequence[Record], with_test: bool) -> str:
 
 def _number(value: float) -> str:
     """Three decimals without the leading zero."""
+    value = round(value, 3) + 0.0  # no -0
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
 
 
