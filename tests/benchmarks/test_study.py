@@ -450,3 +450,45 @@ def test_press_fails_with_one_sentence(study: Any, text: Any, monkeypatch: pytes
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(SoftPromptError, match="method: SnapKVPress fails: KeyError: 'cache_position'"):
         press.press_prefix(*arguments)
+
+
+# PEFT
+
+
+def test_next_token_loss_and_its_gradient_are_those_of_peft(study: Any, text: Any) -> None:
+    """PEFT's prefix tuning, with labels on the answers alone, from the same prompt and on the same batch."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from softprompt_kernels.compress.distill.objective import Objective
+    from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
+    from softprompt_kernels.compress.teacher.context import select_tokens
+    from softprompt_kernels.models import head_of
+    from softprompt_kernels.prompts import KVPrompt
+    from softprompt_kernels.prompts.layout import flatten
+
+    examples = study.teacher(text, 0).answers("heldout").examples[:3]
+    prompt = KVPrompt.from_prefix(select_tokens(study.model, study.captured(text).prefix, 7, "first"), frozen_tokens=0)
+    objective = Objective("nll", head_of(study.model))
+    trainer = Trainer(study.model, prompt, examples, None, objective, Schedule(1, 0.0), batch_size=3)
+    loss = trainer.accumulate(range(3))
+
+    plain = AutoModelForCausalLM.from_pretrained(study.name)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prompt.length)
+    theirs = peft.get_peft_model(plain, config).eval()
+    (parameter,) = (p for p in theirs.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter.copy_(flatten(*prompt.stacked()))
+    width = max(len(example.input_ids) + len(example.output_ids) for example in examples)
+    ids = torch.zeros(3, width, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, example in enumerate(examples):
+        asked, length = len(example.input_ids), len(example.input_ids) + len(example.output_ids)
+        ids[row, :length] = torch.tensor(example.input_ids + example.output_ids)
+        labels[row, asked:length] = ids[row, asked:length]
+        mask[row, :length] = 1
+    expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    ours = flatten(prompt.key.grad, prompt.value.grad)
+    torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
