@@ -83,6 +83,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         return examples, time.perf_counter() - start
 
     # Answers: one batch with 1 token gives the prefill, one with more tokens the cost of a decoding step.
+    # The estimate is for answers of full length. Answers that end early leave the batch and make a run faster.
     total = len(inputs.train) + len(inputs.heldout)
     batch_queries = min(config.sample_batch, total)
     _, prefill_seconds = sample(batch_queries, 1)

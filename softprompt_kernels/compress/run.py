@@ -12,15 +12,17 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from softprompt_kernels.compress.compared_answers import compared_answers
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
-from softprompt_kernels.compress.evaluate.baselines import baseline_prefixes
+from softprompt_kernels.compress.evaluate.baselines import TOKEN_BASELINES, baseline_prefixes
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
@@ -129,12 +131,14 @@ class _Run:
         folder: where results are stored.
         context: the captured context.
         reporter: receives the progress.
+        states: the teacher's hidden states of the evaluated sets, by name, once they are known.
     """
 
     inputs: RunInputs
     folder: RunFolder
     context: Prefix
     reporter: Reporter
+    states: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -194,12 +198,21 @@ class _Run:
     def measure(
         self, students: Mapping[str, Prefix | None], sets: Mapping[str, Sequence[Example]]
     ) -> dict[str, dict[str, Distance]]:
-        """The distance of each student from the teacher, on each set of examples."""
-        model, titles = self.inputs.model, dict(SETS)
-        return {
-            name: measure(model, self.context, students, examples, self.reporter, titles[name])
-            for name, examples in sets.items()
-        }
+        """The distance of each student from the teacher, on each set of examples.
+
+        The teacher reads a set once. Baselines of chosen tokens are not measured on the test set: they are there to
+        be compared with on the held-out one.
+        """
+        model, titles, distances = self.inputs.model, dict(SETS), {}
+        for name, examples in sets.items():
+            if name not in self.states:
+                label = f"Full context, {titles[name]} queries"
+                self.states[name] = hidden_states(model, self.context, examples, self.reporter, label)
+            chosen = {k: v for k, v in students.items() if name != "test" or k not in TOKEN_BASELINES}
+            distances[name] = measure(
+                model, self.context, chosen, examples, self.reporter, titles[name], teacher=self.states[name]
+            )
+        return distances
 
     def read_answers(self, train: Sequence[Example]) -> tuple[Targets | None, Rows | None]:
         """What the teacher gives when it reads its answers once more: targets for training and rows for matching.

@@ -1,4 +1,4 @@
-"""Run transformers models with a prefix: capture, forward, generate, head, rotary shifts."""
+"""Run transformers models with a prefix: capture, forward, generate, sample, head, rotary shifts."""
 
 from softprompt_kernels.models.capture import capture, embed_prefix, prefix_of
 from softprompt_kernels.models.forward import prompted_hidden, prompted_logits
@@ -6,6 +6,7 @@ from softprompt_kernels.models.generate import generate
 from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.prepare import prepare, release
 from softprompt_kernels.models.rope import check_fixed_frequencies, shift_keys
+from softprompt_kernels.models.sample import sample
 
 __all__ = [
     "Head",
@@ -19,5 +20,6 @@ __all__ = [
     "prompted_hidden",
     "prompted_logits",
     "release",
+    "sample",
     "shift_keys",
 ]

@@ -63,6 +63,13 @@ class QueryTap:
     sink: QuerySink
 
 
+class OwnTokens(Protocol):
+    """Keeps the keys and values of a sequence's earlier tokens. `past_key_values` of transformers is not used then."""
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `key [B, Hkv, M, D]` and `value [B, Hkv, M, Dv]`; returns those of all N tokens."""
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The prompt and the padding of one forward of the model.
@@ -76,6 +83,7 @@ class Call:
             placement are None.
         sink: receives own keys and values, None to drop them.
         tap: hands out queries and their results, None for none. Only for a forward without `placement`.
+        own: adds the keys and values of earlier own tokens; None if there are none.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
     """
 
@@ -86,6 +94,7 @@ class Call:
     packing: Packing | None = None
     sink: KeyValueSink | None = None
     tap: QueryTap | None = None
+    own: OwnTokens | None = None
     wants_grad: bool = False
 
 
@@ -151,6 +160,8 @@ def attend(
         )
     if call.sink is not None:
         call.sink.put(module.layer_idx, key, value)
+    if call.own is not None:
+        key, value = call.own.extend(module.layer_idx, key, value)
     prompt_key, prompt_value = _layer_prompt(call, module.layer_idx, key, value)
     packing = call.packing
     own_keys = key.shape[2] if packing is None else packing.max_seqlen

@@ -66,7 +66,7 @@ def prompted_hidden(
         positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
         return run_base(model, call, positions, input_ids=input_ids)
     mask = attention_mask.bool()
-    if packs_sequences(_head_size(model), model.dtype, model.device):
+    if packs_sequences(head_size(model), model.dtype, model.device):
         return _packed_hidden(model, call, first, input_ids, mask)
     call = replace(call, key_lengths=mask.sum(dim=1).to(input_ids.device))
     inverse = None
@@ -114,9 +114,9 @@ def prompted_logits(
 
 def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Tensor) -> Tensor:
     """One forward of `input_ids` or `inputs_embeds` without the head, at `positions [1 or B, M]`: `[B, M, d]`."""
-    if call.packing is not None:
+    if call.packing is not None or call.own is not None:
         # transformers passes a 4-D mask on to the attention unchanged, and `attend` ignores it. Without this mask
-        # transformers would notice that the positions restart, and would build a mask, which waits for the device.
+        # transformers would look whether the positions restart, and would build a mask, which waits for the device.
         inputs["attention_mask"] = positions.new_zeros(1, 1, 1, 1)
     output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
     hidden: Tensor = output.last_hidden_state
@@ -184,7 +184,7 @@ def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
     """Raise unless layers, key heads and head size of the prefix are the model's."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = _head_size(model)
+    dim = head_size(model)
     key = prefix.layers[0][0]
     got, accepted = (prefix.num_layers, key.shape[1], key.shape[3]), (config.num_hidden_layers, heads, dim)
     if got != accepted:
@@ -194,6 +194,7 @@ def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
         )
 
 
-def _head_size(model: PreTrainedModel) -> int:
+def head_size(model: PreTrainedModel) -> int:
+    """D, the size of the attention's heads."""
     config = model.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

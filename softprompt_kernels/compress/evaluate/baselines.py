@@ -11,6 +11,9 @@ from softprompt_kernels.compress.teacher.context import no_context_prefix, selec
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import Prefix
 
+TOKEN_BASELINES = ("truncated", "untrained")
+"""Those that are k tokens of the context."""
+
 
 def baseline_prefixes(
     model: PreTrainedModel, chat: ChatFormat, context: Prefix, tokens: int

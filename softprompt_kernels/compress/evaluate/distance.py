@@ -68,6 +68,8 @@ def measure(
     examples: Sequence[Example],
     reporter: Reporter,
     name: str,
+    *,
+    teacher: Sequence[Tensor] | None = None,
 ) -> dict[str, Distance]:
     """The distances of several students from the teacher, on the same examples.
 
@@ -78,12 +80,14 @@ def measure(
         examples: queries with answers of the teacher.
         reporter: receives the progress.
         name: what the progress calls the set of examples.
+        teacher: the teacher's hidden states of the examples, if they are known.
 
     Returns:
         The distances, by the same keys.
     """
     head, names = head_of(model), {key: label[0].upper() + label[1:] for key, label in STUDENT_NAMES.items()}
-    teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
+    if teacher is None:
+        teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
     return {
         student: distance(
             head,

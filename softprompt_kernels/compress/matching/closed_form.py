@@ -31,7 +31,7 @@ SMALLEST_MASS, LARGEST_MASS = 1e-3, 1e3
 VALUE_RIDGE = 1e-3  # of the mean diagonal of the Gram matrix
 DIRECTION_RIDGE = 1e-3
 LARGEST_RATIO = 1e6  # P_ij is at most 1 for the context's own keys; other scores are cut here
-CHUNK_ELEMENTS = 8 << 20  # of P at once
+CHUNK_ELEMENTS = 4 << 20  # of P at once
 
 
 def fit_layer(rows: LayerRows, parts: Parts, key: Tensor, value: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

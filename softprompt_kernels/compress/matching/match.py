@@ -3,7 +3,8 @@
 Layers are independent of each other. They are done in groups, so that the rows of a group fit into `GROUP_BYTES`, and
 the result of a group is stored before the next one begins: an interrupted run resumes there.
 
-Peak memory beyond the captured context and the finished layers: about twice the rows of a group.
+Peak memory beyond the captured context and the finished layers: the rows of a group, and what one layer needs for its
+closed form: its rows and parts, a chunk of P, and Gram matrices of k².
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_prompt
-from softprompt_kernels.compress.matching.parts import Parts, split
+from softprompt_kernels.compress.matching.parts import split
 from softprompt_kernels.compress.matching.refine import RefineRows, refine
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
@@ -88,7 +89,9 @@ def match(
                 stored = _match_group(context, rows, settings, group, advance, record)
                 if path is not None:
                     _write(path, key, stored)
-            found += stored
+            found += [
+                (layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored
+            ]
     return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
 
 
@@ -97,7 +100,7 @@ def stored_match(context: Prefix, folder: Path, key: str) -> Prefix | None:
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < context.num_layers:
         group = _read(folder / f"matched-{len(found):05d}.safetensors", key)
-        if group is None:
+        if not group:
             return None
         found += group
     return Prefix.of((key[None].to(context.device), value[None].to(context.device)) for key, value in found)
@@ -135,9 +138,8 @@ def _match_group(
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers."""
     keys, values = [], []
-    all_rows: list[LayerRows] = []
-    all_parts: list[Parts] = []
-    for layer in group:
+    refine_rows: RefineRows | None = None
+    for index, layer in enumerate(group):
         context_key, context_value = (tensor[0] for tensor in context.layers[layer])
         layer_rows = rows.layer(layer, context.device)
         parts = split(layer_rows, context_key, context_value)
@@ -149,13 +151,13 @@ def _match_group(
             )
         keys.append(key)
         values.append(value)
-        all_rows.append(layer_rows)
-        all_parts.append(parts)
+        if settings.steps and _can_refine(layer_rows, settings, context):
+            refine_rows = refine_rows or RefineRows.empty(len(group), layer_rows)
+            refine_rows.put(index, layer_rows, parts)
+        del layer_rows, parts
         advance(1)
     stacked = torch.stack(keys), torch.stack(values)
-    if settings.steps and _can_refine(all_rows[0], settings, context):
-        refine_rows = RefineRows.of(all_rows, all_parts)
-        del all_rows, all_parts
+    if refine_rows is not None:
         stacked = _refine_group(stacked, refine_rows, settings, group, advance, record)
     else:
         advance(len(group) * settings.steps)

@@ -31,6 +31,7 @@ from softprompt_kernels.models.attention import ScoreFunction
 from softprompt_kernels.ops import prompt_attention
 
 LARGEST_LOG_SHARE = -1e-6  # a < 1: where the context is all that a query looks at, rounding may put Λ above Λ_all
+NOISY_REST = 1e-2  # 1 − a below which r is cut to the size of the values
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,8 @@ def split(rows: LayerRows, key: Tensor, value: Tensor) -> Parts:
     Raises:
         SoftPromptError: a query, a result, a key or a value is not finite.
     """
-    for name, tensor in (("queries", rows.query), ("results", rows.out), ("keys", key), ("values", value)):
+    tensors = {"queries": rows.query, "results": rows.out, "sums": rows.lse, "keys": key, "values": value}
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise SoftPromptError(
                 f"model: the {name} of a layer's attention behind the context are not finite, accepted are finite "
@@ -122,4 +124,6 @@ def split(rows: LayerRows, key: Tensor, value: Tensor) -> Parts:
     rest_out = (rows.out - share[..., None] * context_out) / rest[..., None]
     # The rest is a mean of values. Where a is near 1, cancellation leaves noise that is divided by a small number.
     largest = rows.out.abs().amax().clamp(min=value.abs().amax().to(dtype))
-    return Parts(context_out, context_lse, rest_out.clamp(-largest, largest), rows.lse + rest.log(), share)
+    noisy = (rest < NOISY_REST)[..., None]
+    rest_out = torch.where(noisy, rest_out.clamp(-largest, largest), rest_out)
+    return Parts(context_out, context_lse, rest_out, rows.lse + rest.log(), share)

@@ -56,14 +56,22 @@ class RefineRows:
     @classmethod
     def of(cls, rows: Sequence[LayerRows], parts: Sequence[Parts]) -> RefineRows:
         """The rows of several layers."""
-        return cls(
-            torch.stack([one.query for one in rows]),
-            torch.stack([one.rest_out for one in parts]),
-            torch.stack([part.rest_out - row.out for row, part in zip(rows, parts, strict=True)]),
-            torch.stack([one.rest_lse for one in parts]),
-            torch.stack([one.out.square().sum(-1).mean(-1) for one in rows]).clamp(min=1e-20),
-            rows[0].scores,
-        )
+        found = cls.empty(len(rows), rows[0])
+        for index, (layer_rows, layer_parts) in enumerate(zip(rows, parts, strict=True)):
+            found.put(index, layer_rows, layer_parts)
+        return found
+
+    @classmethod
+    def empty(cls, layers: int, like: LayerRows) -> RefineRows:
+        """Room for the rows of several layers, each of the shape of `like`. Layer by layer, `put` fills it."""
+        query, rest_out, lse = (tensor.new_empty(layers, *tensor.shape) for tensor in (like.query, like.out, like.lse))
+        return cls(query, rest_out, torch.empty_like(rest_out), lse, lse.new_empty(lse.shape[:2]), like.scores)
+
+    def put(self, index: int, rows: LayerRows, parts: Parts) -> None:
+        """Copy the rows of one layer to their place."""
+        self.query[index], self.rest_out[index], self.rest_lse[index] = rows.query, parts.rest_out, parts.rest_lse
+        torch.sub(parts.rest_out, rows.out, out=self.rest_error[index])
+        self.size[index] = rows.out.square().sum(-1).mean(-1).clamp(min=1e-20)
 
     @property
     def count(self) -> int:
@@ -113,6 +121,7 @@ class _SquaredError(torch.autograd.Function):
         return error * factor[..., None], factor * (1 - share) * along, None, None, None
 
 
+@torch.enable_grad()
 def refine(
     key: Tensor,
     value: Tensor,
@@ -147,13 +156,13 @@ def refine(
     def current() -> list[Tensor]:
         return [torch.cat((f, x * s), dim=2) for f, x, s in zip(fixed, free, scales, strict=True)]
 
-    batches = _batches(rows, rows_per_step)
+    steps_rows = batches(rows, rows_per_step)
     with torch.no_grad():
         best = [key, value]
         best_error = match_error(heldout, key, value).sum(1)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        errors = match_error(next(batches), *current())
+        errors = match_error(next(steps_rows), *current())
         optimizer.zero_grad()
         errors.sum().backward()
         optimizer.step()
@@ -168,7 +177,7 @@ def refine(
     return best[0], best[1]
 
 
-def _batches(rows: RefineRows, size: int) -> Iterator[RefineRows]:
+def batches(rows: RefineRows, size: int) -> Iterator[RefineRows]:
     """Runs of `size` rows, again and again. Runs are views: to draw rows at random would copy them in every step."""
     size = min(size, rows.count)
     for turn in itertools.count():

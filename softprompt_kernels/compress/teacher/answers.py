@@ -7,7 +7,6 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
-from softprompt_kernels.models import generate
+from softprompt_kernels.models import sample
 from softprompt_kernels.models.attention import QueryTap
 from softprompt_kernels.prompts import Prefix
 
@@ -41,7 +40,8 @@ def answer(
     """The queries as examples, in the same order. The teacher answers those without an output.
 
     Answers are sampled from the teacher's whole distribution, without top-k and top-p, because the training targets are
-    the whole distribution too. The samples depend on `seed` and `batch_size`. The caller's random state is not changed.
+    the whole distribution too. They depend on `seed`, and on `batch_size` only by rounding (see `models.sample`). The
+    caller's random state is not changed.
 
     Args:
         model, chat: the model and its chat format.
@@ -49,66 +49,34 @@ def answer(
         queries: any number.
         new_tokens: at most so many tokens an answer.
         temperature: divides the logits; 0 is greedy.
-        batch_size: answers sampled at once.
+        batch_size: the largest number of answers sampled at a time.
         seed: of sampling.
         reporter, description: receives the progress under this description.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
-    # Sorted by length, so that the queries of a batch need little padding.
-    unanswered = sorted((i for i, output in enumerate(outputs) if output is None), key=lambda i: len(inputs[i]))
-    with reporter.progress(description, len(unanswered), "query") as advance, _forked_rng(model.device):
-        torch.manual_seed(seed)
-        for start in range(0, len(unanswered), batch_size):
-            chosen = unanswered[start : start + batch_size]
-            sampled = _sample(model, prefix, [inputs[i] for i in chosen], new_tokens, temperature)
-            for index, output in zip(chosen, sampled, strict=True):
-                outputs[index] = output
-            advance(len(chosen))
-    return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y]
-
-
-def _forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Restores the random state of the CPU, and of `device` if it is a GPU, at the end of the context."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def _sample(
-    model: PreTrainedModel, prefix: Prefix, inputs: Sequence[tuple[int, ...]], new_tokens: int, temperature: float
-) -> list[tuple[int, ...]]:
-    """The answer to each input: at most `new_tokens` tokens, with the end token if the model wrote one."""
-    width = max(map(len, inputs))
-    ids = torch.zeros(len(inputs), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(inputs):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = 1
-    ends = end_tokens(model)
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
-    continued = generate(
+    unanswered = [index for index, output in enumerate(outputs) if output is None]
+    sampled = sample(
         model,
-        ids.to(model.device),
+        [inputs[index] for index in unanswered],
         prefix,
-        attention_mask=mask.to(model.device),
-        max_new_tokens=new_tokens,
-        pad_token_id=min(ends, default=0),
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        **sampling,
+        new_tokens=new_tokens,
+        temperature=temperature,
+        end_tokens=end_tokens(model),
+        batch_size=batch_size,
+        seed=seed,
     )
-    return [_until_end(row, ends) for row in continued[:, width:].tolist()]
+    with reporter.progress(description, len(unanswered), "query") as advance:
+        for position, output in sampled:
+            outputs[unanswered[position]] = output
+            advance(1)
+    return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y]
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The tokens that end an answer: `eos_token_id` of the model's generation config."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     return frozenset([ends] if isinstance(ends, int) else ends or [])
-
-
-def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
-    last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tuple(tokens[: last + 1])
 
 
 @torch.no_grad()

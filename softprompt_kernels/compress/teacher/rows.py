@@ -164,6 +164,8 @@ class RowRecorder:
     def _flush(self) -> None:
         if not self.buffered:
             return
+        if self.shards == 0:
+            _index(self.folder).unlink(missing_ok=True)  # of an earlier recording, whose shards are now overwritten
         tensors = {name: torch.cat(parts).contiguous() for name, parts in self.tensors.items()}
         save_file({**tensors, "offset": torch.cat(self.offsets)}, _shard(self.folder, self.shards))
         self.count, self.shards, self.buffered = self.count + self.buffered, self.shards + 1, 0

@@ -1,0 +1,280 @@
+"""Sample continuations of many inputs behind one shared prefix. Sequences leave the batch when they end.
+
+    u ~ uniform(seed, index of the input, step)
+    token = the first v with  Σ_{w ≤ v} softmax(logits / temperature)_w > u        (temperature 0: the argmax)
+
+`generate` keeps a sequence in the batch until the last one has ended. Here a sequence that has ended makes room for
+the next input, so that every token that goes through the model belongs to an answer.
+
+Cost: M + n − 1 tokens through the model for an input of M tokens and an answer of n, and n rows of the head. Equal
+inputs that join the batch at the same time share their M tokens. New inputs run packed where the attention backend is
+good at that, otherwise padded on the right. A step waits for the device once, to read the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.forward import check_inputs, first_position, head_size, prefix_length, run_base
+from softprompt_kernels.models.head import Head, head_of
+from softprompt_kernels.models.padding import Packing, Placement
+from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.models.rows import NextTokens, OwnRows, PromptTokens
+from softprompt_kernels.ops.prompt_attention import packs_sequences
+from softprompt_kernels.prompts.prefix import Prefix
+
+_PREFILL_TOKENS = 1024
+"""Tokens of new inputs that go through the model at once. An input that is longer goes alone."""
+
+_REFILL = 8
+"""New inputs join when 1 / `_REFILL` of the batch is free: few tokens at a time use the processor badly."""
+
+
+def sample(
+    model: PreTrainedModel,
+    inputs: Sequence[Sequence[int]],
+    prefix: Prefix | None,
+    *,
+    new_tokens: int,
+    temperature: float = 1.0,
+    end_tokens: Collection[int] = (),
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Continue each input after a prefix that all share, without top-k or top-p.
+
+    What is sampled for input i depends on the input, the seed and i, and not on `new_tokens`, the other inputs, the
+    batch size or any random state of the caller; these can change a token only by the rounding of its probabilities.
+
+    Args:
+        model: a prepared model with a head.
+        inputs: token ids, at least one each. Any number.
+        prefix: one row of keys and values; None for no prompt.
+        new_tokens: at most so many tokens are added to an input.
+        temperature: divides the logits; 0 takes the most probable token.
+        end_tokens: a continuation ends with the first of these.
+        batch_size: the largest number of inputs that are continued at a time.
+        seed: of sampling, 0 or more.
+
+    Returns:
+        An iterator of pairs: the index of an input, and its new tokens, with the end token if there is one. A pair
+        comes when its continuation has ended.
+
+    Raises:
+        SoftPromptError: an argument is out of range, the model is not prepared or has no head, the prefix belongs to
+            another model, an input does not fit the model's window, or (from the iterator) logits are not finite.
+    """
+    check_prepared(model)
+    for name, value, least in (("new_tokens", new_tokens, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise SoftPromptError(f"{name}: got {value}, accepted is {least} or more")
+    if not 0 <= temperature < math.inf:
+        raise SoftPromptError(f"temperature: got {temperature}, accepted is a finite number of 0 or more")
+    if prefix is not None and prefix.rows != 1:
+        raise SoftPromptError(f"prefix: got {prefix.rows} rows, accepted is one that all inputs share")
+    for index, tokens in enumerate(inputs):
+        if len(tokens) == 0:
+            raise SoftPromptError(f"inputs[{index}]: got no tokens, accepted is at least one")
+    head = head_of(model)
+    if inputs:
+        longest = max(map(len, inputs))
+        check_inputs(model, torch.empty(1, longest, dtype=torch.int64), prefix, None, None, new_tokens)
+    ids = [tuple(tokens) for tokens in inputs]
+    sampler = _Sampler(model, head, prefix, min(batch_size, len(ids)), new_tokens, temperature, frozenset(end_tokens))
+    return sampler.run([_Row(i, ids[i], seed) for i in sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i]))])
+
+
+@dataclass
+class _Row:
+    """One input, its new tokens, and its own random numbers."""
+
+    index: int
+    input: tuple[int, ...]
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random: np.random.Generator | None = None
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache between two steps: all but the last, which has not gone through the model."""
+        return len(self.input) + len(self.tokens) - 1
+
+    def uniform(self) -> float:
+        """The next random number in [0, 1)."""
+        if self._random is None:
+            self._random = np.random.default_rng([self.seed, self.index])
+        return self._random.random()
+
+
+class _Sampler:
+    """The rows in the batch, in the order of their rows of the cache."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: Head,
+        prefix: Prefix | None,
+        batch_size: int,
+        new_tokens: int,
+        temperature: float,
+        ends: frozenset[int],
+    ) -> None:
+        self.model, self.head, self.prefix = model, head, prefix
+        self.batch_size, self.new_tokens, self.temperature, self.ends = batch_size, new_tokens, temperature, ends
+        self.packs = packs_sequences(head_size(model), model.dtype, model.device)
+        self.rows: list[_Row] = []
+        self.cache = OwnRows(batch_size)
+
+    @torch.no_grad()
+    def run(self, waiting: list[_Row]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Continue all rows. Rows of similar lengths should be neighbours, equal inputs too."""
+        window: int | None = getattr(self.model.config, "sliding_window", None)
+        own = max((len(row.input) for row in waiting), default=0) + self.new_tokens
+        # With a window, rows of different lengths cost more attention (see `Placement`): they start together.
+        together = window is not None and prefix_length(self.prefix) + own > window
+        least = self.batch_size if together else -(-self.batch_size // _REFILL)
+        start = 0
+        while start < len(waiting) or self.rows:
+            if self.batch_size - len(self.rows) >= least:
+                while start < len(waiting) and len(self.rows) < self.batch_size:
+                    new = self._next_group(waiting, start)
+                    start += len(new)
+                    self._append(new, self._prefill(new))
+                    yield from self._remove_ended()
+            if self.rows:
+                self._append(self.rows, self._decode())
+                yield from self._remove_ended()
+
+    def _next_group(self, waiting: list[_Row], start: int) -> list[_Row]:
+        """The next rows that join: what there is room for, of at most `_PREFILL_TOKENS` tokens."""
+        group: list[_Row] = []
+        distinct: set[tuple[int, ...]] = set()
+        for row in waiting[start : start + self.batch_size - len(self.rows)]:
+            distinct.add(row.input)
+            if group and sum(map(len, distinct)) > _PREFILL_TOKENS:
+                break
+            group.append(row)
+        return group
+
+    def _prefill(self, new: list[_Row]) -> Tensor:
+        """Run the inputs of new rows and add the rows. `[n, d]`: the hidden state of each row's last token."""
+        self.cache.reserve(max(len(row.input) for row in new) + self.new_tokens - 1)
+        numbers: dict[tuple[int, ...], int] = {}
+        for row in new:
+            numbers.setdefault(row.input, len(numbers))
+        width = max(map(len, numbers))
+        ids, lengths = torch.zeros(len(numbers), width, dtype=torch.int64), torch.tensor([len(x) for x in numbers])
+        for number, tokens in enumerate(numbers):
+            ids[number, : len(tokens)] = torch.tensor(tokens)
+        mask = torch.arange(width) < lengths[:, None]
+        packed = self.packs and not bool(mask.all())
+        starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(numbers)) * width
+
+        columns = [torch.arange(len(row.input)) for row in new]
+        first = len(self.rows)
+        target = torch.cat([(first + i) * self.cache.columns + column for i, column in enumerate(columns)])
+        source = torch.cat([starts[numbers[row.input]] + c for row, c in zip(new, columns, strict=True)])
+        device = self.model.device
+        sink = PromptTokens(self.cache, target.to(device), source.to(device))
+        ids = ids.to(device)
+        positions = first_position(self.prefix, None, ids)
+        if packed:
+            packing = Packing.of(mask, device)
+            call = Call(self.prefix, packing=packing, sink=sink)
+            ids, positions = packing.pack(ids), packing.pack(positions + packing.own_positions)
+        else:
+            call = Call(self.prefix, key_lengths=None if bool(mask.all()) else lengths.to(device), sink=sink)
+            positions = positions + torch.arange(width, device=device)
+        hidden = run_base(self.model, call, positions, input_ids=ids).flatten(0, 1)
+        self.rows += new
+        last = torch.stack([starts[numbers[row.input]] + len(row.input) - 1 for row in new])
+        return hidden.index_select(0, last.to(hidden.device))
+
+    def _decode(self) -> Tensor:
+        """Run the last token of every row. `[n, d]`: its hidden state."""
+        cached = [row.cached for row in self.rows]
+        longest = max(cached) + 1
+        step = torch.tensor([[row.tokens[-1] for row in self.rows], cached]).to(self.model.device)
+        ids, columns = step[0, :, None], step[1]
+        target = torch.arange(len(cached), device=columns.device) * self.cache.columns + columns
+        placement, lengths, padding = None, None, max(cached) - min(cached)
+        if padding:
+            lengths = columns + 1
+            placement = Placement.at_row_ends(lengths, longest, 1, padding)  # used by layers with a window alone
+        own = NextTokens(self.cache, target, longest)
+        call = Call(self.prefix, key_lengths=lengths, placement=placement, own=own)
+        positions = first_position(self.prefix, None, ids) + columns[:, None]
+        return run_base(self.model, call, positions, input_ids=ids)[:, 0]
+
+    def _append(self, rows: list[_Row], hidden: Tensor) -> None:
+        """Add the next token to each row, from its `hidden [n, d]`."""
+        logits = self.head.logits(hidden)
+        if self.temperature == 0:
+            drawn = _most_probable(logits)
+        else:
+            uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64)
+            drawn = _draw(logits, self.temperature, uniform.to(logits.device))
+        for row, token in zip(rows, drawn.tolist(), strict=True):
+            if token < 0:
+                raise SoftPromptError(
+                    f"model: its logits after inputs[{row.index}] and {len(row.tokens)} new tokens are not finite, "
+                    "accepted are finite logits: check its weights, its dtype and the prefix"
+                )
+            row.tokens.append(token)
+
+    def _remove_ended(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Take the rows that have ended out of the batch, and return them as pairs of index and new tokens.
+
+        The last rows take their places in the cache.
+        """
+        ended = [i for i, row in enumerate(self.rows) if self._has_ended(row)]
+        if not ended:
+            return []
+        left = len(self.rows) - len(ended)
+        leaving = set(ended)
+        sources = [i for i in range(left, len(self.rows)) if i not in leaving]
+        targets = [i for i in ended if i < left]
+        self.cache.move(sources, targets)
+        found = [(self.rows[i].index, tuple(self.rows[i].tokens)) for i in ended]
+        for source, target in zip(sources, targets, strict=True):
+            self.rows[target] = self.rows[source]
+        del self.rows[left:]
+        return found
+
+    def _has_ended(self, row: _Row) -> bool:
+        return len(row.tokens) == self.new_tokens or row.tokens[-1] in self.ends
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    """`[n]`: the argmax of `logits [n, V]`; −1 where it is not finite."""
+    peak, token = logits.max(dim=-1)
+    return token.where(peak.isfinite(), -1)
+
+
+def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """`[n]`: one token of each row of `softmax(logits / temperature)`; −1 where that is not finite.
+
+    The cumulative sum is float64: in fp32 the probabilities of rare tokens would be rounded to multiples of 6e-8.
+
+    Args:
+        logits: `[n, V]`.
+        temperature: more than 0.
+        uniform: `[n]` float64 in [0, 1).
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    sums = (logits.to(dtype) / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    # right: the first token whose sum exceeds the number. A token of probability 0 has the sum of the one before it.
+    token = torch.searchsorted(sums, uniform[:, None] * total, right=True).clamp(max=logits.shape[1] - 1)
+    return token.where(total.isfinite(), -1)[:, 0]
