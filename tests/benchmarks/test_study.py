@@ -489,6 +489,6 @@ def test_next_token_loss_and_its_gradient_are_those_of_peft(study: Any, text: An
         mask[row, :length] = 1
     expected = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     expected.backward()
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     ours = flatten(prompt.key.grad, prompt.value.grad)
     torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
