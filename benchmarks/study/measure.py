@@ -15,7 +15,7 @@ from benchmarks.study.teacher import Study, prompt_tokens
 from softprompt_kernels.errors import SoftPromptError
 
 PACKAGES = ("softprompt-kernels", "transformers", "peft", "kvpress")
-ANSWER_SECONDS = 90  # of a text's first cell of a seed, until measured
+ANSWER_SECONDS = 60  # of a text's first cell that reads answers, until measured
 LONG_TEXT = 3  # how many times as long a cell takes on a text of several thousand tokens, until measured
 
 
@@ -75,7 +75,8 @@ def expected_seconds(cell: Cell, results: Results) -> float:
     walls = [record["wall"] for record in results.cells(cell.text.name, cell.method.name) if "wall" in record]
     if walls:
         return float(max(walls))
-    return (cell.method.seconds + ANSWER_SECONDS) * (1 if cell.text.short else LONG_TEXT)
+    answers = ANSWER_SECONDS if cell.method.reads_answers else 0
+    return (cell.method.seconds + answers) * (1 if cell.text.short else LONG_TEXT)
 
 
 def measure_all(
