@@ -96,7 +96,7 @@ class CompressConfig(BaseModel):
     samples: Integer = Field(1, ge=1, description="Answers sampled for each training query without an output.")
     new_tokens: Integer = Field(48, ge=1, description="Maximum length of a sampled answer, in tokens.")
     sample_temperature: Number = Field(1.0, ge=0, description="Temperature for sampling answers; 0 is greedy.")
-    sample_batch: Integer = Field(64, ge=1, description="Batch size for sampling answers.")
+    sample_batch: Integer = Field(128, ge=1, description="Most answers that are sampled at a time.")
 
     objective: Objective = Field(
         "kl",
@@ -123,7 +123,16 @@ class CompressConfig(BaseModel):
         description="Sequences per forward and backward pass. A smaller value saves memory; the gradient is the same. "
         "Default: batch_size.",
     )
-    learning_rate: Number = Field(2e-2, gt=0, description="Peak learning rate. Soft prompts need large ones.")
+    learning_rate: Number = Field(
+        default_factory=lambda fields: 5e-3 if fields.get("init") == "matched" else 2e-2,
+        gt=0,
+        description="Peak learning rate. Default: 5e-3 with init=matched, else 2e-2.",
+    )
+    relative_learning_rate: bool = Field(
+        True,
+        description="The learning rate of a kv prompt counts in standard deviations of each head's keys and values. "
+        "false: it is absolute.",
+    )
     warmup_steps: Integer = Field(
         default_factory=lambda fields: min(5, fields.get("steps", 5)),
         ge=0,

@@ -310,6 +310,7 @@ class _Run:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,
+            relative=config.relative_learning_rate,
         )
         if folder.checkpoint.exists():
             trainer.load(folder.checkpoint, self.key)

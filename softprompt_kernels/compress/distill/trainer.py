@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.distill.relative_adamw import RelativeAdamW
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
 from softprompt_kernels.compress.teacher.moments_cache import Targets
 from softprompt_kernels.errors import SoftPromptError
@@ -84,6 +85,8 @@ class Trainer:
         weight_decay: as in AdamW.
         max_grad_norm: as in `clip_grad_norm_`; None: no clipping.
         seed: of the order of examples.
+        relative: whether the learning rate of a KV prompt counts in standard deviations of each head's keys and values
+            (see `RelativeAdamW`). Embedding prompts always have absolute rates.
 
     Raises:
         SoftPromptError: all tokens of the prompt are frozen.
@@ -103,6 +106,7 @@ class Trainer:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
         seed: int = 0,
+        relative: bool = True,
     ) -> None:
         self.model, self.prompt, self.examples = model, prompt, examples
         self.targets, self.objective, self.schedule = targets, objective, schedule
@@ -112,9 +116,8 @@ class Trainer:
         self.parameters = [p for p in prompt.parameters() if p.numel()]
         if not self.parameters:
             raise SoftPromptError("frozen_tokens: got all tokens of the prompt, accepted is fewer: none would train")
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=weight_decay
-        )
+        adamw = RelativeAdamW if relative and isinstance(prompt, KVPrompt) else torch.optim.AdamW
+        self.optimizer = adamw(self.parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=weight_decay)
         self.step = 0
         self.consistent = True  # False while an update of σ is under way
         self.saved_step = 0  # the step of the last checkpoint
