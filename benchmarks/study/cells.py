@@ -24,13 +24,21 @@ TRAINED_RATIOS = (8, 32)
 TRAINED_TEXTS = ("demo", "garden")
 DECIDING = (
     *("init", "objective", "nll_weight", "loss_temperature", "frozen_tokens"),
-    *("steps", "batch_size", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *(
+        "steps",
+        "batch_size",
+        "learning_rate",
+        "relative_learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+    ),
 )
 MATCHING = ("matching_rows", "matching_steps")
 FORMAT = 1  # of the results; a new number measures every cell again
 
 # The same for all methods: how the teacher answers, for training and for evaluation.
-ANSWERS = {"new_tokens": 48, "sample_temperature": 0.5, "sample_batch": 64}
+ANSWERS = {"new_tokens": 48, "sample_temperature": 0.5, "sample_batch": 128}
 
 
 @dataclass(frozen=True)
