@@ -10,11 +10,12 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') $(wildcard build_help
 MODEL := .cache/SmolLM2-135M-Instruct
 BASE ?= origin/main
 BENCH ?=
+STUDY ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test changed bench compile counters gpu sanitize simt mutants clean
+.PHONY: help demo lint test changed bench study compile counters gpu sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,6 +44,9 @@ changed: lint ## lint, then run the tests that the changes since BASE (origin/ma
 bench: $(VENV)/bench $(MODEL)/config.json ## time and memory of ops and a step (15 min); a part: BENCH="-k attention"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \
 		--benchmark-json runs/bench/bench.json $(BENCH)
+
+study: $(VENV)/study $(MODEL)/config.json ## measure ways to make a prompt (3 h); a part: STUDY="--method matched --minutes 30"
+	$(BIN)/python -m benchmarks.study $(STUDY)
 
 compile: $(VENV)/test ## compile all Triton kernels for all GPUs, without a GPU, and check the machine code (15 min)
 	$(BIN)/softprompt doctor --compile --json runs/compile.json
@@ -104,6 +108,12 @@ $(VENV)/test: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
 
 $(VENV)/bench: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
 	$(PIP) --editable '.[bench,demo]'
+	touch $@
+
+# kvpress asks for an older transformers than ours, which it does not need for what is measured here.
+$(VENV)/study: $(VENV)/torch pyproject.toml setup.py $(SOURCES)
+	$(PIP) --editable '.[demo,study]'
+	$(PIP) --no-deps kvpress
 	touch $@
 
 $(MODEL)/config.json: demo/fetch_model.py | $(VENV)/demo

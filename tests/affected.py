@@ -54,6 +54,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ".pre-commit-config.yaml": ("tests/test_workflows.py",),
     "README.md": ("tests/test_docs.py",),
     "docs/": ("tests/test_docs.py",),
+    "docs/study.md": ("tests/test_docs.py", "tests/benchmarks"),
     "demo/": ("tests/test_docs.py",),
     "CONTRIBUTING.md": ("tests/test_docs.py",),
     "CHANGELOG.md": ("tests/test_docs.py",),
