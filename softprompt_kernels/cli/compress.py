@@ -61,8 +61,7 @@ def _compress(settings: CompressConfig) -> None:
         figures = compress(settings, reporter)
     except Interrupted as stop:
         raise Stopped(
-            f"Stopped at step {stop.step} of {stop.steps}. The state is saved in {stop.output}. "
-            "Run the same command again to resume."
+            f"Stopped at {stop.where}. The state is saved in {stop.output}. Run the same command again to resume."
         ) from None
     except KeyboardInterrupt:
         raise Stopped("Interrupted. Run the same command again to resume with what is already saved.") from None
@@ -78,7 +77,7 @@ def _compress(settings: CompressConfig) -> None:
         [
             ("prompt", str(folder.prompt)),
             ("figures", str(folder.evaluation)),
-            ("curves", str(folder.curves)),
+            *([("curves", str(folder.curves))] if folder.curves.exists() else []),
             *([("answers", str(folder.answers))] if folder.answers.exists() else []),
             ("try it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
         ]

@@ -13,10 +13,11 @@ def test_a_compression_ends_with_the_table_and_the_paths_of_its_files(finished):
     out = finished.result.stdout
     rows = [line.split("  ")[0].strip() for line in out.splitlines() if line.strip()]
     start = rows.index("no context")
-    assert rows[start : start + 5] == [
+    assert rows[start : start + 6] == [
         "no context",
         "truncated context",
         "untrained strided KV",
+        "prompt before training",
         "soft prompt",
         "full context",
     ]
@@ -123,8 +124,9 @@ def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(
     assert resumed.exit_code == 0
     weights = "prompt/adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (finished.folder / weights).read_bytes()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["stage"] == "training"] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if record["stage"] == "matching"] == list(range(1, 11))
 
 
 def test_ctrl_c_before_training_says_how_to_resume(run, inputs, tmp_path, monkeypatch):

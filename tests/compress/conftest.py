@@ -73,6 +73,7 @@ def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Compre
             "heldout_share": 0.3,
             "tokens": 8,
             "new_tokens": 6,
+            "matching_steps": 10,
             "steps": 5,
             "batch_size": 3,
             "warmup_steps": 1,
