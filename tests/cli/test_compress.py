@@ -2,11 +2,14 @@
 
 import json
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Trainer
+from softprompt_kernels.compress.matching import match
 
 
 def test_a_compression_ends_with_the_table_and_the_paths_of_its_files(finished):
@@ -100,7 +103,42 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     sizes = {"context", "prompt", "ratio", "queries"}
     assert names == sizes | {"KL without context", "time per step", "total time", "written"}
     assert "4 for training, 2 held out" in result.stdout
+    stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert stages[:5] == ["context", "teacher's answers", "teacher's targets", "matching", "training"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_in_closed_form_has_no_curves(run, inputs, tmp_path):
+    result = run(*inputs.compress(tmp_path / "run", steps=0, matching_steps=0, evaluate_every=None))
+    assert result.exit_code == 0, result.output
+    assert "curves" not in result.stdout and not (tmp_path / "run" / "curves.png").exists()
+    for name in ("prompt", "evaluation.json", "answers.md"):
+        assert str(tmp_path / "run" / name) in result.stdout and (tmp_path / "run" / name).exists()
+
+
+def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(
+    run, inputs, finished, tmp_path, monkeypatch
+):
+    fit_layer, calls = match.fit_layer, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit_layer(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(match, "GROUP_BYTES", 1)  # each layer is stored on its own
+        patch.setattr(match, "fit_layer", interrupted)
+        stopped = run(*inputs.compress(tmp_path / "run"))
+        assert stopped.exit_code == 130
+        assert "Stopped at matching, 1 of 2 layers are finished. The state is saved in" in stopped.stderr
+        assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.output
+        assert run(*inputs.compress(tmp_path / "run")).exit_code == 0
+    assert len(calls) == 3, "the first layer is not fitted again"
+    weights = load_file(tmp_path / "run" / "prompt/adapter_model.safetensors")
+    expected = load_file(finished.folder / "prompt/adapter_model.safetensors")
+    assert all(torch.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
 
 
 def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(

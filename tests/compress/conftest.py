@@ -76,7 +76,7 @@ def make_config(tiny_model_folder: Path, tmp_path: Path) -> Callable[..., Compre
             "matching_steps": 10,
             "steps": 5,
             "batch_size": 3,
-            "warmup_steps": 1,
+            "warmup_steps": min(1, options.get("steps", 1)),
             "checkpoint_every": 2,
             "evaluation_sequences": 3,
             "device": "cpu",
