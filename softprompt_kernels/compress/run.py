@@ -58,8 +58,8 @@ class Interrupted(Exception):
     """
 
     def __init__(self, unit: Literal["layer", "step"], step: int, steps: int, output: Path) -> None:
-        self.where = f"step {step} of {steps}" if unit == "step" else f"matching, {step} of {steps} layers are finished"
-        super().__init__(f"Stopped at {self.where}; saved in {output}")
+        self.where = f"at step {step} of {steps}" if unit == "step" else f"matching with {step} of {steps} layers done"
+        super().__init__(f"Stopped {self.where}; saved in {output}")
         self.unit, self.step, self.steps, self.output = unit, step, steps, output
 
 

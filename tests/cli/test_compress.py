@@ -132,7 +132,7 @@ def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(
         patch.setattr(match, "fit_layer", interrupted)
         stopped = run(*inputs.compress(tmp_path / "run"))
         assert stopped.exit_code == 130
-        assert "Stopped at matching, 1 of 2 layers are finished. The state is saved in" in stopped.stderr
+        assert "Stopped matching with 1 of 2 layers done. The state is saved in" in stopped.stderr
         assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.output
         assert run(*inputs.compress(tmp_path / "run")).exit_code == 0
     assert len(calls) == 3, "the first layer is not fitted again"

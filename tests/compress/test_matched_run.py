@@ -173,7 +173,7 @@ def test_ctrl_c_during_matching_keeps_the_finished_layers(
     compress(uninterrupted)
     assert len(records(uninterrupted.output)) == LAYERS * 10 + 5
     config = make_config()
-    with pytest.raises(Interrupted, match=f"matching, {finished} of 2 layers are finished; saved in") as stop:
+    with pytest.raises(Interrupted, match=f"Stopped matching with {finished} of 2 layers done; saved in") as stop:
         compress(config, recording_reporter("Matching", after))
     assert (stop.value.unit, stop.value.step, stop.value.steps) == ("layer", finished, LAYERS)
     assert row_files(config.output), "the teacher need not read its answers again"

@@ -2,9 +2,9 @@
 
     seconds = layers · (closed form of a layer + refinement steps · one step of a layer)
 
-The rows of a few examples are recorded, of the first layer only, and repeated. The closed form is timed with two numbers
-of rows, because only a part of it grows with them. Rows of a run that are read from disk are not counted, and layers
-that are refined together may be faster on a GPU.
+The rows of a few examples are recorded in the first layer, and repeated. The closed form is timed with two numbers of
+rows, because only a part of it grows with them. Reading rows from disk is not counted, and layers that are refined
+together may be faster on a GPU.
 
 Memory: `MEASURED_ROWS` rows of one layer.
 """
