@@ -39,8 +39,8 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     prompt instead. A prompt of keys and values is first fitted to the teacher's attention, layer by layer. Training
     then minimises the divergence between their next-token distributions.
 
-    Ctrl-C saves what is finished. Run the same command again to resume, or to show the results of a finished run. Relative
-    paths start at the current folder, also those in the YAML file.
+    Ctrl-C keeps what is finished. Run the same command again to resume, or to show the results of a finished run.
+    Relative paths start at the current folder, also those in the YAML file.
     """
     # Before torch and the model are loaded, so that an error in the options shows at once.
     settings = load_config(config, {name: value for name, value in options.items() if value is not None})

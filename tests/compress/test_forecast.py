@@ -76,7 +76,12 @@ def test_the_tokens_of_a_run_limit_the_rows_that_a_plan_counts(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int] = []
-    monkeypatch.setattr(module, "matching_seconds", lambda *arguments: counted.append(arguments[-1]) or 1.0)
+
+    def matching_seconds(*arguments: Any) -> float:
+        counted.append(arguments[-1])
+        return 1.0
+
+    monkeypatch.setattr(module, "matching_seconds", matching_seconds)
     for rows in (20, 1_000_000):
         assert plan(make_config(matching_rows=rows)).estimated_seconds["matching"] == 1.0
     assert counted[0] == 20 < counted[1] < 200

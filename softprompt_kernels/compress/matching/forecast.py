@@ -99,7 +99,8 @@ class _FirstLayer:
 
 
 def _first_layer(model: PreTrainedModel, context: Prefix, examples: Sequence[Example]) -> LayerRows:
-    sink, offsets = _FirstLayer(), []
+    sink = _FirstLayer()
+    offsets: list[Tensor] = []
 
     def tap(group: Sequence[int]) -> QueryTap:
         lengths = [examples[index].length for index in group]
