@@ -2,9 +2,7 @@
 
 import json
 
-import torch
 import yaml
-from safetensors.torch import load_file
 
 from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.config import CompressConfig
@@ -116,9 +114,7 @@ def test_a_prompt_in_closed_form_has_no_curves(run, inputs, tmp_path):
         assert str(tmp_path / "run" / name) in result.stdout and (tmp_path / "run" / name).exists()
 
 
-def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(
-    run, inputs, finished, tmp_path, monkeypatch
-):
+def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(run, inputs, tmp_path, monkeypatch):
     fit_layer, calls = match.fit_layer, []
 
     def interrupted(*arguments):
@@ -129,6 +125,7 @@ def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(
 
     with monkeypatch.context() as patch:
         patch.setattr(match, "GROUP_BYTES", 1)  # each layer is stored on its own
+        assert run(*inputs.compress(tmp_path / "whole")).exit_code == 0
         patch.setattr(match, "fit_layer", interrupted)
         stopped = run(*inputs.compress(tmp_path / "run"))
         assert stopped.exit_code == 130
@@ -136,9 +133,8 @@ def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(
         assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.output
         assert run(*inputs.compress(tmp_path / "run")).exit_code == 0
     assert len(calls) == 3, "the first layer is not fitted again"
-    weights = load_file(tmp_path / "run" / "prompt/adapter_model.safetensors")
-    expected = load_file(finished.folder / "prompt/adapter_model.safetensors")
-    assert all(torch.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-5) for name in expected)
+    weights = "prompt/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(

@@ -136,7 +136,7 @@ def test_a_prompt_can_stay_as_it_is_initialised(make_config: Make, init: str) ->
 @pytest.mark.parametrize("tokens", [1, -1], ids=["one token", "one less than the context"])
 def test_the_shortest_and_the_longest_prompt_are_matched(make_config: Make, tokens: int) -> None:
     length = compress(make_config(init="first", steps=0, output=make_config().output.with_name("first")))
-    config = make_config(tokens=tokens % length["context_tokens"], steps=1)
+    config = make_config(tokens=tokens % length["context_tokens"], steps=1 if tokens == 1 else 0)
     figures = compress(config)
     assert figures["prompt_tokens"] == config.tokens
     assert figures["train"]["kl_prompt"] < 10
