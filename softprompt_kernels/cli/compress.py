@@ -36,10 +36,11 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     """Compress a text into a soft prompt.
 
     The teacher is the model that reads the full text before each query. The student is the same model with the soft
-    prompt instead. Training minimises the divergence between their next-token distributions.
+    prompt instead. A prompt of keys and values is first fitted to the teacher's attention, layer by layer. Training
+    then minimises the divergence between their next-token distributions.
 
-    Ctrl-C saves the state. Run the same command again to resume, or to show the results of a finished run. Relative
-    paths start at the current folder, also those in the YAML file.
+    Ctrl-C keeps what is finished. Run the same command again to resume, or to show the results of a finished run.
+    Relative paths start at the current folder, also those in the YAML file.
     """
     # Before torch and the model are loaded, so that an error in the options shows at once.
     settings = load_config(config, {name: value for name, value in options.items() if value is not None})
@@ -61,8 +62,7 @@ def _compress(settings: CompressConfig) -> None:
         figures = compress(settings, reporter)
     except Interrupted as stop:
         raise Stopped(
-            f"Stopped at step {stop.step} of {stop.steps}. The state is saved in {stop.output}. "
-            "Run the same command again to resume."
+            f"Stopped {stop.where}. The state is saved in {stop.output}. Run the same command again to resume."
         ) from None
     except KeyboardInterrupt:
         raise Stopped("Interrupted. Run the same command again to resume with what is already saved.") from None
@@ -78,7 +78,7 @@ def _compress(settings: CompressConfig) -> None:
         [
             ("prompt", str(folder.prompt)),
             ("figures", str(folder.evaluation)),
-            ("curves", str(folder.curves)),
+            *([("curves", str(folder.curves))] if folder.curves.exists() else []),
             *([("answers", str(folder.answers))] if folder.answers.exists() else []),
             ("try it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
         ]

@@ -127,8 +127,18 @@ class RunFolder:
         """Write evaluation.json, which marks the run as finished."""
         write_text(self.evaluation, json.dumps(figures, indent=1) + "\n")
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether a step is recorded."""
+        return self.metrics.exists() and self.metrics.stat().st_size > 0
+
+    def add_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append the record of a step to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(record) + "\n")
+
     def drop_metrics_after(self, step: int) -> float:
-        """Delete the metrics of training steps after `step`, which the run repeats.
+        """Delete the metrics of training steps after `step`, which the run repeats, and a line that a crash cut off.
 
         Returns:
             Seconds that the remaining training steps took.

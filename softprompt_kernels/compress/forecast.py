@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
 from softprompt_kernels.compress.initial_prompt import initial_prompt
 from softprompt_kernels.compress.inputs import load_inputs
+from softprompt_kernels.compress.matching.forecast import matching_seconds
+from softprompt_kernels.compress.matching.match import Matching
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer
@@ -101,10 +104,21 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     sequence_seconds = (time.perf_counter() - begin) / (2 * len(examples))
     # The run's sequences may be longer than these.
     mean_length = sum(example.length for example in examples) / len(examples)
-    sequence_seconds *= (mean_length + max(0, config.new_tokens - 2 * MEASURED_TOKENS)) / mean_length
+    mean_tokens = mean_length + max(0, config.new_tokens - 2 * MEASURED_TOKENS)
+    sequence_seconds *= mean_tokens / mean_length
 
-    # Training: the second of two steps on sequences of full length.
-    prompt = initial_prompt(inputs, context)
+    # Matching: one layer, with the rows of the examples just sampled. The run has more rows.
+    rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
+    read = len(inputs.train) if config.steps and inputs.objective.form else 0
+    matching = 0.0
+    if config.init == "matched":
+        settings = Matching(config.tokens, config.matching_steps, config.frozen)
+        matching = matching_seconds(inputs.model, context, examples, settings, rows)
+        read = read or min(len(inputs.train), math.ceil(2 * rows / mean_tokens))
+
+    # Training: the second of two steps on sequences of full length. Its time does not depend on where it starts.
+    start = "first" if config.init == "matched" else config.init
+    prompt = initial_prompt(replace(inputs, config=config.model_copy(update={"init": start})), context)
     padded = [Example(e.input_ids, (e.output_ids * config.new_tokens)[: config.new_tokens]) for e in examples]
     batch = (padded * config.batch_size)[: config.batch_size]
     trainer = Trainer(
@@ -140,7 +154,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         estimated_seconds={
             "context": capture_seconds,
             "teacher's answers": unanswered * one_answer,
-            "teacher's targets": sequence_seconds * len(inputs.train),
+            "teacher's targets": sequence_seconds * read,  # of training, and the rows of matching
+            **({"matching": matching} if config.init == "matched" else {}),
             "training": step_seconds * config.steps,
             "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
             "compared answers": 2 * compared * one_answer,  # with the full context and with the prompt

@@ -57,10 +57,12 @@ def matched_prompt(inputs: RunInputs, context: Prefix, matched: Prefix) -> KVPro
 
 
 def initial_baseline(config: CompressConfig) -> str:
-    """The key of the baseline that the prompt equals before training."""
-    return (
-        {"first": "truncated", "strided": "untrained"}.get(config.init, "initial") if config.kind == "kv" else "initial"
-    )
+    """The key in evaluation.json of the student that the prompt equals before training.
+
+    That is a baseline, or "prompt" itself if it is not trained, or else "initial".
+    """
+    baseline = {"first": "truncated", "strided": "untrained"}.get(config.init) if config.kind == "kv" else None
+    return baseline or ("initial" if config.steps else "prompt")
 
 
 def initial_token_ids(inputs: RunInputs, generator: torch.Generator) -> Tensor:

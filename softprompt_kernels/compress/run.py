@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from softprompt_kernels.compress.evaluate.distance import Distance, check_contex
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
-from softprompt_kernels.compress.matching.match import Matching, match, stored_match
+from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
@@ -51,11 +51,18 @@ from softprompt_kernels.prompts.fingerprint import model_fingerprint
 
 
 class Interrupted(Exception):
-    """The user stopped training. The state is saved, and the same call resumes from it."""
+    """The user stopped matching or training. What is finished is saved, and the same call resumes from it.
 
-    def __init__(self, step: int, steps: int, output: Path) -> None:
-        super().__init__(f"Stopped at step {step} of {steps}; saved in {output}")
-        self.step, self.steps, self.output = step, steps, output
+    Args:
+        unit: what the stage counts: "layer" of matching, "step" of training.
+        step, steps: how many of them are saved, and how many there are.
+        output: the folder of the run.
+    """
+
+    def __init__(self, unit: Literal["layer", "step"], step: int, steps: int, output: Path) -> None:
+        self.where = f"at step {step} of {steps}" if unit == "step" else f"matching with {step} of {steps} layers done"
+        super().__init__(f"Stopped {self.where}; saved in {output}")
+        self.unit, self.step, self.steps, self.output = unit, step, steps, output
 
 
 def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -70,7 +77,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
 
     Raises:
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
-        Interrupted: Ctrl-C during training. The state is saved first.
+        Interrupted: Ctrl-C during matching or training. The state is saved first.
     """
     reporter = reporter or SilentReporter()
     times = StageTimes()
@@ -243,25 +250,26 @@ class _Run:
 
     def match(self, rows: Rows | None) -> KVPrompt:
         """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back."""
-        config, cache = self.inputs.config, self.folder.cache
-        matched = stored_match(self.context, cache, self.key)
+        config, folder = self.inputs.config, self.folder
+        matched = stored_match(self.context, folder.cache, self.key)
         if matched is None:
             assert rows is not None
             settings = Matching(config.tokens, config.matching_steps, config.frozen)
-            with self.folder.metrics.open("a", encoding="utf-8") as metrics:
-                group: list[str] = []
-
-                def record(step: dict[str, Any]) -> None:
-                    group.append(json.dumps(step) + "\n")
-                    if step["step"] == config.matching_steps:  # an interrupted group is done again
-                        metrics.writelines(group)
-                        metrics.flush()
-                        group.clear()
-
+            folder.drop_metrics_after(0)  # a line that a crash cut off
+            try:
                 matched = match(
-                    self.context, rows, settings, reporter=self.reporter, folder=cache, key=self.key, record=record
+                    self.context,
+                    rows,
+                    settings,
+                    reporter=self.reporter,
+                    folder=folder.cache,
+                    key=self.key,
+                    record=folder.add_metrics,
                 )
-            delete_rows(cache)
+            except KeyboardInterrupt:
+                done = len(stored_layers(self.context, folder.cache, self.key))
+                raise Interrupted("layer", done, self.context.num_layers, folder.path) from None
+        delete_rows(folder.cache)
         return matched_prompt(self.inputs, self.context, matched)
 
     def teacher_targets(self, train: Sequence[Example], recorder: RowRecorder | None) -> Targets | None:
@@ -297,7 +305,7 @@ class _Run:
         """
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         if config.steps == 0:
-            return 0.0
+            return folder.drop_metrics_after(0)
         trainer = Trainer(
             inputs.model,
             prompt,
@@ -347,7 +355,7 @@ class _Run:
                 trainer.run(after_step)
             except KeyboardInterrupt:
                 trainer.save(folder.checkpoint, self.key)
-                raise Interrupted(trainer.saved_step, config.steps, folder.path) from None
+                raise Interrupted("step", trainer.saved_step, config.steps, folder.path) from None
         trainer.save(folder.checkpoint, self.key)
         return seconds_before
 
@@ -379,5 +387,5 @@ class _Run:
             },
             figures=figures["heldout"],
         )
-        if folder.metrics.exists():  # not for a prompt in closed form
+        if folder.has_metrics:  # no step was taken for a prompt in closed form
             save_curves(folder.metrics, figures, folder.curves)

@@ -46,6 +46,7 @@ class Inputs:
             "heldout": self.heldout,
             "selfstudy": 0,
             "new_tokens": 6,
+            "matching_steps": 10,
             "steps": 4,
             "batch_size": 2,
             "evaluate_every": 2,

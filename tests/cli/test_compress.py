@@ -7,16 +7,18 @@ import yaml
 from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Trainer
+from softprompt_kernels.compress.matching import match
 
 
 def test_a_compression_ends_with_the_table_and_the_paths_of_its_files(finished):
     out = finished.result.stdout
     rows = [line.split("  ")[0].strip() for line in out.splitlines() if line.strip()]
     start = rows.index("no context")
-    assert rows[start : start + 5] == [
+    assert rows[start : start + 6] == [
         "no context",
         "truncated context",
         "untrained strided KV",
+        "prompt before training",
         "soft prompt",
         "full context",
     ]
@@ -99,7 +101,40 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     sizes = {"context", "prompt", "ratio", "queries"}
     assert names == sizes | {"KL without context", "time per step", "total time", "written"}
     assert "4 for training, 2 held out" in result.stdout
+    stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
+    assert stages[:5] == ["context", "teacher's answers", "teacher's targets", "matching", "training"]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_in_closed_form_has_no_curves(run, inputs, tmp_path):
+    result = run(*inputs.compress(tmp_path / "run", steps=0, matching_steps=0, evaluate_every=None))
+    assert result.exit_code == 0, result.output
+    assert "curves" not in result.stdout and not (tmp_path / "run" / "curves.png").exists()
+    for name in ("prompt", "evaluation.json", "answers.md"):
+        assert str(tmp_path / "run" / name) in result.stdout and (tmp_path / "run" / name).exists()
+
+
+def test_after_ctrl_c_in_matching_the_same_command_resumes_at_the_next_layer(run, inputs, tmp_path, monkeypatch):
+    fit_layer, calls = match.fit_layer, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit_layer(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(match, "GROUP_BYTES", 1)  # each layer is stored on its own
+        assert run(*inputs.compress(tmp_path / "whole")).exit_code == 0
+        patch.setattr(match, "fit_layer", interrupted)
+        stopped = run(*inputs.compress(tmp_path / "run"))
+        assert stopped.exit_code == 130
+        assert "Stopped matching with 1 of 2 layers done. The state is saved in" in stopped.stderr
+        assert "Run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.output
+        assert run(*inputs.compress(tmp_path / "run")).exit_code == 0
+    assert len(calls) == 3, "the first layer is not fitted again"
+    weights = "prompt/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(
@@ -123,8 +158,9 @@ def test_after_ctrl_c_the_same_command_resumes_and_ends_with_the_same_bits(
     assert resumed.exit_code == 0
     weights = "prompt/adapter_model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (finished.folder / weights).read_bytes()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["stage"] == "training"] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if record["stage"] == "matching"] == list(range(1, 11))
 
 
 def test_ctrl_c_before_training_says_how_to_resume(run, inputs, tmp_path, monkeypatch):

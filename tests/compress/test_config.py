@@ -61,7 +61,14 @@ def test_the_sink_is_frozen_by_default_in_kv_prompts_only(kind, tokens, given, f
     assert config.frozen == frozen
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 1), (4, 4), (5, 5), (200, 5)])
+@pytest.mark.parametrize(("kind", "init"), [("kv", "matched"), ("embedding", "strided")])
+def test_only_a_kv_prompt_is_matched_by_default(kind, init):
+    assert load_config(None, {**REQUIRED, "kind": kind}).init == init
+    assert load_config(None, REQUIRED).init == "matched"
+    assert load_config(None, {**REQUIRED, "kind": kind, "init": "random"}).init == "random"
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 0), (1, 1), (4, 4), (5, 5), (200, 5)])
 def test_the_default_warmup_fits_into_a_short_training(steps, warmup):
     assert load_config(None, {**REQUIRED, "steps": steps}).warmup_steps == warmup
 
@@ -83,7 +90,9 @@ def test_the_default_warmup_fits_into_a_short_training(steps, warmup):
         ("beta", 0),
         ("beta", 1),
         ("loss_temperature", 0),
-        ("steps", 0),
+        ("matching_rows", 0),
+        ("matching_steps", -1),
+        ("steps", -1),
         ("steps", "many"),
         ("batch_size", 0),
         ("micro_batch_size", 0),
@@ -128,6 +137,8 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
         ({"selfstudy": 0}, "queries"),
         ({"batch_size": 4, "micro_batch_size": 5}, "micro_batch_size"),
         ({"steps": 4, "warmup_steps": 5}, "warmup_steps"),
+        ({"steps": 0, "warmup_steps": 1}, "warmup_steps"),
+        ({"kind": "embedding", "init": "matched"}, "init"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, field):
@@ -144,8 +155,8 @@ def test_accepted_says_the_range_in_words():
 
 
 def test_all_wrong_fields_are_named_at_once():
-    message = message_of(steps=0, tokens=0)
-    assert "steps: got 0" in message and "tokens: got 0" in message
+    message = message_of(steps=-1, tokens=0)
+    assert "steps: got -1" in message and "tokens: got 0" in message
 
 
 def test_missing_fields_are_named():

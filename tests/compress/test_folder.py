@@ -36,12 +36,29 @@ def test_after_a_full_disk_the_same_run_can_claim_the_folder(
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.drop_metrics_after(3) == 0
-    lines = [json.dumps({"step": step, "seconds": 0.5}) for step in range(1, 6)]
-    folder.metrics.write_text("\n".join(lines) + '\n{"step": 6, "sec')
+    lines = [json.dumps({"stage": "training", "step": step, "seconds": 0.5}) for step in range(1, 6)]
+    folder.metrics.write_text("\n".join(lines) + '\n{"stage": "training", "step": 6, "sec')
     assert folder.drop_metrics_after(3) == 1.5
     assert folder.metrics.read_text().splitlines() == lines[:3]
+    assert folder.has_metrics
     assert folder.drop_metrics_after(0) == 0
     assert folder.metrics.read_text() == ""
+    assert not folder.has_metrics
+
+
+def test_metrics_of_matching_are_kept_and_are_no_seconds_of_training(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.has_metrics
+    stages = [("matching", 1), ("matching", 2), ("training", 1), ("training", 2)]
+    for stage, step in stages:
+        folder.add_metrics({"stage": stage, "step": step, "seconds": 0.5})
+    lines = folder.metrics.read_text().splitlines()
+    assert folder.drop_metrics_after(1) == 0.5
+    assert folder.metrics.read_text().splitlines() == lines[:3]
+    with folder.metrics.open("a") as file:
+        file.write('{"stage": "tra')
+    assert folder.drop_metrics_after(0) == 0
+    assert folder.metrics.read_text().splitlines() == lines[:2]
 
 
 @pytest.mark.parametrize("content", [None, "", '{"kl'])

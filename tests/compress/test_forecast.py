@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from softprompt_kernels.compress import CompressConfig, compress, plan
+from softprompt_kernels.compress import forecast as module
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
@@ -14,11 +15,24 @@ Make = Callable[..., CompressConfig]
 pytestmark = pytest.mark.usefixtures("no_plot")
 
 
+class FixedClock:
+    """A second passes between two readings."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1
+        return self.now
+
+
 def files_in(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "embedding"}, {"objective": "jsd"}, {"init": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "embedding"}, {"objective": "jsd"}, {"init": "random"}, {"steps": 0}], ids=str
+)
 def test_a_plan_measures_and_writes_nothing(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     config = make_config(**options)
     before = files_in(tmp_path)
@@ -35,6 +49,42 @@ def test_a_plan_measures_and_writes_nothing(make_config: Make, tmp_path: Path, o
     assert found.seconds_per_step > 0
     assert found.estimated_seconds["training"] == pytest.approx(found.seconds_per_step * config.steps)
     assert all(seconds >= 0 for seconds in found.estimated_seconds.values())
+    assert ("matching" in found.estimated_seconds) == (config.init == "matched")
+
+
+def test_a_plan_grows_with_the_steps_of_matching(make_config: Make) -> None:
+    few, many = (plan(make_config(matching_steps=steps)).estimated_seconds["matching"] for steps in (0, 100_000))
+    assert 0 < few < many / 10
+
+
+def test_a_plan_has_one_pass_of_the_teacher_for_targets_and_rows(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "time", FixedClock())  # each measurement takes one second
+
+    def pass_seconds(**options: Any) -> float:
+        return plan(make_config(**options)).estimated_seconds["teacher's targets"]
+
+    both = pass_seconds()
+    assert both == pass_seconds(init="strided") > 0
+    assert pass_seconds(objective="nll") == both, "four examples have fewer tokens than twice the rows"
+    assert pass_seconds(matching_rows=10, steps=0) == both / 4, "one example has enough tokens"
+    assert pass_seconds(init="strided", steps=0) == pass_seconds(init="strided", objective="nll") == 0
+
+
+def test_the_tokens_of_a_run_limit_the_rows_that_a_plan_counts(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def matching_seconds(*arguments: Any) -> float:
+        counted.append(arguments[-1])
+        return 1.0
+
+    monkeypatch.setattr(module, "matching_seconds", matching_seconds)
+    for rows in (20, 1_000_000):
+        assert plan(make_config(matching_rows=rows)).estimated_seconds["matching"] == 1.0
+    assert counted[0] == 20 < counted[1] < 1000
 
 
 def test_a_plan_counts_the_test_queries(make_config: Make, test_file: Path) -> None:

@@ -28,14 +28,29 @@ FullDisk = Callable[..., AbstractContextManager[None]]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
-STAGES = ("load", "context", "answers", "baselines", "targets", "training", "evaluation", "answers_compared")
-"""The stages of a run, in order."""
+STAGES = (
+    "load",
+    "context",
+    "answers",
+    "baselines",
+    "targets",
+    "matching",
+    "training",
+    "evaluation",
+    "answers_compared",
+)
+"""The stages of a run, in order. Without init=matched there is no matching."""
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics without the seconds."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
+def steps(folder: Path, stage: str = "training") -> list[int]:
+    """The steps of one stage in the metrics."""
+    return [record["step"] for record in metrics(folder) if record["stage"] == stage]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -52,11 +67,13 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert (first / "answers.md").read_text() == (second / "answers.md").read_text()
 
 
-def check_figures(figures: dict[str, Any], output: Path, sets: tuple[str, ...] = ("train", "heldout")) -> None:
+def check_figures(
+    figures: dict[str, Any], config: CompressConfig, sets: tuple[str, ...] = ("train", "heldout")
+) -> None:
     """evaluation.json holds `figures` and all that belongs in it."""
-    assert json.loads((output / "evaluation.json").read_text()) == figures
+    assert json.loads((config.output / "evaluation.json").read_text()) == figures
     assert set(figures) == {"context_tokens", "prompt_tokens", "ratio", "start", "seconds", "stages", *sets}
-    assert tuple(figures["stages"]) == STAGES
+    assert tuple(figures["stages"]) == tuple(name for name in STAGES if name != "matching" or config.init == "matched")
     assert all(seconds >= 0 for seconds in figures["stages"].values())
     assert figures["seconds"] == pytest.approx(sum(figures["stages"].values()))
     for part in (figures[name] for name in sets):
@@ -81,14 +98,15 @@ def test_a_run_writes_all_its_files(
     reporter = recording_reporter()
     figures = compress(config, reporter)
     output = config.output
-    check_figures(figures, output)
+    check_figures(figures, config)
     assert figures["prompt_tokens"] == 8
     assert figures["ratio"] == figures["context_tokens"] / 8
     names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
     names |= {"stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
     assert {entry.name for entry in output.iterdir()} == names
-    records = metrics(output)
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    records = [record for record in metrics(output) if record["stage"] == "training"]
+    assert steps(output) == [1, 2, 3, 4, 5]
+    assert steps(output, "matching") == list(range(1, config.matching_steps + 1))
     assert [record["step"] for record in records if "heldout_kl" in record] == [2, 4]
     assert {"loss", "learning_rate", "grad_norm", "tokens"} <= set(records[0])
     asked = load_queries(output / "queries.jsonl")
@@ -102,8 +120,17 @@ def test_a_run_writes_all_its_files(
     assert reporter.done["Training"] == 5
 
 
-@pytest.mark.parametrize("init", ["strided", "first", "text", "vocabulary", "random"])
-@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [
+        ("kv", "matched"),
+        *(
+            (kind, init)
+            for kind in ("kv", "embedding")
+            for init in ("strided", "first", "text", "vocabulary", "random")
+        ),
+    ],
+)
 def test_every_kind_and_initialisation_is_trained(
     make_config: Make, tmp_path: Path, model: PreTrainedModel, kind: str, init: str
 ) -> None:
@@ -113,7 +140,7 @@ def test_every_kind_and_initialisation_is_trained(
         options["init_text"] = tmp_path / "start.txt"
     config = make_config(**options)
     figures = compress(config)
-    check_figures(figures, config.output)
+    check_figures(figures, config)
     prompt, _ = load(config.output / "prompt", model)
     assert isinstance(prompt, KVPrompt if kind == "kv" else EmbeddingPrompt)
     assert ("kl_initial" in figures["heldout"]) == (kind != "kv" or init not in ("strided", "first"))
@@ -132,11 +159,11 @@ def test_every_kind_and_initialisation_is_trained(
 )
 def test_every_objective_is_trained(make_config: Make, options: dict[str, Any]) -> None:
     config = make_config(steps=2, **options)
-    check_figures(compress(config), config.output)
+    check_figures(compress(config), config)
 
 
 def test_training_recovers_what_an_untrained_prompt_lost(make_config: Make) -> None:
-    figures = compress(make_config(steps=40, batch_size=4, learning_rate=0.05))
+    figures = compress(make_config(init="strided", steps=40, batch_size=4, learning_rate=0.05))
     assert figures["train"]["kl_prompt"] < 0.8 * figures["train"]["kl_untrained"]
 
 
@@ -179,7 +206,7 @@ def test_test_queries_are_answered_and_measured_but_not_trained_on(
     make_config: Make, test_file: Path, tmp_path: Path
 ) -> None:
     config = make_config(test=test_file, steps=2, samples=2)
-    check_figures(compress(config), config.output, ("train", "heldout", "test"))
+    check_figures(compress(config), config, ("train", "heldout", "test"))
     saved = [json.loads(line) for line in (config.output / "queries.jsonl").read_text().splitlines()]
     asked = {name: [line["input"] for line in saved if line["split"] == name] for name in ("train", "heldout", "test")}
     assert asked["test"] == [query.input for query in load_queries(test_file)]
@@ -258,14 +285,14 @@ def test_a_resumed_run_adds_the_seconds_of_earlier_calls(
     with pytest.raises(Interrupted):
         compress(config, recording_reporter("Training", 3))
     stored = json.loads((config.output / "stages.json").read_text())
-    assert tuple(stored) == STAGES[:5], "an interrupted stage does not count"
+    assert tuple(stored) == STAGES[:6], "an interrupted stage does not count"
     (config.output / "stages.json").write_text(json.dumps(stored | {"answers": 1000.0}))
     records = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    lines = [json.dumps(record | {"seconds": 200.0}) + "\n" for record in records]
+    lines = [json.dumps(record | {"seconds": 200.0}) + "\n" for record in records]  # those of matching count nowhere
     (config.output / "metrics.jsonl").write_text("".join(lines))
     figures = compress(config)
     assert_same_run(config.output, uninterrupted.output)
-    check_figures(figures, config.output, ("train", "heldout", "test"))
+    check_figures(figures, config, ("train", "heldout", "test"))
     assert 1000 <= figures["stages"]["answers"] < 1100
     assert 600 <= figures["stages"]["training"] < 700, "the steps before the checkpoint count once"
     assert stored["load"] < figures["stages"]["load"]
@@ -280,10 +307,10 @@ def test_a_run_that_is_stopped_after_training_counts_its_training_once(
         with pytest.raises(TypeError):
             compress(config)
     stored = json.loads((config.output / "stages.json").read_text())
-    assert tuple(stored) == STAGES[:7]
+    assert tuple(stored) == STAGES[:8]
     (config.output / "stages.json").write_text(json.dumps(stored | {"training": 1000.0}))
     figures = compress(config)
-    check_figures(figures, config.output)
+    check_figures(figures, config)
     assert figures["stages"]["training"] < 900
 
 
@@ -328,7 +355,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
     config = make_config()
     with pytest.raises(SystemError):
         compress(config, recording_reporter("Training", 3, SystemError))
-    assert [record["step"] for record in metrics(config.output)] == [1, 2, 3]
+    assert steps(config.output) == [1, 2, 3]
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     reporter = recording_reporter()
@@ -387,7 +414,7 @@ def test_answers_that_a_version_without_test_sets_stored_are_read(
     stored = json.loads((config.output / "cache" / "examples.json").read_text())
     assert set(stored) == {"train", "heldout"}
     monkeypatch.setattr(module, "answer", None)
-    check_figures(compress(config), config.output)
+    check_figures(compress(config), config)
 
 
 def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, recording_reporter: Any) -> None:
@@ -400,7 +427,7 @@ def test_a_truncated_checkpoint_is_refused_with_a_message(make_config: Make, rec
         compress(config)
     path.unlink()
     compress(config)
-    assert [record["step"] for record in metrics(config.output)] == [1, 2, 3, 4, 5]
+    assert steps(config.output) == [1, 2, 3, 4, 5]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
@@ -439,8 +466,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
     [
         ({"tokens": 9}, "tokens"),
         ({"learning_rate": 0.5, "seed": 3}, "learning_rate, seed"),
-        ({"kind": "embedding"}, "kind"),
+        ({"kind": "embedding"}, "init, kind"),
         ({"steps": 6}, "steps"),
+        ({"matching_rows": 70}, "matching_rows"),
+        ({"matching_steps": 11}, "matching_steps"),
     ],
 )
 def test_another_run_in_the_folder_is_refused_with_the_options_that_differ(
@@ -563,4 +592,4 @@ def test_an_initialisation_that_the_model_cannot_have_is_refused_before_the_teac
     monkeypatch.setattr("softprompt_kernels.compress.teacher.context.shift_keys", refuse)
     monkeypatch.setattr(module, "answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
-        compress(make_config())
+        compress(make_config(init="strided"))

@@ -72,7 +72,8 @@ def match(
         folder: where finished groups are stored; None stores nothing.
         key: names everything that the result depends on; groups stored under another key are not used.
         record: receives `{"stage": "matching", "first_layer", "layers", "step", "error", "seconds"}` for each step of
-            refinement: mean error over heads, and the seconds since the step before.
+            refinement: mean error over heads, and the seconds since the step before. The steps of a group come when
+            its result is stored, so that an interrupted group is not recorded twice.
 
     Raises:
         SoftPromptError: queries, keys or values are not finite.
@@ -86,9 +87,12 @@ def match(
             if stored is not None:
                 advance(len(group) * (settings.steps + 1))
             else:
-                stored = _match_group(context, rows, settings, group, advance, record)
+                steps: list[dict[str, Any]] = []
+                stored = _match_group(context, rows, settings, group, advance, steps.append)
                 if path is not None:
                     _write(path, key, stored)
+                for step in steps:
+                    record(step)
             found += [
                 (layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored
             ]
@@ -97,13 +101,21 @@ def match(
 
 def stored_match(context: Prefix, folder: Path, key: str) -> Prefix | None:
     """What `match` has stored for all layers under this key; None if some are missing."""
+    found = stored_layers(context, folder, key)
+    if len(found) < context.num_layers:
+        return None
+    return Prefix.of((key[None].to(context.device), value[None].to(context.device)) for key, value in found)
+
+
+def stored_layers(context: Prefix, folder: Path, key: str) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the first layers, up to the first that `match` has not stored under this key."""
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < context.num_layers:
         group = _read(folder / f"matched-{len(found):05d}.safetensors", key)
         if not group:
-            return None
+            break
         found += group
-    return Prefix.of((key[None].to(context.device), value[None].to(context.device)) for key, value in found)
+    return found
 
 
 def _groups(context: Prefix, rows: Rows) -> Iterator[range]:

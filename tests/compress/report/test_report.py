@@ -38,6 +38,7 @@ def write_metrics(path: Path, steps: list[dict]) -> Path:
 
 def step(number: int, **more: float) -> dict:
     return {
+        "stage": "training",
         "step": number,
         "loss": 1 / number,
         "learning_rate": 0.01,
@@ -45,6 +46,11 @@ def step(number: int, **more: float) -> dict:
         "tokens": 9,
         "seconds": 1,
     } | more
+
+
+def matching_step(number: int, first_layer: int = 0, **more: float) -> dict:
+    record = {"stage": "matching", "first_layer": first_layer, "layers": 2, "step": number, "error": 1 / number}
+    return {**record, "seconds": 1, **more}
 
 
 @pytest.fixture
@@ -96,7 +102,16 @@ def test_a_repeated_step_counts_once_and_a_truncated_line_is_ignored(tmp_path):
     path = write_metrics(tmp_path / "m.jsonl", [step(1), step(2), step(2, loss=9.0), step(3)])
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [(s["step"], s["loss"]) for s in read_metrics(path)] == [(1, 1.0), (2, 9.0), (3, 1 / 3)]
+    matching, training = read_metrics(path)
+    assert matching == []
+    assert [(s["step"], s["loss"]) for s in training] == [(1, 1.0), (2, 9.0), (3, 1 / 3)]
+
+
+def test_steps_of_matching_count_once_for_each_group_of_layers(tmp_path):
+    groups = [matching_step(1), matching_step(2), matching_step(1, 2), matching_step(1, 2, error=9.0), step(1)]
+    matching, training = read_metrics(write_metrics(tmp_path / "m.jsonl", groups))
+    assert [(s["first_layer"], s["step"], s["error"]) for s in matching] == [(0, 1, 1.0), (0, 2, 0.5), (2, 1, 9.0)]
+    assert [s["step"] for s in training] == [1]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +119,8 @@ def test_a_repeated_step_counts_once_and_a_truncated_line_is_ignored(tmp_path):
     [
         (None, "cannot be read"),
         (b"", "no steps"),
-        (b'{"step": 1}\nno\n{"step": 3}\n', "line 2"),
+        (b'{"stage": "training", "step": 1}\nno\n{"stage": "training", "step": 3}\n', "line 2"),
+        (b'{"step": 1}\n{"stage": "training", "step": 2}\n', "line 1"),
         (b"[1]\n{}\n", "line 1"),
     ],
 )
@@ -132,8 +148,24 @@ def test_the_curves_show_loss_heldout_points_and_baselines(tmp_path, drawn):
     heights = {line.get_ydata()[0] for line in loss.lines if "held-out KL, " in str(line.get_label())}
     assert heights == {0.8, 0.4, 0.6}
     assert loss.get_yscale() == gradient.get_yscale() == "log" and rate.get_yscale() == "linear"
-    assert loss.get_ylabel() == "nats per token" and gradient.get_xlabel() == "step"
+    assert loss.get_ylabel() == "nats per token" and gradient.get_xlabel() == "step of training"
     assert "600 tokens" in loss.get_title() and "10.0×" in loss.get_title()
+
+
+def test_the_curves_of_matching_are_the_mean_over_all_layers(tmp_path, drawn):
+    groups = [matching_step(n, error=0.8 / n) for n in (1, 2)]
+    groups += [matching_step(n, 2, layers=1, error=0.2 / n) for n in (1, 2)]
+    save_curves(write_metrics(tmp_path / "m.jsonl", [*groups, step(1), step(2)]), FIGURES, tmp_path / "c.png")
+    save_curves(write_metrics(tmp_path / "m.jsonl", groups), FIGURES, tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert [len(figure.axes) for figure in drawn] == [4, 1]
+    for figure in drawn:
+        axes = figure.axes[0]
+        assert list(axes.lines[0].get_xdata()) == [1, 2]
+        assert list(axes.lines[0].get_ydata()) == pytest.approx([0.6, 0.3])
+        assert axes.get_xlabel() == "step of matching" and axes.get_yscale() == "log"
+        assert "600 tokens" in axes.get_title()
+    assert list(drawn[0].axes[1].lines[0].get_xdata()) == [1, 2]
 
 
 def test_the_test_set_is_not_in_the_curves(tmp_path, drawn):
