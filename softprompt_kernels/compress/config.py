@@ -193,7 +193,7 @@ class CompressConfig(BaseModel):
                 f"micro_batch_size: got {self.micro_batch_size}, accepted is at most batch_size={self.batch_size}",
             ),
             (
-                self.warmup_steps <= self.steps,
+                self.steps == 0 or self.warmup_steps <= self.steps,
                 f"warmup_steps: got {self.warmup_steps}, accepted is at most steps={self.steps}",
             ),
         ):
