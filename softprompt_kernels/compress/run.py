@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +124,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         figures = run.figures(distances)
         run.save(prompt, figures)
     with times("answers_compared"):
-        write_text(folder.answers, compared_answers(inputs, context, trained, reporter))
+        write_text(folder.answers, compared_answers(inputs, trained, examples, reporter))
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
     return figures
@@ -173,20 +174,22 @@ class _Run:
         ):  # no file yet, or one that a crash cut off: the teacher answers again
             saved = json.loads(folder.examples.read_text(encoding="utf-8"))
             return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries}
-        examples = {
-            name: answer(
+        # Training queries come last: with more of them, the answers to the others stay the same.
+        order = sorted(queries, key=lambda name: name == "train")
+        answers = iter(
+            answer(
                 inputs.model,
                 inputs.chat,
                 self.context,
-                queries[name],
+                [query for name in order for query in queries[name]],
                 new_tokens=config.new_tokens,
                 temperature=config.sample_temperature,
                 batch_size=config.sample_batch,
-                seed=config.seed + offset,
+                seed=config.seed,
                 reporter=self.reporter,
             )
-            for offset, name in enumerate(queries)
-        }
+        )
+        examples = {name: list(islice(answers, len(queries[name]))) for name in order}
         folder.cache.mkdir(exist_ok=True)
         texts = {name: inputs.as_text(examples[name]) for name in queries}
         save_queries(

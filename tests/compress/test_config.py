@@ -73,6 +73,15 @@ def test_the_default_warmup_fits_into_a_short_training(steps, warmup):
     assert load_config(None, {**REQUIRED, "steps": steps}).warmup_steps == warmup
 
 
+def test_a_warmup_does_not_matter_without_training():
+    assert load_config(None, {**REQUIRED, "steps": 0, "warmup_steps": 5}).steps == 0
+
+
+@pytest.mark.parametrize(("init", "rate"), [("matched", 5e-3), ("strided", 2e-2)])
+def test_the_default_learning_rate_is_that_of_the_initialisation(init, rate):
+    assert load_config(None, {**REQUIRED, "init": init}).learning_rate == rate
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -137,7 +146,6 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
         ({"selfstudy": 0}, "queries"),
         ({"batch_size": 4, "micro_batch_size": 5}, "micro_batch_size"),
         ({"steps": 4, "warmup_steps": 5}, "warmup_steps"),
-        ({"steps": 0, "warmup_steps": 1}, "warmup_steps"),
         ({"kind": "embedding", "init": "matched"}, "init"),
     ],
 )

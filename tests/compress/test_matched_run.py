@@ -243,7 +243,9 @@ def test_a_line_of_the_metrics_that_a_crash_cut_off_is_dropped(
 # What is another run, and what is refused
 
 
-@pytest.mark.parametrize("options", [{"matching_rows": 70}, {"matching_steps": 9}, {"init": "strided"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"matching_rows": 70}, {"matching_steps": 9}, {"init": "strided", "learning_rate": 5e-3}], ids=str
+)
 def test_another_way_of_matching_is_another_run(
     make_config: Make, recording_reporter: Any, options: dict[str, Any]
 ) -> None:

@@ -76,8 +76,9 @@ def check_figures(
     assert tuple(figures["stages"]) == tuple(name for name in STAGES if name != "matching" or config.init == "matched")
     assert all(seconds >= 0 for seconds in figures["stages"].values())
     assert figures["seconds"] == pytest.approx(sum(figures["stages"].values()))
-    for part in (figures[name] for name in sets):
-        assert {"kl_none", "kl_truncated", "kl_untrained", "kl_prompt", "recovered", "top1_agreement"} <= set(part)
+    for name, part in ((name, figures[name]) for name in sets):
+        assert {"kl_none", "kl_prompt", "recovered", "top1_agreement"} <= set(part)
+        assert (set(part) >= {"kl_truncated", "kl_untrained"}) == (name != "test"), "measured on other sets alone"
         assert part["recovered"] == pytest.approx(1 - part["kl_prompt"] / part["kl_none"])
         assert 0 <= part["top1_agreement"] <= 1
         assert part["kl_none"] > 0.01
@@ -251,8 +252,8 @@ def test_a_context_that_does_not_matter_for_the_test_is_refused(
 ) -> None:
     measured = module.measure
 
-    def measure(*arguments: Any) -> dict[str, Any]:
-        found = measured(*arguments)
+    def measure(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found = measured(*arguments, **options)
         return {name: replace(one, kl=1e-9) for name, one in found.items()} if arguments[-1] == "test" else found
 
     monkeypatch.setattr(module, "measure", measure)

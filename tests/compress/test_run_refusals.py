@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_plot")
     [
         ({"tokens": 9}, "tokens"),
         ({"learning_rate": 0.5, "seed": 3}, "learning_rate, seed"),
-        ({"kind": "embedding"}, "init, kind"),
+        ({"kind": "embedding"}, "init, kind, learning_rate"),
         ({"steps": 6}, "steps"),
         ({"matching_rows": 70}, "matching_rows"),
         ({"matching_steps": 11}, "matching_steps"),

@@ -40,19 +40,24 @@ def comparison_text(comparison: Comparison, width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def answers_page(sections: Mapping[str, Sequence[Comparison]], new_tokens: int) -> str:
+def answers_page(sections: Mapping[str, Sequence[Comparison]], new_tokens: int, temperature: float) -> str:
     """Questions and answers as a page of Markdown.
 
     Each question is a code block, so nothing in a question or an answer is taken for Markdown.
 
     Args:
         sections: the questions of each set, by the name of the set.
-        new_tokens: the limit of the answers, for the introduction.
+        new_tokens, temperature: how the answers were sampled, for the introduction.
     """
+    how = (
+        f"Both were sampled at temperature {temperature:g} with the same random numbers."
+        if temperature
+        else "Each token is the most likely one."
+    )
     parts = [
         "# Answers",
         "Questions that the soft prompt was not trained on, answered with the full context and with the soft prompt "
-        f"instead. Each token is the most likely one. An answer ends after {new_tokens} tokens at the latest.",
+        f"instead. {how} An answer ends after {new_tokens} tokens at the latest.",
     ]
     for name, comparisons in sections.items():
         same = sum(len(set(comparison.answers.values())) == 1 for comparison in comparisons)

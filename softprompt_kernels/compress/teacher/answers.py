@@ -70,7 +70,7 @@ def answer(
         for position, output in sampled:
             outputs[unanswered[position]] = output
             advance(1)
-    return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y]
+    return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y is not None]
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
