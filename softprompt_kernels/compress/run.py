@@ -174,14 +174,12 @@ class _Run:
         ):  # no file yet, or one that a crash cut off: the teacher answers again
             saved = json.loads(folder.examples.read_text(encoding="utf-8"))
             return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries}
-        # Training queries come last: with more of them, the answers to the others stay the same.
-        order = sorted(queries, key=lambda name: name == "train")
         answers = iter(
             answer(
                 inputs.model,
                 inputs.chat,
                 self.context,
-                [query for name in order for query in queries[name]],
+                [query for of_set in queries.values() for query in of_set],
                 new_tokens=config.new_tokens,
                 temperature=config.sample_temperature,
                 batch_size=config.sample_batch,
@@ -189,7 +187,7 @@ class _Run:
                 reporter=self.reporter,
             )
         )
-        examples = {name: list(islice(answers, len(queries[name]))) for name in order}
+        examples = {name: list(islice(answers, len(of_set))) for name, of_set in queries.items()}
         folder.cache.mkdir(exist_ok=True)
         texts = {name: inputs.as_text(examples[name]) for name in queries}
         save_queries(

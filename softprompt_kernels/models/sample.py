@@ -1,6 +1,6 @@
 """Sample continuations of many inputs behind one shared prefix. Sequences leave the batch when they end.
 
-    u ~ uniform(seed, index of the input, step)
+    u ~ uniform(seed, input, how many equal inputs come before it, step)
     token = the first v with  Σ_{w ≤ v} softmax(logits / temperature)_w > u        (temperature 0: the argmax)
 
 `generate` keeps a sequence in the batch until the last one has ended. Here a sequence that has ended makes room for
@@ -13,7 +13,9 @@ good at that, otherwise padded on the right. A step waits for the device once, t
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -52,8 +54,9 @@ def sample(
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Continue each input after a prefix that all share, without top-k or top-p.
 
-    What is sampled for input i depends on the input, the seed and i, and not on `new_tokens`, the other inputs, the
-    batch size or any random state of the caller; these can change a token only by the rounding of its probabilities.
+    What is sampled for an input depends on its tokens, the seed and how many equal inputs come before it, and not on
+    `new_tokens`, other inputs, the batch size or any random state of the caller; these can change a token only by the
+    rounding of its probabilities.
 
     Args:
         model: a prepared model with a head.
@@ -90,7 +93,17 @@ def sample(
         check_inputs(model, torch.empty(1, longest, dtype=torch.int64), prefix, None, None, new_tokens)
     ids = [tuple(tokens) for tokens in inputs]
     sampler = _Sampler(model, head, prefix, min(batch_size, len(ids)), new_tokens, temperature, frozenset(end_tokens))
-    return sampler.run([_Row(i, ids[i], seed) for i in sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i]))])
+    seen: Counter[tuple[int, ...]] = Counter()
+    rows = []
+    for index in sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i])):
+        rows.append(_Row(index, ids[index], (seed, _digest(ids[index]), seen[ids[index]])))
+        seen[ids[index]] += 1
+    return sampler.run(rows)
+
+
+def _digest(tokens: tuple[int, ...]) -> int:
+    """A number of 64 bits that differs for different tokens."""
+    return int.from_bytes(hashlib.blake2b(repr(tokens).encode(), digest_size=8).digest(), "big")
 
 
 @dataclass
@@ -99,7 +112,7 @@ class _Row:
 
     index: int
     input: tuple[int, ...]
-    seed: int
+    seed: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -113,7 +126,7 @@ class _Row:
     def uniform(self) -> float:
         """The next random number in [0, 1)."""
         if self._random is None:
-            self._random = np.random.default_rng([self.seed, self.index])
+            self._random = np.random.default_rng(self.seed)
         return self._random.random()
 
 

@@ -144,7 +144,7 @@ def test_only_without_windows_do_inputs_join_rows_that_have_grown(prepared, toke
     assert any(uneven) is not together
 
 
-def test_the_sample_of_an_input_depends_on_the_seed_and_its_index_alone(prepared, tokens, inputs):
+def test_the_sample_of_an_input_depends_on_the_seed_and_its_tokens_alone(prepared, tokens, inputs):
     model = prepared("llama").double()
     prefix = capture(model, tokens(1, 9))
     torch.manual_seed(1)
@@ -154,7 +154,9 @@ def test_the_sample_of_an_input_depends_on_the_seed_and_its_index_alone(prepared
     torch.manual_seed(2)
     assert run(model, inputs, prefix, seed=3) == expected
     assert run(model, inputs, prefix, seed=3, batch_size=2) == expected
-    assert run(model, inputs[:3], prefix, seed=3) == expected[:3]
+    assert run(model, inputs[1:4], prefix, seed=3) == expected[1:4]
+    assert run(model, [inputs[0], *inputs], prefix, seed=3)[0] == expected[0]
+    assert run(model, [inputs[0], *inputs], prefix, seed=3)[1] != expected[0], "equal inputs are sampled anew"
     assert run(model, inputs, prefix, seed=3, new_tokens=4) == [new[:4] for new in expected]
     assert run(model, inputs, prefix, seed=4) != expected
 

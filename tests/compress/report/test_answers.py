@@ -23,7 +23,7 @@ def test_the_answers_stand_below_their_question() -> None:
 
 def test_a_page_has_a_section_for_each_set_and_a_block_for_each_question() -> None:
     same, other = {"full context": "Mira", "soft prompt": "Mira"}, {"full context": "Mira", "soft prompt": "Ada"}
-    page = answers_page({"held-out": [Comparison("Who?", same), Comparison("Who else?", other)], "test": []}, 48)
+    page = answers_page({"held-out": [Comparison("Who?", same), Comparison("Who else?", other)], "test": []}, 48, 0.5)
     assert re.findall("^## .*", page, flags=re.MULTILINE) == ["## Held-out queries", "## Test queries"]
     assert "Questions: 2. Word for word the same answer: 1." in page
     assert "ends after 48 tokens" in page
@@ -35,7 +35,7 @@ def test_a_page_has_a_section_for_each_set_and_a_block_for_each_question() -> No
 
 def test_markdown_in_a_question_or_an_answer_stays_in_its_block() -> None:
     answers = {"full context": "```\n# not a heading\n````text\n<b>", "soft prompt": "\u2028```\r````\x0b`````"}
-    page = answers_page({"test": [Comparison("`````\n* what?", answers), Comparison("next", answers)]}, 8)
+    page = answers_page({"test": [Comparison("`````\n* what?", answers), Comparison("next", answers)]}, 8, 0.0)
     first, second = code_blocks(page)
     assert first.startswith("> `````\n> * what?\n  full context | ```\n")
     assert second.startswith("> next\n")
@@ -43,14 +43,14 @@ def test_markdown_in_a_question_or_an_answer_stays_in_its_block() -> None:
 
 
 def test_control_characters_are_replaced() -> None:
-    page = answers_page({"test": [Comparison("a\x00b", {"soft prompt": "c\x1b[2Jd\te"})]}, 8)
+    page = answers_page({"test": [Comparison("a\x00b", {"soft prompt": "c\x1b[2Jd\te"})]}, 8, 0.0)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", page)
     assert "> a\ufffdb" in page and "c\ufffd[2Jd" in page
 
 
 def test_long_lines_are_wrapped_on_the_page_and_lose_no_word() -> None:
     words = [f"word{index}" for index in range(200)]
-    (block,) = code_blocks(answers_page({"test": [Comparison("Say all.", {"soft prompt": " ".join(words)})]}, 8))
+    (block,) = code_blocks(answers_page({"test": [Comparison("Say all.", {"soft prompt": " ".join(words)})]}, 8, 0.0))
     lines = block.splitlines()[1:]
     assert len(lines) > 10 and max(len(line.partition(" | ")[2]) for line in lines) <= WIDTH
     assert re.findall(r"word\d+", block) == words
