@@ -25,7 +25,7 @@ from softprompt_kernels.models import prefix_of
 MEASURED_QUERIES = 8
 MEASURED_TOKENS = 8  # decoding steps that are timed
 EVALUATION_PASSES = 6
-"""Forward passes of a run over every evaluated sequence: the teacher's twice, and those of at least four students."""
+"""Forward passes of a run over every evaluated sequence: the teacher's, and those of about five students."""
 
 
 @dataclass(frozen=True)

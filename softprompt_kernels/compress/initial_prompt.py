@@ -47,6 +47,9 @@ def initial_prompt(inputs: RunInputs, context: Prefix) -> Prompt:
 def matched_prompt(inputs: RunInputs, context: Prefix, matched: Prefix) -> KVPrompt:
     """The prompt that `match` found, with its keys at the positions of a prompt.
 
+    A model with learned positions asks from position k instead of C then, and so with other queries than those that
+    the prompt was matched to.
+
     Args:
         inputs: the inputs of the run.
         context: the captured context.

@@ -46,6 +46,7 @@ from softprompt_kernels.compress.teacher.rows import (
     read_rows,
     row_bytes,
 )
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
@@ -254,9 +255,10 @@ class _Run:
         config, folder = self.inputs.config, self.folder
         matched = stored_match(self.context, folder.cache, self.key)
         if matched is None:
-            assert rows is not None
+            if rows is None:
+                raise SoftPromptError(f"output: the rows for matching in {folder.cache} cannot be read; start again")
             settings = Matching(config.tokens, config.matching_steps, config.frozen)
-            folder.drop_metrics_after(0)  # a line that a crash cut off
+            folder.drop_metrics_after(config.steps)  # only a line that a crash cut off
             try:
                 matched = match(
                     self.context,
@@ -325,11 +327,8 @@ class _Run:
             trainer.load(folder.checkpoint, self.key)
             self.reporter.message(f"Resuming from step {trainer.step}.")
         seconds_before = folder.drop_metrics_after(trainer.step)
-        head, teacher = head_of(inputs.model), None
-        if config.evaluate_every:
-            teacher = hidden_states(
-                inputs.model, self.context, heldout, self.reporter, "Full context on held-out queries"
-            )
+        head = head_of(inputs.model)
+        teacher = self.states["heldout"] if config.evaluate_every else None
 
         with (
             folder.metrics.open("a", encoding="utf-8") as metrics,

@@ -3,8 +3,9 @@
     x ← x + s · (AdamW's update of x),   s = standard deviation of x over tokens and channels, of each layer and head
 
 A KV prompt's values differ in size by a factor of 30 between the layers of a small model, and its keys are larger than
-its values. One absolute rate then moves some of them too far and others hardly at all. AdamW's update does not depend
-on the size of the gradient, so this is AdamW on x / s.
+its values. One absolute rate then moves some of them too far and others hardly at all. Adam's update does not depend
+on the size of the gradient, so without weight decay this is Adam on x / s. The decay is a part of the update, and is
+scaled too.
 
 Cost: one more copy of the parameters during a step.
 """

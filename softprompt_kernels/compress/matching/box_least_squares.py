@@ -22,7 +22,7 @@ CHECK_EVERY = 25  # iterations between two checks of the KKT conditions
 def box_least_squares(
     gram: Tensor, right: Tensor, low: float, high: float, *, iterations: int = 2000, tolerance: float = 1e-5
 ) -> Tensor:
-    """w `[.., k]` in float64, from w = 1.
+    """w `[.., k]` in float64, from w = 1: inside the box, and optimal unless `iterations` are too few.
 
     Args:
         gram: G `[.., k, k]`. A zero on the diagonal is a variable that no equation contains; it keeps the value 1.

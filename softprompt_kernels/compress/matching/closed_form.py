@@ -6,7 +6,8 @@ and P_ij = exp(s q_i·K_j − Λ_i):
 1. **Keys**: the k with the largest importance Σ_i ω_i P_ij². The first token is always among them, as attention sink.
 2. **Masses**: w ≥ 0 with Σ_j w_j P_ij ≈ 1 for all rows, by weighted least squares. A factor w_j on the weight of a key
    is a bias β_j = log w_j of its score. It is put into the key: K'_j = K_j + β_j u / s, with u the ridge solution of
-   q_i·u ≈ 1. The queries of a head have a direction in common, so such a u exists.
+   q_i·u ≈ 1. The queries of a head have a direction in common, so such a u exists. A softcap bends the sum, so there
+   the mass is approximate.
 3. **Values**: V' by ridge regression of o on softmax(s q K'ᵀ), towards the values of the chosen keys.
 
 Importance comes from the op. The gradient by the values of an attention with values [C, 1] and grad_out v is

@@ -31,7 +31,6 @@ from softprompt_kernels.prompts import Prefix
 GROUP_BYTES = 192 << 20
 LEARNING_RATE = 4e-2
 ROWS_PER_STEP = 512
-HELDOUT_SHARE, MOST_HELDOUT = 0.1, 1024
 FEWEST_TO_REFINE = 64  # with fewer rows the held-out ones decide nothing
 
 
@@ -88,7 +87,7 @@ def match(
                 advance(len(group) * (settings.steps + 1))
             else:
                 steps: list[dict[str, Any]] = []
-                stored = _match_group(context, rows, settings, group, advance, steps.append)
+                stored = _match_group(context, rows, settings, group, reporter, advance, steps.append)
                 if path is not None:
                     _write(path, key, stored)
                 for step in steps:
@@ -145,6 +144,7 @@ def _match_group(
     rows: Rows,
     settings: Matching,
     group: range,
+    reporter: Reporter,
     advance: Callable[..., None],
     record: Callable[[dict[str, Any]], None],
 ) -> list[tuple[Tensor, Tensor]]:
@@ -163,35 +163,46 @@ def _match_group(
             )
         keys.append(key)
         values.append(value)
-        if settings.steps and _can_refine(layer_rows, settings, context):
+        if settings.steps and _can_refine(layer_rows, rows.heldout, settings, context):
             refine_rows = refine_rows or RefineRows.empty(len(group), layer_rows)
             refine_rows.put(index, layer_rows, parts)
         del layer_rows, parts
         advance(1)
     stacked = torch.stack(keys), torch.stack(values)
+    if settings.steps and refine_rows is None:
+        why = (
+            f"{rows.count} rows are too few"
+            if rows.count < FEWEST_TO_REFINE or not rows.heldout
+            else "a window hides a part of the prompt"
+        )
+        reporter.message(f"Layers {group.start} to {group.stop - 1} are not refined: {why}.")
     if refine_rows is not None:
-        stacked = _refine_group(stacked, refine_rows, settings, group, advance, record)
+        stacked = _refine_group(stacked, refine_rows, rows.heldout, settings, group, advance, record)
     else:
         advance(len(group) * settings.steps)
+    if not all(bool(tensor.to(context.dtype).isfinite().all()) for tensor in stacked):
+        raise SoftPromptError(
+            f"dtype: keys or values of layers {group.start} to {group.stop - 1} do not fit into {context.dtype} after "
+            "matching; try float32 or bfloat16, or another init"
+        )
     return list(zip(*stacked, strict=True))
 
 
-def _can_refine(rows: LayerRows, settings: Matching, context: Prefix) -> bool:
-    """Not with few rows, nor where the prompt is the context, nor where a window hides a part of the prompt."""
-    return (
-        rows.count >= FEWEST_TO_REFINE and settings.tokens < context.length and not hides_prompt(rows, settings.tokens)
-    )
+def _can_refine(rows: LayerRows, heldout: int, settings: Matching, context: Prefix) -> bool:
+    """Not with few rows or none held out, not to the context itself, not where a window hides a part of the prompt."""
+    enough = rows.count >= FEWEST_TO_REFINE and heldout > 0
+    return enough and settings.tokens < context.length and not hides_prompt(rows, settings.tokens)
 
 
 def _refine_group(
     start: tuple[Tensor, Tensor],
     rows: RefineRows,
+    heldout: int,
     settings: Matching,
     group: range,
     advance: Callable[..., None],
     record: Callable[[dict[str, Any]], None],
 ) -> tuple[Tensor, Tensor]:
-    heldout = min(MOST_HELDOUT, round(rows.count * HELDOUT_SHARE))
     last = time.perf_counter()
 
     def after_step(step: int, error: float) -> None:

@@ -11,9 +11,9 @@ so that out_i = a_i o_i + (1 − a_i) r_i. A prompt with o', Λ' in place of the
 
     a'_i = sigmoid(Λ'_i − Λ_i^rest),         out'_i = a'_i o'_i + (1 − a'_i) r_i.
 
-Only the context's part is computed here, by one call of `prompt_attention` without own keys: nothing of size [rows, C]
-is formed. In a layer with a window the keys that a query sees depend on its position, so there is one call for each
-distance of a query from the end of the context.
+Only the context's part is computed here, by `prompt_attention` without own keys, for runs of rows: nothing of size
+[rows, C] is formed, even by a backend without kernels. In a layer with a window the keys that a query sees depend on
+its position, so there is one call for each distance of a query from the end of the context.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from softprompt_kernels.models.attention import ScoreFunction
 from softprompt_kernels.ops import prompt_attention
 
 LARGEST_LOG_SHARE = -1e-6  # a < 1: where the context is all that a query looks at, rounding may put Λ above Λ_all
+ATTENDED_PAIRS = 1 << 27  # pairs of a query and a key in one call: a backend without kernels keeps a score for each
 NOISY_REST = 1e-2  # 1 − a below which r is cut to the size of the values
 
 
@@ -54,10 +55,12 @@ class Parts:
 
 
 def visible_runs(rows: LayerRows, context: int) -> Iterator[tuple[Tensor | slice, slice]]:
-    """Pairs of rows and the run of the context's C keys that they see. One pair for all rows without a window."""
+    """Pairs of rows and the run of the context's C keys that they see: runs of rows if there is no window."""
     window = rows.scores.window
     if window is None or int(rows.offset.max()) + context < window:
-        yield slice(None), slice(0, context)
+        size = max(1, ATTENDED_PAIRS // (context * rows.query.shape[0]))
+        for start in range(0, rows.count, size):
+            yield slice(None) if size >= rows.count else slice(start, start + size), slice(0, context)
         return
     for offset in rows.offset.unique().tolist():
         first = max(0, context + offset - window + 1)

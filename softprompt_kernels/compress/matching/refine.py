@@ -30,6 +30,7 @@ from softprompt_kernels.compress.teacher.rows import LayerRows
 from softprompt_kernels.models.attention import ScoreFunction
 
 BETAS = (0.9, 0.99)
+WARMUP_STEPS = 20  # without them, Adam's first steps undo a part of the closed form
 CHECK_EVERY = 25  # steps between two comparisons on the held-out rows
 
 
@@ -140,8 +141,8 @@ def refine(
         key, value: where to start.
         rows: to fit, in random order; each step takes the next `rows_per_step` of them.
         heldout: other rows, which decide which state of a layer is kept.
-        steps, learning_rate: of Adam, in units of the standard deviation of a head's keys and values; the rate falls
-            to 0 by a cosine.
+        steps, learning_rate: of Adam, in units of the standard deviation of a head's keys and values. After a linear
+            warm-up the rate falls to 0 by a cosine.
         frozen_tokens: the first tokens, which do not move.
         after_step: receives the step, from 1, and the mean error on its rows before it.
     """
@@ -161,7 +162,8 @@ def refine(
         best = [key, value]
         best_error = match_error(heldout, key, value).sum(1)
     for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / WARMUP_STEPS) * cosine
         errors = match_error(next(steps_rows), *current())
         optimizer.zero_grad()
         errors.sum().backward()
@@ -178,9 +180,12 @@ def refine(
 
 
 def batches(rows: RefineRows, size: int) -> Iterator[RefineRows]:
-    """Runs of `size` rows, again and again. Runs are views: to draw rows at random would copy them in every step."""
+    """Runs of `size` rows, again and again. Runs are views: to draw rows at random would copy them in every step.
+
+    Every other turn leaves out rows at the start instead of at the end, so two turns use every row.
+    """
     size = min(size, rows.count)
     for turn in itertools.count():
-        first = turn % 2 * (size // 2)  # every other turn cuts the rows elsewhere
+        first = rows.count % size if turn % 2 else 0
         for start in range(first, rows.count - size + 1, size):
             yield rows.slice(start, start + size)

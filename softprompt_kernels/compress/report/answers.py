@@ -50,14 +50,14 @@ def answers_page(sections: Mapping[str, Sequence[Comparison]], new_tokens: int, 
         new_tokens, temperature: how the answers were sampled, for the introduction.
     """
     how = (
-        f"Both were sampled at temperature {temperature:g} with the same random numbers."
+        f"The models' answers are sampled at temperature {temperature:g} with the same random numbers."
         if temperature
-        else "Each token is the most likely one."
+        else "Each token of a model's answer is the most likely one."
     )
     parts = [
         "# Answers",
-        "Questions that the soft prompt was not trained on, answered with the full context and with the soft prompt "
-        f"instead. {how} An answer ends after {new_tokens} tokens at the latest.",
+        "Questions that the soft prompt was not trained on, answered with the full context (or by who gave "
+        f"the question) and with the soft prompt instead. {how} An answer has at most {new_tokens} tokens.",
     ]
     for name, comparisons in sections.items():
         same = sum(len(set(comparison.answers.values())) == 1 for comparison in comparisons)

@@ -146,5 +146,5 @@ def _smooth(values: Sequence[float], span: int = 10) -> list[float]:
 def _title(figures: Mapping[str, Any]) -> str:
     context, prompt = figures.get("context_tokens"), figures.get("prompt_tokens")
     if not context or not prompt:
-        return "training of the soft prompt"
+        return "the soft prompt"
     return f"{context} tokens in a soft prompt of {prompt} ({context / prompt:.1f}×)"

@@ -3,7 +3,9 @@
 A row is one token in one layer: its queries, the result of the attention over context and own tokens, and the log of
 the sum of its softmax. That is Hq·(D + Dv) numbers in the model's dtype and Hq in fp32, for each layer.
 
-The tokens are a random subset of all that the teacher reads: as many as asked for, but at most `DISK_BYTES` in total.
+The tokens are a random subset of all that the teacher reads: as many as asked for, but at most `DISK_BYTES` in total. A
+token counts once where several sequences begin alike: the opening of a chat, or two answers to one question.
+Some rows are held out, to judge a fit to the others. They come from questions of their own.
 They are written to disk as `rows-00000.safetensors`, … whenever `BUFFER_BYTES` are full, and read back one layer at a
 time. `rows.json` is written last and holds a digest of everything the rows depend on.
 """
@@ -27,6 +29,7 @@ from softprompt_kernels.models.attention import QueryTap, ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
 BUFFER_BYTES = 64 << 20
+HELDOUT_SHARE, MOST_HELDOUT = 0.1, 1024
 DISK_BYTES = 4 << 30
 
 
@@ -67,12 +70,14 @@ class Rows:
         scores: the score function of each layer.
         query_heads: Hq.
         order: `[n]` int64, a permutation.
+        heldout: how many of the first rows are held out; their questions have no other rows.
     """
 
     files: tuple[Path, ...]
     scores: tuple[ScoreFunction, ...]
     query_heads: int
     order: Tensor
+    heldout: int
 
     @property
     def count(self) -> int:
@@ -95,11 +100,6 @@ class Rows:
         offset = torch.cat(parts["offset"])[self.order].to(device)
         return LayerRows(by_head("query"), by_head("out"), by_head("lse"), offset, self.scores[index])
 
-    def delete(self) -> None:
-        """Remove the files."""
-        for path in self.files:
-            path.unlink(missing_ok=True)
-
 
 class RowRecorder:
     """Records the rows of a random subset of the tokens of `examples`. A `QuerySink`.
@@ -114,17 +114,19 @@ class RowRecorder:
 
     def __init__(self, folder: Path, examples: Sequence[Example], rows: int, row_bytes: int, seed: int) -> None:
         self.folder, self.examples, self.row_bytes, self.seed = folder, examples, row_bytes, seed
-        lengths = torch.tensor([example.length for example in examples])
-        total = int(lengths.sum())
+        self.lengths = [example.length for example in examples]
+        new = torch.tensor(_first_occurrences(examples)).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(seed)
-        wanted = min(rows, total, max(1, DISK_BYTES // row_bytes))
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[torch.randperm(total, generator=generator)[:wanted]] = True
-        self.chosen = [part.nonzero().squeeze(1) for part in chosen.split(lengths.tolist())]
-        self.lengths = lengths.tolist()
+        wanted = min(rows, new.numel(), max(1, DISK_BYTES // row_bytes))
+        chosen = torch.zeros(sum(self.lengths), dtype=torch.bool)
+        chosen[new[torch.randperm(new.numel(), generator=generator)[:wanted]]] = True
+        self.chosen = [part.nonzero().squeeze(1) for part in chosen.split(self.lengths)]
+        numbers: dict[tuple[int, ...], int] = {}
+        self.questions = [numbers.setdefault(example.input_ids, len(numbers)) for example in examples]
         self.scores: dict[int, ScoreFunction] = {}
         self.tensors: dict[str, list[Tensor]] = {}
         self.offsets: list[Tensor] = []
+        self.asked: list[Tensor] = []
         self.buffered = self.count = self.shards = self.query_heads = 0
 
     def tap(self, group: Sequence[int]) -> QueryTap:
@@ -134,6 +136,7 @@ class RowRecorder:
         width = max(self.lengths[index] for index in group)
         own = [self.chosen[index] for index in group]
         self.offsets.extend(own)
+        self.asked.extend(torch.full_like(part, self.questions[index]) for index, part in zip(group, own, strict=True))
         self.buffered += sum(part.numel() for part in own)
         return QueryTap(torch.cat([row * width + part for row, part in enumerate(own)]), self)
 
@@ -167,9 +170,10 @@ class RowRecorder:
         if self.shards == 0:
             _index(self.folder).unlink(missing_ok=True)  # of an earlier recording, whose shards are now overwritten
         tensors = {name: torch.cat(parts).contiguous() for name, parts in self.tensors.items()}
-        save_file({**tensors, "offset": torch.cat(self.offsets)}, _shard(self.folder, self.shards))
+        tensors |= {"offset": torch.cat(self.offsets), "question": torch.cat(self.asked)}
+        save_file(tensors, _shard(self.folder, self.shards))
         self.count, self.shards, self.buffered = self.count + self.buffered, self.shards + 1, 0
-        self.tensors, self.offsets = {}, []
+        self.tensors, self.offsets, self.asked = {}, [], []
 
 
 def enough_examples(examples: Sequence[Example], rows: int, seed: int) -> Sequence[Example]:
@@ -197,13 +201,55 @@ def read_rows(folder: Path, key: str) -> Rows | None:
         if index["key"] != key:
             return None
         files = tuple(_shard(folder, number) for number in range(index["shards"]))
-        for path in files:
-            safe_open(path, framework="pt")
-        order = torch.randperm(index["rows"], generator=torch.Generator().manual_seed(index["seed"]))
+        questions = torch.cat([_question(path) for path in files])
+        order, heldout = _order(questions, index["seed"])
         scores = tuple(ScoreFunction(**one) for one in index["scores"])
-        return Rows(files, scores, int(index["query_heads"]), order)
+        return Rows(files, scores, int(index["query_heads"]), order, heldout)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
+
+
+def _question(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        found: Tensor = file.get_tensor("question")
+    return found
+
+
+def _order(questions: Tensor, seed: int) -> tuple[Tensor, int]:
+    """A random order of rows in which all rows of some questions come first, and how many these are.
+
+    They are about a tenth of the rows, but of at least one question. If there is only one, its rows are divided.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(questions.numel(), generator=generator)
+    limit = min(MOST_HELDOUT, round(questions.numel() * HELDOUT_SHARE))
+    counts = {question: count for question, count in enumerate(questions.bincount().tolist()) if count}
+    if len(counts) == 1:
+        return order, limit
+    items = list(counts.items())
+    heldout, taken = [], 0
+    for index in torch.randperm(len(counts), generator=generator).tolist():
+        question, count = items[index]
+        if count <= limit - taken:
+            heldout.append(question)
+            taken += count
+    if not heldout:
+        heldout = [min(counts, key=lambda question: counts[question])]
+    first = torch.isin(questions[order], torch.tensor(heldout))
+    return torch.cat((order[first], order[~first])), int(first.sum())
+
+
+def _first_occurrences(examples: Sequence[Example]) -> list[bool]:
+    """For each token that the teacher reads, example by example: whether no earlier sequence has the same beginning."""
+    known: dict[tuple[int, int], int] = {}
+    found = []
+    for example in examples:
+        node = 0
+        for token in (*example.input_ids, *example.output_ids[:-1]):
+            child = known.get((node, token))
+            found.append(child is None)
+            node = known.setdefault((node, token), len(known) + 1)
+    return found
 
 
 def delete_rows(folder: Path) -> None:

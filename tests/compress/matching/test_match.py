@@ -37,7 +37,7 @@ def stored(tmp_path: Path) -> Callable[..., tuple[Prefix, Rows]]:
         context = Prefix.of((one.key[None].to(dtype), one.value[None].to(dtype)) for one in layers)
         count = layers[0].rows.count
         scores = tuple(one.rows.scores for one in layers)
-        return context, Rows((path,), scores, layers[0].rows.query.shape[0], torch.arange(count))
+        return context, Rows((path,), scores, layers[0].rows.query.shape[0], torch.arange(count), count // 10)
 
     return write
 

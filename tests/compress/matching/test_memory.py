@@ -63,7 +63,9 @@ def peak_of_matching(folder: str) -> tuple[int, int]:
     del tensors, query, out
     key, value = (torch.randn(1, KV_HEADS, CONTEXT, SIZE, generator=generator) for _ in range(2))
     context = Prefix.of([(key, value)] * layers)
-    rows = Rows((path,), (ScoreFunction(SIZE**-0.5),) * layers, HEADS, torch.randperm(ROWS, generator=generator))
+    rows = Rows(
+        (path,), (ScoreFunction(SIZE**-0.5),) * layers, HEADS, torch.randperm(ROWS, generator=generator), ROWS // 10
+    )
     module.split = expensive_in_one_layer(module.split, full - 1)
     module.fit_layer = expensive_in_one_layer(module.fit_layer, full - 1)
     release_freed_memory()

@@ -26,7 +26,7 @@ def test_a_page_has_a_section_for_each_set_and_a_block_for_each_question() -> No
     page = answers_page({"held-out": [Comparison("Who?", same), Comparison("Who else?", other)], "test": []}, 48, 0.5)
     assert re.findall("^## .*", page, flags=re.MULTILINE) == ["## Held-out queries", "## Test queries"]
     assert "Questions: 2. Word for word the same answer: 1." in page
-    assert "ends after 48 tokens" in page
+    assert "has at most 48 tokens" in page
     assert code_blocks(page) == [
         comparison_text(Comparison("Who?", same)),
         comparison_text(Comparison("Who else?", other)),

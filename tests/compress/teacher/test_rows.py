@@ -132,7 +132,7 @@ def test_rows_go_to_several_files(
     split = rows.layer(1, CPU)
     a, b = (sorted_rows(one.query.transpose(0, 1), one.out.transpose(0, 1)) for one in (whole, split))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    rows.delete()
+    delete_rows(tmp_path)
     assert not any(path.exists() for path in rows.files)
 
 
