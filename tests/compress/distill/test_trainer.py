@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.distill.relative_adamw import RelativeAdamW
 from softprompt_kernels.compress.distill.trainer import Schedule, StepReport, Trainer
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
 from softprompt_kernels.compress.teacher.moments_cache import cached_targets
@@ -338,3 +339,13 @@ def test_an_interrupted_update_is_not_saved(
     trainer.save(path, "me")
     assert path.read_bytes() == content
     assert trainer.saved_step == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "relative", "expected"),
+    [("kv", True, RelativeAdamW), ("kv", False, torch.optim.AdamW), ("embedding", True, torch.optim.AdamW)],
+)
+def test_only_kv_prompts_have_relative_rates(
+    make_trainer: MakeTrainer, kind: str, relative: bool, expected: type
+) -> None:
+    assert type(make_trainer(kind, relative=relative).optimizer) is expected
