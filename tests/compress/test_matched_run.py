@@ -152,6 +152,16 @@ def test_more_rows_than_tokens_are_all_tokens(make_config: Make, tmp_path: Path)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_model_is_matched_refined_and_trained(make_config: Make, dtype: str) -> None:
+    config = make_config(dtype=dtype, steps=2)
+    figures = compress(config)
+    assert {stage for stage, *_ in records(config.output)} == {"matching", "training"}
+    assert 0 < figures["heldout"]["kl_initial"] < figures["heldout"]["kl_none"]
+    saved = load_file(config.output / "prompt/adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
 def test_few_rows_give_the_closed_form_alone(make_config: Make) -> None:
     config = make_config(matching_rows=20, steps=0)
     figures = compress(config)

@@ -64,7 +64,7 @@ def test_a_matched_prompt_has_the_same_logits_in_peft(
     assert (peft - ours).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("one", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("one", ["llama", "qwen3", "gpt_neox", "phi3", "gemma2", "mistral", "gpt_oss"])
 def test_a_matched_prompt_is_nearer_to_the_context_than_strided_tokens(
     build: Callable[..., PreTrainedModel], one: str, tokens: Callable[..., Tensor], tmp_path: Path
 ) -> None:
