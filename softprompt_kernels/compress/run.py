@@ -28,7 +28,7 @@ from softprompt_kernels.compress.evaluate.distance import Distance, check_contex
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
-from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match
+from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match, stored_seconds
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
@@ -112,7 +112,8 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         targets, rows = run.read_answers(examples["train"])
     if prompt is None:
         with times("matching"):
-            prompt = run.match(rows)
+            prompt, seconds_before = run.match(rows)
+            times.replace_earlier("matching", seconds_before)
     students = run.initial_student(prompt)
     with times("training"):
         seconds_before = run.train(prompt, examples["train"], targets, examples["heldout"])
@@ -250,9 +251,14 @@ class _Run:
             train = enough_examples(train, config.matching_rows, config.seed)
         return RowRecorder(self.folder.cache, train, config.matching_rows, size, config.seed)
 
-    def match(self, rows: Rows | None) -> KVPrompt:
-        """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back."""
+    def match(self, rows: Rows | None) -> tuple[KVPrompt, float]:
+        """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back.
+
+        Returns:
+            The prompt, and the seconds that earlier calls spent on finished groups.
+        """
         config, folder = self.inputs.config, self.folder
+        seconds_before = stored_seconds(self.context, folder.cache, self.key)
         matched = stored_match(self.context, folder.cache, self.key)
         if matched is None:
             if rows is None:
@@ -273,7 +279,7 @@ class _Run:
                 done = len(stored_layers(self.context, folder.cache, self.key))
                 raise Interrupted("layer", done, self.context.num_layers, folder.path) from None
         delete_rows(folder.cache)
-        return matched_prompt(self.inputs, self.context, matched)
+        return matched_prompt(self.inputs, self.context, matched), seconds_before
 
     def teacher_targets(self, train: Sequence[Example], recorder: RowRecorder | None) -> Targets | None:
         """The teacher's moments or hidden states; None for an objective that needs neither."""

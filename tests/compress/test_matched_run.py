@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
@@ -170,6 +171,19 @@ def test_few_rows_give_the_closed_form_alone(make_config: Make) -> None:
 
 
 # The same call after an interruption
+
+
+@pytest.mark.usefixtures("layer_by_layer")
+def test_the_seconds_of_layers_that_an_earlier_call_matched_count(make_config: Make, recording_reporter: Any) -> None:
+    config = make_config()
+    with pytest.raises(Interrupted):
+        compress(config, recording_reporter("Matching", 12))
+    path = config.output / "cache/matched-00000.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert 0 <= float(metadata["seconds"]) < 60
+    save_file(load_file(path), path, metadata | {"seconds": "500"})
+    assert 500 <= compress(config)["stages"]["matching"] < 600
 
 
 @pytest.mark.usefixtures("layer_by_layer")

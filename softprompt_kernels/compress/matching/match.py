@@ -86,10 +86,11 @@ def match(
             if stored is not None:
                 advance(len(group) * (settings.steps + 1))
             else:
+                begin = time.perf_counter()
                 steps: list[dict[str, Any]] = []
                 stored = _match_group(context, rows, settings, group, reporter, advance, steps.append)
                 if path is not None:
-                    _write(path, key, stored)
+                    _write(path, key, stored, time.perf_counter() - begin)
                 for step in steps:
                     record(step)
             found += [
@@ -115,6 +116,20 @@ def stored_layers(context: Prefix, folder: Path, key: str) -> list[tuple[Tensor,
             break
         found += group
     return found
+
+
+def stored_seconds(context: Prefix, folder: Path, key: str) -> float:
+    """Seconds that the groups took which `match` has stored under this key."""
+    seconds, layer = 0.0, 0
+    while layer < context.num_layers:
+        path = folder / f"matched-{layer:05d}.safetensors"
+        group = _read(path, key)
+        if not group:
+            break
+        with safe_open(path, framework="pt") as file:
+            seconds += float((file.metadata() or {}).get("seconds", 0))
+        layer += len(group)
+    return seconds
 
 
 def _groups(context: Prefix, rows: Rows) -> Iterator[range]:
@@ -233,12 +248,12 @@ def _refine_group(
     )
 
 
-def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write a finished group atomically."""
+def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], seconds: float) -> None:
+    """Write a finished group atomically, with the seconds that it took."""
     temporary = path.with_name(path.name + ".partial")
     tensors = {"key": torch.stack([k for k, _ in layers]).cpu(), "value": torch.stack([v for _, v in layers]).cpu()}
     try:
-        save_file(tensors, temporary, {"key": key})
+        save_file(tensors, temporary, {"key": key, "seconds": f"{seconds:.3f}"})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
