@@ -70,7 +70,7 @@ class CompressConfig(BaseModel):
     matching_rows: Integer = Field(
         6144,
         ge=1,
-        description="Tokens of the teacher's answers that init=matched fits, in every layer. Long prompts need more.",
+        description="Tokens of the queries and answers that init=matched fits, in every layer. Long prompts need more.",
     )
     matching_steps: Integer = Field(
         300, ge=0, description="Refinement steps of init=matched. 0: the closed form alone."

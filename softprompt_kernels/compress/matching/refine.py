@@ -102,7 +102,7 @@ class _SquaredError(torch.autograd.Function):
 
         ∂/∂o' = 2 a' δ        ∂/∂Λ' = 2 a' (1 − a') δ·(o' − r)
 
-    Autograd would pass over the rows four times as often; these passes would take longer than the attention.
+    Autograd would read and write the rows more often, and these passes would take longer than the attention.
     """
 
     @staticmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -203,3 +204,23 @@ def test_rows_of_a_16_bit_model_are_stored_in_16_bits_and_read_in_fp32(
     assert {t.dtype for t in (layer.query, layer.out, layer.lse)} == {torch.float32}
     assert torch.equal(layer.query, layer.query.to(dtype).float())
     assert sum(path.stat().st_size for path in rows.files) < TOTAL * (row_bytes(context, 4) + 8) + 3000
+
+
+def test_tokens_after_equal_beginnings_count_once(tmp_path: Path) -> None:
+    examples = [Example((1, 2, 3), (4, 5)), Example((1, 2, 3), (4, 6)), Example((1, 2, 3), (7, 8)), Example((2,), (3,))]
+    recorder = RowRecorder(tmp_path, examples, 100, 1, 0)
+    assert [part.tolist() for part in recorder.chosen] == [[0, 1, 2, 3], [], [3], [0]]
+
+
+def test_held_out_rows_come_from_questions_of_their_own(
+    tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
+) -> None:
+    again = [Example(one.input_ids, (*one.output_ids, 9)) for one in examples]
+    rows = record(tmp_path, model, context, [*examples, *again])
+    stored = []
+    for path in rows.files:
+        with safe_open(path, framework="pt") as file:
+            stored.append(file.get_tensor("question"))
+    question = torch.cat(stored)[rows.order]
+    assert 0 < rows.heldout < rows.count
+    assert not set(question[: rows.heldout].tolist()) & set(question[rows.heldout :].tolist())
