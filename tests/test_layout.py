@@ -28,7 +28,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "softprompt_kernels/compress": (
         ("forecast",),
         ("run", "saved_prompt"),
-        ("initial_prompt", "compared_answers"),
+        ("initial_prompt", "compared_answers", "teaching"),
         ("inputs", "folder", "stage_times"),
         ("report",),
         ("evaluate",),

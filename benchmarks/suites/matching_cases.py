@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.harness.case import Implementation, Rule, compile_for_one_size
 from benchmarks.harness.comparison import BASELINE, OURS, Results
 from softprompt_kernels.compress.matching.refine import RefineRows, match_error
-from softprompt_kernels.models.attention import ScoreFunction
+from softprompt_kernels.models.tap import ScoreFunction
 
 SPEEDUP = 3.0  # required
 

@@ -37,8 +37,18 @@ class RunFolder:
 
     @property
     def cache(self) -> Path:
-        """The folder of the teacher's answers and targets."""
+        """The folder of what the teacher left, and of matched layers."""
         return self.path / "cache"
+
+    @property
+    def targets(self) -> Path:
+        """The folder of the targets of training."""
+        return self.cache / "targets"
+
+    @property
+    def states(self) -> Path:
+        """The folder of the teacher's hidden states of evaluated examples."""
+        return self.cache / "states"
 
     @property
     def checkpoint(self) -> Path:

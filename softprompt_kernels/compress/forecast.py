@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 
@@ -109,12 +108,13 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
 
     # Matching: one layer, with the rows of the examples just sampled. The run has more rows.
     rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
-    read = len(inputs.train) if config.steps and inputs.objective.form else 0
+    # The teacher is recorded while it writes its answers. Given ones it has to read.
+    given = sum(query.output is not None for query in inputs.train)
+    recorded = config.init == "matched" or bool(config.steps and inputs.objective.form)
     matching = 0.0
     if config.init == "matched":
         settings = Matching(config.tokens, config.matching_steps, config.frozen)
         matching = matching_seconds(inputs.model, context, examples, settings, rows)
-        read = read or min(len(inputs.train), math.ceil(2 * rows / mean_tokens))
 
     # Training: the second of two steps on sequences of full length. Its time does not depend on where it starts.
     start = "first" if config.init == "matched" else config.init
@@ -153,11 +153,10 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         seconds_per_step=step_seconds,
         estimated_seconds={
             "context": capture_seconds,
-            "teacher's answers": unanswered * one_answer,
-            "teacher's targets": sequence_seconds * read,  # of training, and the rows of matching
+            "answers": unanswered * one_answer + sequence_seconds * given * recorded,
             **({"matching": matching} if config.init == "matched" else {}),
             "training": step_seconds * config.steps,
             "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
-            "compared answers": compared * one_answer,
+            "answers_compared": compared * one_answer,
         },
     )

@@ -1,7 +1,6 @@
 """One compression, from the text to the saved prompt.
 
-    inputs → folder → context → answers → baselines → teacher's pass → matching → training → evaluation → saving
-    → compared answers
+    inputs → folder → context → answers → baselines → matching → training → evaluation → saving → compared answers
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -9,16 +8,11 @@ Each stage stores its result in the run's folder. After an interruption the same
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-
-from torch import Tensor
 
 from softprompt_kernels.compress.compared_answers import compared_answers
 from softprompt_kernels.compress.config import CompressConfig
@@ -32,24 +26,18 @@ from softprompt_kernels.compress.matching.match import Matching, match, stored_l
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.sources.queries import save_queries, write_text
-from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.stage_times import StageTimes
-from softprompt_kernels.compress.teacher.answers import answer, hidden_states
+from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
-from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
 from softprompt_kernels.compress.teacher.rows import (
-    RowRecorder,
     Rows,
     delete_rows,
-    enough_examples,
-    read_rows,
-    row_bytes,
 )
+from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
-from softprompt_kernels.prompts.fingerprint import model_fingerprint
 
 
 class Interrupted(Exception):
@@ -101,32 +89,29 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     run = _Run(inputs, folder, context, reporter)
 
     with times("answers"):
-        examples = run.answer_queries()
-    evaluated = examples | {"train": run.sample(examples["train"])}
+        taught = Teaching(inputs, folder, context, reporter, run.matched).teach()
     with times("baselines"):
-        distances = run.measure(run.baselines(), evaluated)
+        distances = run.measure(run.baselines(), taught)
         for of_set in distances.values():
             check_context_matters(of_set["none"].kl)
 
-    with times("targets"):
-        targets, rows = run.read_answers(examples["train"])
     if prompt is None:
         with times("matching"):
-            prompt, seconds_before = run.match(rows)
+            prompt, seconds_before = run.match(taught.rows)
             times.replace_earlier("matching", seconds_before)
     students = run.initial_student(prompt)
     with times("training"):
-        seconds_before = run.train(prompt, examples["train"], targets, examples["heldout"])
+        seconds_before = run.train(prompt, taught)
         times.replace_earlier("training", seconds_before)
 
     with times("evaluation"):
         trained = prefix_of(inputs.model, prompt).detach()
-        for name, of_set in run.measure({**students, "prompt": trained}, evaluated).items():
+        for name, of_set in run.measure({**students, "prompt": trained}, taught).items():
             distances[name] |= of_set
         figures = run.figures(distances)
         run.save(prompt, figures)
     with times("answers_compared"):
-        write_text(folder.answers, compared_answers(inputs, trained, examples, reporter))
+        write_text(folder.answers, compared_answers(inputs, trained, taught.examples, reporter))
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
     return figures
@@ -141,14 +126,12 @@ class _Run:
         folder: where results are stored.
         context: the captured context.
         reporter: receives the progress.
-        states: the teacher's hidden states of the evaluated sets, by name, once they are known.
     """
 
     inputs: RunInputs
     folder: RunFolder
     context: Prefix
     reporter: Reporter
-    states: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -167,89 +150,30 @@ class _Run:
         # Training changes the prompt in place.
         return {"initial": Prefix.of((key.clone(), value.clone()) for key, value in prefix.layers)}
 
-    def answer_queries(self) -> dict[str, list[Example]]:
-        """The examples of each set of queries: read from the folder, or answered by the teacher and stored there."""
-        inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        queries = inputs.sets
-        with suppress(
-            OSError, ValueError, KeyError
-        ):  # no file yet, or one that a crash cut off: the teacher answers again
-            saved = json.loads(folder.examples.read_text(encoding="utf-8"))
-            return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in queries}
-        answers = iter(
-            answer(
-                inputs.model,
-                inputs.chat,
-                self.context,
-                [query for of_set in queries.values() for query in of_set],
-                new_tokens=config.new_tokens,
-                temperature=config.sample_temperature,
-                batch_size=config.sample_batch,
-                seed=config.seed,
-                reporter=self.reporter,
-            )
-        )
-        examples = {name: list(islice(answers, len(of_set))) for name, of_set in queries.items()}
-        folder.cache.mkdir(exist_ok=True)
-        texts = {name: inputs.as_text(examples[name]) for name in queries}
-        save_queries(
-            folder.queries,
-            {name: [replace(q, output=y) for q, y in zip(queries[name], texts[name], strict=True)] for name in queries},
-        )
-        token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in queries}
-        write_text(folder.examples, json.dumps(token_ids))
-        return examples
+    @property
+    def matched(self) -> bool:
+        """Whether the prompt is already matched, by an earlier call."""
+        return stored_match(self.context, self.folder.cache, self.key) is not None
 
-    def sample(self, train: list[Example]) -> list[Example]:
-        """The training examples that are evaluated."""
-        config = self.inputs.config
-        return random.Random(config.seed).sample(train, min(config.evaluation_sequences, len(train)))
-
-    def measure(
-        self, students: Mapping[str, Prefix | None], sets: Mapping[str, Sequence[Example]]
-    ) -> dict[str, dict[str, Distance]]:
+    def measure(self, students: Mapping[str, Prefix | None], taught: Taught) -> dict[str, dict[str, Distance]]:
         """The distance of each student from the teacher, on each set of examples.
 
-        The teacher reads a set once. Baselines of chosen tokens are not measured on the test set: they are there to
+        Baselines of chosen tokens, and the prompt before training, are not measured on the test set: they are there to
         be compared with on the held-out one.
         """
-        model, titles, distances = self.inputs.model, dict(SETS), {}
-        for name, examples in sets.items():
-            if name not in self.states:
-                label = f"Full context, {titles[name]} queries"
-                self.states[name] = hidden_states(model, self.context, examples, self.reporter, label)
-            chosen = {k: v for k, v in students.items() if name != "test" or k not in TOKEN_BASELINES}
+        titles, distances = dict(SETS), {}
+        for name, examples in taught.evaluated.items():
+            chosen = {k: v for k, v in students.items() if name != "test" or k not in (*TOKEN_BASELINES, "initial")}
             distances[name] = measure(
-                model, self.context, chosen, examples, self.reporter, titles[name], teacher=self.states[name]
+                self.inputs.model,
+                self.context,
+                chosen,
+                examples,
+                self.reporter,
+                titles[name],
+                teacher=taught.states[name],
             )
         return distances
-
-    def read_answers(self, train: Sequence[Example]) -> tuple[Targets | None, Rows | None]:
-        """What the teacher gives when it reads its answers once more: targets for training and rows for matching.
-
-        Either is None where the run does not need it, or no longer.
-        """
-        cache, config = self.folder.cache, self.inputs.config
-        matches = config.init == "matched" and stored_match(self.context, cache, self.key) is None
-        rows = read_rows(cache, self.key) if matches else None
-        recorder = self._row_recorder(train) if matches and rows is None else None
-        targets = self.teacher_targets(train, recorder) if config.steps else None
-        if recorder is None:
-            return targets, rows
-        if targets is None:
-            hidden_states(
-                self.inputs.model, self.context, recorder.examples, self.reporter, "Rows for matching", tap=recorder.tap
-            )
-        recorder.close(self.key)
-        return targets, read_rows(cache, self.key)
-
-    def _row_recorder(self, train: Sequence[Example]) -> RowRecorder:
-        config, model = self.inputs.config, self.inputs.model
-        delete_rows(self.folder.cache)
-        size = row_bytes(self.context, model.config.get_text_config().num_attention_heads)
-        if config.steps == 0 or self.inputs.objective.form is None:
-            train = enough_examples(train, config.matching_rows, config.seed)
-        return RowRecorder(self.folder.cache, train, config.matching_rows, size, config.seed)
 
     def match(self, rows: Rows | None) -> tuple[KVPrompt, float]:
         """The prompt that is fitted to the rows, group by group of the layers; finished groups are read back.
@@ -281,32 +205,7 @@ class _Run:
         delete_rows(folder.cache)
         return matched_prompt(self.inputs, self.context, matched), seconds_before
 
-    def teacher_targets(self, train: Sequence[Example], recorder: RowRecorder | None) -> Targets | None:
-        """The teacher's moments or hidden states; None for an objective that needs neither."""
-        inputs = self.inputs
-        form = inputs.objective.form
-        if form is None:
-            return None
-        return cached_targets(
-            self.folder.cache,
-            {
-                "model": model_fingerprint(inputs.model),
-                "dtype": str(inputs.model.dtype),
-                "context": inputs.context_ids.tolist(),
-            },
-            inputs.model,
-            inputs.objective.head,
-            self.context,
-            train,
-            form=form,
-            temperature=inputs.config.loss_temperature,
-            reporter=self.reporter,
-            recorder=recorder,
-        )
-
-    def train(
-        self, prompt: Prompt, train: Sequence[Example], targets: Targets | None, heldout: Sequence[Example]
-    ) -> float:
+    def train(self, prompt: Prompt, taught: Taught) -> float:
         """Train to the last step, from the checkpoint if there is one.
 
         Returns:
@@ -318,8 +217,8 @@ class _Run:
         trainer = Trainer(
             inputs.model,
             prompt,
-            train,
-            targets,
+            taught.examples["train"],
+            taught.targets,
             inputs.objective,
             Schedule(config.steps, config.learning_rate, config.warmup_steps),
             batch_size=config.batch_size,
@@ -334,7 +233,8 @@ class _Run:
             self.reporter.message(f"Resuming from step {trainer.step}.")
         seconds_before = folder.drop_metrics_after(trainer.step)
         head = head_of(inputs.model)
-        teacher = self.states["heldout"] if config.evaluate_every else None
+        heldout = taught.examples["heldout"]
+        teacher = taught.states["heldout"] if config.evaluate_every else None
 
         with (
             folder.metrics.open("a", encoding="utf-8") as metrics,

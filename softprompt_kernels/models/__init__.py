@@ -6,10 +6,16 @@ from softprompt_kernels.models.generate import generate
 from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.prepare import prepare, release
 from softprompt_kernels.models.rope import check_fixed_frequencies, shift_keys
-from softprompt_kernels.models.sample import sample
+from softprompt_kernels.models.sample import Continuation, sample
+from softprompt_kernels.models.tap import FedTokens, QueryRecorder, QueryTap, ScoreFunction
 
 __all__ = [
+    "Continuation",
+    "FedTokens",
     "Head",
+    "QueryRecorder",
+    "QueryTap",
+    "ScoreFunction",
     "capture",
     "check_fixed_frequencies",
     "embed_prefix",

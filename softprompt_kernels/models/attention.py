@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.padding import Packing, Placement, compaction, gather_tokens, is_right_padded
+from softprompt_kernels.models.tap import QueryTap, ScoreFunction
 from softprompt_kernels.ops import prompt_attention
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -32,35 +33,6 @@ class KeyValueSink(Protocol):
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         """`key [B, Hkv, N, D]` after the rotary embedding, `value [B, Hkv, N, Dv]`."""
-
-
-@dataclass(frozen=True)
-class ScoreFunction:
-    """How a layer turns q·k into a score: `softcap·tanh(scale·q·k / softcap)`, over the last `window` positions."""
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-
-
-class QuerySink(Protocol):
-    """Receives the queries of each layer, and what the attention gave them."""
-
-    def put(self, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
-        """`query [n, Hq, D]` after the rotary embedding, `out [n, Hq, Dv]`, `lse [n, Hq]` fp32 over all keys."""
-
-
-@dataclass(frozen=True, eq=False)
-class QueryTap:
-    """Hands the queries of some tokens to a sink.
-
-    Args:
-        tokens: `[n]` int64, indices into the flattened `[B·M]` tokens of the forward.
-        sink: receives them, layer by layer.
-    """
-
-    tokens: Tensor
-    sink: QuerySink
 
 
 class OwnTokens(Protocol):
@@ -82,7 +54,7 @@ class Call:
         packing: where the S sequences begin in a packed batch. Then prompt_index has shape `[S]`, and key_lengths and
             placement are None.
         sink: receives own keys and values, None to drop them.
-        tap: hands out queries and their results, None for none. Only for a forward without `placement`.
+        tap: hands out queries and their results, None for none.
         own: adds the keys and values of earlier own tokens; None if there are none.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
     """
@@ -170,10 +142,9 @@ def attend(
     placement, lengths = call.placement, None if call.prefix is None else call.prefix.lengths
     if query.shape[2] == 1 and window is None:
         placement = None  # the only query is the last token: it sees all real keys at any position
-    if placement is not None:
-        query = gather_tokens(query, placement.query_of_slot)
+    placed = query if placement is None else gather_tokens(query, placement.query_of_slot)
     result = prompt_attention(
-        query,
+        placed,
         key,
         value,
         prompt_key,
@@ -188,14 +159,14 @@ def attend(
         scale=scaling,
         return_lse=call.tap is not None,
     )
-    if call.tap is None:
-        out = cast(Tensor, result)
-    else:
-        out, lse = cast(tuple[Tensor, Tensor], result)
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        _hand_out(call.tap, module.layer_idx, query, out, lse, ScoreFunction(scale, softcap, sliding_window))
+    out, lse = (cast(Tensor, result), None) if call.tap is None else cast(tuple[Tensor, Tensor], result)
     if placement is not None:
         out = gather_tokens(out, placement.slot_of_query)
+    if call.tap is not None and lse is not None:
+        if placement is not None:
+            lse = gather_tokens(lse[..., None], placement.slot_of_query)[..., 0]
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        _hand_out(call.tap, module.layer_idx, query, out, lse, ScoreFunction(scale, softcap, sliding_window))
     return out.transpose(1, 2).contiguous(), None
 
 

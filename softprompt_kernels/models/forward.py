@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.attention import Call, QueryTap
+from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
+from softprompt_kernels.models.tap import QueryTap
 from softprompt_kernels.ops.prompt_attention import packs_sequences
 from softprompt_kernels.prompts.prefix import Prefix
 

@@ -31,6 +31,7 @@ from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.padding import Packing, Placement
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.models.rows import NextTokens, OwnRows, PromptTokens
+from softprompt_kernels.models.tap import FedTokens, QueryRecorder, QueryTap
 from softprompt_kernels.ops.prompt_attention import packs_sequences
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -39,6 +40,21 @@ _PREFILL_TOKENS = 1024
 
 _REFILL = 8
 """New inputs join when 1 / `_REFILL` of the batch is free: few tokens at a time use the processor badly."""
+
+
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """What was sampled for one input.
+
+    Args:
+        index: of the input.
+        tokens: the n new tokens, with the end token if there is one.
+        hidden: `[n, d]` in the model's dtype, the last hidden states that predicted them.
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    hidden: Tensor
 
 
 def sample(
@@ -51,7 +67,8 @@ def sample(
     end_tokens: Collection[int] = (),
     batch_size: int = 64,
     seed: int = 0,
-) -> Iterator[tuple[int, tuple[int, ...]]]:
+    recorder: QueryRecorder | None = None,
+) -> Iterator[Continuation]:
     """Continue each input after a prefix that all share, without top-k or top-p.
 
     What is sampled for an input depends on its tokens, the seed and how many equal inputs come before it, and not on
@@ -67,10 +84,11 @@ def sample(
         end_tokens: a continuation ends with the first of these.
         batch_size: the largest number of inputs that are continued at a time.
         seed: of sampling, 0 or more.
+        recorder: chooses tokens whose queries are watched; an input's index is the number of its sequence. None
+            watches nothing.
 
     Returns:
-        An iterator of pairs: the index of an input, and its new tokens, with the end token if there is one. A pair
-        comes when its continuation has ended.
+        An iterator of continuations. Each comes when it has ended.
 
     Raises:
         SoftPromptError: an argument is out of range, the model is not prepared or has no head, the prefix belongs to
@@ -92,7 +110,8 @@ def sample(
         longest = max(map(len, inputs))
         check_inputs(model, torch.empty(1, longest, dtype=torch.int64), prefix, None, None, new_tokens)
     ids = [tuple(tokens) for tokens in inputs]
-    sampler = _Sampler(model, head, prefix, min(batch_size, len(ids)), new_tokens, temperature, frozenset(end_tokens))
+    ends = frozenset(end_tokens)
+    sampler = _Sampler(model, head, prefix, min(batch_size, len(ids)), new_tokens, temperature, ends, recorder)
     seen: Counter[tuple[int, ...]] = Counter()
     rows = []
     for index in sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i])):
@@ -106,14 +125,15 @@ def _digest(tokens: tuple[int, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(tokens).encode(), digest_size=8).digest(), "big")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
-    """One input, its new tokens, and its own random numbers."""
+    """One input, its new tokens with the hidden states `[d]` that predicted them, and its own random numbers."""
 
     index: int
     input: tuple[int, ...]
     seed: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random: np.random.Generator | None = None
@@ -142,15 +162,16 @@ class _Sampler:
         new_tokens: int,
         temperature: float,
         ends: frozenset[int],
+        recorder: QueryRecorder | None,
     ) -> None:
-        self.model, self.head, self.prefix = model, head, prefix
+        self.model, self.head, self.prefix, self.recorder = model, head, prefix, recorder
         self.batch_size, self.new_tokens, self.temperature, self.ends = batch_size, new_tokens, temperature, ends
         self.packs = packs_sequences(head_size(model), model.dtype, model.device)
         self.rows: list[_Row] = []
         self.cache = OwnRows(batch_size)
 
     @torch.no_grad()
-    def run(self, waiting: list[_Row]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def run(self, waiting: list[_Row]) -> Iterator[Continuation]:
         """Continue all rows. Rows of similar lengths should be neighbours, equal inputs too."""
         window: int | None = getattr(self.model.config, "sliding_window", None)
         own = max((len(row.input) for row in waiting), default=0) + self.new_tokens
@@ -200,14 +221,18 @@ class _Sampler:
         source = torch.cat([starts[numbers[row.input]] + c for row, c in zip(new, columns, strict=True)])
         device = self.model.device
         sink = PromptTokens(self.cache, target.to(device), source.to(device))
+        sharing: dict[tuple[int, ...], list[int]] = {}
+        for row in new:
+            sharing.setdefault(row.input, []).append(row.index)
+        tap = self._tap([FedTokens(tuple(rows), x, 0, int(starts[numbers[x]])) for x, rows in sharing.items()])
         ids = ids.to(device)
         positions = first_position(self.prefix, None, ids)
         if packed:
             packing = Packing.of(mask, device)
-            call = Call(self.prefix, packing=packing, sink=sink)
+            call = Call(self.prefix, packing=packing, sink=sink, tap=tap)
             ids, positions = packing.pack(ids), packing.pack(positions + packing.own_positions)
         else:
-            call = Call(self.prefix, key_lengths=None if bool(mask.all()) else lengths.to(device), sink=sink)
+            call = Call(self.prefix, key_lengths=None if bool(mask.all()) else lengths.to(device), sink=sink, tap=tap)
             positions = positions + torch.arange(width, device=device)
         hidden = run_base(self.model, call, positions, input_ids=ids).flatten(0, 1)
         self.rows += new
@@ -226,9 +251,18 @@ class _Sampler:
             lengths = columns + 1
             placement = Placement.at_row_ends(lengths, longest, 1, padding)  # used by layers with a window alone
         own = NextTokens(self.cache, target, longest)
-        call = Call(self.prefix, key_lengths=lengths, placement=placement, own=own)
+        tap = self._tap(
+            [
+                FedTokens((r.index,), (r.tokens[-1],), c, i)
+                for i, (r, c) in enumerate(zip(self.rows, cached, strict=True))
+            ]
+        )
+        call = Call(self.prefix, key_lengths=lengths, placement=placement, own=own, tap=tap)
         positions = first_position(self.prefix, None, ids) + columns[:, None]
         return run_base(self.model, call, positions, input_ids=ids)[:, 0]
+
+    def _tap(self, fed: list[FedTokens]) -> QueryTap | None:
+        return None if self.recorder is None else self.recorder.tap(fed)
 
     def _append(self, rows: list[_Row], hidden: Tensor) -> None:
         """Add the next token to each row, from its `hidden [n, d]`."""
@@ -238,16 +272,17 @@ class _Sampler:
         else:
             uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64)
             drawn = _draw(logits, self.temperature, uniform.to(logits.device))
-        for row, token in zip(rows, drawn.tolist(), strict=True):
+        for row, token, state in zip(rows, drawn.tolist(), hidden.unbind(), strict=True):
             if token < 0:
                 raise SoftPromptError(
                     f"model: its logits after inputs[{row.index}] and {len(row.tokens)} new tokens are not finite, "
                     "accepted are finite logits: check its weights, its dtype and the prefix"
                 )
             row.tokens.append(token)
+            row.hidden.append(state)
 
-    def _remove_ended(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Take the rows that have ended out of the batch, and return them as pairs of index and new tokens.
+    def _remove_ended(self) -> list[Continuation]:
+        """Take the rows that have ended out of the batch, and return what they got.
 
         The last rows take their places in the cache.
         """
@@ -259,7 +294,8 @@ class _Sampler:
         sources = [i for i in range(left, len(self.rows)) if i not in leaving]
         targets = [i for i in ended if i < left]
         self.cache.move(sources, targets)
-        found = [(self.rows[i].index, tuple(self.rows[i].tokens)) for i in ended]
+        rows = [self.rows[i] for i in ended]
+        found = [Continuation(row.index, tuple(row.tokens), torch.stack(row.hidden)) for row in rows]
         for source, target in zip(sources, targets, strict=True):
             self.rows[target] = self.rows[source]
         del self.rows[left:]

@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress import CompressConfig, load_model
+from softprompt_kernels.compress import CompressConfig, SilentReporter, load_model
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.models import capture
+from softprompt_kernels.compress.teacher.answers import watch
+from softprompt_kernels.compress.teacher.moments_cache import Targets, TargetWriter, read_targets
+from softprompt_kernels.compress.teacher.recording import Recording
+from softprompt_kernels.models import Head, capture, head_of
 from softprompt_kernels.prompts import Prefix
 
 TEXT = "Mira Vale keeps the blue mill. It grinds 40 sacks a day. The river Osk turns it. Visitors pay 3 crowns."
@@ -145,3 +148,30 @@ def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def make_targets(
+    tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel, context: Prefix, examples: list[Example]
+) -> Any:
+    """`make_targets(form="hidden")`: the targets of the examples, written and read back. Options change what of."""
+    default = tmp_path_factory.mktemp("targets")
+
+    def make(
+        *,
+        form: Any = "moments",
+        temperature: float = 1.0,
+        head: Head | None = None,
+        examples: list[Example] = examples,
+        folder: Path = default,
+    ) -> Targets:
+        head = head or head_of(model)
+        writer = TargetWriter(folder, head, form, temperature)
+        recording = Recording(len(examples), targets=writer)
+        watch(model, context, examples, range(len(examples)), recording, SilentReporter(), "")
+        writer.close("this")
+        found = read_targets(folder, "this", head, form, temperature)
+        assert found is not None
+        return found
+
+    return make

@@ -1,5 +1,6 @@
 """The dry run: it measures a few queries in memory, and writes nothing."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,21 @@ def test_a_plan_grows_with_the_steps_of_matching(make_config: Make) -> None:
     assert 0 < few < many / 10
 
 
-def test_a_plan_has_one_pass_of_the_teacher_for_targets_and_rows(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch
+def test_a_plan_counts_a_pass_over_given_outputs_alone(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "time", FixedClock())  # each measurement takes one second
+    queries = tmp_path / "given.jsonl"
 
-    def pass_seconds(**options: Any) -> float:
-        return plan(make_config(**options)).estimated_seconds["teacher's targets"]
+    def answer_seconds(given: int, **options: Any) -> float:
+        lines = [{"input": f"Question {i}?"} | ({"output": "Mira Vale."} if i < given else {}) for i in range(6)]
+        queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return plan(make_config(queries=queries, heldout_share=0.34, seed=1, **options)).estimated_seconds["answers"]
 
-    both = pass_seconds()
-    assert both == pass_seconds(init="strided") > 0
-    assert pass_seconds(objective="nll") == both, "four examples have fewer tokens than twice the rows"
-    assert pass_seconds(matching_rows=10, steps=0) == both / 4, "one example has enough tokens"
-    assert pass_seconds(init="strided", steps=0) == pass_seconds(init="strided", objective="nll") == 0
+    trained = [answer_seconds(given) for given in (0, 6)]
+    untrained = [answer_seconds(given, init="strided", steps=0) for given in (0, 6)]
+    assert trained[0] == untrained[0] > 0
+    assert trained[1] > untrained[1] == 0
 
 
 def test_the_tokens_of_a_run_limit_the_rows_that_a_plan_counts(

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress import CompressConfig, Interrupted, compress
+from softprompt_kernels.compress import CompressConfig, Interrupted, compress, teaching
 from softprompt_kernels.compress import run as module
 from softprompt_kernels.compress.matching import match as matching
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import evaluation_table
+from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import KVPrompt, load
 
@@ -25,7 +26,7 @@ Make = Callable[..., CompressConfig]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
-TARGETS = "Teacher's targets, part 1 of 1"
+READING = "Teacher's targets"
 LAYERS = 2  # of the model
 
 
@@ -70,7 +71,7 @@ def test_by_default_a_prompt_is_matched_and_then_trained(make_config: Make, reco
     figures = compress(config, reporter)
     assert config.init == "matched"
     assert figures["start"] == "initial"
-    assert list(figures["stages"])[4:7] == ["targets", "matching", "training"]
+    assert list(figures["stages"])[2:6] == ["answers", "baselines", "matching", "training"]
     for part in (figures["train"], figures["heldout"]):
         assert {"kl_initial", "top1_agreement_initial", "kl_prompt", "kl_untrained"} <= set(part)
     assert figures["train"]["kl_initial"] != figures["train"]["kl_prompt"]
@@ -89,15 +90,24 @@ def test_a_matched_prompt_is_nearer_to_the_full_context_than_tokens_of_it(make_c
     assert figures["kl_initial"] < 0.7 * min(figures["kl_untrained"], figures["kl_truncated"])
 
 
-def test_the_teacher_reads_its_answers_once_for_targets_and_rows(make_config: Make, recording_reporter: Any) -> None:
-    trained, untrained, likelihood = recording_reporter(), recording_reporter(), recording_reporter()
-    output = make_config().output
-    compress(make_config(), trained)
-    compress(make_config(steps=0, output=output.with_name("untrained")), untrained)
-    compress(make_config(objective="nll", output=output.with_name("likelihood")), likelihood)
-    assert TARGETS in trained.done and "Rows for matching" not in trained.done
-    for reporter in (untrained, likelihood):
-        assert TARGETS not in reporter.done and reporter.done["Rows for matching"] == 4
+def test_the_teacher_does_not_read_what_it_wrote(make_config: Make, recording_reporter: Any) -> None:
+    for name, options in {"trained": {}, "untrained": {"steps": 0}, "likelihood": {"objective": "nll"}}.items():
+        reporter = recording_reporter()
+        compress(make_config(output=make_config().output.with_name(name), **options), reporter)
+        assert READING not in reporter.done and not any(stage.startswith("Full context") for stage in reporter.done)
+
+
+def test_the_teacher_reads_given_outputs_once(make_config: Make, recording_reporter: Any, tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    compress(config)
+    asked = load_queries(config.output / "queries.jsonl")
+    given = [query for query in asked if query.input != "What turns it?"]  # one is left to the teacher
+    lines = [json.dumps({"input": q.input, **({"output": q.output} if q in given else {})}) for q in asked]
+    (tmp_path / "queries.jsonl").write_text("\n".join(lines))
+    reporter = recording_reporter()
+    figures = compress(make_config(steps=1, output=tmp_path / "given"), reporter)
+    assert reporter.done[READING] == len(given) == 5
+    assert figures["heldout"]["kl_none"] > 0
 
 
 @pytest.mark.parametrize(("matching_steps", "steps"), [(10, 0), (0, 2), (0, 0)])
@@ -203,29 +213,25 @@ def test_ctrl_c_during_matching_keeps_the_finished_layers(
     assert row_files(config.output), "the teacher need not read its answers again"
     reporter = recording_reporter()
     compress(config, reporter)
-    assert TARGETS not in reporter.done
+    assert READING not in reporter.done
     assert_same_run(config.output, uninterrupted.output)
 
 
 @pytest.mark.parametrize("steps", [0, 5])
-@pytest.mark.parametrize("stage", ["the teacher's pass", "before the rows are deleted"])
+@pytest.mark.parametrize("stage", ["the teacher's answers", "before the rows are deleted"])
 def test_a_run_that_is_interrupted_around_matching_ends_with_the_same_bits(
     make_config: Make, tmp_path: Path, recording_reporter: Any, monkeypatch: pytest.MonkeyPatch, stage: str, steps: int
 ) -> None:
     uninterrupted = make_config(steps=steps, output=tmp_path / "uninterrupted")
     compress(uninterrupted)
     config = make_config(steps=steps)
-    if stage == "the teacher's pass":
-        name = TARGETS if steps else "Rows for matching"
+    if stage == "the teacher's answers":
         with pytest.raises(KeyboardInterrupt):
-            compress(config, recording_reporter(name, 4))
+            compress(config, recording_reporter("Teacher's answers", 4))
     else:
-        calls: list[Path] = []
 
         def delete_rows(folder: Path) -> None:
-            calls.append(folder)
-            if len(calls) == 2:  # the first is before the pass
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
             patch.setattr(module, "delete_rows", delete_rows)
@@ -302,7 +308,7 @@ def test_frequencies_that_depend_on_the_length_are_refused_before_any_work(
 
 
 def test_rows_of_which_some_are_not_finite_are_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = module.read_rows
+    read = teaching.read_rows
 
     class Broken:
         def __init__(self, rows: Any) -> None:
@@ -316,7 +322,7 @@ def test_rows_of_which_some_are_not_finite_are_refused(make_config: Make, monkey
         rows = read(folder, key)
         return None if rows is None else Broken(rows)
 
-    monkeypatch.setattr(module, "read_rows", broken)
+    monkeypatch.setattr(teaching, "read_rows", broken)
     config = make_config()
     with pytest.raises(SoftPromptError, match=r"model: the queries of a layer's attention .* are not finite"):
         compress(config)

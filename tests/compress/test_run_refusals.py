@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from softprompt_kernels.compress import CompressConfig, compress
-from softprompt_kernels.compress import run as module
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
@@ -147,6 +146,6 @@ def test_an_initialisation_that_the_model_cannot_have_is_refused_before_the_teac
         raise SoftPromptError("cannot be moved")
 
     monkeypatch.setattr("softprompt_kernels.compress.teacher.context.shift_keys", refuse)
-    monkeypatch.setattr(module, "answer", None)
+    monkeypatch.setattr("softprompt_kernels.compress.teaching.answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
         compress(make_config(init="strided"))

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.models import capture, forward, prepare, prompted_hidden
-from softprompt_kernels.models.attention import QueryTap, ScoreFunction
 from softprompt_kernels.models.capture import embed_prefix
+from softprompt_kernels.models.tap import QueryTap, ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
 Maker = Callable[..., PreTrainedModel]

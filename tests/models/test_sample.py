@@ -1,6 +1,8 @@
 """Sampling behind a shared prefix: its tokens against `generate` and the softmax, and which tokens the model is fed."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import capture, generate, prepare, prompted_logits, sample
+from softprompt_kernels.models import (
+    FedTokens,
+    QueryTap,
+    capture,
+    generate,
+    prepare,
+    prompted_hidden,
+    prompted_logits,
+    sample,
+)
 from softprompt_kernels.models.rows import OwnRows
 from softprompt_kernels.prompts import Prefix
 
@@ -47,9 +58,9 @@ def fed() -> Callable[[PreTrainedModel], list[tuple[int, ...]]]:
 
 def run(model: PreTrainedModel, inputs: list[list[int]], prefix: Prefix | None, **options) -> list[tuple[int, ...]]:
     """The new tokens of every input, in the order of the inputs."""
-    pairs = list(sample(model, inputs, prefix, **({"new_tokens": NEW} | options)))
-    assert sorted(index for index, _ in pairs) == list(range(len(inputs)))
-    return [new for _, new in sorted(pairs)]
+    found = {new.index: new.tokens for new in sample(model, inputs, prefix, **({"new_tokens": NEW} | options))}
+    assert sorted(found) == list(range(len(inputs)))
+    return [found[index] for index in range(len(inputs))]
 
 
 def greedy(model: PreTrainedModel, inputs: list[list[int]], prefix: Prefix | None, ends: set[int]) -> list:
@@ -238,3 +249,40 @@ def test_logits_that_are_not_finite_are_reported(prepared, inputs, temperature):
     model.lm_head.weight[5] = torch.nan
     with pytest.raises(SoftPromptError, match=r"logits after inputs\[\d\] and 0 new tokens are not finite"):
         run(model, inputs, None, temperature=temperature)
+
+
+class Everything:
+    """Records all tokens: for each layer and sequence the rows by own position. A `QueryRecorder` and a `QuerySink`."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[tuple[int, ...], int]] = []
+        self.rows: dict[tuple[int, int, int], tuple[Tensor, ...]] = {}
+
+    def tap(self, fed: Sequence[FedTokens]) -> QueryTap:
+        self.places = [(part.sequences, part.start + index) for part in fed for index in range(len(part.tokens))]
+        return QueryTap(torch.tensor([part.place + index for part in fed for index in range(len(part.tokens))]), self)
+
+    def put(self, layer: int, *found: Any) -> None:
+        for (sequences, position), *row in zip(self.places, *found[:3], strict=True):
+            for sequence in sequences:
+                self.rows[layer, sequence, position] = tuple(row)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_recorded_is_what_the_finished_sequences_give(family, prepared, tokens, inputs, packed, monkeypatch):
+    monkeypatch.setattr(sys.modules[sample.__module__], "packs_sequences", lambda *_: packed)
+    model = prepared(family)
+    prefix = capture(model, tokens(1, 9))
+    inputs = [*inputs, inputs[1]]  # two sequences share an input
+    recorder = Everything()
+    found = {new.index: new for new in sample(model, inputs, prefix, new_tokens=NEW, batch_size=4, recorder=recorder)}
+    for index, ids in enumerate(inputs):
+        fed = torch.tensor([[*ids, *found[index].tokens[:-1]]])
+        alone = Everything()
+        tap = alone.tap([FedTokens((index,), tuple(fed[0].tolist()), 0, 0)])
+        with torch.no_grad():
+            hidden = prompted_hidden(model, fed, prefix, tap=tap)
+        torch.testing.assert_close(found[index].hidden, hidden[0, len(ids) - 1 :], rtol=1e-4, atol=1e-5)
+        for key, row in alone.rows.items():
+            torch.testing.assert_close(recorder.rows[key], row, rtol=1e-4, atol=1e-5)
+    assert len(recorder.rows) == model.config.num_hidden_layers * sum(len(ids) + NEW - 1 for ids in inputs)

@@ -11,6 +11,7 @@ the context does not matter for these queries: "recovered" would divide noise by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
-from softprompt_kernels.ops import linear_kl_div
+from softprompt_kernels.ops import kl_div
 from softprompt_kernels.prompts import Prefix
 
 NEGLIGIBLE_KL = 1e-3
@@ -43,22 +44,38 @@ class Distance:
     tokens: int
 
 
-@torch.no_grad()
 def distance(head: Head, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Distance:
     """The distance between the hidden states `[n_i, d]` of student and teacher, one tensor for each example."""
-    student_rows, teacher_rows = torch.cat(list(student)), torch.cat(list(teacher))
-    kl = linear_kl_div(
-        student_rows, teacher_rows, head.weight, bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale
-    )
+    return distances(head, {"student": student}, teacher)["student"]
+
+
+@torch.no_grad()
+def distances(head: Head, students: Mapping[str, Sequence[Tensor]], teacher: Sequence[Tensor]) -> dict[str, Distance]:
+    """The distances of several students, by their keys. The teacher's logits are computed once for all of them.
+
+    Args:
+        head: of the model.
+        students, teacher: hidden states `[n_i, d]`, one tensor for each example.
+    """
     # Logits in fp32: rounded to 16 bits, different logits become equal, and argmax takes the lower token.
     exact = replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
-    agreement = gap = 0.0
-    for s, t in zip(student_rows.split(_ROWS), teacher_rows.split(_ROWS), strict=True):
-        student_logits, teacher_logits = exact.logits(s.float()), exact.logits(t.float())
-        agreement += float((student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum())
-        gap += float((_entropy(student_logits) - _entropy(teacher_logits)).sum())
-    tokens = student_rows.shape[0]
-    return Distance(float(kl), agreement / tokens, gap / tokens, tokens)
+    teacher_rows = torch.cat(list(teacher))
+    rows = {name: torch.cat(list(hidden)).split(_ROWS) for name, hidden in students.items()}
+    sums = {name: [0.0, 0.0, 0.0] for name in students}
+    for index, part in enumerate(teacher_rows.split(_ROWS)):
+        teacher_logits = exact.logits(part.float())
+        top, teacher_entropy = teacher_logits.argmax(-1), _entropy(teacher_logits)
+        for name, parts in rows.items():
+            logits = exact.logits(parts[index].float())
+            found = sums[name]
+            found[0] += float(kl_div(logits, teacher_logits, reduction="sum"))
+            found[1] += float((logits.argmax(-1) == top).sum())
+            found[2] += _entropy(logits) - teacher_entropy
+    tokens = teacher_rows.shape[0]
+    return {
+        name: Distance(kl / tokens, agreement / tokens, gap / tokens, tokens)
+        for name, (kl, agreement, gap) in sums.items()
+    }
 
 
 def measure(
@@ -88,14 +105,11 @@ def measure(
     head, names = head_of(model), {key: label[0].upper() + label[1:] for key, label in STUDENT_NAMES.items()}
     if teacher is None:
         teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
-    return {
-        student: distance(
-            head,
-            hidden_states(model, prefix, examples, reporter, f"{names.get(student, student)}, {name} queries"),
-            teacher,
-        )
+    hidden = {
+        student: hidden_states(model, prefix, examples, reporter, f"{names.get(student, student)}, {name} queries")
         for student, prefix in students.items()
     }
+    return distances(head, hidden, teacher)
 
 
 def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:
@@ -128,7 +142,7 @@ def check_context_matters(kl_none: float) -> None:
         )
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """`[n]`: the entropy of each row of logits `[n, V]`, nats."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
+def _entropy(logits: Tensor) -> float:
+    """The sum of the entropies of the rows of logits `[n, V]`, nats: H(p) = ln V − KL(p ‖ uniform)."""
+    rows, vocabulary = logits.shape
+    return rows * math.log(vocabulary) - float(kl_div(torch.zeros_like(logits), logits, reduction="sum"))

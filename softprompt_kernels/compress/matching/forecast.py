@@ -1,10 +1,11 @@
-"""An estimate of how long `match` takes, measured on one layer and a few rows.
+"""An estimate of how long `match` takes, measured on one layer of each kind and a few rows.
 
-    seconds = layers · (closed form of a layer + refinement steps · one step of a layer)
+    seconds = Σ over kinds of layers · (closed form of a layer + refinement steps · one step of a layer)
 
-The rows of a few examples are recorded in the first layer, and repeated. The closed form is timed with two numbers of
-rows, because only a part of it grows with them. Reading rows from disk is not counted, and layers that are refined
-together may be faster on a GPU.
+Layers are of one kind when they have the same score function, and so the same window, and heads of the same shape. The
+rows of a few examples are recorded in the first layer of each kind, and repeated. The closed form is timed with two
+numbers of rows, because only a part of it grows with them. Reading rows from disk is not counted, and layers that are
+refined together may be faster on a GPU.
 
 Memory: `MEASURED_ROWS` rows of one layer.
 """
@@ -25,9 +26,9 @@ from softprompt_kernels.compress.matching.parts import Parts, split
 from softprompt_kernels.compress.matching.refine import RefineRows, refine
 from softprompt_kernels.compress.reporter import SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import watch
 from softprompt_kernels.compress.teacher.rows import LayerRows
-from softprompt_kernels.models.attention import QueryTap, ScoreFunction
+from softprompt_kernels.models import FedTokens, QueryTap, ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
 MEASURED_ROWS = 1024
@@ -47,10 +48,17 @@ def matching_seconds(
         settings: of the run.
         rows: of the run.
     """
+    seconds = 0.0
+    for layers, recorded in _kinds(model, context, examples):
+        key, value = (tensor[0] for tensor in context.layers[layers[0]])
+        seconds += len(layers) * _layer_seconds(recorded, key, value, settings, rows)
+    return seconds
+
+
+def _layer_seconds(recorded: LayerRows, key: Tensor, value: Tensor, settings: Matching, rows: int) -> float:
+    """Seconds of one layer, whose context has this key `[Hkv, C, D]` and value `[Hkv, C, Dv]`."""
     most = min(rows, MEASURED_ROWS)
-    recorded = _first_layer(model, context, examples)
-    recorded = recorded.take(torch.arange(most, device=context.device) % recorded.count)
-    key, value = (tensor[0] for tensor in context.layers[0])
+    recorded = recorded.take(torch.arange(most, device=key.device) % recorded.count)
 
     def closed_form(count: int) -> tuple[Parts, tuple[Tensor, Tensor]]:
         some = recorded.take(slice(count))
@@ -81,39 +89,48 @@ def matching_seconds(
         refined(1)
         step_seconds, _ = _timed(lambda: refined(MEASURED_STEPS))
         seconds += settings.steps * step_seconds / MEASURED_STEPS
-    return context.num_layers * seconds
+    return seconds
 
 
-class _FirstLayer:
-    """Keeps the rows of layer 0. A `QuerySink`."""
+class _Kinds:
+    """Keeps the rows of the first layer of each kind. A `Recorder` and a `QuerySink`."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.scores: ScoreFunction | None = None
+        self.layers: dict[tuple[ScoreFunction, tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        self.rows: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.offsets: list[Tensor] = []
+
+    def tap(self, fed: Sequence[FedTokens]) -> QueryTap:
+        """All tokens."""
+        places = []
+        for part in fed:
+            own = torch.arange(len(part.tokens))
+            self.offsets.append(part.start + own)
+            places.append(part.place + own)
+        return QueryTap(torch.cat(places), self)
 
     def put(self, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
         """Keep the rows of a batch."""
-        if layer == 0:
-            self.rows.append((query.detach(), out.detach(), lse.detach()))
-            self.scores = scores
+        own = self.layers.setdefault((scores, query.shape[1:], out.shape[1:]), [])
+        if layer not in own:
+            own.append(layer)
+        if layer == own[0]:
+            self.rows.setdefault(layer, []).append((query.detach(), out.detach(), lse.detach()))
+
+    def add(self, number: int, hidden: Tensor) -> None:
+        """Hidden states are not kept."""
 
 
-def _first_layer(model: PreTrainedModel, context: Prefix, examples: Sequence[Example]) -> LayerRows:
-    sink = _FirstLayer()
-    offsets: list[Tensor] = []
-
-    def tap(group: Sequence[int]) -> QueryTap:
-        lengths = [examples[index].length for index in group]
-        own = [torch.arange(length) for length in lengths]
-        offsets.extend(own)
-        return QueryTap(torch.cat([row * max(lengths) + part for row, part in enumerate(own)]), sink)
-
-    hidden_states(model, context, examples, SilentReporter(), "", tap=tap)
-    query, out, lse = (
-        torch.cat(parts).to(torch.float32).transpose(0, 1).contiguous() for parts in zip(*sink.rows, strict=True)
-    )
-    assert sink.scores is not None
-    return LayerRows(query, out, lse, torch.cat(offsets).to(query.device), sink.scores)
+def _kinds(model: PreTrainedModel, context: Prefix, examples: Sequence[Example]) -> list[tuple[list[int], LayerRows]]:
+    """The layers of each kind, and the rows of the first of them."""
+    kinds = _Kinds()
+    watch(model, context, examples, range(len(examples)), kinds, SilentReporter(), "")
+    found = []
+    for (scores, *_), layers in kinds.layers.items():
+        parts = zip(*kinds.rows[layers[0]], strict=True)
+        query, out, lse = (torch.cat(part).to(torch.float32).transpose(0, 1).contiguous() for part in parts)
+        found.append((layers, LayerRows(query, out, lse, torch.cat(kinds.offsets).to(query.device), scores)))
+    return found
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

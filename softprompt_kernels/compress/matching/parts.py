@@ -27,7 +27,7 @@ from torch import Tensor
 
 from softprompt_kernels.compress.teacher.rows import LayerRows
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.attention import ScoreFunction
+from softprompt_kernels.models.tap import ScoreFunction
 from softprompt_kernels.ops import prompt_attention
 
 LARGEST_LOG_SHARE = -1e-6  # a < 1: where the context is all that a query looks at, rounding may put Λ above Λ_all

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from softprompt_kernels.compress.matching.parts import Parts, attend_prompts
 from softprompt_kernels.compress.teacher.rows import LayerRows
-from softprompt_kernels.models.attention import ScoreFunction
+from softprompt_kernels.models.tap import ScoreFunction
 
 BETAS = (0.9, 0.99)
 WARMUP_STEPS = 20  # without them, Adam's first steps undo a part of the closed form

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.models import prompted_hidden
-from softprompt_kernels.models.attention import QueryTap
+from softprompt_kernels.models import QueryTap, prompted_hidden
 from softprompt_kernels.prompts import Prefix
 
 

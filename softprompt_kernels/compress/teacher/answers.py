@@ -6,7 +6,9 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,12 +18,18 @@ from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
-from softprompt_kernels.models import sample
-from softprompt_kernels.models.attention import QueryTap
+from softprompt_kernels.models import FedTokens, QueryRecorder, QueryTap, sample
 from softprompt_kernels.prompts import Prefix
 
 TOKENS_PER_BATCH = 1024
 """Padded tokens that go through the model at once without gradients."""
+
+
+class Recorder(QueryRecorder, Protocol):
+    """Watches the teacher while it reads or writes answers, which are known by numbers."""
+
+    def add(self, number: int, hidden: Tensor) -> None:
+        """Receive `[n, d]`, the last hidden states that predict the output of an example."""
 
 
 def answer(
@@ -36,6 +44,7 @@ def answer(
     seed: int,
     reporter: Reporter,
     description: str = "Teacher's answers",
+    recorder: Recorder | None = None,
 ) -> list[Example]:
     """The queries as examples, in the same order. The teacher answers those without an output.
 
@@ -52,11 +61,12 @@ def answer(
         batch_size: the largest number of answers sampled at a time.
         seed: of sampling.
         reporter, description: receives the progress under this description.
+        recorder: watches the queries that are answered, by their index; None: nobody does.
     """
     inputs = [tuple(chat.query_ids(query.input)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     unanswered = [index for index, output in enumerate(outputs) if output is None]
-    sampled = sample(
+    continuations = sample(
         model,
         [inputs[index] for index in unanswered],
         prefix,
@@ -65,10 +75,14 @@ def answer(
         end_tokens=end_tokens(model),
         batch_size=batch_size,
         seed=seed,
+        recorder=None if recorder is None else _Renumbered(recorder, unanswered),
     )
     with reporter.progress(description, len(unanswered), "query") as advance:
-        for position, output in sampled:
-            outputs[unanswered[position]] = output
+        for sampled in continuations:
+            number = unanswered[sampled.index]
+            outputs[number] = sampled.tokens
+            if recorder is not None:
+                recorder.add(number, sampled.hidden)
             advance(1)
     return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y is not None]
 
@@ -79,15 +93,8 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
-@torch.no_grad()
 def hidden_states(
-    model: PreTrainedModel,
-    prefix: Prefix | None,
-    examples: Sequence[Example],
-    reporter: Reporter,
-    description: str,
-    *,
-    tap: Callable[[Sequence[int]], QueryTap] | None = None,
+    model: PreTrainedModel, prefix: Prefix | None, examples: Sequence[Example], reporter: Reporter, description: str
 ) -> list[Tensor]:
     """The last hidden states that predict the output of each example, `[n_i, d]` in the model's dtype.
 
@@ -96,14 +103,70 @@ def hidden_states(
         prefix: the prefix of teacher or student; None for none.
         examples: any number. They are batched by length.
         reporter, description: receives the progress under this description.
-        tap: gives the tap for each batch of examples, by their indices; None records nothing.
     """
-    found: dict[int, Tensor] = {}
+    found = dict(_read(model, prefix, examples, reporter, description, None))
+    return [found[index] for index in range(len(examples))]
+
+
+def watch(
+    model: PreTrainedModel,
+    prefix: Prefix,
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    recorder: Recorder,
+    reporter: Reporter,
+    description: str,
+) -> None:
+    """Let the recorder watch the teacher read answers that it has not watched it write.
+
+    Args:
+        model, prefix, examples, reporter, description: as in `hidden_states`.
+        numbers: of the examples.
+        recorder: receives their hidden states, and chooses queries.
+    """
+    for index, hidden in _read(model, prefix, examples, reporter, description, _Renumbered(recorder, numbers)):
+        recorder.add(numbers[index], hidden)
+
+
+@torch.no_grad()
+def _read(
+    model: PreTrainedModel,
+    prefix: Prefix | None,
+    examples: Sequence[Example],
+    reporter: Reporter,
+    description: str,
+    recorder: QueryRecorder | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Pairs of an example's index and its hidden states."""
     with reporter.progress(description, len(examples), "sequence") as advance:
         for group in in_batches(examples, TOKENS_PER_BATCH):
             chosen = [examples[index] for index in group]
-            rows = Batch.of(chosen, model.device).hidden(model, prefix, None if tap is None else tap(group))
-            parts = rows.split([example.targets for example in chosen])
-            found.update(zip(group, parts, strict=True))
+            tap = None if recorder is None else recorder.tap(_fed(group, chosen))
+            rows = Batch.of(chosen, model.device).hidden(model, prefix, tap)
+            yield from zip(group, rows.split([example.targets for example in chosen]), strict=True)
             advance(len(group))
-    return [found[index] for index in range(len(examples))]
+
+
+def _fed(group: Sequence[int], examples: Sequence[Example]) -> list[FedTokens]:
+    """The tokens of a right-padded batch of examples with these numbers."""
+    width = max(example.length for example in examples)
+    fed = []
+    for row, (number, example) in enumerate(zip(group, examples, strict=True)):
+        inputs, place = len(example.input_ids), row * width
+        fed.append(FedTokens((number,), example.input_ids, 0, place))
+        fed.append(FedTokens((number,), example.output_ids[:-1], inputs, place + inputs))
+    return fed
+
+
+@dataclass(frozen=True, eq=False)
+class _Renumbered:
+    """A recorder for sequence i that knows it as `numbers[i]`."""
+
+    recorder: QueryRecorder
+    numbers: Sequence[int]
+
+    def tap(self, fed: Sequence[FedTokens]) -> QueryTap | None:
+        """As the recorder's."""
+        return self.recorder.tap(
+            [replace(part, sequences=tuple(self.numbers[i] for i in part.sequences)) for part in fed]
+        )

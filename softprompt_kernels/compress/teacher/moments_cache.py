@@ -5,14 +5,13 @@ of the head `m_t = E_{p_t}[W]` (d floats) and the entropy (1 float). They replac
 ops/linear_kl_div). With a softcap, or another divergence, the cache holds the teacher's last hidden state instead. That
 is also d floats and also exact, but costs one more GEMM with the head in every step.
 
-On disk: `targets-00000.safetensors`, … with the rows of consecutive examples, and `index.json`, which is written last
-and holds a digest of everything the targets depend on. With another model, context, set of examples or form they are
-computed again.
+On disk: `targets-00000.safetensors`, … with the rows of examples in the order in which they came, and `index.json`,
+which is written last. It says where the rows of each example are, and under which key: a digest of everything that they
+depend on. With another model, context, set of examples or form they are computed again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,20 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.queries import write_text
-from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers import hidden_states
-from softprompt_kernels.compress.teacher.rows import RowRecorder
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, teacher_moments
-from softprompt_kernels.prompts import Prefix
 
 Form = Literal["moments", "hidden"]
-EXAMPLES_PER_SHARD = 64
-_FORMAT = 1
+ROWS_PER_SHARD = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +37,15 @@ class Targets:
 
     Args:
         form: "moments" or "hidden".
-        shards: open files, each with the rows of `EXAMPLES_PER_SHARD` examples.
-        rows: for each example the first row within its shard, and the row after the last.
+        shards: open files.
+        rows: for each example, by its number, its shard, the first row there, and the row after the last.
         temperature: of the loss that the moments were computed for.
         logit_scale, has_bias: of the head that the moments were computed with.
     """
 
     form: Form
     shards: tuple[Any, ...]
-    rows: tuple[tuple[int, int], ...]
+    rows: dict[int, tuple[int, int, int]]
     temperature: float
     logit_scale: float
     has_bias: bool
@@ -71,58 +63,63 @@ class Targets:
     def _gather(self, name: str, examples: Sequence[int], device: torch.device) -> Tensor:
         parts = []
         for example in examples:
-            start, stop = self.rows[example]
-            parts.append(self.shards[example // EXAMPLES_PER_SHARD].get_slice(name)[start:stop])
+            shard, start, stop = self.rows[example]
+            parts.append(self.shards[shard].get_slice(name)[start:stop])
         return torch.cat(parts).to(device)
 
 
-def cached_targets(
-    folder: Path,
-    identity: dict[str, Any],
-    model: PreTrainedModel,
-    head: Head,
-    prefix: Prefix,
-    examples: Sequence[Example],
-    *,
-    form: Form,
-    temperature: float,
-    reporter: Reporter,
-    recorder: RowRecorder | None = None,
-) -> Targets:
-    """The targets of `examples`, read from `folder`, or computed and saved there.
+class TargetWriter:
+    """Writes targets as the teacher's hidden states come in.
 
     Args:
-        folder: created if it does not exist.
-        identity: a JSON-able description of model and context. Examples, form and temperature are added to it.
-        model, head: the model and its head.
-        prefix: the teacher's prefix.
-        examples: the training set. `Targets` uses the indices of this order.
+        folder: where to. It is made.
+        head: of the model.
         form: what to store for each token.
         temperature: of the loss.
-        reporter: receives the progress.
-        recorder: also records rows of these examples. Then the teacher reads them even where the targets are cached.
     """
-    key = _digest({"format": _FORMAT, **identity, "form": form, "temperature": temperature}, examples)
-    index = folder / "index.json"
-    paths = [folder / f"targets-{i:05d}.safetensors" for i in range(-(-len(examples) // EXAMPLES_PER_SHARD))]
-    complete = _is_complete(index, key, paths)
-    if not complete:
-        index.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    for i, path in enumerate(paths):
-        if complete and recorder is None:
-            break
-        first = i * EXAMPLES_PER_SHARD
-        part = examples[first : first + EXAMPLES_PER_SHARD]
-        stage = f"Teacher's targets, part {i + 1} of {len(paths)}"
-        tap = None if recorder is None else recorder.tap_from(first)
-        rows = torch.cat(hidden_states(model, prefix, part, reporter, stage, tap=tap))
-        if not complete:
-            save_file(_target_rows(rows, head, form, temperature), path)
-    if not complete:
-        write_text(index, json.dumps({"key": key}))
-    shards = tuple(safe_open(path, framework="pt") for path in paths)
-    return Targets(form, shards, _rows(examples), temperature, head.logit_scale, head.bias is not None)
+
+    def __init__(self, folder: Path, head: Head, form: Form, temperature: float) -> None:
+        self.folder, self.head, self.form, self.temperature = folder, head, form, temperature
+        self.hidden: list[Tensor] = []
+        self.rows: dict[int, tuple[int, int, int]] = {}
+        self.buffered = self.shards = 0
+
+    def add(self, example: int, hidden: Tensor) -> None:
+        """Store the targets of an example, from `hidden [n, d]`, the teacher's states that predict its output."""
+        start, self.buffered = self.buffered, self.buffered + hidden.shape[0]
+        self.rows[example] = self.shards, start, self.buffered
+        self.hidden.append(hidden)
+        if self.buffered >= ROWS_PER_SHARD:
+            self._flush()
+
+    def close(self, key: str) -> None:
+        """Write what is buffered, and the index, which names the targets by `key`."""
+        self._flush()
+        index = {"key": key, "shards": self.shards, "rows": list(self.rows.items())}
+        write_text(_index(self.folder), json.dumps(index))
+
+    def _flush(self) -> None:
+        if not self.hidden:
+            return
+        if not self.shards:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _index(self.folder).unlink(missing_ok=True)  # of an earlier call, whose shards are now overwritten
+        rows = _target_rows(torch.cat(self.hidden), self.head, self.form, self.temperature)
+        save_file(rows, _shard(self.folder, self.shards))
+        self.hidden, self.buffered, self.shards = [], 0, self.shards + 1
+
+
+def read_targets(folder: Path, key: str, head: Head, form: Form, temperature: float) -> Targets | None:
+    """The targets that were written to `folder` under this key; None if there are none or a file is damaged."""
+    try:
+        index: dict[str, Any] = json.loads(_index(folder).read_text(encoding="utf-8"))
+        if index["key"] != key:
+            return None
+        shards = tuple(safe_open(_shard(folder, number), framework="pt") for number in range(index["shards"]))
+        rows = {int(example): (int(shard), int(start), int(stop)) for example, (shard, start, stop) in index["rows"]}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    return Targets(form, shards, rows, temperature, head.logit_scale, head.bias is not None)
 
 
 def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> dict[str, Tensor]:
@@ -137,29 +134,9 @@ def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> 
     return tensors
 
 
-def _rows(examples: Sequence[Example]) -> tuple[tuple[int, int], ...]:
-    rows, start = [], 0
-    for index, example in enumerate(examples):
-        start = 0 if index % EXAMPLES_PER_SHARD == 0 else start
-        rows.append((start, start + example.targets))
-        start += example.targets
-    return tuple(rows)
+def _index(folder: Path) -> Path:
+    return folder / "index.json"
 
 
-def _digest(identity: dict[str, Any], examples: Sequence[Example]) -> str:
-    hasher = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for example in examples:
-        hasher.update(repr((example.input_ids, example.output_ids)).encode())
-    return hasher.hexdigest()
-
-
-def _is_complete(index: Path, key: str, paths: Sequence[Path]) -> bool:
-    """Whether the folder holds exactly these targets and every file is readable."""
-    try:
-        if json.loads(index.read_text())["key"] != key:
-            return False
-        for path in paths:
-            safe_open(path, framework="pt")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return False
-    return True
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"targets-{number:05d}.safetensors"

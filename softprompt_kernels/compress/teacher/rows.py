@@ -3,34 +3,44 @@
 A row is one token in one layer: its queries, the result of the attention over context and own tokens, and the log of
 the sum of its softmax. That is Hq·(D + Dv) numbers in the model's dtype and Hq in fp32, for each layer.
 
-The tokens are a random subset of all that the teacher reads: as many as asked for, but at most `DISK_BYTES` in total. A
-token counts once where several sequences begin alike: the opening of a chat, or two answers to one question.
+The tokens are a random subset of all that the teacher reads or writes. How many that will be is not known before the
+teacher has answered, so each token has a priority, and those with the lowest are the rows:
+
+    priority(token) = hash(seed, the sequence up to this token)        rows = the n tokens of lowest priority
+
+A token is recorded when its priority is among the lowest so far. Later ones may displace it; the rows then skip it. The
+choice depends on the sequences and the seed, but not on their order or batches. A token counts once where several
+sequences begin alike: the opening of a chat, or two answers to one question.
 Some rows are held out, to judge a fit to the others. They come from questions of their own.
-They are written to disk as `rows-00000.safetensors`, … whenever `BUFFER_BYTES` are full, and read back one layer at a
-time. `rows.json` is written last and holds a digest of everything the rows depend on.
+Rows are written to disk as `rows-00000.safetensors`, … whenever `BUFFER_BYTES` are full, and read back one layer at a
+time. `rows.json` is written last and holds a digest of everything the rows depend on. The disk holds `DISK_BYTES` at
+most: displaced rows are deleted when it is full.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.models.attention import QueryTap, ScoreFunction
+from softprompt_kernels.models import FedTokens, QueryTap, ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
 BUFFER_BYTES = 64 << 20
 HELDOUT_SHARE, MOST_HELDOUT = 0.1, 1024
-DISK_BYTES = 4 << 30
+DISK_BYTES = 8 << 30
+_SLACK = 1.25  # displaced rows are found when there are so many times as many as wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +79,7 @@ class Rows:
         files: of the shards.
         scores: the score function of each layer.
         query_heads: Hq.
-        order: `[n]` int64, a permutation.
+        order: `[n]` int64, the place of each row in the files.
         heldout: how many of the first rows are held out; their questions have no other rows.
     """
 
@@ -102,53 +112,62 @@ class Rows:
 
 
 class RowRecorder:
-    """Records the rows of a random subset of the tokens of `examples`. A `QuerySink`.
+    """Records the rows of a random subset of the tokens that it is told of. A `QueryRecorder` and a `QuerySink`.
 
     Args:
         folder: where the shards go. It exists.
-        examples: all that the teacher will read.
         rows: how many tokens to record; all of them if there are fewer.
         row_bytes: bytes of one row in all layers.
         seed: of the choice.
     """
 
-    def __init__(self, folder: Path, examples: Sequence[Example], rows: int, row_bytes: int, seed: int) -> None:
-        self.folder, self.examples, self.row_bytes, self.seed = folder, examples, row_bytes, seed
-        self.lengths = [example.length for example in examples]
-        new = torch.tensor(_first_occurrences(examples)).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(seed)
-        wanted = min(rows, new.numel(), max(1, DISK_BYTES // row_bytes))
-        chosen = torch.zeros(sum(self.lengths), dtype=torch.bool)
-        chosen[new[torch.randperm(new.numel(), generator=generator)[:wanted]]] = True
-        self.chosen = [part.nonzero().squeeze(1) for part in chosen.split(self.lengths)]
-        numbers: dict[tuple[int, ...], int] = {}
-        self.questions = [numbers.setdefault(example.input_ids, len(numbers)) for example in examples]
+    def __init__(self, folder: Path, rows: int, row_bytes: int, seed: int) -> None:
+        self.folder, self.row_bytes, self.seed = folder, row_bytes, seed
+        self.wanted = max(1, min(rows, DISK_BYTES // (2 * row_bytes)))
+        self.limit = 2**63 - 1  # no token of a higher priority becomes a row
+        self.priorities: list[int] = []  # of what is recorded and not displaced
+        self.known: set[int] = set()
+        self.beginnings: dict[int, tuple[bytes, int]] = {}  # by sequence: its hash so far, and its question
         self.scores: dict[int, ScoreFunction] = {}
         self.tensors: dict[str, list[Tensor]] = {}
-        self.offsets: list[Tensor] = []
-        self.asked: list[Tensor] = []
-        self.buffered = self.count = self.shards = self.query_heads = 0
+        self.tokens: list[tuple[int, int, int]] = []  # offset, question and priority of each buffered row
+        self.shards: list[int] = []  # rows of each
+        self.query_heads = 0
 
-    def tap(self, group: Sequence[int]) -> QueryTap:
-        """The tap for a right-padded batch of the examples with these indices. Call it before each batch."""
-        if self.buffered * self.row_bytes >= BUFFER_BYTES:
+    def tap(self, fed: Sequence[FedTokens]) -> QueryTap | None:
+        """The tap for those of these tokens that are recorded. The first tokens of a sequence are its question."""
+        if len(self.tokens) * self.row_bytes >= BUFFER_BYTES:
             self._flush()
-        width = max(self.lengths[index] for index in group)
-        own = [self.chosen[index] for index in group]
-        self.offsets.extend(own)
-        self.asked.extend(torch.full_like(part, self.questions[index]) for index, part in zip(group, own, strict=True))
-        self.buffered += sum(part.numel() for part in own)
-        return QueryTap(torch.cat([row * width + part for row, part in enumerate(own)]), self)
-
-    def tap_from(self, first: int) -> Callable[[Sequence[int]], QueryTap]:
-        """`tap` for a part of the examples that begins with example `first`."""
-        return lambda group: self.tap([first + index for index in group])
+        places: list[int] = []
+        for part in fed:
+            chosen: list[tuple[int, int]] = []
+            if part.start:
+                state, question = self.beginnings[part.sequences[0]]
+            else:
+                state = hashlib.blake2b(repr(self.seed).encode(), digest_size=8).digest()
+            for index, token in enumerate(part.tokens):
+                state = hashlib.blake2b(state + token.to_bytes(8, "little"), digest_size=8).digest()
+                priority = _priority(state)
+                if priority not in self.known:
+                    self.known.add(priority)
+                    if priority <= self.limit:
+                        chosen.append((index, priority))
+            if not part.start:
+                question = _priority(state)
+            self.beginnings.update((sequence, (state, question)) for sequence in part.sequences)
+            places += (part.place + index for index, _ in chosen)
+            self.tokens += ((part.start + index, question, priority) for index, priority in chosen)
+            self.priorities += (priority for _, priority in chosen)
+        if len(self.priorities) > _SLACK * self.wanted:
+            self.priorities = sorted(self.priorities)[: self.wanted]
+            self.limit = self.priorities[-1]
+        return QueryTap(torch.tensor(places), self) if places else None
 
     def put(self, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
         """Store the rows of one layer of a batch."""
         self.scores[layer], self.query_heads = scores, query.shape[1]
         for name, tensor in (("query", query), ("out", out), ("lse", lse)):
-            self.tensors.setdefault(f"{name}.{layer}", []).append(tensor.detach().cpu())
+            self.tensors.setdefault(f"{name}.{layer}", []).append(tensor.detach())
 
     def close(self, key: str) -> None:
         """Write what is buffered, and the index, which names the rows by `key`."""
@@ -156,8 +175,8 @@ class RowRecorder:
         scores = [asdict(self.scores[layer]) for layer in range(len(self.scores))]
         index = {
             "key": key,
-            "shards": self.shards,
-            "rows": self.count,
+            "shards": len(self.shards),
+            "rows": min(self.wanted, len(self.priorities)),
             "query_heads": self.query_heads,
             "seed": self.seed,
             "scores": scores,
@@ -165,25 +184,41 @@ class RowRecorder:
         write_text(_index(self.folder), json.dumps(index))
 
     def _flush(self) -> None:
-        if not self.buffered:
+        if not self.tokens:
             return
-        if self.shards == 0:
-            _index(self.folder).unlink(missing_ok=True)  # of an earlier recording, whose shards are now overwritten
-        tensors = {name: torch.cat(parts).contiguous() for name, parts in self.tensors.items()}
-        tensors |= {"offset": torch.cat(self.offsets), "question": torch.cat(self.asked)}
-        save_file(tensors, _shard(self.folder, self.shards))
-        self.count, self.shards, self.buffered = self.count + self.buffered, self.shards + 1, 0
-        self.tensors, self.offsets, self.asked = {}, [], []
+        if not self.shards:
+            delete_rows(self.folder)  # of an earlier recording
+        tensors = {name: torch.cat(parts) for name, parts in self.tensors.items()}
+        tensors |= dict(zip(("offset", "question", "priority"), torch.tensor(self.tokens).T.contiguous(), strict=True))
+        self.shards.append(_write_shard(_shard(self.folder, len(self.shards)), tensors, self.limit))
+        self.tensors, self.tokens = {}, []
+        if sum(self.shards) * self.row_bytes > DISK_BYTES:
+            paths = [_shard(self.folder, number) for number in range(len(self.shards))]
+            self.shards = [_write_shard(path, load_file(path), self.limit) for path in paths]
 
 
-def enough_examples(examples: Sequence[Example], rows: int, seed: int) -> Sequence[Example]:
-    """A random part of the examples with about twice as many tokens as rows; all of them if that is less."""
+def _write_shard(path: Path, tensors: dict[str, Tensor], limit: int) -> int:
+    """Write the rows of a priority up to `limit`; returns how many these are."""
+    kept = tensors["priority"] <= limit
+    part = path.with_suffix(".part")
+    save_file({name: rows[kept.to(rows.device)].cpu() for name, rows in tensors.items()}, part)
+    os.replace(part, path)
+    return int(kept.sum())
+
+
+def _priority(state: bytes) -> int:
+    """63 bits of a hash."""
+    return int.from_bytes(state, "little") >> 1
+
+
+def enough_examples(examples: Sequence[Example], rows: int, seed: int) -> list[int]:
+    """The indices of a random part of the examples with about twice as many tokens as rows; of all if that is less."""
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, tokens = [], 0
     for index in order:
         if tokens >= 2 * rows:
             break
-        chosen.append(examples[index])
+        chosen.append(index)
         tokens += examples[index].length
     return chosen
 
@@ -201,60 +236,47 @@ def read_rows(folder: Path, key: str) -> Rows | None:
         if index["key"] != key:
             return None
         files = tuple(_shard(folder, number) for number in range(index["shards"]))
-        questions = torch.cat([_question(path) for path in files])
-        order, heldout = _order(questions, index["seed"])
+        priorities, questions = (
+            torch.cat([_tensor(path, name) for path in files]) for name in ("priority", "question")
+        )
+        order = priorities.argsort()[: index["rows"]]  # random, as the priorities are
+        first, heldout = _held_out_first(questions[order], index["seed"])
+        order = order[first]
         scores = tuple(ScoreFunction(**one) for one in index["scores"])
         return Rows(files, scores, int(index["query_heads"]), order, heldout)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
 
-def _question(path: Path) -> Tensor:
+def _tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        found: Tensor = file.get_tensor("question")
+        found: Tensor = file.get_tensor(name)
     return found
 
 
-def _order(questions: Tensor, seed: int) -> tuple[Tensor, int]:
-    """A random order of rows in which all rows of some questions come first, and how many these are.
+def _held_out_first(questions: Tensor, seed: int) -> tuple[Tensor, int]:
+    """The indices of rows with these questions, those of held-out questions first, and how many these are.
 
     They are about a tenth of the rows, but of at least one question. If there is only one, its rows are divided.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(questions.numel(), generator=generator)
     limit = min(MOST_HELDOUT, round(questions.numel() * HELDOUT_SHARE))
-    counts = {question: count for question, count in enumerate(questions.bincount().tolist()) if count}
+    numbers, counts = (found.tolist() for found in questions.unique(return_counts=True))
     if len(counts) == 1:
-        return order, limit
-    items = list(counts.items())
+        return torch.arange(questions.numel()), limit
     heldout, taken = [], 0
-    for index in torch.randperm(len(counts), generator=generator).tolist():
-        question, count = items[index]
-        if count <= limit - taken:
-            heldout.append(question)
-            taken += count
+    for index in torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist():
+        if counts[index] <= limit - taken:
+            heldout.append(numbers[index])
+            taken += counts[index]
     if not heldout:
-        heldout = [min(counts, key=lambda question: counts[question])]
-    first = torch.isin(questions[order], torch.tensor(heldout))
-    return torch.cat((order[first], order[~first])), int(first.sum())
-
-
-def _first_occurrences(examples: Sequence[Example]) -> list[bool]:
-    """For each token that the teacher reads, example by example: whether no earlier sequence has the same beginning."""
-    known: dict[tuple[int, int], int] = {}
-    found = []
-    for example in examples:
-        node = 0
-        for token in (*example.input_ids, *example.output_ids[:-1]):
-            child = known.get((node, token))
-            found.append(child is None)
-            node = known.setdefault((node, token), len(known) + 1)
-    return found
+        heldout = [numbers[counts.index(min(counts))]]
+    first = torch.isin(questions, torch.tensor(heldout))
+    return torch.cat((first.nonzero(), (~first).nonzero())).squeeze(1), int(first.sum())
 
 
 def delete_rows(folder: Path) -> None:
     """Remove the index and all shards of a folder."""
-    for path in (_index(folder), *folder.glob("rows-*.safetensors")):
+    for path in (_index(folder), *folder.glob("rows-*")):
         path.unlink(missing_ok=True)
 
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.sequences import Batch, Example
-from softprompt_kernels.compress.teacher.moments_cache import cached_targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.prompts import Prefix
@@ -58,7 +56,7 @@ def expected_loss(student: Tensor, teacher: Tensor, labels: Tensor, objective: O
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_are_those_of_the_formula(
-    case: str, tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
+    case: str, make_targets: Any, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     options, form = CASES[case]
     options = dict(options)
@@ -68,17 +66,7 @@ def test_loss_and_gradient_are_those_of_the_formula(
     assert objective.form == form
     targets = None
     if form is not None:
-        targets = cached_targets(
-            tmp_path,
-            {},
-            model,
-            head,
-            context,
-            examples,
-            form=form,
-            temperature=objective.temperature,
-            reporter=SilentReporter(),
-        )
+        targets = make_targets(form=form, temperature=objective.temperature, head=head)
     batch = Batch.of([examples[i] for i in CHOSEN], CPU)
     student = batch.hidden(model, context.slice(0, 5)).requires_grad_()
     loss = objective.loss(student, batch.labels, CHOSEN, targets)
@@ -112,22 +100,12 @@ def test_unsupported_mixtures_are_refused(options: dict[str, Any], reason: str) 
 
 
 def test_the_loss_of_a_perfect_student_is_zero(
-    tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
+    tmp_path: Path, make_targets: Any, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     head = head_of(model)
     rows = Batch.of(examples, CPU).hidden(model, context)
     for name in ("kl", "reverse_kl", "jsd"):
         objective = Objective(name, head)
-        targets = cached_targets(
-            tmp_path / name,
-            {},
-            model,
-            head,
-            context,
-            examples,
-            form=objective.form,
-            temperature=1.0,
-            reporter=SilentReporter(),
-        )
+        targets = make_targets(form=objective.form, folder=tmp_path / name)
         loss = float(objective.loss(rows, torch.zeros(len(rows), dtype=torch.int64), range(len(examples)), targets))
         assert math.isclose(loss, 0, abs_tol=2e-5 * len(rows))

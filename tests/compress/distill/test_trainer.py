@@ -14,12 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.relative_adamw import RelativeAdamW
 from softprompt_kernels.compress.distill.trainer import Schedule, StepReport, Trainer
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
-from softprompt_kernels.compress.teacher.moments_cache import cached_targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of, prefix_of, prepare
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix
@@ -34,13 +32,8 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("targets")
-
-
 @pytest.fixture
-def make_trainer(model: PreTrainedModel, context: Prefix, examples: list[Example], shared_cache: Path) -> MakeTrainer:
+def make_trainer(model: PreTrainedModel, context: Prefix, examples: list[Example], make_targets: Any) -> MakeTrainer:
     def call(kind: str = "kv", examples: list[Example] = examples, **options: Any) -> Trainer:
         frozen = options.pop("frozen_tokens", 1)
         prompt: KVPrompt | EmbeddingPrompt
@@ -50,17 +43,7 @@ def make_trainer(model: PreTrainedModel, context: Prefix, examples: list[Example
             rows = model.get_input_embeddings().weight[10:14].clone()
             prompt = EmbeddingPrompt(rows, frozen_tokens=frozen)
         objective = Objective("kl", head_of(model))
-        targets = cached_targets(
-            shared_cache / str(len(examples)),
-            {},
-            model,
-            objective.head,
-            context,
-            examples,
-            form="moments",
-            temperature=1.0,
-            reporter=SilentReporter(),
-        )
+        targets = make_targets(examples=examples)
         schedule = Schedule(options.pop("steps", 6), options.pop("learning_rate", 0.02), options.pop("warmup", 1))
         settings = {"batch_size": 3, "seed": 7} | options
         return Trainer(model, prompt, examples, targets, objective, schedule, **settings)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softprompt_kernels.compress.matching.parts import Parts
 from softprompt_kernels.compress.teacher.rows import LayerRows
-from softprompt_kernels.models.attention import ScoreFunction
+from softprompt_kernels.models.tap import ScoreFunction
 
 # The tiny models of all families, under the same names.
 from tests.models.conftest import build, family, padded, tokens  # noqa: F401

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.matching.match import Matching, match
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import watch
 from softprompt_kernels.compress.teacher.context import select_tokens
+from softprompt_kernels.compress.teacher.recording import Recording
 from softprompt_kernels.compress.teacher.rows import RowRecorder, read_rows, row_bytes
 from softprompt_kernels.models import capture, prepare, prompted_logits, shift_keys
 from softprompt_kernels.prompts import KVPrompt, Prefix, save
@@ -28,8 +29,9 @@ def matched(
     """Rows of all tokens of `sequences`, then a prompt at the positions where a sequence continues at k."""
     examples = [Example(tuple(row[:2].tolist()), tuple(row[2:].tolist())) for row in sequences]
     heads = model.config.num_attention_heads
-    recorder = RowRecorder(folder, examples, 10_000, row_bytes(context, heads), 0)
-    hidden_states(model, context, examples, SilentReporter(), "", tap=recorder.tap_from(0))
+    recorder = RowRecorder(folder, 10_000, row_bytes(context, heads), 0)
+    recording = Recording(len(examples), rows=recorder)
+    watch(model, context, examples, range(len(examples)), recording, SilentReporter(), "")
     recorder.close("this")
     rows = read_rows(folder, "this")
     assert rows is not None and rows.query_heads == heads

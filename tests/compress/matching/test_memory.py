@@ -14,7 +14,7 @@ from softprompt_kernels.compress.matching import match as module
 from softprompt_kernels.compress.matching.match import Matching, match
 from softprompt_kernels.compress.teacher.rows import Rows
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.models.attention import ScoreFunction
+from softprompt_kernels.models.tap import ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
 CONTEXT, ROWS, TOKENS = 32_768, 4096, 512

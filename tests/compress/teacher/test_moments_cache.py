@@ -1,5 +1,6 @@
-"""The cached targets of the teacher: their values, when they are reused, and when they are computed again."""
+"""The cached targets of the teacher: their values, and when they are not used."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.sources.sequences import Batch, Example
 from softprompt_kernels.compress.teacher import moments_cache as module
-from softprompt_kernels.compress.teacher.moments_cache import Targets, cached_targets
-from softprompt_kernels.models import Head, head_of
+from softprompt_kernels.compress.teacher.moments_cache import TargetWriter, read_targets
+from softprompt_kernels.models import head_of
 from softprompt_kernels.prompts import Prefix
 
 CPU = torch.device("cpu")
@@ -20,34 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EXAMPLES_PER_SHARD", 2)
-
-
-@pytest.fixture
-def make_targets(tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]) -> Any:
-    def call(
-        identity: Any = "this", examples: list[Example] = examples, head: Head | None = None, **options: Any
-    ) -> Targets:
-        settings = {"form": "moments", "temperature": 1.0, "reporter": SilentReporter()} | options
-        return cached_targets(
-            tmp_path / "cache", {"of": identity}, model, head or head_of(model), context, examples, **settings
-        )
-
-    return call
-
-
-@pytest.fixture
-def teacher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry, the number of examples, for each time that the teacher runs."""
-    runs: list[int] = []
-    original = module.hidden_states
-
-    def recorded(*args: Any, **options: Any) -> list[torch.Tensor]:
-        runs.append(len(args[2]))
-        return original(*args, **options)
-
-    monkeypatch.setattr(module, "hidden_states", recorded)
-    return runs
+    monkeypatch.setattr(module, "ROWS_PER_SHARD", 6)
 
 
 def hidden_of(model: PreTrainedModel, context: Prefix, examples: list[Example]) -> torch.Tensor:
@@ -90,39 +63,27 @@ def test_hidden_states_are_stored_unchanged(
     torch.testing.assert_close(rows, hidden_of(model, context, [examples[i] for i in chosen]), rtol=0, atol=1e-5)
 
 
-def test_the_teacher_runs_once(make_targets: Any, teacher_runs: list[int]) -> None:
-    first = make_targets().moments(range(7), CPU)
-    assert teacher_runs == [2, 2, 2, 1]
-    again = make_targets().moments(range(7), CPU)
-    assert len(teacher_runs) == 4
-    assert torch.equal(first.mean, again.mean)
-    assert torch.equal(first.entropy, again.entropy)
-
-
-def test_other_examples_model_form_or_temperature_are_computed_again(
-    make_targets: Any, teacher_runs: list[int], examples: list[Example]
+def test_targets_are_read_back_in_any_order_of_writing(
+    make_targets: Any, tmp_path: Path, model: PreTrainedModel
 ) -> None:
-    other = [*examples[:-1], Example(examples[-1].input_ids, (*examples[-1].output_ids, 9))]
-    for options in ({}, {"identity": "that"}, {"examples": other}, {"form": "hidden"}, {"temperature": 2.0}):
-        teacher_runs.clear()
-        make_targets(**options)
-        assert len(teacher_runs) == 4, options
+    first = make_targets(folder=tmp_path / "targets")
+    assert len(first.shards) > 2 and list(first.rows) != sorted(first.rows), "batches are by length"
+    again = read_targets(tmp_path / "targets", "this", head_of(model), "moments", 1.0)
+    for chosen in (range(7), [3, 1], [6]):
+        a, b = first.moments(chosen, CPU), again.moments(chosen, CPU)
+        assert torch.equal(a.mean, b.mean) and torch.equal(a.entropy, b.entropy)
 
 
-def test_a_change_of_one_token_changes_the_targets(make_targets: Any, examples: list[Example]) -> None:
-    before = make_targets().moments([6], CPU).mean
-    changed = replace(examples[6], input_ids=(9, *examples[6].input_ids[1:]))
-    after = make_targets(examples=[*examples[:6], changed]).moments([6], CPU).mean
-    assert not torch.allclose(before, after)
+def test_targets_of_another_key_are_not_used(make_targets: Any, tmp_path: Path, model: PreTrainedModel) -> None:
+    make_targets(folder=tmp_path / "targets")
+    assert read_targets(tmp_path / "targets", "that", head_of(model), "moments", 1.0) is None
+    assert read_targets(tmp_path / "nowhere", "this", head_of(model), "moments", 1.0) is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "no index", "invalid index"])
-def test_a_damaged_cache_is_computed_again(
-    make_targets: Any, teacher_runs: list[int], tmp_path: Path, damage: str
-) -> None:
-    expected = make_targets().moments(range(7), CPU).mean.clone()
-    shard, index = tmp_path / "cache" / "targets-00001.safetensors", tmp_path / "cache" / "index.json"
-    teacher_runs.clear()
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "no index", "invalid index", "half an index"])
+def test_damaged_targets_are_not_used(make_targets: Any, model: PreTrainedModel, tmp_path: Path, damage: str) -> None:
+    make_targets(folder=tmp_path / "targets")
+    shard, index = tmp_path / "targets/targets-00001.safetensors", tmp_path / "targets/index.json"
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-8])
     elif damage == "missing":
@@ -131,27 +92,15 @@ def test_a_damaged_cache_is_computed_again(
         shard.write_bytes(b"")
     elif damage == "no index":
         index.unlink()
-    else:
+    elif damage == "invalid index":
         index.write_text("[]")
-    assert torch.equal(make_targets().moments(range(7), CPU).mean, expected)
-    assert len(teacher_runs) == 4
+    else:
+        index.write_text(json.dumps({"key": "this"}))
+    assert read_targets(tmp_path / "targets", "this", head_of(model), "moments", 1.0) is None
 
 
-def test_an_interrupted_computation_leaves_no_cache(
-    make_targets: Any, teacher_runs: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_targets()
-    recorded = module.hidden_states
-
-    def stopped(*args: Any, **options: Any) -> list[torch.Tensor]:
-        if len(teacher_runs) == 6:
-            raise KeyboardInterrupt
-        return recorded(*args, **options)
-
-    monkeypatch.setattr(module, "hidden_states", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        make_targets(identity="that")
-    monkeypatch.setattr(module, "hidden_states", recorded)
-    teacher_runs.clear()
-    make_targets()
-    assert len(teacher_runs) == 4, "the index of the first set must not be used for half of the second"
+def test_an_interrupted_writer_leaves_no_targets(make_targets: Any, model: PreTrainedModel, tmp_path: Path) -> None:
+    make_targets(folder=tmp_path / "targets")
+    writer = TargetWriter(tmp_path / "targets", head_of(model), "moments", 1.0)
+    writer.add(0, torch.randn(7, model.config.hidden_size))  # a shard is full
+    assert read_targets(tmp_path / "targets", "this", head_of(model), "moments", 1.0) is None

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from softprompt_kernels.compress import SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher import rows as module
-from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import watch
+from softprompt_kernels.compress.teacher.recording import Recording
 from softprompt_kernels.compress.teacher.rows import RowRecorder, Rows, delete_rows, read_rows, row_bytes
-from softprompt_kernels.models import forward
-from softprompt_kernels.models.attention import QueryTap
+from softprompt_kernels.models import FedTokens, QueryTap, forward, sample
 from softprompt_kernels.prompts import Prefix
 
 CPU = torch.device("cpu")
@@ -29,12 +29,18 @@ def record(
     folder: Path, model: PreTrainedModel, context: Prefix, examples: list[Example], rows: int = 1000, **options: Any
 ) -> Rows:
     settings = {"seed": 0, "key": "this"} | options
-    recorder = RowRecorder(folder, examples, rows, row_bytes(context, 4), settings["seed"])
-    hidden_states(model, context, examples, SilentReporter(), "", tap=recorder.tap_from(0))
+    recorder = RowRecorder(folder, rows, row_bytes(context, 4), settings["seed"])
+    read(model, context, examples, recorder)
     recorder.close(settings["key"])
     found = read_rows(folder, settings["key"])
     assert found is not None
     return found
+
+
+def read(model: PreTrainedModel, context: Prefix, examples: list[Example], recorder: RowRecorder) -> None:
+    """Let the teacher read the examples, while the recorder watches."""
+    recording = Recording(len(examples), rows=recorder)
+    watch(model, context, examples, range(len(examples)), recording, SilentReporter(), "")
 
 
 class Sink:
@@ -145,10 +151,12 @@ def test_the_disk_bounds_the_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert row_bytes(context, 4) == ONE_ROW
-    monkeypatch.setattr(module, "DISK_BYTES", 9 * ONE_ROW + 1)
-    assert record(tmp_path, model, context, examples).count == 9
-    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert size < 9 * ONE_ROW + 2000
+    monkeypatch.setattr(module, "DISK_BYTES", 2 * 9 * ONE_ROW + 1)
+    monkeypatch.setattr(module, "BUFFER_BYTES", 1)
+    monkeypatch.setattr("softprompt_kernels.compress.teacher.answers.TOKENS_PER_BATCH", 10)
+    rows = record(tmp_path, model, context, examples)
+    assert rows.count == 9
+    assert sum(path.stat().st_size for path in tmp_path.glob("rows-*")) < 2 * 9 * ONE_ROW + 600 * len(rows.files)
 
 
 def test_rows_of_another_key_are_not_used(
@@ -183,8 +191,8 @@ def test_an_interrupted_recording_leaves_no_rows(
     tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     record(tmp_path, model, context, examples)
-    recorder = RowRecorder(tmp_path, examples[:3], 1000, row_bytes(context, 4), 0)
-    hidden_states(model, context, examples[:3], SilentReporter(), "", tap=recorder.tap_from(0))
+    recorder = RowRecorder(tmp_path, 1000, row_bytes(context, 4), 0)
+    read(model, context, examples[:3], recorder)
     recorder._flush()  # without `close`
     assert read_rows(tmp_path, "this") is None
 
@@ -207,9 +215,55 @@ def test_rows_of_a_16_bit_model_are_stored_in_16_bits_and_read_in_fp32(
 
 
 def test_tokens_after_equal_beginnings_count_once(tmp_path: Path) -> None:
-    examples = [Example((1, 2, 3), (4, 5)), Example((1, 2, 3), (4, 6)), Example((1, 2, 3), (7, 8)), Example((2,), (3,))]
-    recorder = RowRecorder(tmp_path, examples, 100, 1, 0)
-    assert [part.tolist() for part in recorder.chosen] == [[0, 1, 2, 3], [], [3], [0]]
+    recorder = RowRecorder(tmp_path, 100, 1, 0)
+    fed = [
+        FedTokens((0, 1, 2), (1, 2, 3), 0, 0),  # shared by three sequences
+        FedTokens((3,), (2,), 0, 3),
+        FedTokens((0,), (4,), 3, 4),
+        FedTokens((1,), (4,), 3, 5),  # as sequence 0
+        FedTokens((2,), (7,), 3, 6),
+        FedTokens((3,), (), 1, 7),
+    ]
+    tap = recorder.tap(fed)
+    assert tap is not None and tap.tokens.tolist() == [0, 1, 2, 3, 4, 6]
+    assert recorder.tap([FedTokens((4,), (1, 2), 0, 0)]) is None
+
+
+def test_the_choice_does_not_depend_on_order_or_batches(
+    tmp_path: Path,
+    model: PreTrainedModel,
+    context: Prefix,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = record(tmp_path, model, context, examples, 12).layer(0, CPU)
+    monkeypatch.setattr("softprompt_kernels.compress.teacher.answers.TOKENS_PER_BATCH", 10)
+    again = record(tmp_path, model, context, examples[::-1], 12).layer(0, CPU)
+    assert torch.equal(first.offset, again.offset)
+    torch.testing.assert_close(first.query, again.query, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [5, 1000])
+def test_rows_of_sampled_answers_are_those_of_reading_them(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    model: PreTrainedModel,
+    context: Prefix,
+    examples: list[Example],
+    wanted: int,
+) -> None:
+    inputs = [example.input_ids for example in examples] * 2
+    recorder = RowRecorder(tmp_path, wanted, row_bytes(context, 4), 0)
+    sampled = {one.index: one.tokens for one in sample(model, inputs, context, new_tokens=6, recorder=recorder)}
+    recorder.close("this")
+    rows = read_rows(tmp_path, "this")
+    assert rows is not None
+    written = [Example(ids, sampled[index]) for index, ids in enumerate(inputs)]
+    read_back = record(tmp_path_factory.mktemp("read"), model, context, written, wanted)
+    assert (rows.count, rows.heldout) == (read_back.count, read_back.heldout)
+    for name in ("query", "out", "lse"):
+        pair = (getattr(found.layer(1, CPU), name) for found in (rows, read_back))
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_rows_come_from_questions_of_their_own(
