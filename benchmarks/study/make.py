@@ -9,27 +9,26 @@ measured once and are equal for all methods that need them. The evaluation is in
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.cells import ANSWERS, Cell, digest, settings
+from benchmarks.study.cells import Cell, digest, settings
 from benchmarks.study.press import press_prefix
-from benchmarks.study.teacher import WATCHED, Study, Teacher
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from benchmarks.study.teacher import Study, Teacher
+from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import identity, load_inputs
 from softprompt_kernels.compress.run import compress
 from softprompt_kernels.compress.sources.chat import INSTRUCTION
-from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.teacher.context import capture_context, select_tokens
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import Prefix, load
 
-STAGES = ("targets", "matching", "training")
+STAGES = ("matching", "training")
 """The stages of a run that belong to its method. The others are shared, or evaluate."""
 
 
@@ -82,53 +81,28 @@ def _of_press(study: Study, cell: Cell, k: int) -> Made:
 def _of_run(study: Study, cell: Cell, k: int) -> Made:
     teacher = study.teacher(cell.text, cell.seed)
     key = digest(settings(cell, study.name))
-    config = run_config(study, cell, teacher, k, teacher.folder / f"{cell.method.name}-{cell.ratio}x-{key}")
+    output = teacher.folder / f"{cell.method.name}-{cell.ratio}x-{key}"
+    config = teacher.run_config(output, {"tokens": k, **cell.method.settings(cell.text)})
     prepare_run(config, teacher)
     figures = compress(config, study.reporter)
     model, tokenizer = study.loaded
     prompt, _ = load(RunFolder(config.output).prompt, model, tokenizer)
     seconds = {
         "context": study.captured(cell.text).seconds,
-        "answers": teacher.answers("train").seconds,
+        "answers": teacher.taught[1],
         **method_seconds(figures),
     }
     fields = config.model_dump(mode="json", exclude={"model", "context", "output", "queries", "heldout", "threads"})
     return Made(prefix_of(model, prompt).detach(), seconds, fields, config.output)
 
 
-def run_config(study: Study, cell: Cell, teacher: Teacher, k: int, output: Path) -> CompressConfig:
-    """The configuration of a run: the method's settings, and the shared queries."""
-    for name in ("train", "heldout"):  # the files of their queries are there from then on
-        teacher.answers(name)
-    return load_config(
-        None,
-        {
-            "model": study.name,
-            "context": cell.text.context,
-            "output": output,
-            "tokens": k,
-            "queries": teacher.queries,
-            "heldout": teacher.watched,
-            "selfstudy": 0,
-            "evaluation_sequences": WATCHED,
-            "seed": cell.seed,
-            "dtype": "float32",
-            **ANSWERS,
-            **cell.method.settings(cell.text),
-        },
-    )
-
-
 def prepare_run(config: CompressConfig, teacher: Teacher) -> None:
-    """Put the shared answers into the folder of a run, so that it does not sample its own."""
-    folder = RunFolder(config.output)
+    """Link what the teacher left into the folder of a run, so that the run does not ask it again."""
+    folder, (taught, _) = RunFolder(config.output), teacher.taught
     if folder.examples.exists():
         return
     folder.claim(identity(load_inputs(config)), config.to_yaml())
-    folder.cache.mkdir(exist_ok=True)
-    train, heldout = teacher.answers("train").examples, teacher.answers("heldout").examples[:WATCHED]
-    sets = {"train": train, "heldout": heldout}
-    write_text(folder.examples, json.dumps({n: [(e.input_ids, e.output_ids) for e in sets[n]] for n in sets}))
+    shutil.copytree(taught.cache, folder.cache, copy_function=os.link, dirs_exist_ok=True)
 
 
 def method_seconds(figures: dict[str, Any]) -> dict[str, float]:

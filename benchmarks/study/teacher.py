@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study.cells import ANSWERS, digest, teacher_settings
 from benchmarks.study.corpus import Text
-from softprompt_kernels.compress.config import load_config
+from softprompt_kernels.compress.config import CompressConfig, load_config
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance
-from softprompt_kernels.compress.inputs import check_window, read_queries, read_text
+from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.compress.inputs import check_window, load_inputs, read_queries, read_text
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import load_model
@@ -35,11 +36,12 @@ from softprompt_kernels.compress.sources.queries import Query, load_queries, sav
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
+from softprompt_kernels.compress.teaching import Teaching
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of
 from softprompt_kernels.prompts import Prefix
 
-SETS = ("train", "heldout", "test")
+SETS = ("train", "heldout", "test")  # a set is answered with the seed plus its place here
 WATCHED = 4
 """Held-out examples that a run of `compress` is given. It must have some; the study evaluates with all of them."""
 
@@ -130,15 +132,42 @@ class Teacher:
         self.folder = study.work / text.name / f"s{seed}-{key}"
         self._answers: dict[str, Answers] = {}
 
-    @property
-    def queries(self) -> Path:
-        """The training queries, one line for each answer. The file is there once they are answered."""
-        return self.folder / "train.jsonl"
+    @cached_property
+    def taught(self) -> tuple[RunFolder, float]:
+        """A folder with the teacher's part of a run (see `compress.teaching`), and the seconds that it took."""
+        folder = RunFolder(self.folder / "taught")
+        record = folder.path / "seconds.json"
+        if not record.is_file():
+            inputs = load_inputs(self.run_config(folder.path, {"tokens": 1, "init": "matched", "steps": 1}))
+            folder.path.mkdir(exist_ok=True)
+            begin = time.perf_counter()
+            Teaching(inputs, folder, self.study.captured(self.text).prefix, self.study.reporter).teach()
+            write_text(record, json.dumps(time.perf_counter() - begin))
+        return folder, float(json.loads(record.read_text(encoding="utf-8")))
 
-    @property
-    def watched(self) -> Path:
-        """The first held-out queries; likewise."""
-        return self.folder / "watched.jsonl"
+    def run_config(self, output: Path, settings: dict[str, Any]) -> CompressConfig:
+        """The configuration of a run of `compress` with these settings. The study's queries are files of its own."""
+        train, watched = self.folder / "train.jsonl", self.folder / "watched.jsonl"
+        if not watched.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_queries(train, {"train": self._training_queries()})  # one line for each answer
+            save_queries(watched, {"heldout": load_queries(self.text.heldout)[:WATCHED]})
+        return load_config(
+            None,
+            {
+                "model": self.study.name,
+                "context": self.text.context,
+                "output": output,
+                "queries": train,
+                "heldout": watched,
+                "selfstudy": 0,
+                "evaluation_sequences": WATCHED,
+                "seed": self.seed,
+                "dtype": "float32",
+                **ANSWERS,
+                **settings,
+            },
+        )
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -146,7 +175,7 @@ class Teacher:
         return ("heldout", "test") if self.text.test.is_file() else ("heldout",)
 
     def answers(self, name: str) -> Answers:
-        """The answers to "train", "heldout" or "test".
+        """The answers to "heldout" or "test".
 
         Raises:
             SoftPromptError: a file of questions is invalid, or one is too long for the model.
@@ -157,7 +186,8 @@ class Teacher:
 
     def _ask(self, name: str) -> Answers:
         study = self.study
-        context, queries = study.captured(self.text), self._queries(name)
+        context = study.captured(self.text)
+        queries = load_queries(self.text.heldout if name == "heldout" else self.text.test)
         check_window(study.model, study.chat, context.ids.shape[1], queries, ANSWERS["new_tokens"])
         begin = time.perf_counter()
         examples = answer(
@@ -173,17 +203,9 @@ class Teacher:
         )
         seconds = time.perf_counter() - begin
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_queries(self.folder / f"{name}.jsonl", {name: queries})
-        if name == "heldout":
-            save_queries(self.watched, {name: queries[:WATCHED]})
         ids = [(example.input_ids, example.output_ids) for example in examples]
         write_text(self.folder / f"{name}.json", json.dumps({"seconds": seconds, "examples": ids}))
         return Answers(examples, seconds)
-
-    def _queries(self, name: str) -> list[Query]:
-        if name == "train":
-            return self._training_queries()
-        return load_queries(self.text.heldout if name == "heldout" else self.text.test)
 
     def _training_queries(self) -> list[Query]:
         """Without those that are held out or in the test set, and repeated for each sample."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
@@ -40,6 +41,8 @@ _PREFILL_TOKENS = 1024
 
 _REFILL = 8
 """New inputs join when 1 / `_REFILL` of the batch is free: few tokens at a time use the processor badly."""
+
+_BLOCK = 256  # tokens whose probabilities are summed at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,7 +317,9 @@ def _most_probable(logits: Tensor) -> Tensor:
 def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """`[n]`: one token of each row of `softmax(logits / temperature)`; −1 where that is not finite.
 
-    The cumulative sum is float64: in fp32 the probabilities of rare tokens would be rounded to multiples of 6e-8.
+    A block of tokens is found by the cumulative sum over blocks, then the token by that within the block. Both are
+    float64: in fp32 the probabilities of rare tokens would be rounded to multiples of 6e-8. Only the sum of a block is
+    in the dtype of the softmax.
 
     Args:
         logits: `[n, V]`.
@@ -322,8 +327,28 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
         uniform: `[n]` float64 in [0, 1).
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    sums = (logits.to(dtype) / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = sums[:, -1:]
-    # right: the first token whose sum exceeds the number. A token of probability 0 has the sum of the one before it.
-    token = torch.searchsorted(sums, uniform[:, None] * total, right=True).clamp(max=logits.shape[1] - 1)
-    return token.where(total.isfinite(), -1)[:, 0]
+    probabilities = (logits.to(dtype) / temperature).softmax(dim=-1)
+    if missing := -logits.shape[1] % _BLOCK:
+        probabilities = pad(probabilities, (0, missing))
+    blocks = probabilities.unflatten(1, (-1, _BLOCK))
+    sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    total = sums[:, -1]
+    block, rest = _first_above(sums, uniform * total)
+    within = blocks[torch.arange(block.numel(), device=block.device), block].cumsum(dim=-1, dtype=torch.float64)
+    offset, _ = _first_above(within, rest)
+    token = block * _BLOCK + offset
+    return token.where(total.isfinite(), -1)
+
+
+def _first_above(sums: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of `sums [n, m]`, which do not decrease, the first column above `number [n]`, and by how much the
+    number exceeds the column before.
+
+    A number that is the last sum or, by rounding, more counts as a little less. So the column found always adds
+    something: a token of probability 0 is never drawn.
+    """
+    number = torch.minimum(number, sums[:, -1].nextafter(sums.new_zeros(())))
+    # right: the first sum above the number. What adds nothing has the sum of the one before it.
+    column = torch.searchsorted(sums, number[:, None], right=True).clamp(max=sums.shape[1] - 1)
+    before = sums.gather(1, (column - 1).clamp(min=0)).where(column > 0, 0)
+    return column[:, 0], number - before[:, 0]

@@ -324,22 +324,24 @@ def test_runs_share_the_answers_of_their_text_and_seed(
     from benchmarks.study import measure
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the run samples answers")
+        raise AssertionError("the run asks the teacher")
 
-    monkeypatch.setattr("softprompt_kernels.compress.run.answer", refuse)
-    monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
     teacher = study.teacher(make_cells(["today"])[0].text, 0)
-    stages = {"closed_form": "targets matching", "matched_distilled": "targets matching training"}
+    assert teacher.taught[1] > 0
+    monkeypatch.setattr("softprompt_kernels.compress.teaching.answer", refuse)
+    monkeypatch.setattr("softprompt_kernels.compress.teaching.watch", refuse)
+    monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
+    stages = {"closed_form": "matching", "matched_distilled": "matching training"}
     for cell in make_cells(["closed_form", "matched_distilled", "today", "next_token"], ratios=(4,)):
         short = cell.method.settings(cell.text)
         short |= {"steps": min(2, short["steps"])} | ({"matching_steps": 2} if cell.method.trained else {})
         found = measure.measure_cell(study, replace(cell, method=replace(cell.method, settings=lambda _, s=short: s)))
         assert found["steps"] == short["steps"]
-        assert found["seconds"]["answers"] == teacher.answers("train").seconds > 0
-        timed = stages.get(cell.method.name, "targets training").split()
-        assert set(timed) <= set(found["seconds"]) <= {"context", "answers", "targets", "matching", "training"}
+        assert found["seconds"]["answers"] == teacher.taught[1]
+        timed = stages.get(cell.method.name, "training").split()
+        assert set(timed) <= set(found["seconds"]) <= {"context", "answers", "matching", "training"}
     assert sorted(path.name for path in teacher.folder.iterdir()) == [
-        *("heldout.json", "heldout.jsonl", "test.json", "test.jsonl", "train.json", "train.jsonl", "watched.jsonl"),
+        *("heldout.json", "taught", "test.json", "train.jsonl", "watched.jsonl"),
     ]
 
 
@@ -349,8 +351,8 @@ def test_training_queries_are_neither_held_out_nor_in_the_test_set(study: Any, t
     queries = write_questions(tmp_path / "train.jsonl", ("Who keeps it?", "Who is the miller?", "Is it old?"))
     text = replace(text, queries=queries, selfstudy=2, samples=2)
     teacher = study.teacher(text, 0)
-    teacher.answers("train")
-    asked = [query.input for query in load_queries(teacher.queries)]
+    config = teacher.run_config(tmp_path / "run", {"tokens": 2})
+    asked = [query.input for query in load_queries(config.queries)]
     assert len(asked) == 2 * len(set(asked)) and "Is it old?" in asked
     assert not set(asked) & {*HELDOUT, *TEST}
 

@@ -56,6 +56,9 @@ def fed() -> Callable[[PreTrainedModel], list[tuple[int, ...]]]:
     return watch
 
 
+draw = sys.modules[sample.__module__]._draw
+
+
 def run(model: PreTrainedModel, inputs: list[list[int]], prefix: Prefix | None, **options) -> list[tuple[int, ...]]:
     """The new tokens of every input, in the order of the inputs."""
     found = {new.index: new.tokens for new in sample(model, inputs, prefix, **({"new_tokens": NEW} | options))}
@@ -184,6 +187,23 @@ def test_tokens_are_drawn_from_the_softmax(prepared, tokens, temperature):
     first = int(p.argmax())
     q = (prompted_logits(model, torch.tensor([[*row, first]]), prefix)[0, -1].double() / temperature).softmax(-1)
     check_frequencies(drawn[drawn[:, 0] == first, 1], q)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 300, 600])
+def test_a_drawn_token_is_the_first_whose_cumulative_probability_exceeds_the_number(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(5, vocabulary, generator=generator, dtype=torch.float64)
+    logits[:, 1::3] = -torch.inf
+    sums = logits.softmax(-1).cumsum(-1)
+    for number in (0.0, 1e-9, 0.3, 0.7, 1 - 1e-9, 1 - 2**-53):
+        uniform = torch.full((5,), number, dtype=torch.float64)
+        drawn = draw(logits, 1.0, uniform)
+        assert logits.gather(1, drawn[:, None]).isfinite().all(), "a token of probability 0"
+        assert (sums.gather(1, drawn[:, None])[:, 0] > uniform - 1e-12).all()
+        before = torch.where(drawn > 0, sums.gather(1, (drawn - 1).clamp(min=0)[:, None])[:, 0], 0)
+        assert (before <= uniform + 1e-12).all()
+        rounded = draw(logits.float(), 1.0, uniform)
+        assert logits.gather(1, rounded[:, None]).isfinite().all(), "a token of probability 0"
 
 
 def check_frequencies(drawn: Tensor, p: Tensor) -> None:

@@ -13,6 +13,7 @@ depend on. With another model, context, set of examples or form they are compute
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,9 @@ class TargetWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             _index(self.folder).unlink(missing_ok=True)  # of an earlier call, whose shards are now overwritten
         rows = _target_rows(torch.cat(self.hidden), self.head, self.form, self.temperature)
-        save_file(rows, _shard(self.folder, self.shards))
+        path = _shard(self.folder, self.shards)
+        save_file(rows, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
         self.hidden, self.buffered, self.shards = [], 0, self.shards + 1
 
 
