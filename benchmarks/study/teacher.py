@@ -148,7 +148,7 @@ class Teacher:
     def run_config(self, output: Path, settings: dict[str, Any]) -> CompressConfig:
         """The configuration of a run of `compress` with these settings. The study's queries are files of its own."""
         train, watched = self.folder / "train.jsonl", self.folder / "watched.jsonl"
-        if not watched.is_file():
+        if not (train.is_file() and watched.is_file()):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_queries(train, {"train": self._training_queries()})  # one line for each answer
             save_queries(watched, {"heldout": load_queries(self.text.heldout)[:WATCHED]})
