@@ -21,7 +21,7 @@ from benchmarks.study.measure import expected_seconds, measure_all, missing_cell
 from benchmarks.study.methods import METHODS, chosen_methods
 from benchmarks.study.plot import save_plot
 from benchmarks.study.results import RESULTS, Results
-from benchmarks.study.table import PAGE, PLOT, markdown, update_page
+from benchmarks.study.table import PAGE, PLOT, README, README_TEXT, content, markdown, update_page
 from benchmarks.study.teacher import Study
 from softprompt_kernels.compress import Interrupted, SilentReporter
 from softprompt_kernels.errors import SoftPromptError
@@ -66,8 +66,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         written = save_plot(results, options.plot)
         console.print(f"Plot: {options.plot}" if written else "Nothing has been measured, so there is no plot.")
     if "table" in words:
-        update_page(results, options.page, options.plot)
-        console.print(f"Tables: {options.page}")
+        update_page(options.page, content(results, options.plot))
+        update_page(options.readme, markdown(results, texts=[README_TEXT]))
+        console.print(f"Tables: {options.page}, {options.readme}")
     if "run" in words:
         console.print(markdown(results, test=False), markup=False)
     return 0
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for answers and unfinished runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--page", type=Path, default=PAGE, help="page that the tables are written into")
+    parser.add_argument("--readme", type=Path, default=README, help="page that the table of the demo is written into")
     parser.add_argument("--plot", type=Path, default=PLOT, help="file of the plot")
     return parser
 

@@ -1,4 +1,4 @@
-"""The tables of the study in docs/study.md, made of the measured cells.
+"""The tables of the study in docs/study.md and in the README, made of the measured cells.
 
     one table for each text; a row is a method, a column a ratio, and a figure `held-out ± spread / test`
 
@@ -8,7 +8,7 @@ Seconds are those of the method at one ratio, with the shared stages that it nee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -16,11 +16,12 @@ from benchmarks.study.corpus import ROOT, all_texts
 from benchmarks.study.methods import METHODS
 from benchmarks.study.results import Record, Results
 
-PAGE = ROOT / "docs" / "study.md"
+PAGE, README = ROOT / "docs" / "study.md", ROOT / "README.md"
 PLOT = ROOT / "docs" / "study.svg"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TIMED_RATIO = 8
 NOTHING = "No cell has been measured yet."
+README_TEXT = "demo"
 
 
 def seed_mean(records: Sequence[Record], part: str) -> float | None:
@@ -55,14 +56,17 @@ def grouped(results: Results) -> dict[str, dict[str, dict[int, list[Record]]]]:
     return found
 
 
-def markdown(results: Results, test: bool = True) -> str:
-    """All tables.
+def markdown(results: Results, test: bool = True, texts: Collection[str] | None = None) -> str:
+    """A table for each text.
 
     Args:
         test: with the test figures. Test questions are not for choosing, so a run does not print them.
+        texts: names of texts; None: all.
     """
     parts = []
     for text, methods in grouped(results).items():
+        if texts is not None and text not in texts:
+            continue
         every = [cell for ratios in methods.values() for cells in ratios.values() for cell in cells]
         ratios = sorted({cell["ratio"] for cell in every})
         sizes = {cell["ratio"]: cell["prompt_tokens"] for cell in every}
@@ -77,22 +81,21 @@ def markdown(results: Results, test: bool = True) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def update_page(results: Results, page: Path = PAGE, plot: Path = PLOT) -> None:
-    """Write the tables, and a link to the plot if there is one, between the markers of the page.
+def update_page(page: Path, text: str) -> None:
+    """Write a text between the markers of a page.
 
     Raises:
         ValueError: the page has no markers.
     """
-    text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{page}: got no {BEGIN} … {END}, accepted is a page with both")
-    page.write_text(f"{before}{BEGIN}\n\n{content(results, plot)}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def content(results: Results, plot: Path = PLOT) -> str:
-    """What stands between the markers."""
+    """What stands between the markers of docs/study.md."""
     tables = markdown(results)
     if tables == NOTHING or not plot.exists():
         return tables

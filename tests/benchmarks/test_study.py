@@ -276,9 +276,11 @@ def test_page_gets_the_tables_between_its_markers(results: Any, tmp_path: Path) 
     from benchmarks.study.__main__ import main
     from benchmarks.study.table import BEGIN, END, NOTHING
 
-    page, plot = tmp_path / "page.md", tmp_path / "study.svg"
-    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    options = ["table", "plot", "--results", str(results.folder), "--page", str(page), "--plot", str(plot)]
+    page, readme, plot = tmp_path / "page.md", tmp_path / "README.md", tmp_path / "study.svg"
+    for path in (page, readme):
+        path.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    options = ["table", "plot", "--results", str(results.folder), "--plot", str(plot)]
+    options += ["--page", str(page), "--readme", str(readme)]
     assert main(options) == 0
     assert page.read_text() == f"before\n\n{BEGIN}\n\n{NOTHING}\n\n{END}\n\nafter\n" and not plot.exists()
     results.put(record("matched", 8, 0, 0.9))
@@ -291,12 +293,14 @@ def test_page_gets_the_tables_between_its_markers(results: Any, tmp_path: Path) 
     assert plot.read_bytes() == drawn
 
 
-def test_committed_page_shows_the_committed_results() -> None:
+def test_committed_pages_show_the_committed_results() -> None:
     from benchmarks.study.results import Results
-    from benchmarks.study.table import BEGIN, END, PAGE, content
+    from benchmarks.study.table import BEGIN, END, PAGE, README, README_TEXT, content, markdown
 
-    shown = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
-    assert shown == content(Results()), "run python -m benchmarks.study plot table"
+    results = Results()
+    for page, expected in ((PAGE, content(results)), (README, markdown(results, texts=[README_TEXT]))):
+        shown = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+        assert shown == expected, "run python -m benchmarks.study plot table"
 
 
 # Cells of a tiny model
