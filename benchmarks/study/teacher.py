@@ -13,6 +13,7 @@ prompt over the held-out and test answers.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,10 +139,12 @@ class Teacher:
         folder = RunFolder(self.folder / "taught")
         record = folder.path / "seconds.json"
         if not record.is_file():
+            shutil.rmtree(folder.path, ignore_errors=True)
+            prefix = self.study.captured(self.text).prefix
             inputs = load_inputs(self.run_config(folder.path, {"tokens": 1, "init": "matched", "steps": 1}))
             folder.path.mkdir(exist_ok=True)
             begin = time.perf_counter()
-            Teaching(inputs, folder, self.study.captured(self.text).prefix, self.study.reporter).teach()
+            Teaching(inputs, folder, prefix, self.study.reporter).teach()
             write_text(record, json.dumps(time.perf_counter() - begin))
         return folder, float(json.loads(record.read_text(encoding="utf-8")))
 

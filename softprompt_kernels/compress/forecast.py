@@ -12,19 +12,21 @@ from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
 from softprompt_kernels.compress.initial_prompt import initial_prompt
-from softprompt_kernels.compress.inputs import load_inputs
+from softprompt_kernels.compress.inputs import RunInputs, load_inputs
 from softprompt_kernels.compress.matching.forecast import matching_seconds
 from softprompt_kernels.compress.matching.match import Matching
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
-from softprompt_kernels.compress.teacher.answers import answer
+from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
 from softprompt_kernels.models import prefix_of
+from softprompt_kernels.ops import teacher_moments
+from softprompt_kernels.prompts import Prefix
 
 MEASURED_QUERIES = 8
 MEASURED_TOKENS = 8  # decoding steps that are timed
-EVALUATION_PASSES = 6
-"""Forward passes of a run over every evaluated sequence: the teacher's, and those of about five students."""
+EVALUATION_PASSES = 5
+"""Forward passes of a run over every evaluated sequence: those of about five students."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     mean_tokens = mean_length + max(0, config.new_tokens - 2 * MEASURED_TOKENS)
     sequence_seconds *= mean_tokens / mean_length
 
+    # Targets: the moments of the tokens just sampled.
+    moments_seconds = 0.0
+    if config.steps and inputs.objective.form == "moments":
+        moments_seconds = _moments_seconds(inputs, context, examples) * config.new_tokens * len(inputs.train)
+
     # Matching: one layer, with the rows of the examples just sampled. The run has more rows.
     rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
     # The teacher is recorded while it writes its answers. Given ones it has to read.
@@ -153,10 +160,21 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         seconds_per_step=step_seconds,
         estimated_seconds={
             "context": capture_seconds,
-            "answers": unanswered * one_answer + sequence_seconds * given * recorded,
+            "answers": unanswered * one_answer + sequence_seconds * given * recorded + moments_seconds,
             **({"matching": matching} if config.init == "matched" else {}),
             "training": step_seconds * config.steps,
             "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
             "answers_compared": compared * one_answer,
         },
     )
+
+
+def _moments_seconds(inputs: RunInputs, context: Prefix, examples: list[Example]) -> float:
+    """Seconds that the moments of a token take."""
+    hidden, head = (
+        torch.cat(hidden_states(inputs.model, context, examples, SilentReporter(), "")),
+        inputs.objective.head,
+    )
+    begin = time.perf_counter()
+    teacher_moments(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale)
+    return (time.perf_counter() - begin) / hidden.shape[0]

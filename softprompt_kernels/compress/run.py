@@ -35,7 +35,6 @@ from softprompt_kernels.compress.teacher.rows import (
     delete_rows,
 )
 from softprompt_kernels.compress.teaching import Taught, Teaching
-from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
@@ -185,8 +184,7 @@ class _Run:
         seconds_before = stored_seconds(self.context, folder.cache, self.key)
         matched = stored_match(self.context, folder.cache, self.key)
         if matched is None:
-            if rows is None:
-                raise SoftPromptError(f"output: the rows for matching in {folder.cache} cannot be read; start again")
+            assert rows is not None, "the teacher leaves rows where nothing is matched"
             settings = Matching(config.tokens, config.matching_steps, config.frozen)
             folder.drop_metrics_after(config.steps)  # only a line that a crash cut off
             try:

@@ -85,15 +85,19 @@ class Teaching:
             write_text(self.folder.examples, json.dumps(token_ids))  # last: it says that all is there
         else:
             self._finish(self._recording(examples), examples)
-        states, rows = self._read_states(examples), self._read_rows(examples)
-        if states is None or (rows is None and self._matches):
-            raise SoftPromptError(f"output: the records of the teacher in {self.folder.cache} cannot be read")
+        targets, states, rows = self._read_targets(examples), self._read_states(examples), self._read_rows(examples)
+        missing = (targets is None and self._form is not None) or (rows is None and self._matches)
+        if states is None or missing:
+            raise SoftPromptError(
+                f"output: what the teacher left in {self.folder.cache} cannot be read back; delete that folder, and "
+                "the same call makes it again"
+            )
         by_set = {
             name: [states.hidden([number], self.inputs.model.device) for number in numbers]
             for name, numbers in self._evaluated_numbers.items()
         }
         sample = [examples["train"][index] for index in self._training_sample]
-        return Taught(examples, examples | {"train": sample}, by_set, self._read_targets(examples), rows)
+        return Taught(examples, examples | {"train": sample}, by_set, targets, rows)
 
     def _answer(self, recording: Recording) -> Examples:
         inputs, config, queries = self.inputs, self.inputs.config, self.inputs.sets
@@ -135,12 +139,15 @@ class Teaching:
         if recording.targets is not None:
             wanted.update(range(len(train)))
         elif recording.rows is not None:
-            wanted.update(enough_examples(train, config.matching_rows, config.seed))
+            # A part of the examples is enough, but would be too few beside all of those that have been seen.
+            seen = any(number < len(train) for number in recording.seen)
+            few = enough_examples(train, config.matching_rows, config.seed)
+            wanted.update(range(len(train)) if seen else few)
         missing = sorted(wanted - recording.seen)
         everything = [example for of_set in examples.values() for example in of_set]
         if missing:
             chosen = [everything[number] for number in missing]
-            watch(self.inputs.model, self.context, chosen, missing, recording, self.reporter, "Teacher's targets")
+            watch(self.inputs.model, self.context, chosen, missing, recording, self.reporter, "Given answers")
         if recording.targets is not None:
             recording.targets.close(self._targets_key(examples))
         if recording.rows is not None:

@@ -8,7 +8,8 @@ the next input, so that every token that goes through the model belongs to an an
 
 Cost: M + n − 1 tokens through the model for an input of M tokens and an answer of n, and n rows of the head. Equal
 inputs that join the batch at the same time share their M tokens. New inputs run packed where the attention backend is
-good at that, otherwise padded on the right. A step waits for the device once, to read the tokens.
+good at that, otherwise padded on the right. A step waits for the device once, to read the tokens. The hidden states of
+a continuation, `[n, d]`, stay in memory until it ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -265,7 +266,8 @@ class _Sampler:
         return run_base(self.model, call, positions, input_ids=ids)[:, 0]
 
     def _tap(self, fed: list[FedTokens]) -> QueryTap | None:
-        return None if self.recorder is None else self.recorder.tap(fed)
+        tap = None if self.recorder is None else self.recorder.tap(fed)
+        return tap and replace(tap, tokens=tap.tokens.to(self.model.device))
 
     def _append(self, rows: list[_Row], hidden: Tensor) -> None:
         """Add the next token to each row, from its `hidden [n, d]`."""

@@ -331,7 +331,9 @@ def test_runs_share_the_answers_of_their_text_and_seed(
         raise AssertionError("the run asks the teacher")
 
     teacher = study.teacher(make_cells(["today"])[0].text, 0)
-    assert teacher.taught[1] > 0
+    folder, seconds = teacher.taught
+    assert seconds > 0
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     monkeypatch.setattr("softprompt_kernels.compress.teaching.answer", refuse)
     monkeypatch.setattr("softprompt_kernels.compress.teaching.watch", refuse)
     monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
@@ -344,6 +346,7 @@ def test_runs_share_the_answers_of_their_text_and_seed(
         assert found["seconds"]["answers"] == teacher.taught[1]
         timed = stages.get(cell.method.name, "training").split()
         assert set(timed) <= set(found["seconds"]) <= {"context", "answers", "matching", "training"}
+    assert before == {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
     assert sorted(path.name for path in teacher.folder.iterdir()) == [
         *("heldout.json", "taught", "test.json", "train.jsonl", "watched.jsonl"),
     ]

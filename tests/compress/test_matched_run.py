@@ -26,7 +26,7 @@ Make = Callable[..., CompressConfig]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
-READING = "Teacher's targets"
+READING = "Given answers"
 LAYERS = 2  # of the model
 
 
@@ -108,6 +108,21 @@ def test_the_teacher_reads_given_outputs_once(make_config: Make, recording_repor
     figures = compress(make_config(steps=1, output=tmp_path / "given"), reporter)
     assert reporter.done[READING] == len(given) == 5
     assert figures["heldout"]["kl_none"] > 0
+
+
+@pytest.mark.parametrize("given", [6, 5], ids=["all are given", "one is sampled"])
+def test_a_part_of_given_outputs_is_enough_unless_others_are_sampled(
+    make_config: Make, recording_reporter: Any, tmp_path: Path, given: int
+) -> None:
+    """Beside all tokens of sampled answers, those of a part of the given ones would be too few."""
+    output = "It is a long answer about the mill, the river and the crowns."
+    lines = [{"input": f"Question {i}?"} | ({"output": output} if i < given else {}) for i in range(6)]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"input": "Who keeps it?"}))
+    reporter = recording_reporter()
+    options = {"steps": 0, "matching_rows": 10, "evaluation_sequences": 1, "heldout": tmp_path / "heldout.jsonl"}
+    compress(make_config(**options), reporter)
+    assert reporter.done[READING] in ({1, 2} if given == 6 else {5})
 
 
 @pytest.mark.parametrize(("matching_steps", "steps"), [(10, 0), (0, 2), (0, 0)])

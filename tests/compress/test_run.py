@@ -1,6 +1,7 @@
 """A whole run: the files it writes, and that it can be resumed at every stage."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -238,12 +239,19 @@ def test_answers_are_those_of_the_full_context_and_of_the_saved_prompt(
     assert (config.output / "answers.md").read_text() == answers_page({"held-out": expected}, 6, 0.0)
 
 
-def test_a_test_set_changes_no_other_figure(make_config: Make, test_file: Path, tmp_path: Path) -> None:
+def test_a_test_set_changes_other_figures_by_rounding_alone(make_config: Make, test_file: Path, tmp_path: Path) -> None:
     test_file.write_text('{"input": "What is asked nowhere else?"}\n')
     without, with_test = make_config(steps=2), make_config(steps=2, test=test_file, output=tmp_path / "other")
     first, second = compress(without), compress(with_test)
     for name in ("train", "heldout"):  # equal but for rounding: the teacher's answers are sampled in other batches
         assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5)
+
+
+def test_no_start_and_no_baseline_of_tokens_is_measured_on_the_test_set(make_config: Make, test_file: Path) -> None:
+    figures = compress(make_config(steps=1, test=test_file))
+    measured = {name.removeprefix("kl_") for name in figures["test"] if name.startswith("kl_")}
+    assert measured == {"none", "prompt"}
+    assert {"kl_initial", "kl_truncated", "kl_untrained"} <= set(figures["heldout"])
 
 
 def test_a_context_that_does_not_matter_for_the_test_is_refused(
@@ -401,6 +409,35 @@ def test_a_damaged_file_of_answers_is_made_again(
     path.write_text(path.read_text()[:-20] if damage == "truncated" else "")
     compress(config)
     assert_same_run(config.output, uninterrupted.output)
+
+
+@pytest.mark.parametrize("lost", ["targets", "states", "rows", "all of them", "half of the targets"])
+def test_records_that_were_lost_are_made_again(make_config: Make, recording_reporter: Any, lost: str) -> None:
+    config = make_config()
+    with pytest.raises(KeyboardInterrupt):
+        compress(config, recording_reporter("No context, training queries", 3))
+    cache = config.output / "cache"
+    if lost == "half of the targets":
+        path = cache / "targets/00000.safetensors"
+        path.write_bytes(path.read_bytes()[:-50])
+    for name in {"all of them": ("targets", "states", "rows")}.get(lost, (lost,)):
+        if name == "rows":
+            for path in cache.glob("rows*"):
+                path.unlink()
+        else:
+            shutil.rmtree(cache / name, ignore_errors=True)
+    reporter = recording_reporter()
+    check_figures(compress(config, reporter), config)
+    assert "Teacher's answers" not in reporter.done
+    assert reporter.done["Given answers"] == (6 if lost in ("states", "all of them") else 4)
+
+
+def test_records_that_cannot_be_kept_end_the_run_with_a_message(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt_kernels.compress.teaching.read_targets", lambda *_: None)
+    with pytest.raises(SoftPromptError, match=r"cache cannot be read back; delete that folder"):
+        compress(make_config())
 
 
 def test_answers_that_a_version_without_test_sets_stored_are_read(

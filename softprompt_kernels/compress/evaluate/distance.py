@@ -46,35 +46,32 @@ class Distance:
 
 def distance(head: Head, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Distance:
     """The distance between the hidden states `[n_i, d]` of student and teacher, one tensor for each example."""
-    return distances(head, {"student": student}, teacher)["student"]
+    return distances(head, {"student": torch.cat(list(student))}, torch.cat(list(teacher)))["student"]
 
 
 @torch.no_grad()
-def distances(head: Head, students: Mapping[str, Sequence[Tensor]], teacher: Sequence[Tensor]) -> dict[str, Distance]:
+def distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Distance]:
     """The distances of several students, by their keys. The teacher's logits are computed once for all of them.
 
     Args:
         head: of the model.
-        students, teacher: hidden states `[n_i, d]`, one tensor for each example.
+        students, teacher: hidden states `[n, d]`.
     """
     # Logits in fp32: rounded to 16 bits, different logits become equal, and argmax takes the lower token.
     exact = replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
-    teacher_rows = torch.cat(list(teacher))
-    rows = {name: torch.cat(list(hidden)).split(_ROWS) for name, hidden in students.items()}
-    sums = {name: [0.0, 0.0, 0.0] for name in students}
-    for index, part in enumerate(teacher_rows.split(_ROWS)):
-        teacher_logits = exact.logits(part.float())
+    kl, agreement, gap = (dict.fromkeys(students, 0.0) for _ in range(3))
+    for start in range(0, teacher.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        teacher_logits = exact.logits(teacher[rows].float())
         top, teacher_entropy = teacher_logits.argmax(-1), _entropy(teacher_logits)
-        for name, parts in rows.items():
-            logits = exact.logits(parts[index].float())
-            found = sums[name]
-            found[0] += float(kl_div(logits, teacher_logits, reduction="sum"))
-            found[1] += float((logits.argmax(-1) == top).sum())
-            found[2] += _entropy(logits) - teacher_entropy
-    tokens = teacher_rows.shape[0]
+        for name, hidden in students.items():
+            logits = exact.logits(hidden[rows].float())
+            kl[name] += float(kl_div(logits, teacher_logits, reduction="sum"))
+            agreement[name] += float((logits.argmax(-1) == top).sum())
+            gap[name] += _entropy(logits) - teacher_entropy
+    tokens = teacher.shape[0]
     return {
-        name: Distance(kl / tokens, agreement / tokens, gap / tokens, tokens)
-        for name, (kl, agreement, gap) in sums.items()
+        name: Distance(kl[name] / tokens, agreement[name] / tokens, gap[name] / tokens, tokens) for name in students
     }
 
 
@@ -105,11 +102,11 @@ def measure(
     head, names = head_of(model), {key: label[0].upper() + label[1:] for key, label in STUDENT_NAMES.items()}
     if teacher is None:
         teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
-    hidden = {
-        student: hidden_states(model, prefix, examples, reporter, f"{names.get(student, student)}, {name} queries")
-        for student, prefix in students.items()
-    }
-    return distances(head, hidden, teacher)
+    hidden = {}
+    for student, prefix in students.items():
+        label = f"{names.get(student, student)}, {name} queries"
+        hidden[student] = torch.cat(hidden_states(model, prefix, examples, reporter, label))
+    return distances(head, hidden, torch.cat(list(teacher)))
 
 
 def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:

@@ -5,7 +5,7 @@ of the head `m_t = E_{p_t}[W]` (d floats) and the entropy (1 float). They replac
 ops/linear_kl_div). With a softcap, or another divergence, the cache holds the teacher's last hidden state instead. That
 is also d floats and also exact, but costs one more GEMM with the head in every step.
 
-On disk: `targets-00000.safetensors`, … with the rows of examples in the order in which they came, and `index.json`,
+On disk: `00000.safetensors`, … with the rows of examples in the order in which they came, and `index.json`,
 which is written last. It says where the rows of each example are, and under which key: a digest of everything that they
 depend on. With another model, context, set of examples or form they are computed again.
 """
@@ -142,4 +142,4 @@ def _index(folder: Path) -> Path:
 
 
 def _shard(folder: Path, number: int) -> Path:
-    return folder / f"targets-{number:05d}.safetensors"
+    return folder / f"{number:05d}.safetensors"

@@ -1,8 +1,10 @@
 """What is kept of the teacher while it writes its answers, or reads given ones: one pass serves all later stages.
 
-training targets    of training answers, on disk      (moments_cache.py)
-rows for matching   of training answers, on disk      (rows.py)
-hidden states       of evaluated answers, in memory
+    training targets     of training answers      moments_cache.py
+    rows for matching    of training answers      rows.py
+    hidden states        of evaluated answers     moments_cache.py
+
+All are on disk.
 """
 
 from __future__ import annotations

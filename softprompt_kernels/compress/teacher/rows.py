@@ -1,4 +1,4 @@
-"""Rows for matching: what the teacher's layers asked and got while it read its own answers.
+"""Rows for matching: what the teacher's layers asked and got while it wrote its answers, or read given ones.
 
 A row is one token in one layer: its queries, the result of the attention over context and own tokens, and the log of
 the sum of its softmax. That is Hq·(D + Dv) numbers in the model's dtype and Hq in fp32, for each layer.
@@ -8,13 +8,13 @@ teacher has answered, so each token has a priority, and those with the lowest ar
 
     priority(token) = hash(seed, the sequence up to this token)        rows = the n tokens of lowest priority
 
-A token is recorded when its priority is among the lowest so far. Later ones may displace it; the rows then skip it. The
-choice depends on the sequences and the seed, but not on their order or batches. A token counts once where several
-sequences begin alike: the opening of a chat, or two answers to one question.
+A token is recorded when its priority is among the lowest so far, and later ones may displace it. The choice depends on
+the sequences and the seed, but not on their order or batches. A token counts once where several sequences begin alike:
+the opening of a chat, or two answers to one question. It then belongs to the question that came first.
 Some rows are held out, to judge a fit to the others. They come from questions of their own.
 Rows are written to disk as `rows-00000.safetensors`, … whenever `BUFFER_BYTES` are full, and read back one layer at a
-time. `rows.json` is written last and holds a digest of everything the rows depend on. The disk holds `DISK_BYTES` at
-most: displaced rows are deleted when it is full.
+time. `rows.json` is written last and holds a digest of everything the rows depend on. Displaced rows are deleted when
+the disk holds `DISK_BYTES`, and at the end.
 """
 
 from __future__ import annotations
@@ -125,8 +125,7 @@ class RowRecorder:
         self.folder, self.row_bytes, self.seed = folder, row_bytes, seed
         self.wanted = max(1, min(rows, DISK_BYTES // (2 * row_bytes)))
         self.limit = 2**63 - 1  # no token of a higher priority becomes a row
-        self.priorities: list[int] = []  # of what is recorded and not displaced
-        self.known: set[int] = set()
+        self.priorities: set[int] = set()  # of what is recorded and not displaced
         self.beginnings: dict[int, tuple[bytes, int]] = {}  # by sequence: its hash so far, and its question
         self.scores: dict[int, ScoreFunction] = {}
         self.tensors: dict[str, list[Tensor]] = {}
@@ -138,30 +137,28 @@ class RowRecorder:
         """The tap for those of these tokens that are recorded. The first tokens of a sequence are its question."""
         if len(self.tokens) * self.row_bytes >= BUFFER_BYTES:
             self._flush()
-        places: list[int] = []
+        found: list[tuple[int, int, int, int]] = []  # place, offset, question and priority
         for part in fed:
-            chosen: list[tuple[int, int]] = []
+            first = len(found)
             if part.start:
                 state, question = self.beginnings[part.sequences[0]]
             else:
-                state = hashlib.blake2b(repr(self.seed).encode(), digest_size=8).digest()
+                state, question = hashlib.blake2b(repr(self.seed).encode(), digest_size=8).digest(), 0
             for index, token in enumerate(part.tokens):
                 state = hashlib.blake2b(state + token.to_bytes(8, "little"), digest_size=8).digest()
                 priority = _priority(state)
-                if priority not in self.known:
-                    self.known.add(priority)
-                    if priority <= self.limit:
-                        chosen.append((index, priority))
+                if priority <= self.limit and priority not in self.priorities:
+                    self.priorities.add(priority)
+                    found.append((part.place + index, part.start + index, question, priority))
             if not part.start:
                 question = _priority(state)
+                found[first:] = [(place, offset, question, priority) for place, offset, _, priority in found[first:]]
             self.beginnings.update((sequence, (state, question)) for sequence in part.sequences)
-            places += (part.place + index for index, _ in chosen)
-            self.tokens += ((part.start + index, question, priority) for index, priority in chosen)
-            self.priorities += (priority for _, priority in chosen)
         if len(self.priorities) > _SLACK * self.wanted:
-            self.priorities = sorted(self.priorities)[: self.wanted]
-            self.limit = self.priorities[-1]
-        return QueryTap(torch.tensor(places), self) if places else None
+            self._displace()
+        found = [one for one in found if one[3] <= self.limit]
+        self.tokens += (one[1:] for one in found)
+        return QueryTap(torch.tensor([one[0] for one in found]), self) if found else None
 
     def put(self, layer: int, query: Tensor, out: Tensor, lse: Tensor, scores: ScoreFunction) -> None:
         """Store the rows of one layer of a batch."""
@@ -172,11 +169,13 @@ class RowRecorder:
     def close(self, key: str) -> None:
         """Write what is buffered, and the index, which names the rows by `key`."""
         self._flush()
+        self._displace()
+        self._drop_displaced()
         scores = [asdict(self.scores[layer]) for layer in range(len(self.scores))]
         index = {
             "key": key,
             "shards": len(self.shards),
-            "rows": min(self.wanted, len(self.priorities)),
+            "rows": len(self.priorities),
             "query_heads": self.query_heads,
             "seed": self.seed,
             "scores": scores,
@@ -193,6 +192,16 @@ class RowRecorder:
         self.shards.append(_write_shard(_shard(self.folder, len(self.shards)), tensors, self.limit))
         self.tensors, self.tokens = {}, []
         if sum(self.shards) * self.row_bytes > DISK_BYTES:
+            self._drop_displaced()
+
+    def _displace(self) -> None:
+        """Keep the lowest priorities."""
+        self.priorities = set(sorted(self.priorities)[: self.wanted])
+        self.limit = max(self.priorities, default=self.limit)
+
+    def _drop_displaced(self) -> None:
+        """Delete displaced rows from the disk."""
+        if sum(self.shards) > len(self.priorities):
             paths = [_shard(self.folder, number) for number in range(len(self.shards))]
             self.shards = [_write_shard(path, load_file(path), self.limit) for path in paths]
 

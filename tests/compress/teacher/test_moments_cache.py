@@ -83,7 +83,7 @@ def test_targets_of_another_key_are_not_used(make_targets: Any, tmp_path: Path, 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "no index", "invalid index", "half an index"])
 def test_damaged_targets_are_not_used(make_targets: Any, model: PreTrainedModel, tmp_path: Path, damage: str) -> None:
     make_targets(folder=tmp_path / "targets")
-    shard, index = tmp_path / "targets/targets-00001.safetensors", tmp_path / "targets/index.json"
+    shard, index = tmp_path / "targets/00001.safetensors", tmp_path / "targets/index.json"
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-8])
     elif damage == "missing":
