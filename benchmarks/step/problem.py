@@ -22,7 +22,7 @@ from softprompt_kernels.compress import ChatFormat, SilentReporter
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
-from softprompt_kernels.compress.teacher.moments_cache import EXAMPLES_PER_SHARD, Targets
+from softprompt_kernels.compress.teacher.moments_cache import Targets
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of
 from softprompt_kernels.ops import teacher_moments
@@ -75,7 +75,8 @@ class Problem:
     def moments(self, logit_scale: float) -> Targets:
         """The teacher's moments, memory-mapped, as in training."""
         file = safe_open(self.folder / "moments.safetensors", framework="pt")
-        rows = tuple(pairwise(accumulate((example.targets for example in self.examples), initial=0)))
+        bounds = pairwise(accumulate((example.targets for example in self.examples), initial=0))
+        rows = {index: (0, start, stop) for index, (start, stop) in enumerate(bounds)}
         return Targets("moments", (file,), rows, 1.0, logit_scale, "bias_mean" in file.offset_keys())
 
 
@@ -119,8 +120,8 @@ def make_problem(
     Raises:
         SoftPromptError: the batch or the prompt has a size that cannot be measured, or the head has a softcap.
     """
-    if not 1 <= len(queries) <= EXAMPLES_PER_SHARD:
-        raise SoftPromptError(f"queries: got {len(queries)}, accepted is 1 to {EXAMPLES_PER_SHARD}")
+    if not queries:
+        raise SoftPromptError("queries: got 0, accepted is at least one")
     head = head_of(model)
     if head.softcap is not None:
         raise SoftPromptError(f"model: its head has a softcap ({head.softcap}), accepted is a linear head")

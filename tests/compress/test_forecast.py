@@ -69,10 +69,11 @@ def test_a_plan_counts_a_pass_over_given_outputs_alone(
         queries.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return plan(make_config(queries=queries, heldout_share=0.34, seed=1, **options)).estimated_seconds["answers"]
 
-    trained = [answer_seconds(given) for given in (0, 6)]
-    untrained = [answer_seconds(given, init="strided", steps=0) for given in (0, 6)]
-    assert trained[0] == untrained[0] > 0
-    assert trained[1] > untrained[1] == 0
+    matched = [answer_seconds(given, objective="nll") for given in (0, 6)]
+    neither = [answer_seconds(given, init="strided", steps=0) for given in (0, 6)]
+    assert matched[0] == neither[0] > 0
+    assert matched[1] > neither[1] == 0
+    assert answer_seconds(0) > matched[0], "the moments of the answers are computed"
 
 
 def test_the_tokens_of_a_run_limit_the_rows_that_a_plan_counts(
