@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.study.cells import grid
 from benchmarks.study.corpus import ROOT, all_texts
 from benchmarks.study.methods import METHODS
 from benchmarks.study.results import Record, Results
@@ -99,7 +100,19 @@ def content(results: Results, plot: Path = PLOT) -> str:
     tables = markdown(results)
     if tables == NOTHING or not plot.exists():
         return tables
-    return f"![Recovered against the ratio and against the seconds, for each text]({plot.name})\n\n{tables}"
+    image = f"![Recovered against the ratio and against the seconds, for each text]({plot.name})"
+    return f"{image}\n\n{tables}\n\n{progress(results)}"
+
+
+def progress(results: Results) -> str:
+    """How many of the planned cells are measured."""
+    planned = grid(all_texts().values())
+    measured = sum(
+        results.find(cell.text.name, cell.method.name, cell.ratio, cell.seed) is not None for cell in planned
+    )
+    if measured == len(planned):
+        return f"All {measured} planned cells are measured. Trained methods are planned at few ratios."
+    return f"{measured} of {len(planned)} planned cells are measured. An empty field is not measured, or not planned."
 
 
 def _figure(cells: Sequence[Record], with_test: bool) -> str:

@@ -107,7 +107,7 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),
         ("KL without context", f"{forecast.kl_none:.3f} nats per token on a few queries: what a prompt can recover"),
         ("time per step", duration_of_step(forecast.seconds_per_step)),
-        *((f"  {name}", duration(seconds)) for name, seconds in stages.items()),
+        *((f"  {name.replace('_', ' ')}", duration(seconds)) for name, seconds in stages.items()),
         ("total time", f"about {duration(sum(stages.values()))}"),
         ("written", "nothing (dry run)"),
     ]

@@ -25,8 +25,9 @@ from softprompt_kernels.prompts import Prefix
 
 MEASURED_QUERIES = 8
 MEASURED_TOKENS = 8  # decoding steps that are timed
-EVALUATION_PASSES = 5
-"""Forward passes of a run over every evaluated sequence: those of about five students."""
+EVALUATION_PASSES, TEST_PASSES = 5, 2
+"""Students that a run evaluates: about five on the training sample and the held-out set; on the test set those without
+baselines of chosen tokens and the initial prompt."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     if config.steps and inputs.objective.form == "moments":
         moments_seconds = _moments_seconds(inputs, context, examples) * config.new_tokens * len(inputs.train)
 
-    # Matching: one layer, with the rows of the examples just sampled. The run has more rows.
+    # Matching: one layer of each kind, with the rows of the examples just sampled. The run has more rows.
     rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
     # The teacher is recorded while it writes its answers. Given ones it has to read.
     given = sum(query.output is not None for query in inputs.train)
@@ -146,7 +147,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
 
     with torch.no_grad():
         prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=context.dtype).nbytes
-    evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout) + len(inputs.test)
+    evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
+    passes = EVALUATION_PASSES * evaluated + TEST_PASSES * len(inputs.test)
     return Plan(
         context_tokens=inputs.context_tokens,
         prompt_tokens=config.tokens,
@@ -163,7 +165,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
             "answers": unanswered * one_answer + sequence_seconds * given * recorded + moments_seconds,
             **({"matching": matching} if config.init == "matched" else {}),
             "training": step_seconds * config.steps,
-            "evaluation": sequence_seconds * evaluated * EVALUATION_PASSES,
+            "evaluation": sequence_seconds * passes,
             "answers_compared": compared * one_answer,
         },
     )
@@ -171,10 +173,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
 
 def _moments_seconds(inputs: RunInputs, context: Prefix, examples: list[Example]) -> float:
     """Seconds that the moments of a token take."""
-    hidden, head = (
-        torch.cat(hidden_states(inputs.model, context, examples, SilentReporter(), "")),
-        inputs.objective.head,
-    )
+    hidden = torch.cat(hidden_states(inputs.model, context, examples, SilentReporter(), ""))
+    head = inputs.objective.head
     begin = time.perf_counter()
     teacher_moments(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale)
     return (time.perf_counter() - begin) / hidden.shape[0]

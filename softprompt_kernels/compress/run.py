@@ -30,10 +30,7 @@ from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
-from softprompt_kernels.compress.teacher.rows import (
-    Rows,
-    delete_rows,
-)
+from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save

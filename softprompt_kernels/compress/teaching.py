@@ -129,7 +129,7 @@ class Teaching:
         try:
             saved = json.loads(self.folder.examples.read_text(encoding="utf-8"))
             return {name: [Example(tuple(x), tuple(y)) for x, y in saved[name]] for name in self.inputs.sets}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def _finish(self, recording: Recording, examples: Examples) -> None:

@@ -102,7 +102,7 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     assert names == sizes | {"KL without context", "time per step", "total time", "written"}
     assert "4 for training, 2 held out" in result.stdout
     stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert stages[:4] == ["context", "answers", "matching", "training"]
+    assert stages == ["context", "answers", "matching", "training", "evaluation", "answers compared"]
     assert not (tmp_path / "run").exists()
 
 

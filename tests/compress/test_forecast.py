@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from softprompt_kernels.compress import CompressConfig, compress, plan
+from softprompt_kernels.compress import CompressConfig, compress, plan, run
 from softprompt_kernels.compress import forecast as module
 from softprompt_kernels.errors import SoftPromptError
 
@@ -94,6 +94,24 @@ def test_the_tokens_of_a_run_limit_the_rows_that_a_plan_counts(
 def test_a_plan_counts_the_test_queries(make_config: Make, test_file: Path) -> None:
     found = plan(make_config(test=test_file))
     assert (found.train_queries, found.heldout_queries, found.test_queries) == (3, 2, 3)
+
+
+def test_a_plan_counts_the_passes_of_an_evaluation(
+    make_config: Make, test_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = 0
+
+    def measure(model: Any, context: Any, students: Any, examples: Any, *rest: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += len(students) * len(examples)
+        return measured(model, context, students, examples, *rest, **options)
+
+    measured = run.measure
+    monkeypatch.setattr(run, "measure", measure)
+    config = make_config(test=test_file)
+    compress(config)
+    monkeypatch.setattr(module, "time", FixedClock())  # teacher and student read each of 5 examples in one second
+    assert plan(config).estimated_seconds["evaluation"] == pytest.approx(passes / (2 * 5))
 
 
 def test_a_plan_has_the_context_length_of_the_run(make_config: Make) -> None:

@@ -396,7 +396,7 @@ def test_a_run_resumes_with_other_checkpoint_micro_batch_and_thread_options(
     assert "Resuming from step 3." in reporter.messages
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "null"])
 def test_a_damaged_file_of_answers_is_made_again(
     make_config: Make, recording_reporter: Any, tmp_path: Path, damage: str
 ) -> None:
@@ -406,7 +406,7 @@ def test_a_damaged_file_of_answers_is_made_again(
     with pytest.raises(Interrupted):
         compress(config, recording_reporter("Training", 3))
     path = config.output / "cache" / "examples.json"
-    path.write_text(path.read_text()[:-20] if damage == "truncated" else "")
+    path.write_text({"truncated": path.read_text()[:-20], "null": "null"}.get(damage, ""))
     compress(config)
     assert_same_run(config.output, uninterrupted.output)
 

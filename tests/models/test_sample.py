@@ -25,6 +25,7 @@ from softprompt_kernels.prompts import Prefix
 
 LENGTHS = (3, 7, 1, 4, 4, 2, 6, 12)  # the last one is longer than the others
 NEW = 9
+draw = sys.modules[sample.__module__]._draw  # the package has a function of the module's name
 
 
 @pytest.fixture
@@ -54,9 +55,6 @@ def fed() -> Callable[[PreTrainedModel], list[tuple[int, ...]]]:
         return shapes
 
     return watch
-
-
-draw = sys.modules[sample.__module__]._draw
 
 
 def run(model: PreTrainedModel, inputs: list[list[int]], prefix: Prefix | None, **options) -> list[tuple[int, ...]]:
