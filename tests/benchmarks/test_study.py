@@ -315,8 +315,9 @@ def test_untrained_cells_are_measured_on_both_sets(study: Any, make_cells: Any) 
         assert found["heldout"]["tokens"] > 0 and found["test"]["tokens"] > 0
         assert found["heldout"]["kl_none"] == truncated["heldout"]["kl_none"]
         assert found["machine"]["threads"] == torch.get_num_threads() and found["versions"]["transformers"]
-        assert "answers" not in found["seconds"] and found["wall"] > sum(found["seconds"].values())
+        assert "answers" not in found["seconds"]
         json.dumps(found, allow_nan=False)
+    assert truncated["wall"] > sum(truncated["seconds"].values())  # strided shares the capture of the text
     assert truncated["heldout"]["kl"] != strided["heldout"]["kl"]
     assert not (study.teacher(make_cells(["strided"])[0].text, 0).folder / "train.json").exists()
 
