@@ -25,6 +25,7 @@ from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.kv import KVPrompt
+from softprompt_kernels.prompts.offload import input_device
 from softprompt_kernels.prompts.prefix import Prefix
 
 
@@ -85,10 +86,11 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
         )
     check_positions(model.config, bank.shape[1], 0)
     layers = _LayerSink()
-    positions = torch.arange(bank.shape[1], device=table.device)[None]
+    device = input_device(model)
+    positions = torch.arange(bank.shape[1], device=device)[None]
     graph = torch.is_grad_enabled() and embedding.requires_grad
     call = Call(None, key_lengths=lengths, sink=layers, wants_grad=graph)
-    run_base(model, call, positions, inputs_embeds=bank.to(table.device, table.dtype))
+    run_base(model, call, positions, inputs_embeds=bank.to(device, table.dtype))
     return layers.close(lengths)
 
 

@@ -26,6 +26,7 @@ from softprompt_kernels.models.padding import Packing, compaction, is_right_padd
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.models.tap import QueryTap
 from softprompt_kernels.ops.prompt_attention import packs_sequences
+from softprompt_kernels.prompts.offload import input_device
 from softprompt_kernels.prompts.prefix import Prefix
 
 
@@ -67,7 +68,7 @@ def prompted_hidden(
         positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
         return run_base(model, call, positions, input_ids=input_ids)
     mask = attention_mask.bool()
-    if packs_sequences(head_size(model), model.dtype, model.device):
+    if packs_sequences(head_size(model), model.dtype, input_device(model)):
         return _packed_hidden(model, call, first, input_ids, mask)
     call = replace(call, key_lengths=mask.sum(dim=1).to(input_ids.device))
     inverse = None

@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.prompts.offload import loaded
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +35,81 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden [..., d]` to `[..., V]`."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a causal language model.
+    """The head of a causal language model. An offloaded one is loaded, and stays so as long as the result.
 
     Raises:
-        SoftPromptError: the model has no head, or the head's weight is quantised (not a floating-point matrix).
+        SoftPromptError: the model has no head, or one that computes more than a weight and a bias do: an adapter or
+            another wrapper, hooks, a quantised weight.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise SoftPromptError(f"model: {type(model).__name__} has no language-model head, accepted is a ...ForCausalLM")
-    weight: Tensor = head.weight
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise SoftPromptError(
-            f"model: its head is {weight.dtype} of shape {tuple(weight.shape)}, accepted is floating point [V, d]: "
-            "leave the head out of the quantisation"
-        )
+    _check_linear(head)
+    with loaded(head):
+        weight, bias = head.weight, head.bias
+    _check_weight(weight)
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Head(weight, getattr(head, "bias", None), softcap)
+    return Head(weight, bias, softcap)
+
+
+def _check_linear(head: nn.Module) -> None:
+    """Raise a SoftPromptError unless running `head` is `linear(hidden, head.weight, head.bias)`."""
+    kind = type(head)
+    if kind.forward is not nn.Linear.forward:
+        raise SoftPromptError(
+            f"model: its head is a {kind.__module__}.{kind.__qualname__}, accepted is a torch.nn.Linear: "
+            "merge an adapter into it, or leave the head out"
+        )
+    hooks = [
+        getattr(hook, "__qualname__", type(hook).__qualname__)
+        for kind_of_hooks in (
+            head._forward_pre_hooks,
+            head._forward_hooks,
+            head._backward_pre_hooks,
+            head._backward_hooks,
+        )
+        for hook in kind_of_hooks.values()
+    ]
+    if "forward" in vars(head) and not _only_moves(head):
+        hooks.append("a forward of its own")
+    if hooks:
+        raise SoftPromptError(
+            f"model: its head has hooks ({', '.join(hooks)}), accepted is a torch.nn.Linear without: "
+            "its weight is read, and the module is not run"
+        )
+
+
+def _only_moves(head: nn.Module) -> bool:
+    """Whether what replaces the head's forward is accelerate, which moves weights and inputs to a device."""
+    hook, original = getattr(head, "_hf_hook", None), getattr(head, "_old_forward", None)
+    if hook is None or getattr(original, "__func__", None) is not nn.Linear.forward:
+        return False
+    from accelerate.hooks import AlignDevicesHook  # accelerate has made the hook, so it is installed
+
+    return type(hook) is AlignDevicesHook
+
+
+def _check_weight(weight: Tensor) -> None:
+    """Raise a SoftPromptError unless `weight` is an ordinary matrix of numbers."""
+    if weight.dim() != 2 or weight.dtype not in _DTYPES:
+        raise SoftPromptError(
+            f"model: its head is {weight.dtype} of shape {tuple(weight.shape)}, accepted is floating point [V, d] of "
+            "16 bits or more: leave the head out of the quantisation"
+        )
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        raise SoftPromptError(
+            f"model: the weight of its head is a {type(weight).__qualname__} with layout {weight.layout}, accepted is "
+            "an ordinary dense tensor: leave the head out of the quantisation, sparsity or tensor parallelism"
+        )
+    if weight.is_meta:
+        raise SoftPromptError(
+            "model: its head is on the meta device, without numbers; accepted is a head with numbers, or one that is "
+            "offloaded by accelerate"
+        )

@@ -35,6 +35,7 @@ from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.models.rows import NextTokens, OwnRows, PromptTokens
 from softprompt_kernels.models.tap import FedTokens, QueryRecorder, QueryTap
 from softprompt_kernels.ops.prompt_attention import packs_sequences
+from softprompt_kernels.prompts.offload import input_device
 from softprompt_kernels.prompts.prefix import Prefix
 
 _PREFILL_TOKENS = 1024
@@ -170,7 +171,8 @@ class _Sampler:
     ) -> None:
         self.model, self.head, self.prefix, self.recorder = model, head, prefix, recorder
         self.batch_size, self.new_tokens, self.temperature, self.ends = batch_size, new_tokens, temperature, ends
-        self.packs = packs_sequences(head_size(model), model.dtype, model.device)
+        self.device = input_device(model)
+        self.packs = packs_sequences(head_size(model), model.dtype, self.device)
         self.rows: list[_Row] = []
         self.cache = OwnRows(batch_size)
 
@@ -223,7 +225,7 @@ class _Sampler:
         first = len(self.rows)
         target = torch.cat([(first + i) * self.cache.columns + column for i, column in enumerate(columns)])
         source = torch.cat([starts[numbers[row.input]] + c for row, c in zip(new, columns, strict=True)])
-        device = self.model.device
+        device = self.device
         sink = PromptTokens(self.cache, target.to(device), source.to(device))
         sharing: dict[tuple[int, ...], list[int]] = {}
         for row in new:
@@ -247,7 +249,7 @@ class _Sampler:
         """Run the last token of every row. `[n, d]`: its hidden state."""
         cached = [row.cached for row in self.rows]
         longest = max(cached) + 1
-        step = torch.tensor([[row.tokens[-1] for row in self.rows], cached]).to(self.model.device)
+        step = torch.tensor([[row.tokens[-1] for row in self.rows], cached]).to(self.device)
         ids, columns = step[0, :, None], step[1]
         target = torch.arange(len(cached), device=columns.device) * self.cache.columns + columns
         placement, lengths, padding = None, None, max(cached) - min(cached)
@@ -267,7 +269,7 @@ class _Sampler:
 
     def _tap(self, fed: list[FedTokens]) -> QueryTap | None:
         tap = None if self.recorder is None else self.recorder.tap(fed)
-        return tap and replace(tap, tokens=tap.tokens.to(self.model.device))
+        return tap and replace(tap, tokens=tap.tokens.to(self.device))
 
     def _append(self, rows: list[_Row], hidden: Tensor) -> None:
         """Add the next token to each row, from its `hidden [n, d]`."""

@@ -29,6 +29,7 @@ from softprompt_kernels.prompts.fingerprint import differences, model_fingerprin
 from softprompt_kernels.prompts.json_file import dump, integer, read_object, to_json
 from softprompt_kernels.prompts.kv import KVPrompt
 from softprompt_kernels.prompts.layout import flatten, unflatten
+from softprompt_kernels.prompts.offload import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,7 +152,7 @@ def load(
             )
         prompt = KVPrompt(*unflatten(tensor, layers, heads), frozen_tokens=frozen)
     check_fits(str(path), prompt, fingerprint)
-    return prompt.to(model.device), record
+    return prompt.to(input_device(model)), record
 
 
 def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

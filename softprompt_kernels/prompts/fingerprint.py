@@ -4,7 +4,7 @@ A prompt works only with the weights that it was trained with. Another checkpoin
 an error and give nonsense. The fingerprint therefore has the shape, the rotary settings, and hashes of a sample of the
 weights: 64 evenly spaced elements of every parameter, including embedding and head, tied or not.
 
-Cost: milliseconds, for any size of model and any device.
+Cost: milliseconds, for any size of model and any device. Weights that are offloaded are loaded one module at a time.
 
 The comparison does not depend on the dtype. The sample is hashed twice, rounded to float16 and rounded to bfloat16, and
 one equal hash is enough. A checkpoint that was cast to one of these types has the same hash of that type as the
@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.prompts.offload import loaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +110,12 @@ def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
         layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
     ]
     inner = [parameter for parameter in model.parameters() if not any(parameter is end for end in ends)]
-    values = torch.cat([sample_elements(parameter) for parameter in [*ends, *inner]])
+    owners = {
+        id(parameter): (f"{path}.{name}".lstrip("."), module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    values = torch.cat([_sample(parameter, *owners.get(id(parameter), ())) for parameter in [*ends, *inner]])
     # The values are fp32 for every dtype of parameter, so float64 and quantised integers are rounded in the same way.
     return {
         str(kind).removeprefix("torch."): hashlib.sha256(
@@ -115,6 +123,21 @@ def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
         ).hexdigest()
         for kind in (torch.float16, torch.bfloat16)
     }
+
+
+def _sample(parameter: Tensor, path: str = "", module: nn.Module | None = None, name: str = "") -> Tensor:
+    """`sample_elements` of a parameter that may be offloaded: `name` of a module at `path` of the model."""
+    if not parameter.is_meta:
+        return sample_elements(parameter)
+    if module is not None:
+        with loaded(module):
+            here: Tensor = getattr(module, name)
+            if not here.is_meta:
+                return sample_elements(here)
+    raise SoftPromptError(
+        f"model: its parameter {path} is on the meta device, without numbers; accepted are parameters with numbers, "
+        "or offloaded by accelerate"
+    )
 
 
 def sample_elements(parameter: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import head_of, prepare, prompted_hidden
+from softprompt_kernels.models import head_of, prepare, prompted_hidden, prompted_logits
 
 
 def test_head_gives_the_models_logits(family, build, tokens):
@@ -47,3 +48,94 @@ def test_a_quantised_head_is_refused(build):
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(976, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(SoftPromptError, match=r"its head is torch.uint8 of shape \(976, 1\)"):
         head_of(model)
+
+
+def _with_an_adapter(model):
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+
+
+def _with_a_trained_copy(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def _with_a_hook(model):
+    def doubled(module, args, output):
+        return output * 2
+
+    model.lm_head.register_forward_hook(doubled)
+
+
+def _with_a_forward_of_its_own(model):
+    model.lm_head.forward = lambda hidden: hidden
+
+
+def _in_float8(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def _of_another_tensor_type(model):
+    class Packed(torch.Tensor):
+        pass
+
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.as_subclass(Packed), requires_grad=False)
+
+
+def _compiled(model):
+    model.lm_head = torch.compile(model.lm_head)
+
+
+def _of_another_class(model):
+    class Scaled(torch.nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model.lm_head = Scaled(32, 61, bias=False)
+
+
+REFUSED = {
+    _with_an_adapter: r"its head is a peft\.\S*lora\S*\.Linear, accepted is a torch.nn.Linear: merge an adapter",
+    _with_a_trained_copy: r"its head is a peft\.\S*ModulesToSaveWrapper, accepted is a torch.nn.Linear",
+    _with_a_hook: r"its head has hooks \(.*doubled\), accepted is a torch.nn.Linear without",
+    _with_a_forward_of_its_own: r"its head has hooks \(a forward of its own\)",
+    _in_float8: r"its head is torch.float8_e4m3fn of shape \(61, 32\)",
+    _of_another_tensor_type: r"the weight of its head is a \S*Packed with layout torch.strided",
+    _compiled: r"its head is a torch\.\S*OptimizedModule",
+    _of_another_class: r"its head is a \S*Scaled, accepted is a torch.nn.Linear",
+    lambda model: prune.l1_unstructured(model.lm_head, "weight", 0.5): r"its head has hooks \(L1Unstructured\)",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
+def test_a_head_that_is_more_than_weight_and_bias_is_refused(change, build, tokens):
+    model = build("llama")
+    prepare(model)
+    change(model)
+    for call in (head_of, lambda model: prompted_logits(model, tokens(1, 4), None)):
+        with pytest.raises(SoftPromptError, match=REFUSED[change]):
+            call(model)
+
+
+def _reparametrised(model):
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def _moved_by_accelerate(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(model.lm_head, hooks.AlignDevicesHook("cpu", io_same_device=True))
+
+
+def _with_an_adapter_in_its_layers(model):
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [_reparametrised, _moved_by_accelerate, _with_an_adapter_in_its_layers])
+def test_a_head_whose_weight_can_be_read_is_served(change, build, tokens):
+    model = build("llama")
+    change(model)
+    with torch.no_grad():
+        expected = model(tokens(2, 5)).logits
+        prepare(model)
+        torch.testing.assert_close(prompted_logits(model, tokens(2, 5), None), expected, atol=1e-5, rtol=0)
