@@ -120,7 +120,15 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
         # transformers passes a 4-D mask on to the attention unchanged, and `attend` ignores it. Without this mask
         # transformers would look whether the positions restart, and would build a mask, which waits for the device.
         inputs["attention_mask"] = positions.new_zeros(1, 1, 1, 1)
-    output = model.base_model(**inputs, position_ids=positions, use_cache=False, softprompt=call)
+    # The configuration may ask for tuples, or for the hidden states of all layers.
+    output = model.base_model(
+        **inputs,
+        position_ids=positions,
+        use_cache=False,
+        return_dict=True,
+        output_hidden_states=False,
+        softprompt=call,
+    )
     hidden: Tensor = output.last_hidden_state
     return hidden
 

@@ -24,6 +24,8 @@ def prepare(model: PreTrainedModel) -> None:
     """
     check_supported(model)
     register()
+    for config in (model.config, model.config.get_text_config()):
+        config.return_dict = True  # with False, transformers' own models fail: they read each other's outputs by name
     previous = model.config._attn_implementation
     if previous == NAME:
         return

@@ -1,14 +1,27 @@
-"""Loads a model and its tokenizer: frozen, in evaluation mode, prepared for prefixes."""
+"""Loads a model and its tokenizer: complete, frozen, in evaluation mode, prepared for prefixes."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prepare
+from softprompt_kernels.prompts.adapter import PEFT_TYPES
+from softprompt_kernels.prompts.json_file import read_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -16,29 +29,140 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
+    Of the settings that a folder brings for generation only the tokens with a role are taken (see `_take_settings`).
+
     Args:
-        name: a folder in transformers' layout, or a name on the hub.
+        name: a folder in transformers' layout, or a name on the hub; also of a PEFT adapter, which is put on its model.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where it is fastest, else as stored.
         device: a torch device, or "auto": "cuda" if there is one, else "cpu".
 
     Raises:
-        SoftPromptError: nothing can be loaded under that name, the model family is not supported, the tokenizer does
-            not fit the model, or the device does not exist.
+        SoftPromptError: nothing can be loaded under that name, its weights do not match its configuration, the model
+            family is not supported, the tokenizer does not fit the model, or the device does not exist.
     """
     resolved = resolve_device(device)
     torch_dtype = DTYPES.get(dtype) or (torch.float32 if resolved.type == "cpu" else "auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype))
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers, tokenizers and safetensors raise many types for broken files
-        first = str(error).strip().split("\n")[0]
-        raise SoftPromptError(f"model: cannot load {name!r} ({first})") from error
+    with torch.device("cpu"):  # also where the caller has set another default device
+        with _loading("model", name):
+            base = _base_of_adapter(name)
+            AutoConfig.from_pretrained(base or name)  # what is wrong here is not the tokenizer's fault
+        tokenizer = _load_tokenizer(name, base)
+        with _loading("model", name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            model, report = loaded
+            check_weights(model, base or name, report)
+            if base is not None:
+                check_weights(model, name, model.load_adapter(name).to_dict())
     check_tokenizer(model, tokenizer)
+    _take_settings(model)
     prepare(model)
     torch.nn.Module.to(model, resolved)  # the type of transformers' own `to` is wrong
     return model.eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Turns every error but the package's own into one sentence."""
+    try:
+        yield
+    except (MemoryError, SoftPromptError):
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors raise many types for broken files
+        first = str(error).strip().split("\n")[0]
+        raise SoftPromptError(f"{what}: cannot load {name!r} ({first})") from error
+
+
+def _base_of_adapter(name: str) -> str | None:
+    """The model that the PEFT adapter of this name belongs to; None if it is no adapter, or one that lies in its model.
+
+    Raises:
+        SoftPromptError: the adapter is a soft prompt, names no model, or needs PEFT, which is not installed.
+    """
+    path = find_adapter_config_file(name)
+    if path is None or (Path(name) / "config.json").exists():
+        return None
+    config = read_object(Path(path))
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    if kind in PEFT_TYPES:
+        raise SoftPromptError(
+            f"model: {name!r} is a soft prompt ({kind}), accepted is the model that it was made for; "
+            "a soft prompt is the argument of --prompt"
+        )
+    if not isinstance(base, str) or not base:
+        raise SoftPromptError(
+            f"model: {name!r} is a PEFT adapter that does not name its model, accepted is one that does"
+        )
+    if not is_peft_available():
+        raise SoftPromptError(f"model: {name!r} is a PEFT adapter, for which PEFT must be installed: pip install peft")
+    return base
+
+
+def _load_tokenizer(name: str, base: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of this name, or else that of the base model of an adapter."""
+    try:
+        with _loading("tokenizer", name):
+            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
+    except SoftPromptError:
+        if base is None:
+            raise
+    with _loading("tokenizer", base):
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(base))
+
+
+def check_weights(model: PreTrainedModel, name: str, report: Mapping[str, Any]) -> None:
+    """Check that the files gave the model each of its weights, and no others for its modules.
+
+    Args:
+        model: the loaded model. What its files did not give it has random numbers.
+        name: of its folder.
+        report: what transformers says about loading it (`output_loading_info`).
+
+    Raises:
+        SoftPromptError: weights are missing, have another shape, or belong to a model of other layers.
+    """
+    modules = {path for path, _ in model.named_modules()} - {"", model.base_model_prefix}
+    # Weights of other parts, such as the images' part of a multimodal model, or a second head, may well lie there.
+    unused = [
+        key
+        for key in report["unexpected_keys"]
+        if key.endswith(("weight", "bias")) and any(ancestor in modules for ancestor in _ancestors(key))
+    ]
+    shapes = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in report["mismatched_keys"]]
+    wrong = {"missing": report["missing_keys"], "of another shape": shapes, "not used": unused}
+    phrases = [f"{what}: {_some(keys)}" for what, keys in wrong.items() if keys]
+    phrases += [str(message).strip().split("\n")[0] for message in report.get("error_msgs", ())]
+    if phrases:
+        raise SoftPromptError(
+            f"model: the weights in {name!r} do not match its configuration ({'; '.join(phrases)}), accepted are "
+            "weights for exactly this model"
+        )
+
+
+def _ancestors(key: str) -> Iterator[str]:
+    """The paths of the modules that a weight lies in: "a.b" and "a" for "a.b.weight"."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _some(keys: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _take_settings(model: PreTrainedModel) -> None:
+    """Keep of the generation settings in the model's folder only which tokens begin, end and fill a sequence.
+
+    The others (min_p, num_beams, repetition_penalty, suppressed tokens and so on) would change the distribution that
+    the prompt is trained for, or what `generate` returns.
+    """
+    given = model.generation_config
+    if given is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(given, name) for name in names})
 
 
 def resolve_device(device: str) -> torch.device:
