@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions
+from softprompt_kernels.models.finite import not_finite
 from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
@@ -43,19 +44,23 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
         A prefix of C tokens in the model's dtype.
 
     Raises:
-        SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1.
+        SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1, or a hidden state is not finite.
     """
     check_inputs(model, input_ids, None, None, None)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise SoftPromptError(f"chunk_tokens: got {chunk_tokens}, accepted is 1 or more, or None")
     total = input_ids.shape[1]
     context = _ContextBuffers(total)
+    finite: list[Tensor] = []
     for start in range(0, total, chunk_tokens or total):
         chunk = input_ids[:, start : start + (chunk_tokens or total)]
         positions = torch.arange(start, start + chunk.shape[1], device=input_ids.device)[None]
         before = context.prefix() if start else None
-        run_base(model, Call(before, sink=context), positions, input_ids=chunk)
+        hidden = run_base(model, Call(before, sink=context), positions, input_ids=chunk)
+        finite.append(hidden.isfinite().all())
         context.length += chunk.shape[1]
+    if not bool(torch.stack(finite).all()):
+        raise not_finite(model, "hidden states of the context")
     return context.prefix()
 
 

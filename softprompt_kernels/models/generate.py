@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.cache import OwnCache
+from softprompt_kernels.models.finite import check_finite
 from softprompt_kernels.models.forward import check_inputs, first_position
 from softprompt_kernels.models.padding import Placement, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
@@ -62,7 +63,7 @@ def generate(
 
     Raises:
         SoftPromptError: as `prompted_hidden`; or padding on the right; or prompt, input and new tokens are more than
-            the model's window; or an argument would replace the cache or the positions.
+            the model's window; or an argument would replace the cache or the positions; or logits are not finite.
     """
     for name in _RESERVED + _UNSUPPORTED:
         if generate_kwargs.get(name) is not None:
@@ -74,6 +75,7 @@ def generate(
     new_tokens = _new_token_limit(model, input_ids, generate_kwargs)
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
     state = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)
+    processors = generate_kwargs.pop("logits_processor", None)
     handle = model.register_forward_pre_hook(state.inject, with_kwargs=True)
     try:
         generator: Any = model
@@ -83,11 +85,23 @@ def generate(
             past_key_values=state.cache,
             use_cache=True,
             cache_implementation=None,  # the model's generation config may ask for a static cache
+            logits_processor=LogitsProcessorList([_FiniteLogits(model), *(processors or ())]),
             **{name: value for name, value in generate_kwargs.items() if name not in _RESERVED},
         )
         return tokens
     finally:
         handle.remove()
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Stops a generation whose logits are not finite. The most probable token would be one of them, often number 0."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_finite(self.model, "logits", scores.max(dim=-1).values)  # a single token may have −inf
+        return scores
 
 
 class _GenerationState:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.finite import not_finite
 from softprompt_kernels.models.forward import check_inputs, first_position, head_size, prefix_length, run_base
 from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.padding import Packing, Placement
@@ -281,10 +282,7 @@ class _Sampler:
             drawn = _draw(logits, self.temperature, uniform.to(logits.device))
         for row, token, state in zip(rows, drawn.tolist(), hidden.unbind(), strict=True):
             if token < 0:
-                raise SoftPromptError(
-                    f"model: its logits after inputs[{row.index}] and {len(row.tokens)} new tokens are not finite, "
-                    "accepted are finite logits: check its weights, its dtype and the prefix"
-                )
+                raise not_finite(self.model, f"logits after inputs[{row.index}] and {len(row.tokens)} new tokens")
             row.tokens.append(token)
             row.hidden.append(state)
 

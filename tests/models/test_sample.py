@@ -265,7 +265,7 @@ def test_a_bank_and_an_unprepared_model_are_refused(build, prepared, tokens, inp
 def test_logits_that_are_not_finite_are_reported(prepared, inputs, temperature):
     model = prepared("llama")
     model.lm_head.weight[5] = torch.nan
-    with pytest.raises(SoftPromptError, match=r"logits after inputs\[\d\] and 0 new tokens are not finite"):
+    with pytest.raises(SoftPromptError, match=r"logits after inputs\[\d\] and 0 new tokens in float32 are not finite"):
         run(model, inputs, None, temperature=temperature)
 
 

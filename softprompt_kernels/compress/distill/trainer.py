@@ -144,6 +144,7 @@ class Trainer:
             raise SoftPromptError(
                 f"learning_rate: at step {self.step + 1} the loss is {loss:.3g} and the gradient norm "
                 f"{float(norm):.3g}; try a smaller learning rate"
+                + (", or dtype bfloat16 or float32 in place of float16" * (self.model.dtype == torch.float16))
             )
         self.consistent = False
         self.optimizer.step()

@@ -131,7 +131,13 @@ def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:
 
 
 def check_context_matters(kl_none: float) -> None:
-    """Raise SoftPromptError if the model answers the queries nearly the same without the context."""
+    """Raise SoftPromptError if the model answers the queries nearly the same without the context, or with logits that
+    are not finite."""
+    if math.isnan(kl_none):
+        raise SoftPromptError(
+            "dtype: the KL without context is not a number, because logits are not finite; accepted is a dtype with "
+            "room for them: load the model in bfloat16 or float32"
+        )
     if not kl_none > NEGLIGIBLE_KL:
         raise SoftPromptError(
             f"queries: the KL without context is {kl_none:.2g} nats per token, so the context does not matter for "

@@ -19,6 +19,7 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Batch, Example, in_batches
 from softprompt_kernels.models import FedTokens, QueryRecorder, QueryTap, sample
+from softprompt_kernels.models.finite import check_finite
 from softprompt_kernels.prompts import Prefix
 
 TOKENS_PER_BATCH = 1024
@@ -143,6 +144,7 @@ def _read(
             chosen = [examples[index] for index in group]
             tap = None if recorder is None else recorder.tap(_fed(group, chosen))
             rows = Batch.of(chosen, model.device).hidden(model, prefix, tap)
+            check_finite(model, "hidden states", rows)
             yield from zip(group, rows.split([example.targets for example in chosen]), strict=True)
             advance(len(group))
 
