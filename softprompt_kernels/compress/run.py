@@ -32,6 +32,7 @@ from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
+from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
@@ -51,6 +52,7 @@ class Interrupted(Exception):
         self.unit, self.step, self.steps, self.output = unit, step, steps, output
 
 
+@own_torch_modes()
 def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Compress a context into a soft prompt.
 

@@ -14,10 +14,12 @@ from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.compress.teacher.context import capture_context
+from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import load
 
 
+@own_torch_modes()
 def evaluate_prompt(
     model_name: str,
     context: Path,

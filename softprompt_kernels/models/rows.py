@@ -47,7 +47,7 @@ class OwnRows:
         """Copy whole rows onto others. A target is not a source."""
         if not sources:
             return
-        index = torch.tensor([sources, targets])
+        index = torch.tensor([sources, targets], device="cpu")
         for pair in self.layers.values():
             for buffer in pair:
                 source, target = index.to(buffer.device)

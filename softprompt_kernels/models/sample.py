@@ -114,7 +114,7 @@ def sample(
     head = head_of(model)
     if inputs:
         longest = max(map(len, inputs))
-        check_inputs(model, torch.empty(1, longest, dtype=torch.int64), prefix, None, None, new_tokens)
+        check_inputs(model, torch.empty(1, longest, dtype=torch.int64, device="cpu"), prefix, None, None, new_tokens)
     ids = [tuple(tokens) for tokens in inputs]
     ends = frozenset(end_tokens)
     sampler = _Sampler(model, head, prefix, min(batch_size, len(ids)), new_tokens, temperature, ends, recorder)
@@ -215,14 +215,15 @@ class _Sampler:
         for row in new:
             numbers.setdefault(row.input, len(numbers))
         width = max(map(len, numbers))
-        ids, lengths = torch.zeros(len(numbers), width, dtype=torch.int64), torch.tensor([len(x) for x in numbers])
+        ids = torch.zeros(len(numbers), width, dtype=torch.int64, device="cpu")
+        lengths = torch.tensor([len(x) for x in numbers], device="cpu")
         for number, tokens in enumerate(numbers):
-            ids[number, : len(tokens)] = torch.tensor(tokens)
-        mask = torch.arange(width) < lengths[:, None]
+            ids[number, : len(tokens)] = torch.tensor(tokens, device="cpu")
+        mask = torch.arange(width, device="cpu") < lengths[:, None]
         packed = self.packs and not bool(mask.all())
-        starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(numbers)) * width
+        starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(numbers), device="cpu") * width
 
-        columns = [torch.arange(len(row.input)) for row in new]
+        columns = [torch.arange(len(row.input), device="cpu") for row in new]
         first = len(self.rows)
         target = torch.cat([(first + i) * self.cache.columns + column for i, column in enumerate(columns)])
         source = torch.cat([starts[numbers[row.input]] + c for row, c in zip(new, columns, strict=True)])
@@ -250,7 +251,7 @@ class _Sampler:
         """Run the last token of every row. `[n, d]`: its hidden state."""
         cached = [row.cached for row in self.rows]
         longest = max(cached) + 1
-        step = torch.tensor([[row.tokens[-1] for row in self.rows], cached]).to(self.device)
+        step = torch.tensor([[row.tokens[-1] for row in self.rows], cached], device="cpu").to(self.device)
         ids, columns = step[0, :, None], step[1]
         target = torch.arange(len(cached), device=columns.device) * self.cache.columns + columns
         placement, lengths, padding = None, None, max(cached) - min(cached)
@@ -278,7 +279,7 @@ class _Sampler:
         if self.temperature == 0:
             drawn = _most_probable(logits)
         else:
-            uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64)
+            uniform = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device="cpu")
             drawn = _draw(logits, self.temperature, uniform.to(logits.device))
         for row, token, state in zip(rows, drawn.tolist(), hidden.unbind(), strict=True):
             if token < 0:

@@ -41,7 +41,9 @@ class PromptBank(nn.Module):
                 )
         self.prompts = nn.ModuleList(prompts)
         self.lengths: Tensor
-        self.register_buffer("lengths", torch.tensor([prompt.length for prompt in prompts]), persistent=False)
+        self.register_buffer(
+            "lengths", torch.tensor([prompt.length for prompt in prompts], device="cpu"), persistent=False
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)

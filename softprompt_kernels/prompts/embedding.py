@@ -8,6 +8,9 @@ and attention is causal, so their keys and values do not depend on the tokens th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +40,11 @@ class EmbeddingPrompt(nn.Module):
             raise ValueError(
                 f"frozen_tokens: got {frozen_tokens}, accepted is 0 to {embedding.shape[0]} (the prompt's length)"
             )
-        embedding = to_training_dtype(embedding)
-        self.embedding = nn.Parameter(embedding[frozen_tokens:].clone())
         self.frozen: Tensor
-        self.register_buffer("frozen", embedding[:frozen_tokens].clone())
+        with torch.inference_mode(False):  # a tensor made in inference mode could never be trained
+            embedding = to_training_dtype(embedding)
+            self.embedding = nn.Parameter(embedding[frozen_tokens:].clone())
+            self.register_buffer("frozen", embedding[:frozen_tokens].clone())
 
     @property
     def length(self) -> int:
@@ -61,6 +65,10 @@ class EmbeddingPrompt(nn.Module):
         """All k rows `[k, d]`, differentiable, in `dtype` (None: as stored, fp32)."""
         rows = self.embedding if self.frozen_tokens == 0 else torch.cat((self.frozen, self.embedding))
         return rows.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with torch.inference_mode(False):  # `to` makes new parameters
+            return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"tokens={self.length}, hidden_size={self.hidden_size}, frozen={self.frozen_tokens}"

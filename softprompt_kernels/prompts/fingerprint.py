@@ -144,7 +144,7 @@ def sample_elements(parameter: Tensor) -> Tensor:
     """`SAMPLES` evenly spaced elements of a parameter, in fp32 on the CPU (repeated if it has fewer)."""
     flat = parameter.detach().reshape(-1)
     if flat.numel() == 0:
-        return torch.zeros(0)
+        return torch.zeros(0, device="cpu")
     index = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES
     # Adding 0 turns −0 into 0. The two are equal, but have different bits and would have different hashes.
     return flat[index].float().cpu() + 0.0

@@ -43,7 +43,7 @@ def strided_indices(available: int, k: int) -> Tensor:
         SoftPromptError: `1 ≤ k ≤ available` does not hold.
     """
     check_tokens(k, available)
-    return torch.arange(k) * (available - 1) // max(k - 1, 1)
+    return torch.arange(k, device="cpu") * (available - 1) // max(k - 1, 1)
 
 
 # KV prompts
@@ -113,7 +113,7 @@ def random_prefix(like: Prefix, k: int, *, sink_tokens: int = 1, generator: torc
         measured = tensor[:, :, sink_tokens:].float()
         std, mean = torch.std_mean(measured, dim=2, keepdim=True)
         _, heads, _, dim = tensor.shape
-        noise = torch.randn(1, heads, k - copied, dim, generator=generator).to(tensor.device)
+        noise = torch.randn(1, heads, k - copied, dim, generator=generator, device="cpu").to(tensor.device)
         return torch.cat((tensor[:, :, :copied], (mean + std * noise).to(tensor.dtype)), dim=2)
 
     return Prefix.of((sample(key), sample(value)) for key, value in like.layers)
@@ -169,11 +169,11 @@ def vocabulary_tokens(
     Raises:
         SoftPromptError: k is out of range.
     """
-    allowed = torch.ones(vocab_size, dtype=torch.bool)
+    allowed = torch.ones(vocab_size, dtype=torch.bool, device="cpu")
     allowed[[token for token in exclude if 0 <= token < vocab_size]] = False
     tokens = allowed.nonzero().flatten()
     check_tokens(k, tokens.numel())
-    return tokens[torch.randperm(tokens.numel(), generator=generator)[:k]]
+    return tokens[torch.randperm(tokens.numel(), generator=generator, device="cpu")[:k]]
 
 
 # Embedding prompts
@@ -216,7 +216,7 @@ def random_embedding(
         embed, vocabulary_tokens(vocab_size, min(MEASURED_TOKENS, vocab_size), generator=generator).to(device)
     )
     std, mean = torch.std_mean(measured, dim=0)
-    return mean + std * torch.randn(k, measured.shape[1], generator=generator).to(measured.device)
+    return mean + std * torch.randn(k, measured.shape[1], generator=generator, device="cpu").to(measured.device)
 
 
 # Checks

@@ -12,6 +12,9 @@ The layers of the prefix are views of these. Without frozen tokens nothing is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -45,13 +48,14 @@ class KVPrompt(nn.Module):
             raise ValueError(
                 f"frozen_tokens: got {frozen_tokens}, accepted is 0 to {key.shape[2]} (the prompt's length)"
             )
-        key, value = to_training_dtype(key), to_training_dtype(value)
-        self.key = nn.Parameter(key[:, :, frozen_tokens:].clone())
-        self.value = nn.Parameter(value[:, :, frozen_tokens:].clone())
         self.frozen_key: Tensor
         self.frozen_value: Tensor
-        self.register_buffer("frozen_key", key[:, :, :frozen_tokens].clone())
-        self.register_buffer("frozen_value", value[:, :, :frozen_tokens].clone())
+        with torch.inference_mode(False):  # a tensor made in inference mode could never be trained
+            key, value = to_training_dtype(key), to_training_dtype(value)
+            self.key = nn.Parameter(key[:, :, frozen_tokens:].clone())
+            self.value = nn.Parameter(value[:, :, frozen_tokens:].clone())
+            self.register_buffer("frozen_key", key[:, :, :frozen_tokens].clone())
+            self.register_buffer("frozen_value", value[:, :, :frozen_tokens].clone())
 
     @classmethod
     def from_prefix(cls, prefix: Prefix, *, frozen_tokens: int = 1) -> KVPrompt:
@@ -102,6 +106,10 @@ class KVPrompt(nn.Module):
         key, value = self.stacked(dtype)
         # One unbind for all layers. Its backward is one stack; L indexings would give L scatters into full-size zeros.
         return Prefix.of(zip(key.unsqueeze(1).unbind(), value.unsqueeze(1).unbind(), strict=True))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with torch.inference_mode(False):  # `to` makes new parameters
+            return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         layers, heads, _, dim = self.key.shape

@@ -185,7 +185,7 @@ class Trainer:
         order: list[int] = []
         for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order += torch.randperm(count, generator=generator).tolist()
+            order += torch.randperm(count, generator=generator, device="cpu").tolist()
         start = step * size % count
         return order[start : start + size]
 

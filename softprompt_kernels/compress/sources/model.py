@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, is_peft_available
 
+from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prepare
 from softprompt_kernels.prompts.adapter import PEFT_TYPES
@@ -26,6 +27,7 @@ from softprompt_kernels.prompts.json_file import read_object
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@own_torch_modes()
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -42,19 +44,18 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     """
     resolved = resolve_device(device)
     torch_dtype = DTYPES.get(dtype) or (torch.float32 if resolved.type == "cpu" else "auto")
-    with torch.device("cpu"):  # also where the caller has set another default device
-        with _loading("model", name):
-            base = _base_of_adapter(name)
-            AutoConfig.from_pretrained(base or name)  # what is wrong here is not the tokenizer's fault
-        tokenizer = _load_tokenizer(name, base)
-        with _loading("model", name):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-            model, report = loaded
-            check_weights(model, base or name, report)
-            if base is not None:
-                check_weights(model, name, model.load_adapter(name).to_dict())
+    with _loading("model", name):
+        base = _base_of_adapter(name)
+        AutoConfig.from_pretrained(base or name)  # what is wrong here is not the tokenizer's fault
+    tokenizer = _load_tokenizer(name, base)
+    with _loading("model", name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, report = loaded
+        check_weights(model, base or name, report)
+        if base is not None:
+            check_weights(model, name, model.load_adapter(name).to_dict())
     check_tokenizer(model, tokenizer)
     _take_settings(model)
     prepare(model)
