@@ -82,7 +82,7 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """The figures. Written last: where it exists, the run is finished."""
+        """The figures. Written after all other results: where it exists, the run is finished."""
         return self.path / "evaluation.json"
 
     def claim(self, identity: dict[str, Any], config_yaml: str) -> None:

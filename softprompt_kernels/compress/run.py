@@ -1,6 +1,7 @@
 """One compression, from the text to the saved prompt.
 
-    inputs → folder → context → answers → baselines → matching → training → evaluation → saving → compared answers
+    inputs → folder → context → answers → baselines → matching → training → evaluation → saving → compared answers →
+    figures → curves
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -77,6 +78,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
+        draw_curves(folder, finished, reporter)
         return finished
     times.keep_in(folder.stages)
     check_destination(folder.prompt)
@@ -112,7 +114,19 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         write_text(folder.answers, compared_answers(inputs, trained, taught.examples, reporter))
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
+    draw_curves(folder, figures, reporter)
     return figures
+
+
+def draw_curves(folder: RunFolder, figures: Mapping[str, Any], reporter: Reporter) -> None:
+    """Draw the curves of a finished run, unless they are there. A picture may fail, and the run stays finished."""
+    if folder.curves.exists() or not folder.has_metrics:  # no step was taken for a prompt in closed form
+        return
+    try:
+        save_curves(folder.metrics, figures, folder.curves)
+    except Exception as error:  # of matplotlib, of its settings and fonts, of the disk
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reporter.message(f"Warning: the curves could not be drawn ({reason}). The run is finished without them.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +288,7 @@ class _Run:
         }
 
     def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
-        """Write the prompt and the curves."""
+        """Write the prompt."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         save(
             folder.prompt,
@@ -290,5 +304,3 @@ class _Run:
             },
             figures=figures["heldout"],
         )
-        if folder.has_metrics:  # no step was taken for a prompt in closed form
-            save_curves(folder.metrics, figures, folder.curves)

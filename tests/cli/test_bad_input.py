@@ -173,7 +173,7 @@ def test_a_full_disk_is_named_and_the_run_can_be_resumed(run, refused, inputs, t
         raise OSError(28, "No space left on device", "x.png")
 
     with monkeypatch.context() as patch:
-        patch.setattr("softprompt_kernels.compress.run.save_curves", full)
+        patch.setattr("softprompt_kernels.compress.run.save", full)
         message = refused(*inputs.compress(tmp_path / "run"))
     assert message.startswith("the disk is full, writing x.png")
     assert run(*inputs.compress(tmp_path / "run")).exit_code == 0

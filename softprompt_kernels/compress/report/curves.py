@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 
 def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None:
@@ -30,11 +34,11 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
     Raises:
         SoftPromptError: there are no metrics, or they cannot be read.
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
+    figure_type, canvas_type = figure_and_canvas()
     matching, training = read_metrics(metrics)
     heights = [2] * bool(matching) + [3, 1, 1] * bool(training)
-    figure = Figure(figsize=(8, 1 + 1.4 * sum(heights)), layout="constrained")
+    figure = figure_type(figsize=(8, 1 + 1.4 * sum(heights)), layout="constrained")
+    canvas_type(figure)
     axes = list(figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     axes[0].set_title(_title(figures))
     if matching:
@@ -55,6 +59,26 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def figure_and_canvas() -> tuple[type[Figure], type[FigureCanvasAgg]]:
+    """matplotlib's figure, and the canvas that draws it in memory. Not pyplot, which chooses a backend for a display.
+
+    matplotlib cannot be imported where MPLBACKEND names a backend that is not there, such as a notebook's in the shell
+    of that notebook. So it is imported without the variable, and gets the backend afterwards, as its import does it.
+    """
+    wanted = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with suppress(ValueError):  # no backend of that name: not ours to report, nothing here uses it
+            matplotlib.rcParams["backend"] = wanted
+    return Figure, FigureCanvasAgg
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
