@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("matching",),
         ("teacher",),
         ("sources",),
-        ("config", "reporter", "torch_modes"),
+        ("config", "reporter", "torch_modes", "lock"),
     ),
     "softprompt_kernels/kernels": (
         ("triton", "cuda", "cpu"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt_kernels.compress.lock import LOCK
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
 
@@ -110,7 +111,7 @@ class RunFolder:
                 )
             self._write(config_yaml, record=None)
             return
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise SoftPromptError(f"output: {self.path} holds files that do not belong to a run; choose another folder")
         self._write(config_yaml, json.dumps({"identity": identity}, indent=1))
 

@@ -23,6 +23,7 @@ from softprompt_kernels.compress.evaluate.distance import Distance, check_contex
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.lock import check_unlocked, locked
 from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match, stored_seconds
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
@@ -68,13 +69,18 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
         Interrupted: Ctrl-C during matching or training. The state is saved first.
     """
-    reporter = reporter or SilentReporter()
-    times = StageTimes()
-
+    reporter, times = reporter or SilentReporter(), StageTimes()
+    check_unlocked(config.output)
     with times("load"):
         inputs = load_inputs(config)
-        folder = RunFolder(config.output)
-        folder.claim(identity(inputs), config.to_yaml())
+    with locked(config.output):
+        return run_stages(inputs, reporter, times)
+
+
+def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
+    """The stages of a run after its inputs are loaded. Arguments and result are those of `compress`."""
+    config, folder = inputs.config, RunFolder(inputs.config.output)
+    folder.claim(identity(inputs), config.to_yaml())
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
