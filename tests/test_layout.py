@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("matching",),
         ("teacher",),
         ("sources",),
-        ("config", "reporter", "torch_modes", "lock"),
+        ("config", "reporter", "lock", "signals", "torch_modes"),
     ),
     "softprompt_kernels/kernels": (
         ("triton", "cuda", "cpu"),

@@ -31,7 +31,7 @@ for _command in (compress, generate, evaluate, doctor):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 success, 2 invalid input, 130 stopped by Ctrl-C.
+    """Run the command line and exit: 0 success, 2 invalid input, 128 + n stopped by signal n (Ctrl-C: 130).
 
     Args:
         args: the arguments after the name of the program; None: those of this process.

@@ -39,8 +39,8 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     prompt instead. A prompt of keys and values is first fitted to the teacher's attention, layer by layer. Training
     then minimises the divergence between their next-token distributions.
 
-    Ctrl-C keeps what is finished. Run the same command again to resume, or to show the results of a finished run.
-    Relative paths start at the current folder, also those in the YAML file.
+    Ctrl-C, SIGTERM and SIGHUP keep what is finished. Run the same command again to resume, or to show the results of a
+    finished run. Relative paths start at the current folder, also those in the YAML file.
     """
     # Before torch and the model are loaded, so that an error in the options shows at once.
     settings = load_config(config, {name: value for name, value in options.items() if value is not None})
@@ -55,6 +55,7 @@ def _compress(settings: CompressConfig) -> None:
     from softprompt_kernels.cli.progress import terminal_reporter
     from softprompt_kernels.compress import Interrupted, compress
     from softprompt_kernels.compress.folder import RunFolder
+    from softprompt_kernels.compress.signals import signal_of
 
     reporter = terminal_reporter()
     reporter.message(f"Loading {settings.model}")
@@ -62,10 +63,12 @@ def _compress(settings: CompressConfig) -> None:
         figures = compress(settings, reporter)
     except Interrupted as stop:
         raise Stopped(
-            f"Stopped {stop.where}. The state is saved in {stop.output}. Run the same command again to resume."
+            f"Stopped {stop.where}. The state is saved in {stop.output}. Run the same command again to resume.",
+            stop.signal,
         ) from None
-    except KeyboardInterrupt:
-        raise Stopped("Interrupted. Run the same command again to resume with what is already saved.") from None
+    except KeyboardInterrupt as stop:
+        message = "Interrupted. Run the same command again to resume with what is already saved."
+        raise Stopped(message, signal_of(stop)) from None
     folder = RunFolder(settings.output)
     header, rows = evaluation_table(figures)
     typer.echo("")

@@ -6,6 +6,7 @@
 | disk full, no permission, any other OSError; a damaged safetensors file | what and where | 2 |
 | out of memory | which options need less | 2 |
 | Ctrl-C | "Interrupted." or how to resume | 130 |
+| SIGTERM, SIGHUP while `compress` works | how to resume | 143, 129 |
 | anything else | the traceback: it is a bug of this package | 1 |
 
 With `--debug` the first three show their traceback too.
@@ -18,6 +19,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -32,7 +34,11 @@ OUT_OF_MEMORY = (
 
 
 class Stopped(Exception):
-    """Ctrl-C, with a message that says how to resume."""
+    """Ctrl-C or another signal, with a message that says how to resume."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,8 +51,9 @@ def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **options)
             except (Stopped, KeyboardInterrupt) as error:
-                typer.echo(f"\n{error or 'Interrupted.'}", err=True)
-                raise typer.Exit(130) from None
+                with suppress(OSError):  # the terminal is gone
+                    typer.echo(f"\n{error or 'Interrupted.'}", err=True)
+                raise typer.Exit(error.exit_code if isinstance(error, Stopped) else 130) from None
             except BrokenPipeError:
                 raise  # the reader of stdout has closed it: typer exits silently
             except Exception as error:

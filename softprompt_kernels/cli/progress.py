@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -28,6 +29,36 @@ def terminal_reporter() -> Reporter:
     return RichReporter() if sys.stderr.isatty() else PlainReporter()
 
 
+class Lasting:
+    """A stream whose reader may go away: a closed terminal or pipe ends the display, and not the run.
+
+    Args:
+        stream: the stream.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or leave it."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or leave it."""
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def lasting_stderr() -> TextIO:
+    """Standard error as a `Lasting` stream."""
+    return cast(TextIO, Lasting(sys.stderr))
+
+
 class RichReporter:
     """Shows progress as bars.
 
@@ -36,7 +67,7 @@ class RichReporter:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(file=lasting_stderr())
 
     def message(self, text: str) -> None:
         """Print a line above the current bar."""
@@ -79,7 +110,7 @@ class PlainReporter:
         clock: Callable[[], float] = time.monotonic,
         interval: float = INTERVAL,
     ) -> None:
-        self.write = write or (lambda line: typer.echo(line, err=True))
+        self.write = write or (lambda line: typer.echo(line, lasting_stderr()))
         self.clock, self.interval = clock, interval
 
     def message(self, text: str) -> None:

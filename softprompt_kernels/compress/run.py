@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from signal import SIGINT
 from typing import Any, Literal
 
 from softprompt_kernels.compress.compared_answers import compared_answers
@@ -28,6 +29,7 @@ from softprompt_kernels.compress.matching.match import Matching, match, stored_l
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
+from softprompt_kernels.compress.signals import signal_of, signals_as_interrupts
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import hidden_states
@@ -40,18 +42,22 @@ from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
 
 class Interrupted(Exception):
-    """The user stopped matching or training. What is finished is saved, and the same call resumes from it.
+    """Matching or training was stopped by Ctrl-C, SIGTERM or SIGHUP. What is finished is saved, and the same call
+    resumes from it.
 
     Args:
         unit: what the stage counts: "layer" of matching, "step" of training.
         step, steps: how many of them are saved, and how many there are.
         output: the folder of the run.
+        signal: the number of the signal that stopped it.
     """
 
-    def __init__(self, unit: Literal["layer", "step"], step: int, steps: int, output: Path) -> None:
+    def __init__(
+        self, unit: Literal["layer", "step"], step: int, steps: int, output: Path, signal: int = SIGINT
+    ) -> None:
         self.where = f"at step {step} of {steps}" if unit == "step" else f"matching with {step} of {steps} layers done"
         super().__init__(f"Stopped {self.where}; saved in {output}")
-        self.unit, self.step, self.steps, self.output = unit, step, steps, output
+        self.unit, self.step, self.steps, self.output, self.signal = unit, step, steps, output, signal
 
 
 @own_torch_modes()
@@ -67,14 +73,18 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
 
     Raises:
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
-        Interrupted: Ctrl-C during matching or training. The state is saved first.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP during matching or training. The state is saved first. A second signal
+            ends the process at once. The other two signals count in the main thread, unless they are ignored or have a
+            handler already.
+        KeyboardInterrupt: the same in another stage.
     """
     reporter, times = reporter or SilentReporter(), StageTimes()
-    check_unlocked(config.output)
-    with times("load"):
-        inputs = load_inputs(config)
-    with locked(config.output):
-        return run_stages(inputs, reporter, times)
+    with signals_as_interrupts():
+        check_unlocked(config.output)
+        with times("load"):
+            inputs = load_inputs(config)
+        with locked(config.output):
+            return run_stages(inputs, reporter, times)
 
 
 def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
@@ -216,9 +226,9 @@ class _Run:
                     key=self.key,
                     record=folder.add_metrics,
                 )
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 done = len(stored_layers(self.context, folder.cache, self.key))
-                raise Interrupted("layer", done, self.context.num_layers, folder.path) from None
+                raise Interrupted("layer", done, self.context.num_layers, folder.path, signal_of(stop)) from None
         delete_rows(folder.cache)
         return matched_prompt(self.inputs, self.context, matched), seconds_before
 
@@ -276,9 +286,9 @@ class _Run:
 
             try:
                 trainer.run(after_step)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 trainer.save(folder.checkpoint, self.key)
-                raise Interrupted("step", trainer.saved_step, config.steps, folder.path) from None
+                raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
         trainer.save(folder.checkpoint, self.key)
         return seconds_before
 

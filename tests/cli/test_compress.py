@@ -1,7 +1,9 @@
 """`softprompt compress`: its output and files, the dry run, and resuming after Ctrl-C."""
 
 import json
+import signal
 
+import pytest
 import yaml
 
 from softprompt_kernels.cli.display import duration
@@ -171,3 +173,21 @@ def test_ctrl_c_before_training_says_how_to_resume(run, inputs, tmp_path, monkey
     stopped = run(*inputs.compress(tmp_path / "run"))
     assert stopped.exit_code == 130 and "Run the same command again" in stopped.stderr
     assert "Traceback" not in stopped.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_gives_its_exit_code(run, inputs, tmp_path, monkeypatch, number):
+    train_step = Trainer.train_step
+
+    def signalled(self):
+        if self.step == 3:
+            signal.raise_signal(number)
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    stopped = run(*inputs.compress(tmp_path / "run"))
+    assert stopped.exit_code == 128 + number, stopped.output
+    assert "Stopped at step 3 of 4" in stopped.stderr and "Traceback" not in stopped.output
+    monkeypatch.setattr("softprompt_kernels.compress.run.capture_context", lambda *_: signal.raise_signal(number))
+    stopped = run(*inputs.compress(tmp_path / "other"))
+    assert stopped.exit_code == 128 + number and "Run the same command again" in stopped.stderr

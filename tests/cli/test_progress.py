@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from softprompt_kernels.cli.display import duration, show_table, size
-from softprompt_kernels.cli.progress import PlainReporter, RichReporter
+from softprompt_kernels.cli.progress import PlainReporter, RichReporter, terminal_reporter
 
 
 class Clock:
@@ -110,3 +110,25 @@ def test_a_table_on_a_terminal_has_the_same_cells(monkeypatch, capsys):
     out = capsys.readouterr().out
     for cell in ("before", "KL", "no context", "0.500", "soft prompt", "0.100"):
         assert cell in out
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_display_that_is_gone_does_not_end_the_run(monkeypatch, terminal):
+    stream = Gone()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    reporter = terminal_reporter()
+    assert isinstance(reporter, RichReporter if terminal else PlainReporter)
+    reporter.message("Loading")
+    with reporter.progress("Training", 2, "step") as advance:
+        advance(2, loss=0.5)
