@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
+from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelName, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 from softprompt_kernels.errors import SoftPromptError
@@ -38,6 +38,7 @@ def evaluate(
     seed: Seed = 0,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """Evaluate a saved prompt and baselines on your own queries.
@@ -63,6 +64,7 @@ def evaluate(
         seed=seed,
         dtype=dtype,
         device=device,
+        force=force,
         reporter=reporter,
     )
     header, rows = evaluation_table(figures)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import on_terminal
-from softprompt_kernels.cli.options import DeviceName, DtypeName, ModelName, Seed
+from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelName, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.report.answers import Comparison, comparison_text
 from softprompt_kernels.errors import SoftPromptError
@@ -54,6 +54,7 @@ def generate(
     seed: Seed = 0,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    force: Force = False,
 ) -> None:
     """Answer questions with a saved prompt, with a full text, or without context."""
     check_arguments(questions, prompt, context, compare)
@@ -71,7 +72,7 @@ def generate(
     loaded, tokenizer = load_model(model, dtype, device)
     chat = ChatFormat(tokenizer)
     settings = generation_config(loaded, tokenizer, max_new_tokens, temperature)
-    soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer)
+    soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer, force)
     full = None if text is None else capture_context(loaded, chat.context_ids(text))
     no_context = no_context_prefix(loaded, chat)
     torch.manual_seed(seed)
@@ -158,14 +159,14 @@ def generation_config(
     )
 
 
-def load_prompt(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Prefix | None:
-    """The prefix of a saved prompt."""
+def load_prompt(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, force: bool) -> Prefix | None:
+    """The prefix of a saved prompt; `force` as in `load`."""
     import torch
 
     from softprompt_kernels.models import prefix_of
     from softprompt_kernels.prompts import load
 
-    prompt, _ = load(path, model, tokenizer)
+    prompt, _ = load(path, model, tokenizer, force=force)
     with torch.no_grad():
         return prefix_of(model, prompt)
 

@@ -15,6 +15,9 @@ from softprompt_kernels.compress.config import CompressConfig, Dtype
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Use the prompt even if it was made for another model or tokenizer.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")]
 
 PANELS = {

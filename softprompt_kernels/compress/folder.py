@@ -86,6 +86,15 @@ class RunFolder:
         """The figures. Written after all other results: where it exists, the run is finished."""
         return self.path / "evaluation.json"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The identity in run.json; empty if there is none that can be read."""
+        try:
+            saved = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return saved if isinstance(saved, dict) else {}
+
     def claim(self, identity: dict[str, Any], config_yaml: str) -> None:
         """Make the folder this run's, or check that it already is.
 
@@ -100,11 +109,10 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise SoftPromptError(f"output: {self.path} is a file, accepted is a folder")
         if record.exists():
-            try:
-                saved = json.loads(record.read_text(encoding="utf-8"))["identity"]
-                names = sorted(name for name in {*saved, *identity} if saved.get(name) != identity.get(name))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise SoftPromptError(f"output: {record} cannot be read; choose another folder") from error
+            saved = self.identity
+            if not saved:
+                raise SoftPromptError(f"output: {record} cannot be read; choose another folder")
+            names = sorted(name for name in {*saved, *identity} if saved.get(name) != identity.get(name))
             if names:
                 raise SoftPromptError(
                     f"output: {self.path} holds another run, which differs in {', '.join(names)}; choose another folder"

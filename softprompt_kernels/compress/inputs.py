@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import check_fixed_frequencies, head_of
-from softprompt_kernels.prompts.fingerprint import model_fingerprint, tokenizer_fingerprint
+from softprompt_kernels.prompts.fingerprint import as_recorded, model_fingerprint, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +176,17 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def identity(inputs: RunInputs) -> dict[str, Any]:
+def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything that decides the result of a run, JSON-able. Two runs of equal identity are the same run.
 
     Files, model and tokenizer count by their content.
+
+    Args:
+        inputs: of the run.
+        recorded: the identity of the run that the folder holds. What means the same, and is only written in another way
+            or with a default that its version did not have, is given as it is there.
     """
+    recorded = recorded or {}
     config = inputs.config.model_dump(
         mode="json",
         exclude={
@@ -202,6 +208,12 @@ def identity(inputs: RunInputs) -> dict[str, Any]:
         if path is not None:
             config[name] = sha256(path.read_text(encoding="utf-8"))
     config["context"] = sha256(inputs.text)
-    config["model"] = model_fingerprint(inputs.model)
-    config["tokenizer"] = tokenizer_fingerprint(inputs.tokenizer)
-    return config
+    for name, make, of in (
+        ("model", model_fingerprint, inputs.model),
+        ("tokenizer", tokenizer_fingerprint, inputs.tokenizer),
+    ):
+        saved = recorded.get(name)
+        config[name] = as_recorded(saved, make(of, saved))
+    fields = CompressConfig.model_fields
+    added = [name for name in config if recorded and name not in recorded and config[name] == fields[name].default]
+    return {name: value for name, value in config.items() if name not in added}

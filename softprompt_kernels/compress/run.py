@@ -90,7 +90,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
 def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
     """The stages of a run after its inputs are loaded. Arguments and result are those of `compress`."""
     config, folder = inputs.config, RunFolder(inputs.config.output)
-    folder.claim(identity(inputs), config.to_yaml())
+    folder.claim(identity(inputs, folder.identity), config.to_yaml())
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
@@ -164,7 +164,7 @@ class _Run:
     @cached_property
     def key(self) -> str:
         """A digest of everything that decides the result of the run."""
-        return sha256(json.dumps(identity(self.inputs), sort_keys=True))
+        return sha256(json.dumps(self.folder.identity, sort_keys=True))
 
     def baselines(self) -> dict[str, Prefix | None]:
         """The prefixes that the prompt has to beat, by key."""

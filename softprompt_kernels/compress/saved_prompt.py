@@ -31,6 +31,7 @@ def evaluate_prompt(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    force: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """The distance of a saved prompt, and of the baselines, from the full context on given queries.
@@ -42,6 +43,7 @@ def evaluate_prompt(
         queries: file of JSON Lines. The teacher answers those without an output.
         new_tokens, sample_temperature, seed: at most so many tokens an answer, and how they are sampled.
         dtype, device: as in `load_model`.
+        force: as in `softprompt_kernels.prompts.load`.
         reporter: receives the progress; None reports nothing.
 
     Returns:
@@ -55,7 +57,7 @@ def evaluate_prompt(
     text, asked = read_text(context, "context"), load_queries(queries)
     model, tokenizer = load_model(model_name, dtype, device)
     chat = ChatFormat(tokenizer)
-    prompt, record = load(prompt_dir, model, tokenizer)
+    prompt, record = load(prompt_dir, model, tokenizer, force=force)
     made_from = (record or {}).get("context") or {}
     if made_from.get("sha256") not in (None, sha256(text)):
         reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")

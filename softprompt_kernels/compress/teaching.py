@@ -28,7 +28,7 @@ from softprompt_kernels.compress.teacher.recording import Recording
 from softprompt_kernels.compress.teacher.rows import RowRecorder, Rows, enough_examples, read_rows, row_bytes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import Prefix
-from softprompt_kernels.prompts.fingerprint import model_fingerprint
+from softprompt_kernels.prompts.fingerprint import as_recorded, model_fingerprint
 
 Examples = dict[str, list[Example]]
 
@@ -227,9 +227,9 @@ class Teaching:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        inputs = self.inputs
+        inputs, saved = self.inputs, self.folder.identity.get("model")
         return {
-            "model": model_fingerprint(inputs.model),
+            "model": as_recorded(saved, model_fingerprint(inputs.model, saved)),
             "dtype": str(inputs.model.dtype),
             "context": inputs.context_ids.tolist(),
         }

@@ -104,7 +104,11 @@ def save(
 
 
 def load(
-    path: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    path: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    force: bool = False,
 ) -> tuple[EmbeddingPrompt | KVPrompt, dict[str, Any] | None]:
     """Read a prompt that `save` or PEFT wrote, onto the model's device.
 
@@ -112,6 +116,7 @@ def load(
         path: an adapter folder of type PROMPT_TUNING, PREFIX_TUNING or CARTRIDGE.
         model: compared with the recorded fingerprint.
         tokenizer: compared with the recorded fingerprint, if there is one.
+        force: warn where a fingerprint differs, instead of raising. Shapes must fit all the same.
 
     Returns:
         The prompt in fp32, and the content of softprompt.json. A folder that PEFT wrote has no such file. Then the
@@ -122,7 +127,7 @@ def load(
             (the message names the differences).
     """
     config, record = describe(path)
-    fingerprint = model_fingerprint(model)
+    fingerprint = model_fingerprint(model, (record or {}).get("model"))
     if record is None:
         warnings.warn(
             f"{path} has no {RECORD}: its shapes are checked, but not which weights it was trained against; "
@@ -130,9 +135,9 @@ def load(
             stacklevel=2,
         )
     else:
-        check_same(path, "model", record.get("model"), fingerprint)
-        if tokenizer is not None and record.get("tokenizer") is not None:
-            check_same(path, "tokenizer", record["tokenizer"], tokenizer_fingerprint(tokenizer))
+        check_same(path, "model", record.get("model"), fingerprint, force)
+        if tokenizer is not None and (saved := record.get("tokenizer")) is not None:
+            check_same(path, "tokenizer", saved, tokenizer_fingerprint(tokenizer, saved), force)
     tensor = read_tensor(path)
     tokens = integer(Path(path) / CONFIG, config, "num_virtual_tokens", 1)
     if tensor.shape[0] != tokens:
@@ -271,13 +276,20 @@ def frozen_tokens(path: str | Path, config: dict[str, Any], record: dict[str, An
 # Checks
 
 
-def check_same(path: str | Path, what: str, saved: Any, now: dict[str, Any]) -> None:
-    """Raise if the fingerprint of the model or tokenizer differs from the saved one. The message says how."""
+def check_same(path: str | Path, what: str, saved: Any, now: dict[str, Any], force: bool) -> None:
+    """Raise if the fingerprint of the model or tokenizer differs from the saved one. The message says how.
+
+    With `force` it is a warning.
+    """
     if not isinstance(saved, dict):
         raise SoftPromptError(f"{path}: {RECORD} has no fingerprint of the {what}")
     found = differences(saved, now)
-    if found:
-        raise SoftPromptError(f"{path} was made for another {what}; recorded against this one: {'; '.join(found)}")
+    if not found:
+        return
+    message = f"{path} was made for another {what}; recorded against this one: {'; '.join(found)}"
+    if not force:
+        raise SoftPromptError(f"{message}; force (--force) loads it all the same")
+    warnings.warn(message, stacklevel=3)
 
 
 def check_fits(path: str, prompt: EmbeddingPrompt | KVPrompt, fingerprint: dict[str, Any]) -> None:

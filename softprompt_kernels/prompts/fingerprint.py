@@ -4,6 +4,10 @@ A prompt works only with the weights that it was trained with. Another checkpoin
 an error and give nonsense. The fingerprint therefore has the shape, the rotary settings, and hashes of a sample of the
 weights: 64 evenly spaced elements of every parameter, including embedding and head, tied or not.
 
+What a user changes without changing what a prompt means is no difference: more tokens behind the known ones, in the
+model or in the tokenizer, and the tokens that the tokenizer calls its padding, end and so on. So the rows of the first
+tokens are compared, as many as both have.
+
 Cost: milliseconds, for any size of model and any device. Weights that are offloaded are loaded one module at a time.
 
 The comparison does not depend on the dtype. The sample is hashed twice, rounded to float16 and rounded to bfloat16, and
@@ -35,16 +39,21 @@ PROBE = "Naïve façade №5: 1234.5 km\n\tdef f(x): return x**2  # 你好, Пр
 """A text that tokenizers with one vocabulary but different rules (case, digits, spaces) split differently."""
 
 
-def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """The shape of a transformers model, its rotary settings, and two hashes of a sample of its weights.
+def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, Any]:
+    """The shape of a transformers model, its rotary settings, and hashes of a sample of its weights.
+
+    Args:
+        model: the model.
+        saved: a fingerprint to compare with. If it has fewer tokens, the rows of the others are left out.
 
     Fields: `family`, `layers`, `hidden_size`, `attention_heads`, `kv_heads`, `head_dim`, `vocabulary`, `rope` (None
-    without rotary embedding), `weights {"float16", "bfloat16"}` (SHA-256, hexadecimal). All values can be written as
-    JSON.
+    without rotary embedding), `weights` and `body {"float16", "bfloat16"}` (SHA-256, hexadecimal; `body` is without
+    embedding and head). All values can be written as JSON.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     rope = getattr(config, "rope_parameters", None)
+    fewer = fewer_tokens(saved, config.vocab_size)
     return {
         "family": config.model_type,
         "layers": config.num_hidden_layers,
@@ -52,40 +61,71 @@ def model_fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "attention_heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "vocabulary": config.vocab_size,
+        "vocabulary": fewer or config.vocab_size,
         "rope": json.loads(json.dumps(rope)) if rope else None,
-        "weights": weights_hashes(model),
+        **weights_hashes(model, fewer),
     }
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The size of the vocabulary, and hashes of its tokens, its special tokens, and the tokens of a probe text.
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, saved: Any = None) -> dict[str, Any]:
+    """The size of the vocabulary, and hashes of its tokens and of the tokens of a probe text.
 
-    Fields: `vocabulary` (a number), `tokens`, `special_tokens`, `splitting` (SHA-256, hexadecimal). The chat template
-    is not included: it may change while all tokens keep their meaning.
+    Args:
+        tokenizer: the tokenizer.
+        saved: a fingerprint to compare with. If it has fewer tokens, those with the largest ids are left out.
+
+    Fields: `vocabulary` (a number), `tokens`, `tokens_without_added` (without those that were added), `splitting` (SHA-256,
+    hexadecimal). The chat template and the names of special tokens are not included: they may change while all tokens
+    keep their meaning.
     """
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    everything, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    fewer = fewer_tokens(saved, len(tokenizer))
+    first = sorted(everything.items(), key=lambda item: item[1])[:fewer]
     return {
-        "vocabulary": len(tokenizer),
-        "tokens": json_hash(sorted(tokenizer.get_vocab().items())),
-        "special_tokens": json_hash(special),
+        "vocabulary": fewer or len(tokenizer),
+        "tokens": json_hash(sorted(first)),
+        "tokens_without_added": json_hash(sorted(item for item in everything.items() if item[0] not in added)),
         "splitting": json_hash(tokenizer(PROBE, add_special_tokens=False)["input_ids"]),
     }
+
+
+def fewer_tokens(saved: Any, tokens: int) -> int | None:
+    """The number of tokens of a saved fingerprint if it is less than `tokens`, else None."""
+    known = saved.get("vocabulary") if isinstance(saved, dict) else None
+    return known if type(known) is int and 0 < known < tokens else None
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two fingerprints, one phrase per field, saved value first. Empty if they agree.
 
-    The hash of the weights is compared only if all other fields agree: models of different shapes differ in it anyway.
+    If `saved` has more tokens than `now`, what does not depend on them is compared: the body of a model, the tokens of a
+    tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different shapes differ in
+    them anyway.
+
+    Args:
+        saved: a fingerprint.
+        now: one that was made to compare with it.
     """
+    hashes, left_out = "weights", {"weights", "body", *({"tokens_without_added"} - saved.keys())}
+    known = saved.get("vocabulary")
+    if type(known) is int and known > now.get("vocabulary", known) and {"body", "tokens_without_added"} & saved.keys():
+        hashes, left_out = "body", {"weights", "body", "vocabulary", "tokens"}
     phrases = [
-        phrase for field, here in now.items() if field != "weights" for phrase in field_difference(field, saved, here)
+        phrase
+        for field, here in now.items()
+        if field not in left_out
+        for phrase in field_difference(field, saved, here)
     ]
-    if "weights" in now and not phrases:
-        there = saved.get("weights")
-        if not isinstance(there, dict) or not any(there.get(kind) == digest for kind, digest in now["weights"].items()):
+    if hashes in now and not phrases:
+        there = saved.get(hashes)
+        if not isinstance(there, dict) or not any(there.get(kind) == digest for kind, digest in now[hashes].items()):
             phrases.append("weights (the same shape with other values)")
     return phrases
+
+
+def as_recorded(saved: Any, now: dict[str, Any]) -> dict[str, Any]:
+    """The saved fingerprint if `now`, made to compare with it, agrees, else `now`."""
+    return saved if isinstance(saved, dict) and not differences(saved, now) else now
 
 
 def field_difference(field: str, saved: dict[str, Any], here: Any) -> Iterator[str]:
@@ -102,20 +142,44 @@ def field_difference(field: str, saved: dict[str, Any], here: Any) -> Iterator[s
 
 
 @torch.no_grad()
-def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
-    """SHA-256 of a sample of all parameters, once rounded to float16 and once to bfloat16."""
+def weights_hashes(model: PreTrainedModel, tokens: int | None) -> dict[str, dict[str, str]]:
+    """SHA-256 of a sample of all parameters ("weights") and of those without embedding and head ("body").
+
+    Each once rounded to float16 and once to bfloat16.
+
+    Args:
+        model: the model.
+        tokens: how many rows of embedding and head count; None: all.
+    """
     # Embedding and head come first, and both are sampled also if they are tied. `parameters()` lists a tied matrix
     # once and an untied copy twice; this way both give one hash.
-    ends: list[Any] = [
-        layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+    layers: list[Any] = [
+        layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
     ]
-    inner = [parameter for parameter in model.parameters() if not any(parameter is end for end in ends)]
+    ends = [layer.weight for layer in layers]
+    biases = [bias for layer in layers if (bias := getattr(layer, "bias", None)) is not None]
     owners = {
         id(parameter): (f"{path}.{name}".lstrip("."), module, name)
         for path, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
-    values = torch.cat([_sample(parameter, *owners.get(id(parameter), ())) for parameter in [*ends, *inner]])
+
+    def sample(parameter: Tensor, rows: int | None = None) -> Tensor:
+        return _sample(parameter, rows, *owners.get(id(parameter), ()))
+
+    sampled = [sample(end, tokens) for end in ends]
+    body = []
+    for parameter in model.parameters():
+        if any(parameter is bias for bias in biases):
+            sampled.append(sample(parameter, tokens))
+        elif not any(parameter is end for end in ends):
+            body.append(sample(parameter))
+            sampled.append(body[-1])
+    return {"weights": rounded_hashes(torch.cat(sampled)), "body": rounded_hashes(torch.cat(body))}
+
+
+def rounded_hashes(values: Tensor) -> dict[str, str]:
+    """SHA-256 of numbers, once rounded to float16 and once to bfloat16."""
     # The values are fp32 for every dtype of parameter, so float64 and quantised integers are rounded in the same way.
     return {
         str(kind).removeprefix("torch."): hashlib.sha256(
@@ -125,15 +189,17 @@ def weights_hashes(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def _sample(parameter: Tensor, path: str = "", module: nn.Module | None = None, name: str = "") -> Tensor:
-    """`sample_elements` of a parameter that may be offloaded: `name` of a module at `path` of the model."""
+def _sample(
+    parameter: Tensor, rows: int | None, path: str = "", module: nn.Module | None = None, name: str = ""
+) -> Tensor:
+    """`sample_elements` of the first rows of a parameter that may be offloaded: `name` of a module at `path`."""
     if not parameter.is_meta:
-        return sample_elements(parameter)
+        return sample_elements(parameter[:rows] if rows else parameter)
     if module is not None:
         with loaded(module):
             here: Tensor = getattr(module, name)
             if not here.is_meta:
-                return sample_elements(here)
+                return sample_elements(here[:rows] if rows else here)
     raise SoftPromptError(
         f"model: its parameter {path} is on the meta device, without numbers; accepted are parameters with numbers, "
         "or offloaded by accelerate"

@@ -168,6 +168,21 @@ def test_an_unusable_prompt(refused, inputs, finished, tmp_path, damage):
     assert {"truncated": "truncated", "missing": "has no", "another model": "another model"}[damage] in message
 
 
+def test_a_prompt_of_another_model_is_used_by_force(run, refused, inputs, finished, tmp_path):
+    prompt = tmp_path / "prompt"
+    shutil.copytree(finished.folder / "prompt", prompt)
+    record = json.loads((prompt / "softprompt.json").read_text())
+    record["model"]["weights"] = {"float16": "0" * 64, "bfloat16": "0" * 64}
+    (prompt / "softprompt.json").write_text(json.dumps(record))
+    files = ["--context", inputs.context, "--queries", inputs.heldout, "--new-tokens", 4]
+    for command in (["generate", "Who?", "--max-new-tokens", 2], ["evaluate", *files]):
+        command += ["--model", inputs.model, "--prompt", prompt]
+        assert "made for another model" in refused(*command)
+        forced = run(*command, "--force")
+        assert forced.exit_code == 0, forced.output
+        assert "Warning: " in forced.stderr and "made for another model" in forced.stderr
+
+
 def test_a_full_disk_is_named_and_the_run_can_be_resumed(run, refused, inputs, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "x.png")

@@ -136,7 +136,7 @@ def test_another_tokenizer_is_refused_and_no_tokenizer_is_not_compared(
     load(saved, make_model(), make_tokenizer("a", "b"))
     load(saved, make_model())
     message = refusal(saved, make_model(), make_tokenizer("a", "b", "c"))
-    assert "another tokenizer" in message and "vocabulary 5 against 6" in message
+    assert "another tokenizer" in message and "against this one: tokens without added;" in message
 
 
 # Broken folders

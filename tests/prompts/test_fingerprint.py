@@ -88,12 +88,12 @@ def test_a_damaged_record_differs() -> None:
 def test_tokenizers_with_different_vocabularies_differ(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
     one = tokenizer_fingerprint(make_tokenizer("a", "b"))
     assert differences(one, tokenizer_fingerprint(make_tokenizer("a", "b"))) == []
-    assert differences(one, tokenizer_fingerprint(make_tokenizer("b", "a"))) == ["tokens"]
-    assert differences(one, tokenizer_fingerprint(make_tokenizer("a", "b", "c"))) == [
-        "vocabulary 5 against 6",
-        "tokens",
-    ]
-    assert differences(one, tokenizer_fingerprint(make_tokenizer("a", "b", eos_token="<s>"))) == ["special tokens"]
+    for words, found in (
+        (("b", "a"), ["tokens", "tokens without added"]),
+        (("a",), ["tokens without added"]),
+        (("a", "b", "c"), ["tokens without added"]),
+    ):
+        assert differences(one, tokenizer_fingerprint(make_tokenizer(*words), one)) == found
 
 
 def test_tokenizers_of_one_vocabulary_that_split_differently_differ(
