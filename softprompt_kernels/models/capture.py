@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
-from softprompt_kernels.models.families import check_positions
+from softprompt_kernels.models.families import check_positions, text_config
 from softprompt_kernels.models.finite import not_finite
 from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
@@ -89,7 +89,7 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
         raise SoftPromptError(
             f"embedding: got shape {tuple(embedding.shape)}, accepted is [k, {width}] or [R, k, {width}], k ≥ 1"
         )
-    check_positions(model.config, bank.shape[1], 0)
+    check_positions(text_config(model), bank.shape[1], 0)
     layers = _LayerSink()
     device = input_device(model)
     positions = torch.arange(bank.shape[1], device=device)[None]

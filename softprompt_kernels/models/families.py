@@ -1,8 +1,9 @@
-"""The supported transformers model families, and the facts about their configurations that this folder needs.
+"""Which transformers models are supported, and the facts about their configurations that this folder needs.
 
 A family is supported when its attention goes through transformers' AttentionInterface, is causal, keeps one key and one
-value per token, and when tests show that a prefix gives the same logits as the concatenated sequence. All other
-families are refused by name. A model that ignored the prefix would run without an error and give wrong results.
+value per token, and when tests show that a prefix gives the same logits as the concatenated sequence. The table is in
+`registry`. Of a multimodal model only the text decoder runs. All other families are refused by name. A model that
+ignored the prefix would run without an error and give wrong results.
 """
 
 from __future__ import annotations
@@ -11,22 +12,44 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.registry import REFUSED, WRAPPERS, Family, find_family, served
 
-FAMILIES = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "llama",
-    "mistral",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that loads a model with a head: AutoModelForCausalLM, or the one for multimodal models."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The text decoder: embeddings, layers and the final norm, without the head. Of a base model, the model itself."""
+    decoder: Any = model.get_decoder()
+    if decoder.get_output_embeddings() is not None:  # Llama 4: its wrapper contains a model with a head
+        decoder = decoder.model
+    return decoder
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the text decoder: of a multimodal wrapper its text part's, else the model's own."""
+    return model.config.get_text_config(decoder=True)
+
+
+def is_wrapper(model: PreTrainedModel) -> bool:
+    """Whether the text decoder is only a part of the model, beside an encoder for images or sound."""
+    return text_config(model) is not model.config
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """What is special about the model's family. A family that is not served counts as plain."""
+    return find_family(text_config(model).model_type) or Family()
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -38,21 +61,40 @@ def check_supported(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers PreTrainedModel")
-    config = model.config
-    accepted = f"accepted are {', '.join(FAMILIES)}"
-    if config.model_type not in FAMILIES:
-        raise SoftPromptError(f"model: got the family '{config.model_type}', {accepted}")
+    if model.config.is_encoder_decoder or not hasattr(model, "get_decoder"):
+        raise SoftPromptError(f"model: got the family '{model.config.model_type}', accepted are decoders alone")
+    config = text_config(model)
+    for model_type in (model.config.model_type, config.model_type):
+        if model_type in REFUSED and find_family(model_type) is None:
+            raise SoftPromptError(f"model: got the family '{model_type}', but {REFUSED[model_type]}; {_accepted()}")
+    if find_family(config.model_type) is None:
+        raise SoftPromptError(f"model: got the family '{config.model_type}', {_accepted()}")
+    if is_wrapper(model) and model.config.model_type not in WRAPPERS and find_family(model.config.model_type) is None:
+        raise SoftPromptError(
+            f"model: got a '{config.model_type}' inside a '{model.config.model_type}', accepted are a "
+            f"'{config.model_type}' alone or inside {', '.join(WRAPPERS)}"
+        )
+    check_attention(model)
+
+
+def _accepted() -> str:
+    return f"accepted are {', '.join(served())}"
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Raise a SoftPromptError unless every layer has causal attention over keys and values of its own."""
+    config, decoder = text_config(model), decoder_of(model)
     if getattr(config, "add_cross_attention", False):
         raise SoftPromptError(f"model: got a '{config.model_type}' with cross-attention, accepted are decoders without")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise SoftPromptError(f"model: got a '{config.model_type}' with bidirectional attention, accepted is causal")
     # Modelling code from elsewhere may have a known model_type and an attention of its own.
-    if not model._can_set_attn_implementation():
+    if not decoder._can_set_attn_implementation():
         raise SoftPromptError(
             f"model: {type(model).__name__} computes its attention itself, accepted are models that "
             "go through transformers' AttentionInterface"
         )
-    layers = sorted(module.layer_idx for module in attention_modules(model))
+    layers = sorted(module.layer_idx for module in attention_modules(decoder))
     if layers != list(range(config.num_hidden_layers)):
         raise SoftPromptError(
             f"model: got attention in layers {layers}, accepted is one in each of {config.num_hidden_layers} layers"
@@ -68,7 +110,7 @@ def attention_modules(model: nn.Module) -> Iterator[Any]:
 
 def rope_parameters(config: Any) -> dict[str | None, dict[str, Any]]:
     """Rotary settings by layer type. The key is None when all layers share one setting. Empty: no rotary embedding."""
-    parameters = getattr(config, "rope_parameters", None)
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None)
     if not parameters:
         return {}
     if "rope_type" in parameters:
@@ -82,7 +124,11 @@ def max_positions(config: Any) -> int:
     A longrope model changes all frequencies when the sequence is longer than `original_max_position_embeddings`. Keys
     that were rotated before that point do not fit queries after it, so the window ends there.
     """
-    limit = config.max_position_embeddings
+    config = config.get_text_config(decoder=True)
+    limit: int = config.max_position_embeddings
+    family = find_family(config.model_type)
+    if family is not None and family.window is not None:
+        limit = min(limit, family.window(config))
     for settings in rope_parameters(config).values():
         if settings["rope_type"] == "longrope":
             limit = min(limit, settings["original_max_position_embeddings"])

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
-from softprompt_kernels.models.families import check_positions
+from softprompt_kernels.models.families import check_positions, decoder_of, family_of, text_config
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
@@ -68,7 +68,7 @@ def prompted_hidden(
         positions = first + torch.arange(input_ids.shape[1], device=input_ids.device)
         return run_base(model, call, positions, input_ids=input_ids)
     mask = attention_mask.bool()
-    if packs_sequences(head_size(model), model.dtype, input_device(model)):
+    if packs_batches(model):
         return _packed_hidden(model, call, first, input_ids, mask)
     call = replace(call, key_lengths=mask.sum(dim=1).to(input_ids.device))
     inverse = None
@@ -121,7 +121,7 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
         # transformers would look whether the positions restart, and would build a mask, which waits for the device.
         inputs["attention_mask"] = positions.new_zeros(1, 1, 1, 1)
     # The configuration may ask for tuples, or for the hidden states of all layers.
-    output = model.base_model(
+    output = decoder_of(model)(
         **inputs,
         position_ids=positions,
         use_cache=False,
@@ -182,7 +182,7 @@ def check_inputs(
             low, high = int(prompt_index.min()), int(prompt_index.max())
             if low < 0 or high >= prefix.rows:
                 raise SoftPromptError(f"prompt_index: got {low} to {high}, accepted is 0 to {prefix.rows - 1}")
-    check_positions(model.config, prefix_length(prefix), input_ids.shape[1], new_tokens)
+    check_positions(text_config(model), prefix_length(prefix), input_ids.shape[1], new_tokens)
 
 
 def prefix_length(prefix: Prefix | None) -> int:
@@ -192,7 +192,7 @@ def prefix_length(prefix: Prefix | None) -> int:
 
 def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
     """Raise unless layers, key heads and head size of the prefix are the model's."""
-    config = model.config
+    config = text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = head_size(model)
     key = prefix.layers[0][0]
@@ -204,7 +204,12 @@ def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
         )
 
 
+def packs_batches(model: PreTrainedModel) -> bool:
+    """Whether padded batches run as one packed sequence: the backend is good at it, and the model allows it."""
+    return family_of(model).packs and packs_sequences(head_size(model), model.dtype, input_device(model))
+
+
 def head_size(model: PreTrainedModel) -> int:
     """D, the size of the attention's heads."""
-    config = model.config
+    config = text_config(model)
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.families import family_of, is_wrapper, text_config
 from softprompt_kernels.prompts.offload import loaded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -55,8 +56,11 @@ def head_of(model: PreTrainedModel) -> Head:
     with loaded(head):
         weight, bias = head.weight, head.bias
     _check_weight(weight)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Head(weight, bias, softcap)
+    if is_wrapper(model):
+        return Head(weight, bias)  # wrappers leave out the softcap and the scale of their text model
+    config, scale = text_config(model), family_of(model).logit_scale
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, softcap, 1.0 if scale is None else scale(config))
 
 
 def _check_linear(head: nn.Module) -> None:

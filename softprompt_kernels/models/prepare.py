@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import NAME, register
-from softprompt_kernels.models.families import check_supported
+from softprompt_kernels.models.families import check_supported, decoder_of, is_wrapper, text_config
 
 # Attribute of the model that holds the name of its previous attention.
 _PREVIOUS = "_softprompt_previous_attention"
@@ -26,10 +26,10 @@ def prepare(model: PreTrainedModel) -> None:
     register()
     for config in (model.config, model.config.get_text_config()):
         config.return_dict = True  # with False, transformers' own models fail: they read each other's outputs by name
-    previous = model.config._attn_implementation
+    previous = decoder_of(model).config._attn_implementation
     if previous == NAME:
         return
-    model.set_attn_implementation(NAME)
+    _set_attention(model, NAME)
     setattr(model, _PREVIOUS, previous)
 
 
@@ -37,16 +37,26 @@ def release(model: PreTrainedModel) -> None:
     """Give `model` back the attention that it had before `prepare`. Does nothing if it was not prepared."""
     previous = getattr(model, _PREVIOUS, None)
     if previous is not None:
-        model.set_attn_implementation(previous)
+        _set_attention(model, previous)
         delattr(model, _PREVIOUS)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention of the text decoder. Encoders for images or sound keep theirs."""
+    if not is_wrapper(model):
+        model.set_attn_implementation(name)
+        return
+    text = text_config(model)
+    parts = [key for key in model.config.sub_configs if getattr(model.config, key) is text]
+    model.set_attn_implementation(dict.fromkeys(parts, name))
 
 
 def check_prepared(model: PreTrainedModel) -> None:
     """Raise unless `prepare` was called. Any other attention would silently ignore the prefix."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers PreTrainedModel")
-    if model.config._attn_implementation != NAME:
+    attention = decoder_of(model).config._attn_implementation
+    if attention != NAME:
         raise SoftPromptError(
-            f"model: its attention is '{model.config._attn_implementation}', accepted is a model after "
-            "softprompt_kernels.models.prepare(model)"
+            f"model: its attention is '{attention}', accepted is a model after softprompt_kernels.models.prepare(model)"
         )

@@ -6,7 +6,11 @@ scale (yarn has one). The angles of successive rotations add up, so
     s·R((p + δ) θ) k₀ = R(δ θ) k
 
 The shift is exact and needs neither p nor s. Scores depend on differences of positions only. Features after the rotary
-part (Phi-3, GPT-NeoX) are unchanged. All supported families pair feature i with feature i + r/2 of the r rotary ones.
+part (Phi-3, GPT-NeoX) are unchanged, and so are layers without a rotary embedding (SmolLM3, Cohere 2). Of the r rotary
+features, i is paired with i + r/2, or 2i with 2i + 1 in families that are `interleaved`.
+
+Ministral 3 multiplies queries by a function of their position, which is 1 up to `original_max_position_embeddings`.
+Shifted keys keep their distances there too, but not this factor.
 
 Cost: one pass over the keys. The values are shared.
 """
@@ -20,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models.families import rope_parameters
+from softprompt_kernels.models.families import decoder_of, family_of, rope_parameters, text_config
 from softprompt_kernels.prompts.prefix import Prefix
 
 # Types whose frequencies depend on the length of the sequence. No single rotation moves their keys.
@@ -45,7 +49,7 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
     """
     if delta == 0:
         return prefix
-    config = model.config
+    config, family = text_config(model), family_of(model)
     parameters = rope_parameters(config)
     if not parameters:
         raise SoftPromptError(
@@ -53,14 +57,17 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
             "accepted is 0"
         )
     check_fixed_frequencies(model)
-    rotary = model.base_model.rotary_emb
+    rotary = decoder_of(model).rotary_emb
     tables: dict[str | None, tuple[Tensor, Tensor]] = {}
     layers = []
     for index, (key, value) in enumerate(prefix.layers):
+        if family.has_rotary is not None and not family.has_rotary(config, index):
+            layers.append((key, value))
+            continue
         layer_type = None if None in parameters else config.layer_types[index]
         if layer_type not in tables:
             tables[layer_type] = _rotation(_frequencies(rotary, layer_type), delta)
-        layers.append((_rotate(key, *tables[layer_type]), value))
+        layers.append((_rotate(key, *tables[layer_type], family.interleaved), value))
     return Prefix.of(layers, prefix.lengths)
 
 
@@ -86,11 +93,14 @@ def _rotation(frequencies: Tensor, delta: int) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def _rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """`key [R, Hkv, P, D]` with its rotary features rotated and the others unchanged."""
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     half = cos.shape[0]
     cos, sin = cos.to(key.device, dtype), sin.to(key.device, dtype)
-    first, second = key[..., :half].to(dtype), key[..., half : 2 * half].to(dtype)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(key.dtype)
+    # `[..., r/2, 2]` or `[..., 2, r/2]`: the axis of 2 holds the pairs.
+    pairs = key[..., : 2 * half].to(dtype).unflatten(-1, (half, 2) if interleaved else (2, half))
+    axis = -1 if interleaved else -2
+    first, second = pairs.unbind(axis)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), axis).flatten(-2).to(key.dtype)
     return torch.cat((rotated, key[..., 2 * half :]), dim=-1)

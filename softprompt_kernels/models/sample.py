@@ -28,14 +28,14 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.families import text_config
 from softprompt_kernels.models.finite import not_finite
-from softprompt_kernels.models.forward import check_inputs, first_position, head_size, prefix_length, run_base
+from softprompt_kernels.models.forward import check_inputs, first_position, packs_batches, prefix_length, run_base
 from softprompt_kernels.models.head import Head, head_of
 from softprompt_kernels.models.padding import Packing, Placement
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.models.rows import NextTokens, OwnRows, PromptTokens
 from softprompt_kernels.models.tap import FedTokens, QueryRecorder, QueryTap
-from softprompt_kernels.ops.prompt_attention import packs_sequences
 from softprompt_kernels.prompts.offload import input_device
 from softprompt_kernels.prompts.prefix import Prefix
 
@@ -173,14 +173,14 @@ class _Sampler:
         self.model, self.head, self.prefix, self.recorder = model, head, prefix, recorder
         self.batch_size, self.new_tokens, self.temperature, self.ends = batch_size, new_tokens, temperature, ends
         self.device = input_device(model)
-        self.packs = packs_sequences(head_size(model), model.dtype, self.device)
+        self.packs = packs_batches(model)
         self.rows: list[_Row] = []
         self.cache = OwnRows(batch_size)
 
     @torch.no_grad()
     def run(self, waiting: list[_Row]) -> Iterator[Continuation]:
         """Continue all rows. Rows of similar lengths should be neighbours, equal inputs too."""
-        window: int | None = getattr(self.model.config, "sliding_window", None)
+        window: int | None = getattr(text_config(self.model), "sliding_window", None)
         own = max((len(row.input) for row in waiting), default=0) + self.new_tokens
         # With a window, rows of different lengths cost more attention (see `Placement`): they start together.
         together = window is not None and prefix_length(self.prefix) + own > window

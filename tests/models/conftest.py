@@ -1,4 +1,4 @@
-"""A tiny random model of each supported family, with the features of the family switched on."""
+"""A tiny random model of each supported family and wrapper, with the features of the family switched on."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.masking_utils import eager_mask
 
 VOCABULARY = 61
@@ -32,6 +38,13 @@ _YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "original_max_position_embeddings": 16,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_GRANITE = {
+    "logits_scaling": 3.0,
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.4,
+    "residual_multiplier": 0.7,
 }
 _ONLY_MULTI_HEAD = {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None}
 
@@ -76,17 +89,102 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
         "GptOssConfig",
         {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     ),
+    "apertus": ("ApertusConfig", {}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.3, "use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", {**_MIXED, "logit_scale": 0.3}),
+    "ernie4_5": ("Ernie4_5Config", {}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    ),
+    "exaone4": ("Exaone4Config", {**_MIXED, "sliding_window_pattern": 2}),
+    "gemma": ("GemmaConfig", {}),
+    "glm": ("GlmConfig", {}),
+    "glm4": ("Glm4Config", {}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_EXPERTS,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "granite": ("GraniteConfig", _GRANITE),
+    "granitemoe": ("GraniteMoeConfig", {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "helium": ("HeliumConfig", {}),
+    "internlm3": ("InternLM3Config", {"bias": True, "qkv_bias": True}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "no_rope_layers": [1, 0],
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "attn_temperature_tuning": True,
+            "floor_scale": 65,
+            "attention_chunk_size": 64,
+        },
+    ),
+    "ministral": ("MinistralConfig", _MIXED),
+    "ministral3": ("Ministral3Config", {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}}),
+    "mixtral": ("MixtralConfig", {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmo": ("OlmoConfig", {"clip_qkv": 0.5}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", _MIXED),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phi": ("PhiConfig", {"head_dim": None, "qk_layernorm": True}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4}),
+    "seed_oss": ("SeedOssConfig", {"attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 5}),
+}
+
+# Multimodal wrappers, with the text family that each has here. Encoders for images are as small as they can be.
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_PIXELS = {"image_size": 28, "patch_size": 14}
+_SIGLIP = {"model_type": "siglip_vision_model", **_VISION, **_PIXELS}
+_CLIP = {"model_type": "clip_vision_model", **_VISION, **_PIXELS, "projection_dim": 16}
+WRAPPERS: dict[str, tuple[str, str, dict]] = {
+    "wrapped aya_vision": ("AyaVisionConfig", "cohere2", {"vision_config": _SIGLIP}),
+    "wrapped cohere2_vision": ("Cohere2VisionConfig", "cohere2", {"vision_config": _SIGLIP}),
+    "wrapped gemma3": ("Gemma3Config", "gemma3", {"vision_config": _SIGLIP, "mm_tokens_per_image": 4}),
+    "wrapped internvl": (
+        "InternVLConfig",
+        "qwen2",
+        {"vision_config": {**_VISION, "image_size": [28, 28], "patch_size": [14, 14]}},
+    ),
+    "wrapped llama4": (
+        "Llama4Config",
+        "llama4",
+        {"vision_config": {**_VISION, **_PIXELS, "vision_output_dim": 16, "projector_input_dim": 16}},
+    ),
+    "wrapped llava": ("LlavaConfig", "llama", {"vision_config": _CLIP}),
+    "wrapped llava_next": ("LlavaNextConfig", "mistral", {"vision_config": _CLIP}),
+    "wrapped llava_onevision": ("LlavaOnevisionConfig", "qwen2", {"vision_config": _SIGLIP}),
+    "wrapped mistral3": (
+        "Mistral3Config",
+        "mistral",
+        {"vision_config": {"model_type": "pixtral", **_VISION, **_PIXELS, "head_dim": 8}},
+    ),
 }
 
 
 def _build(family: str, **changes: object) -> PreTrainedModel:
     """A model of the family with eager attention, not prepared. Weights are large enough to change the logits."""
+    wrapper, family, parts = WRAPPERS.get(family, (None, family, {}))
     name, options = CONFIGURATIONS[family]
     options = {**_COMMON, **options, **changes}
     options = {key: value for key, value in options.items() if value is not None or key == "eos_token_id"}
     config = getattr(transformers, name)(**options)
+    if wrapper is not None:
+        config = getattr(transformers, wrapper)(text_config=config, **parts, image_token_index=60, image_token_id=60)
     torch.manual_seed(sum(map(ord, family)))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = AutoModelForCausalLM if wrapper is None else AutoModelForImageTextToText
+    model = auto.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -99,9 +197,9 @@ def build() -> Callable[..., PreTrainedModel]:
     return _build
 
 
-@pytest.fixture(params=sorted(CONFIGURATIONS))
+@pytest.fixture(params=sorted([*CONFIGURATIONS, *WRAPPERS]))
 def family(request: pytest.FixtureRequest) -> str:
-    """Each supported family in turn."""
+    """Each supported family in turn, alone and inside multimodal wrappers."""
     return request.param
 
 
@@ -109,6 +207,12 @@ def family(request: pytest.FixtureRequest) -> str:
 def families() -> list[str]:
     """The names of all supported families."""
     return sorted(CONFIGURATIONS)
+
+
+@pytest.fixture
+def wrappers() -> list[str]:
+    """The names of all supported multimodal wrappers, each around one family."""
+    return sorted(WRAPPERS)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +235,10 @@ def tokens() -> Callable[..., Tensor]:
 
 
 def _double(model: PreTrainedModel) -> PreTrainedModel:
-    if hasattr(model.config, "num_local_experts"):
+    config = model.config.get_text_config()
+    if any(
+        hasattr(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    ):
         model.set_experts_implementation("eager")  # the grouped GEMM does not support float64
     return model.double()
 

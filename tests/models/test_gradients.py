@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, embed_prefix, prepare, prompted_hidden
+from softprompt_kernels.models.families import decoder_of
 from softprompt_kernels.prompts.prefix import Prefix
 
 ATOL, RTOL = 1e-9, 1e-7
@@ -36,7 +37,8 @@ def test_gradient_of_keys_and_values_sums_over_the_batch(family, build, double, 
     cache = DynamicCache()
     for layer, (key, value) in enumerate(expected.layers):
         cache.update(key.expand(3, -1, -1, -1), value.expand(3, -1, -1, -1), layer)
-    hidden = unprepared.base_model(ids, past_key_values=cache, position_ids=torch.arange(5, 12)[None]).last_hidden_state
+    decoder, positions = decoder_of(unprepared), torch.arange(5, 12)[None]
+    hidden = decoder(ids, past_key_values=cache, position_ids=positions).last_hidden_state
     hidden.backward(output_gradient(hidden))
 
     got = as_leaves(context)
@@ -53,7 +55,7 @@ def test_gradient_of_an_embedding_prompt(family, build, double, float64_referenc
 
     expected = start.clone().requires_grad_()
     joined = torch.cat([expected.expand(3, -1, -1), unprepared.get_input_embeddings()(ids)], dim=1)
-    hidden = unprepared.base_model(inputs_embeds=joined).last_hidden_state[:, 5:]
+    hidden = decoder_of(unprepared)(inputs_embeds=joined).last_hidden_state[:, 5:]
     hidden.backward(output_gradient(hidden))
 
     got = start.clone().requires_grad_()

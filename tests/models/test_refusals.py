@@ -15,29 +15,54 @@ from softprompt_kernels.models import (
     prompted_hidden,
     prompted_logits,
 )
-from softprompt_kernels.models.families import FAMILIES
+from softprompt_kernels.models.registry import FAMILIES, REFUSED, WRAPPERS
 from softprompt_kernels.prompts.prefix import Prefix
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-UNSUPPORTED = {
-    "gptj": ("GPTJConfig", {"rotary_dim": 8}),
-    "falcon": ("FalconConfig", {}),
-    "bloom": ("BloomConfig", {}),
+UNTESTED = {
     "opt": ("OPTConfig", {"word_embed_proj_dim": 32, "ffn_dim": 32}),
-    "mamba": ("MambaConfig", {}),
-    "cohere": ("CohereConfig", {"num_key_value_heads": 2, "intermediate_size": 32}),
-    "qwen3_moe": ("Qwen3MoeConfig", {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 2}),
+    "jais2": ("Jais2Config", {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32}),
+}
+NOT_EXACT = {
+    "gptj": ("GPTJConfig", {"rotary_dim": 8}, "computes its attention itself"),
+    "bloom": ("BloomConfig", {}, "computes its attention itself"),
+    "mamba": ("MambaConfig", {}, "keep a state"),
+    "lfm2": ("Lfm2Config", {"num_key_value_heads": 2, "intermediate_size": 32}, "keep a state"),
+    "stablelm": ("StableLmConfig", {"num_key_value_heads": 2, "intermediate_size": 32}, "do not hand the prefix on"),
+    "nemotron": ("NemotronConfig", {"num_key_value_heads": 2, "intermediate_size": 32}, "do not hand the prefix on"),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {"num_key_value_heads": 4, "intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        "different sizes",
+    ),
+    "hunyuan_v1_dense": (
+        "HunYuanDenseV1Config",
+        {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32},
+        "normalises keys after",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("name", UNTESTED)
 def test_other_families_are_refused_by_name(name):
-    config, options = UNSUPPORTED[name]
+    config, options = UNTESTED[name]
     model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **options))
     before = model.config._attn_implementation
-    with pytest.raises(SoftPromptError, match=rf"got the family '{name}', accepted are gemma2, .*qwen3"):
+    with pytest.raises(SoftPromptError, match=rf"got the family '{name}', accepted are apertus, .*qwen3"):
         prepare(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", NOT_EXACT)
+def test_families_that_are_not_exact_are_refused_with_the_reason(name):
+    config, options, reason = NOT_EXACT[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **options))
+    with pytest.raises(SoftPromptError, match=rf"got the family '{name}', but .*{reason}.*; accepted are apertus, "):
+        prepare(model)
+
+
+def test_no_family_is_both_served_and_refused():
+    assert not REFUSED.keys() & {*FAMILIES, *WRAPPERS}
 
 
 def test_encoder_decoders_are_refused():
@@ -46,12 +71,30 @@ def test_encoder_decoders_are_refused():
         prepare(AutoModelForSeq2SeqLM.from_config(config))
 
 
-def test_multimodal_models_are_refused():
-    text = transformers.Gemma3TextConfig(**SMALL, intermediate_size=32, head_dim=8, num_key_value_heads=2)
+def _gemma3_parts(text: str, **options: object) -> dict[str, object]:
+    config = getattr(transformers, text)(**SMALL, intermediate_size=32, head_dim=8, num_key_value_heads=2, **options)
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    with pytest.raises(SoftPromptError, match="got the family 'gemma3'"):
-        prepare(transformers.Gemma3ForConditionalGeneration(config))
+    return {"text_config": config, "vision_config": vision | {"image_size": 28, "patch_size": 14}}
+
+
+def test_wrappers_that_are_not_tested_are_refused_whatever_they_contain():
+    model = transformers.VipLlavaForConditionalGeneration(
+        transformers.VipLlavaConfig(**_gemma3_parts("LlamaConfig"), vision_feature_layers=[0])
+    )
+    with pytest.raises(SoftPromptError, match="got a 'llama' inside a 'vipllava', accepted are a 'llama' alone or"):
+        prepare(model)
+
+
+def test_a_wrapper_of_a_family_that_is_not_served_is_refused():
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**_gemma3_parts("StableLmConfig")))
+    with pytest.raises(SoftPromptError, match="got the family 'stablelm', but its layers"):
+        prepare(model)
+
+
+def test_a_wrapper_that_reads_both_ways_is_refused():
+    parts = _gemma3_parts("GemmaConfig") | {"projection_dim": 32, "image_token_index": 60}
+    with pytest.raises(SoftPromptError, match="got the family 'paligemma', but it reads its input in both directions"):
+        prepare(transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(**parts)))
 
 
 def test_cross_attention_is_refused(build):
@@ -69,8 +112,9 @@ def test_other_types_than_models_are_a_type_error():
         prepare(torch.nn.Linear(2, 2))
 
 
-def test_every_family_of_the_list_is_tested(build, families):
+def test_every_family_of_the_list_is_tested(build, families, wrappers):
     assert {build(name).config.model_type for name in families} == set(FAMILIES)
+    assert {build(name).config.model_type for name in wrappers} == set(WRAPPERS)
 
 
 def test_an_unprepared_model_is_refused(build, tokens):

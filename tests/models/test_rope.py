@@ -6,10 +6,10 @@ import torch
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, prepare, prompted_logits, shift_keys
 from softprompt_kernels.models.attention import Call
+from softprompt_kernels.models.families import family_of, text_config
 from softprompt_kernels.models.forward import run_base
 from softprompt_kernels.prompts.prefix import Prefix
 
-ROTARY = ["gemma2", "gemma3", "gpt_neox", "gpt_oss", "llama", "mistral", "phi3", "qwen2", "qwen3"]
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -38,9 +38,12 @@ def capture_at(model, ids, first: int) -> Prefix:
 
 
 @pytest.mark.parametrize("delta", [-6, 17])
-@pytest.mark.parametrize("family", ROTARY)
 def test_shift_equals_running_the_model_at_the_other_positions(family, delta, build, tokens):
+    if family == "gpt2":
+        return  # learned positions, see below
     model = build(family)
+    if family == "ministral3":  # exact up to this position, see `rope`
+        model.config.rope_parameters["original_max_position_embeddings"] = 64
     prepare(model)
     ids = tokens(1, 9)
     got = shift_keys(model, capture_at(model, ids, 20), delta)
@@ -48,7 +51,9 @@ def test_shift_equals_running_the_model_at_the_other_positions(family, delta, bu
     unmoved = capture_at(model, ids, 20)
     for layer, (pair, want, before) in enumerate(zip(got.layers, expected.layers, unmoved.layers, strict=True)):
         torch.testing.assert_close(pair, want, atol=1e-5, rtol=0, msg=lambda m, layer=layer: f"layer {layer}: {m}")
-        assert (pair[0] - before[0]).abs().max() > 0.1
+        has_rotary = family_of(model).has_rotary
+        moved = has_rotary is None or has_rotary(text_config(model), layer)
+        assert ((pair[0] - before[0]).abs().max() > 0.1) == moved
 
 
 def test_llama3_keys_can_be_shifted(build, tokens):

@@ -14,6 +14,7 @@ from softprompt_kernels.models import (
     FedTokens,
     QueryTap,
     capture,
+    forward,
     generate,
     prepare,
     prompted_hidden,
@@ -288,7 +289,7 @@ class Everything:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_is_recorded_is_what_the_finished_sequences_give(family, prepared, tokens, inputs, packed, monkeypatch):
-    monkeypatch.setattr(sys.modules[sample.__module__], "packs_sequences", lambda *_: packed)
+    monkeypatch.setattr(forward, "packs_sequences", lambda *_: packed)
     model = prepared(family)
     prefix = capture(model, tokens(1, 9))
     inputs = [*inputs, inputs[1]]  # two sequences share an input
@@ -303,4 +304,6 @@ def test_what_is_recorded_is_what_the_finished_sequences_give(family, prepared, 
         torch.testing.assert_close(found[index].hidden, hidden[0, len(ids) - 1 :], rtol=1e-4, atol=1e-5)
         for key, row in alone.rows.items():
             torch.testing.assert_close(recorder.rows[key], row, rtol=1e-4, atol=1e-5)
-    assert len(recorder.rows) == model.config.num_hidden_layers * sum(len(ids) + NEW - 1 for ids in inputs)
+    assert len(recorder.rows) == model.config.get_text_config().num_hidden_layers * sum(
+        len(ids) + NEW - 1 for ids in inputs
+    )

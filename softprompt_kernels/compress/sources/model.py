@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import prepare
+from softprompt_kernels.models import auto_class, prepare
 from softprompt_kernels.prompts.adapter import PEFT_TYPES
 from softprompt_kernels.prompts.json_file import read_object
 
@@ -46,10 +39,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     torch_dtype = DTYPES.get(dtype) or (torch.float32 if resolved.type == "cpu" else "auto")
     with _loading("model", name):
         base = _base_of_adapter(name)
-        AutoConfig.from_pretrained(base or name)  # what is wrong here is not the tokenizer's fault
+        auto = auto_class(AutoConfig.from_pretrained(base or name))  # what is wrong here is not the tokenizer's fault
     tokenizer = _load_tokenizer(name, base)
     with _loading("model", name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, report = loaded
