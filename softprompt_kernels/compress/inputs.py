@@ -208,12 +208,9 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
         if path is not None:
             config[name] = sha256(path.read_text(encoding="utf-8"))
     config["context"] = sha256(inputs.text)
-    for name, make, of in (
-        ("model", model_fingerprint, inputs.model),
-        ("tokenizer", tokenizer_fingerprint, inputs.tokenizer),
-    ):
-        saved = recorded.get(name)
-        config[name] = as_recorded(saved, make(of, saved))
+    model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
+    config["model"] = as_recorded(model, model_fingerprint(inputs.model, model))
+    config["tokenizer"] = as_recorded(tokenizer, tokenizer_fingerprint(inputs.tokenizer, tokenizer))
     fields = CompressConfig.model_fields
     added = [name for name in config if recorded and name not in recorded and config[name] == fields[name].default]
     return {name: value for name, value in config.items() if name not in added}

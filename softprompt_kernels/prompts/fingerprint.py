@@ -74,9 +74,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, saved: Any = None)
         tokenizer: the tokenizer.
         saved: a fingerprint to compare with. If it has fewer tokens, those with the largest ids are left out.
 
-    Fields: `vocabulary` (a number), `tokens`, `tokens_without_added` (without those that were added), `splitting` (SHA-256,
-    hexadecimal). The chat template and the names of special tokens are not included: they may change while all tokens
-    keep their meaning.
+    Fields: `vocabulary` (a number), `tokens`, `tokens_without_added`, `splitting` (SHA-256, hexadecimal). The chat
+    template and the names of special tokens are not included: they may change while all tokens keep their meaning.
     """
     everything, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     fewer = fewer_tokens(saved, len(tokenizer))
@@ -99,8 +98,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two fingerprints, one phrase per field, saved value first. Empty if they agree.
 
     If `saved` has more tokens than `now`, what does not depend on them is compared: the body of a model, the tokens of a
-    tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different shapes differ in
-    them anyway.
+    tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different
+    shapes differ in them anyway.
 
     Args:
         saved: a fingerprint.

@@ -47,9 +47,7 @@ def test_a_model_with_more_tokens_is_the_same_model(make_model: MakeModel, famil
     changed = resized(make(), 64)
     with torch.no_grad():
         changed.get_input_embeddings().weight[:53].mul_(1.02)
-    assert model_differences(make(), changed) == ["weights (the same shape with other values)"], (
-        "kntokens without added count"
-    )
+    assert model_differences(make(), changed) == ["weights (the same shape with other values)"], "known tokens count"
 
 
 def test_a_head_with_a_bias_may_have_more_tokens_too(make_model: MakeModel) -> None:
