@@ -21,6 +21,7 @@ from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import check_fixed_frequencies, head_of
+from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.prompts.fingerprint import as_recorded, model_fingerprint, tokenizer_fingerprint
 
 
@@ -154,9 +155,7 @@ def check_window(
     Raises:
         SoftPromptError: one is too long.
     """
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None:
-        return
+    window = max_positions(model.config.get_text_config())
     if context_tokens >= window:
         raise SoftPromptError(
             f"context: got {context_tokens} tokens for a model with a window of {window}, accepted is a shorter text"

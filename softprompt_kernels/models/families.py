@@ -123,6 +123,10 @@ def max_positions(config: Any) -> int:
 
     A longrope model changes all frequencies when the sequence is longer than `original_max_position_embeddings`. Keys
     that were rotated before that point do not fit queries after it, so the window ends there.
+
+    A yarn model reads `factor` times the tokens that it was first trained on. Many configurations keep that first
+    number as `max_position_embeddings`. The factors of other types do not say how long the window is: some models are
+    trained for less, and the others have the whole window in `max_position_embeddings`.
     """
     config = config.get_text_config(decoder=True)
     limit: int = config.max_position_embeddings
@@ -130,6 +134,8 @@ def max_positions(config: Any) -> int:
     if family is not None and family.window is not None:
         limit = min(limit, family.window(config))
     for settings in rope_parameters(config).values():
+        if settings["rope_type"] == "yarn" and settings.get("factor"):
+            limit = max(limit, int(settings["factor"] * settings["original_max_position_embeddings"]))
         if settings["rope_type"] == "longrope":
             limit = min(limit, settings["original_max_position_embeddings"])
     return limit

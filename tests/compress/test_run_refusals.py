@@ -1,5 +1,7 @@
 """What a run refuses: folders of other runs, and bad input, before anything is written."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from softprompt_kernels.compress import CompressConfig, compress
+from softprompt_kernels.compress.inputs import load_inputs
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
@@ -149,3 +152,19 @@ def test_an_initialisation_that_the_model_cannot_have_is_refused_before_the_teac
     monkeypatch.setattr("softprompt_kernels.compress.teaching.answer", None)
     with pytest.raises(SoftPromptError, match="cannot be moved"):
         compress(make_config(init="strided"))
+
+
+def test_a_context_beyond_the_original_window_of_a_yarn_model_is_accepted(
+    tiny_model_folder: Path, tmp_path: Path, make_config: Make
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100, "rope_parameters": rope}))
+    inputs = load_inputs(make_config(model=str(folder)))
+    assert 100 < inputs.context_tokens < 400
+    longer = make_config(model=str(folder))
+    longer.context.write_text("word " * 100)
+    with pytest.raises(SoftPromptError, match=r"context: got \d+ tokens for a model with a window of 400"):
+        load_inputs(longer)

@@ -160,6 +160,38 @@ def test_the_window_of_longrope_ends_where_its_frequencies_change(build, tokens)
         prompted_logits(model, tokens(1, 7), capture(model, context))
 
 
+@pytest.mark.parametrize(
+    ("changes", "rope", "window"),
+    [
+        ({"max_position_embeddings": 16}, {"original_max_position_embeddings": 16}, 64),
+        ({"max_position_embeddings": 20}, {"original_max_position_embeddings": 16}, 64),
+        ({"max_position_embeddings": 64}, {"original_max_position_embeddings": 16}, 64),
+        ({"max_position_embeddings": 16}, {}, 64),
+        ({"max_position_embeddings": 100}, {"original_max_position_embeddings": 16}, 100),
+        ({"max_position_embeddings": 10}, {"original_max_position_embeddings": 10, "factor": 2.5}, 25),
+    ],
+)
+def test_the_window_of_yarn_is_a_multiple_of_the_original_one(changes, rope, window, build, tokens):
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0} | rope
+    unprepared, model = (build("qwen3", rope_parameters=dict(rope), **changes) for _ in range(2))
+    prepare(model)
+    context, ids = tokens(1, window - 8), tokens(1, 8, seed=1)
+    with torch.no_grad():
+        expected = unprepared(torch.cat([context, ids], dim=1)).logits[:, window - 8 :]
+    torch.testing.assert_close(prompted_logits(model, ids, capture(model, context)), expected, atol=1e-5, rtol=0)
+    with pytest.raises(SoftPromptError, match=f"the model's window is {window}"):
+        prompted_logits(model, tokens(1, 9), capture(model, context))
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "dynamic"])
+def test_the_factors_of_other_types_do_not_widen_the_window(rope_type, build, tokens):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    model = build("llama", rope_parameters=rope, max_position_embeddings=16)
+    prepare(model)
+    with pytest.raises(SoftPromptError, match="the model's window is 16"):
+        capture(model, tokens(1, 17))
+
+
 def test_a_prefix_of_another_model_is_refused(build, tokens):
     model, deeper = build("llama"), build("llama", num_hidden_layers=3)
     prepare(model)
