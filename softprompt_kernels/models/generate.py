@@ -59,7 +59,8 @@ def generate(
         generate_kwargs: other arguments of `model.generate`.
 
     Returns:
-        What `model.generate` returns: `[B, M + new]` int64, the inputs with the new tokens appended.
+        What `model.generate` returns: `[B, M + new]` int64, the inputs with the new tokens appended, unless the caller
+        or the model's generation configuration asks for more (`return_dict_in_generate`).
 
     Raises:
         SoftPromptError: as `prompted_hidden`; or padding on the right; or prompt, input and new tokens are more than

@@ -121,7 +121,7 @@ def check_weights(model: PreTrainedModel, name: str, report: Mapping[str, Any]) 
     unused = [
         key
         for key in report["unexpected_keys"]
-        if key.endswith(("weight", "bias")) and any(ancestor in modules for ancestor in _ancestors(key))
+        if key.rpartition(".")[2] in ("weight", "bias") and any(ancestor in modules for ancestor in _ancestors(key))
     ]
     shapes = [f"{key} {tuple(there)} for {tuple(here)}" for key, there, here in report["mismatched_keys"]]
     wrong = {"missing": report["missing_keys"], "of another shape": shapes, "not used": unused}

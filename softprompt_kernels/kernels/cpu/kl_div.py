@@ -34,7 +34,7 @@ def forward(problem: LogitsProblem) -> tuple[Tensor, Tensor]:
 
 def backward(problem: LogitsProblem, row_scale: Tensor, statistics: Tensor) -> Tensor:
     """Gradient of Σ_n row_scale[n] · loss[n] by the student's logits."""
-    gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype, device="cpu")
+    gradient = torch.empty(problem.student.shape, dtype=problem.student.dtype)
     _run(problem, None, row_scale.contiguous(), gradient)
     return gradient
 

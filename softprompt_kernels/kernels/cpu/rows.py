@@ -114,9 +114,9 @@ def workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """
     size = rows * columns
     if size * dtype.itemsize > CPU_WORKSPACE_BYTES:
-        return torch.empty(rows, columns, dtype=dtype, device="cpu")
+        return torch.empty(rows, columns, dtype=dtype)
     kept: Tensor | None = getattr(_kept, "workspace", None)
     if kept is None or kept.numel() < size or kept.dtype != dtype:
         with torch.inference_mode(False):  # outside of that mode, a tensor made in it cannot be written to
-            kept = _kept.workspace = torch.empty(size, dtype=dtype, device="cpu")
+            kept = _kept.workspace = torch.empty(size, dtype=dtype)
     return kept[:size].view(rows, columns)

@@ -43,9 +43,9 @@ def backward(
 ) -> HeadGradients:
     """Gradients of Σ row_scale[n] · loss[n] over the kept tokens, by hidden states, weight and bias."""
     head, dtype = problem.head, problem.compute_dtype
-    hidden = torch.zeros(problem.student.shape if needs.hidden else 0, dtype=dtype, device="cpu")
-    weight = torch.zeros(head.weight.shape if needs.weight else 0, dtype=dtype, device="cpu")
-    bias = torch.zeros(head.weight.shape[:1] if needs.bias else 0, dtype=dtype, device="cpu")
+    hidden = torch.zeros(problem.student.shape if needs.hidden else 0, dtype=dtype)
+    weight = torch.zeros(head.weight.shape if needs.weight else 0, dtype=dtype)
+    bias = torch.zeros(head.weight.shape[:1] if needs.bias else 0, dtype=dtype)
     for chunk in _chunks(problem, kept, True, kernels):
         scale = row_scale[chunk.tokens, None].to(dtype) * gradient_factor(problem)
         if needs.hidden:

@@ -32,8 +32,8 @@ from softprompt_kernels.kernels.problems.loss import (
 
 def forward(problem: HeadProblem, need_gradient: bool, kernels: HostKernels) -> tuple[Tensor, Tensor | None]:
     """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
-    loss = torch.zeros(problem.student.shape[0], dtype=problem.compute_dtype, device="cpu")
-    gradient = torch.zeros(problem.student.shape, dtype=loss.dtype, device="cpu") if need_gradient else None
+    loss = torch.zeros(problem.student.shape[0], dtype=problem.compute_dtype)
+    gradient = torch.zeros(problem.student.shape, dtype=loss.dtype) if need_gradient else None
     kept = kept_tokens(problem.weights)
     if kernels.divergence_tile is not None and _streaming_is_faster(problem, kept, need_gradient, kernels.gemm):
         kept = streamed_vocabulary.forward(problem, kept, loss, gradient, kernels)

@@ -33,15 +33,15 @@ def forward(problem: ExpectationProblem, row_kernel: ExponentialsKernel, gemm: G
     if problem.labels is not None and bool((problem.labels >= head.weight.shape[0]).any()):
         largest = int(problem.labels.max())
         raise ValueError(f"labels must be below the vocabulary's size {head.weight.shape[0]}; got {largest}")
-    log_partition = torch.zeros(tokens, dtype=torch.float64, device="cpu")
-    label_logit = None if problem.labels is None else torch.zeros(tokens, dtype=dtype, device="cpu")
-    mean = torch.zeros(tokens, size, dtype=dtype, device="cpu") if problem.need_mean else None
-    bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype, device="cpu")
+    log_partition = torch.zeros(tokens, dtype=torch.float64)
+    label_logit = None if problem.labels is None else torch.zeros(tokens, dtype=dtype)
+    mean = torch.zeros(tokens, size, dtype=dtype) if problem.need_mean else None
+    bias_mean = None if bias is None else torch.zeros(tokens, dtype=dtype)
 
     tile = min(_TILE, head.weight.shape[0])
     elements = tile * (2 if gemm.copies_result else 1) + 2 * size
     chunk = chunk_size(tokens, problem.chunk_tokens, elements, [head.weight], dtype, gemm)
-    workspace = torch.empty(chunk * tile, dtype=dtype, device="cpu")
+    workspace = torch.empty(chunk * tile, dtype=dtype)
     for rows in token_chunks(tokens, kept_tokens(problem.weights), chunk):
         hidden = problem.hidden[rows].to(dtype).contiguous()
         state = _initial_state(problem, hidden, bias, rows, mean)
@@ -70,10 +70,10 @@ def _initial_state(
         mean = mean[rows]
     labels = None if problem.labels is None else problem.labels[rows].contiguous()
     return ExpectationState(
-        torch.full((tokens,), -torch.inf, dtype=dtype, device="cpu"),
-        torch.zeros(tokens, dtype=torch.float64, device="cpu"),
+        torch.full((tokens,), -torch.inf, dtype=dtype),
+        torch.zeros(tokens, dtype=torch.float64),
         mean,
-        None if bias is None else torch.zeros(tokens, dtype=torch.float64, device="cpu"),
+        None if bias is None else torch.zeros(tokens, dtype=torch.float64),
         labels,
-        None if labels is None else torch.zeros(tokens, dtype=dtype, device="cpu"),
+        None if labels is None else torch.zeros(tokens, dtype=dtype),
     )

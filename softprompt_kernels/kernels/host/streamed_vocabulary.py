@@ -56,8 +56,8 @@ def forward(
     for rows in token_chunks(tokens, kept, size):
         hidden = ScaledHidden(problem, rows)
         state = KlTileState(
-            torch.zeros(hidden.count, len(KlColumn), dtype=torch.float64, device="cpu"),
-            None if gradient is None else torch.zeros(2 * hidden.count, width, dtype=dtype, device="cpu"),
+            torch.zeros(hidden.count, len(KlColumn), dtype=torch.float64),
+            None if gradient is None else torch.zeros(2 * hidden.count, width, dtype=dtype),
         )
         for columns, weights in weight_parts(weights_of(problem), dtype, gemm, _TILE):
             shape = 2 * hidden.count, weights[0].shape[0]
@@ -72,9 +72,9 @@ def forward(
         loss[rows] = _loss(state.scalars).mul_(divergence.temperature**2).to(dtype)
         if gradient is not None and state.sums is not None:
             gradient[rows] = _gradient_(state.sums, state.scalars, divergence.kind).mul_(gradient_factor(problem))
-        indices = torch.arange(rows.start, rows.stop, device="cpu") if isinstance(rows, slice) else rows
+        indices = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         fallback.append(indices[_needs_fallback(state.scalars)])
-    return torch.cat(fallback) if fallback else torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.cat(fallback) if fallback else torch.empty(0, dtype=torch.int64)
 
 
 def _loss(scalars: Tensor) -> Tensor:

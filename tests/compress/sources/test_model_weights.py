@@ -67,7 +67,9 @@ def test_weights_that_do_not_match_the_model_are_refused_by_name(message: str, c
         load_model(folder, "auto", "cpu")
 
 
-@pytest.mark.parametrize("extra", ["vision_tower.embed.weight", "model.mtp.weight", "score.weight", f"{QUERY}.scale"])
+@pytest.mark.parametrize(
+    "extra", ["vision_tower.embed.weight", "model.mtp.weight", "score.weight", f"{QUERY}.scale", f"{QUERY}.masked_bias"]
+)
 def test_weights_of_other_parts_may_lie_beside_the_models(extra: str, changed) -> None:
     load_model(changed(lambda tensors: tensors.update({extra: torch.zeros(3)})), "auto", "cpu")
 
