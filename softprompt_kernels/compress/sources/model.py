@@ -49,6 +49,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         check_weights(model, base or name, report)
         if base is not None:
             check_weights(model, name, model.load_adapter(name).to_dict())
+            model.config._name_or_path = name  # what a saved prompt names as its model
     check_tokenizer(model, tokenizer)
     _take_settings(model)
     prepare(model)

@@ -107,6 +107,19 @@ def test_an_adapter_is_put_on_its_model_with_the_models_tokenizer(adapter: Path,
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_prompt_of_a_model_with_an_adapter_loads_in_peft(adapter: Path, tmp_path: Path) -> None:
+    import peft
+
+    ids = torch.tensor([[65, 66, 67]])
+    model, _ = load_model(str(adapter), "auto", "cpu")
+    prompt = KVPrompt.from_prefix(capture(model, torch.tensor([[70, 71, 72, 73]])))
+    save(tmp_path / "prompt", prompt, model=model)
+    with torch.no_grad():
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "prompt").eval()
+        expected = prompted_logits(model, ids, prompt.prefix())
+        torch.testing.assert_close(loaded(input_ids=ids).logits[:, -3:], expected, atol=1e-4, rtol=0)
+
+
 def test_an_adapter_that_lacks_a_weight_is_refused(adapter: Path) -> None:
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
