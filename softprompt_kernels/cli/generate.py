@@ -62,6 +62,7 @@ def generate(
 
     from softprompt_kernels.compress import ChatFormat, load_model
     from softprompt_kernels.compress.inputs import read_text
+    from softprompt_kernels.compress.sources.model import check_ids
     from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
     from softprompt_kernels.prompts.adapter import describe
 
@@ -73,12 +74,18 @@ def generate(
     chat = ChatFormat(tokenizer)
     settings = generation_config(loaded, tokenizer, max_new_tokens, temperature)
     soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer, force)
-    full = None if text is None else capture_context(loaded, chat.context_ids(text))
+    full = None
+    if text is not None:
+        ids = chat.context_ids(text)
+        check_ids(loaded, tokenizer, ids[0].tolist(), "context")
+        full = capture_context(loaded, ids)
     no_context = no_context_prefix(loaded, chat)
     torch.manual_seed(seed)
 
     def answer(question: str, prefix: Prefix | None, **options: Any) -> str:
-        ids = torch.tensor([chat.query_ids(question)], device=loaded.device)
+        question_ids = chat.query_ids(question)
+        check_ids(loaded, tokenizer, question_ids, f"questions: {question[:40]!r}")
+        ids = torch.tensor([question_ids], device=loaded.device)
         return answer_to(loaded, tokenizer, ids, prefix, generation_config=settings, **options)
 
     if compare:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.chat import ChatFormat
-from softprompt_kernels.compress.sources.model import load_model, resolve_device
+from softprompt_kernels.compress.sources.model import check_ids, load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.compress.sources.sequences import Example
@@ -131,6 +131,9 @@ def load_inputs(config: CompressConfig) -> RunInputs:
     chat = ChatFormat(tokenizer)
     context_ids = chat.context_ids(text).to(model.device)
     context_tokens = context_ids.shape[1]
+    check_ids(model, tokenizer, context_ids[0].tolist(), "context")
+    if config.init_text is not None:
+        check_ids(model, tokenizer, chat.context_ids(read_text(config.init_text, "init_text"))[0].tolist(), "init_text")
     if config.tokens >= context_tokens:
         raise SoftPromptError(
             f"tokens: got {config.tokens} for a context of {context_tokens} tokens, "
@@ -150,19 +153,22 @@ def load_inputs(config: CompressConfig) -> RunInputs:
 def check_window(
     model: PreTrainedModel, chat: ChatFormat, context_tokens: int, queries: Sequence[Query], new_tokens: int
 ) -> None:
-    """Check that the context, and each query with its output behind it, fits into the model's window.
+    """Check that the context, and each query with its output behind it, fits into the model's window, and that all
+    tokens of the queries have an embedding.
 
     Raises:
-        SoftPromptError: one is too long.
+        SoftPromptError: one is too long, or needs a token that the model does not have.
     """
+    given = [(query, chat.query_ids(query.input), query.output and chat.output_ids(query.output)) for query in queries]
+    for query, question, answer in given:
+        check_ids(model, chat.tokenizer, [*question, *(answer or ())], f"queries: {query.input[:40]!r}")
     window = max_positions(model.config.get_text_config())
     if context_tokens >= window:
         raise SoftPromptError(
             f"context: got {context_tokens} tokens for a model with a window of {window}, accepted is a shorter text"
         )
-    for query in queries:
-        output = new_tokens if query.output is None else len(chat.output_ids(query.output))
-        total = context_tokens + len(chat.query_ids(query.input)) + output
+    for query, question, answer in given:
+        total = context_tokens + len(question) + (new_tokens if answer is None else len(answer))
         if total > window:
             raise SoftPromptError(
                 f"queries: {query.input[:40]!r} needs {total} tokens with context and output, "

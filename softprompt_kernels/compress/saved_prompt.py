@@ -10,7 +10,7 @@ from softprompt_kernels.compress.evaluate.distance import measure, summary
 from softprompt_kernels.compress.inputs import check_window, read_text, sha256
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
-from softprompt_kernels.compress.sources.model import load_model
+from softprompt_kernels.compress.sources.model import check_ids, load_model
 from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.compress.teacher.context import capture_context
@@ -62,6 +62,7 @@ def evaluate_prompt(
     if made_from.get("sha256") not in (None, sha256(text)):
         reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")
     ids = chat.context_ids(text)
+    check_ids(model, tokenizer, ids[0].tolist(), "context")
     check_window(model, chat, ids.shape[1], asked, new_tokens)
     prefix = capture_context(model, ids)
     examples = answer(

@@ -97,8 +97,8 @@ def fewer_tokens(saved: Any, tokens: int) -> int | None:
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two fingerprints, one phrase per field, saved value first. Empty if they agree.
 
-    If `saved` has more tokens than `now`, what does not depend on them is compared: the body of a model, the tokens of a
-    tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different
+    If `saved` has more tokens than `now`, what does not depend on them is compared: the body of a model, the tokens of
+    a tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different
     shapes differ in them anyway.
 
     Args:

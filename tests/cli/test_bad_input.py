@@ -133,14 +133,46 @@ def test_a_model_of_an_unsupported_family(refused, inputs, tmp_path):
     assert "gptj" in refused(*inputs.compress(tmp_path / "run", model=other)).lower()
 
 
-def test_a_tokenizer_that_does_not_fit_the_model(refused, inputs, tmp_path):
+@pytest.fixture
+def more_tokens(inputs, tmp_path):
+    """A folder of the model, with 39 tokens of the tokenizer that have no embedding."""
     other = tmp_path / "other"
     shutil.copytree(inputs.model, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     token = tokenizer["added_tokens"][0]
-    tokenizer["added_tokens"] += [{**token, "id": 400 + i, "content": f"<|more{i}|>"} for i in range(80)]
+    tokenizer["added_tokens"] += [
+        {**token, "id": 400 + i, "content": f"<more{i}>", "special": False} for i in range(80)
+    ]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "tokenizer: got one of" in refused(*inputs.compress(tmp_path / "run", model=other))
+    return other
+
+
+def test_tokens_without_an_embedding_matter_only_where_a_text_needs_one(run, refused, inputs, more_tokens, tmp_path):
+    for command in (
+        inputs.compress(tmp_path / "run", model=more_tokens, steps=1),
+        ["generate", "Who?", "--model", more_tokens, "--context", inputs.context, "--max-new-tokens", 2],
+    ):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        (warning,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: tokenizer: ")]
+        assert "39 of its tokens ('<more" in warning and "have no embedding" in warning
+    (tmp_path / "text").write_text(inputs.context.read_text() + "<more48>")
+    (tmp_path / "queries").write_text('{"input": "Who is <more50>?"}\n{"input": "Where?"}\n')
+    (tmp_path / "outputs").write_text('{"input": "Which?", "output": "<more44>"}\n')
+    new = tmp_path / "new"
+    reason = "of id 307, accepted are ids below 300"
+    assert reason in refused(*inputs.compress(new, model=more_tokens, context=tmp_path / "text"))
+    assert "of id 309" in refused(*inputs.compress(new, model=more_tokens, queries=tmp_path / "queries"))
+    assert "of id 303" in refused(*inputs.compress(new, model=more_tokens, heldout=tmp_path / "outputs"))
+    text = {"init": "text", "init_text": tmp_path / "text", "tokens": 3}
+    assert f"init_text: the tokenizer gives the token '<more48>' {reason}" in refused(
+        *inputs.compress(new, model=more_tokens, **text)
+    )
+    assert not new.exists()
+    prompt = ["--prompt", tmp_path / "run" / "prompt", "--model", more_tokens]
+    assert "questions: '<more42>'" in refused("generate", "<more42>", *prompt)
+    files = ["--context", inputs.context, "--queries", tmp_path / "queries"]
+    assert "of id 309" in refused("evaluate", *files, *prompt)
 
 
 def test_an_output_folder_with_other_files(refused, inputs, tmp_path):

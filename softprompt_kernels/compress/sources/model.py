@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
 
     Raises:
         SoftPromptError: nothing can be loaded under that name, its weights do not match its configuration, the model
-            family is not supported, the tokenizer does not fit the model, or the device does not exist.
+            family is not supported, or the device does not exist.
     """
     resolved = resolve_device(device)
     torch_dtype = DTYPES.get(dtype) or (torch.float32 if resolved.type == "cpu" else "auto")
@@ -182,14 +183,36 @@ def resolve_device(device: str) -> torch.device:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the model has an embedding for every token of the tokenizer.
+    """Warn if the tokenizer has tokens without an embedding, such as one for padding that is never read.
+
+    Texts that need such a token are refused by `check_ids`.
+    """
+    embeddings = embedding_count(model)
+    missing = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= embeddings)
+    if missing:
+        shown = ", ".join(repr(token) for _, token in missing[:3]) + (", …" if len(missing) > 3 else "")
+        warnings.warn(
+            f"tokenizer: {len(missing)} of its tokens ({shown}) have no embedding in the model, "
+            f"which has {embeddings}; a text that needs one is refused",
+            stacklevel=2,
+        )
+
+
+def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], name: str) -> None:
+    """Check that the model has an embedding for every token of a text; `name` is the argument that gave it.
 
     Raises:
         SoftPromptError: a token has no embedding.
     """
-    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # not the number of tokens: ids may have gaps
-    if tokens > embeddings:
+    embeddings, largest = embedding_count(model), max(ids, default=-1)
+    if largest >= embeddings:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise SoftPromptError(
-            f"tokenizer: got one of {tokens} tokens, accepted are at most {embeddings}, the model's embeddings"
+            f"{name}: the tokenizer gives the token {token!r} of id {largest}, "
+            f"accepted are ids below {embeddings}, the model's embeddings"
         )
+
+
+def embedding_count(model: PreTrainedModel) -> int:
+    """How many tokens the model has an embedding for."""
+    return int(cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0])
