@@ -12,6 +12,7 @@ position k. The folder is written completely or not at all.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,7 +84,7 @@ def save(
         config = kv_config(prompt, fingerprint, kv_type)
     check_fits(str(path), prompt, fingerprint)
     check_finite(str(path), tensor)
-    config["base_model_name_or_path"] = getattr(model.config, "_name_or_path", None) or None
+    config["base_model_name_or_path"] = base_name(model)
     record = {
         "format": FORMAT,
         "positions": POSITIONS,
@@ -220,6 +221,12 @@ def kv_config(prompt: KVPrompt, fingerprint: dict[str, Any], kv_type: str) -> di
         "num_attention_heads": heads,
         **extra,
     }
+
+
+def base_name(model: PreTrainedModel) -> str | None:
+    """Where the model was loaded from: an absolute path if it is a folder, so that PEFT finds it from any folder."""
+    name = getattr(model.config, "_name_or_path", None) or None
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
 
 
 def common_config(kind: str, tokens: int, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import CartridgeConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    CartridgeConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels.models import generate, prefix_of, prepare, prompted_logits
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix, load, save
@@ -121,6 +129,38 @@ def test_a_prompt_saved_by_peft_loads_here_with_the_same_logits(
     assert record is None
     assert prompt.length == K and prompt.frozen_tokens == (2 if kind == "CARTRIDGE" else 0)
     assert (peft - our_logits(make_model(family), ids, prompt)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["models/base", "./models/../models/base/", "."])
+def test_peft_finds_a_model_of_a_relative_path_from_another_folder(
+    name: str, make_model: Maker, ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "models" / "base"
+    make_model().save_pretrained(base)
+    monkeypatch.chdir(base if name == "." else tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    torch.manual_seed(2)
+    prompt = EmbeddingPrompt(torch.randn(K, 24))
+    save(tmp_path / "prompt", prompt, model=model)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = AutoPeftModelForCausalLM.from_pretrained("../prompt").eval()
+    with torch.no_grad():
+        peft = found(input_ids=ids).logits[:, K:]
+    assert (peft - our_logits(model, ids, prompt)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["org/model", "gone/folder", ""])
+def test_a_name_that_is_no_folder_here_is_kept(
+    name: str, make_model: Maker, random_kv: Callable[..., KVPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    model.config._name_or_path = name
+    save(tmp_path / "prompt", random_kv(model), model=model)
+    config = json.loads((tmp_path / "prompt" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == (name or None)
 
 
 def test_a_folder_that_save_wrote_loads_without_a_warning(
