@@ -11,6 +11,7 @@ from softprompt_kernels.cli.doctor import doctor
 from softprompt_kernels.cli.errors import with_error_messages
 from softprompt_kernels.cli.evaluate import evaluate
 from softprompt_kernels.cli.generate import generate
+from softprompt_kernels.cli.text import prepare_streams
 
 
 def _unwrap(docstring: str | None) -> str:
@@ -36,4 +37,5 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the arguments after the name of the program; None: those of this process.
     """
+    prepare_streams()
     app(args=args, prog_name="softprompt")

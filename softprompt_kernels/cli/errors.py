@@ -84,6 +84,8 @@ def message_of(error: Exception) -> str | None:
         return OUT_OF_MEMORY
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is truncated or damaged ({text})"
+    if isinstance(error, UnicodeEncodeError):  # a path of other bytes, or one that the terminal's encoding lacks
+        return f"{error.object!a} cannot be written in {error.encoding}"
     if isinstance(error, ValueError) and text.startswith("backend"):
         return f"SOFTPROMPT_BACKEND: {text}"  # no command has an option for the backend
     return None

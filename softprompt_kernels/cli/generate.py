@@ -12,6 +12,7 @@ import typer
 from softprompt_kernels.cli.display import on_terminal
 from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelName, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
+from softprompt_kernels.cli.text import as_text
 from softprompt_kernels.compress.report.answers import Comparison, comparison_text
 from softprompt_kernels.errors import SoftPromptError
 
@@ -57,6 +58,7 @@ def generate(
     force: Force = False,
 ) -> None:
     """Answer questions with a saved prompt, with a full text, or without context."""
+    questions = [as_text(question, "questions") for question in questions or ()]
     check_arguments(questions, prompt, context, compare)
     import torch
 
@@ -96,7 +98,7 @@ def generate(
     from transformers import TextStreamer
 
     prefix = full if full is not None else soft if soft is not None else no_context
-    several = questions is not None and len(questions) > 1
+    several = len(questions) > 1
     for question in read_questions(questions):
         if several:
             typer.echo(f"> {question}")
@@ -106,7 +108,7 @@ def generate(
             typer.echo("")
 
 
-def check_arguments(questions: Sequence[str] | None, prompt: Path | None, context: Path | None, compare: bool) -> None:
+def check_arguments(questions: Sequence[str], prompt: Path | None, context: Path | None, compare: bool) -> None:
     """Check the arguments against each other, before anything is loaded.
 
     Raises:
@@ -116,11 +118,11 @@ def check_arguments(questions: Sequence[str] | None, prompt: Path | None, contex
         raise SoftPromptError("--compare: needs both --prompt and --context")
     if prompt is not None and context is not None and not compare:
         raise SoftPromptError("--context: got --prompt too, accepted is one of them, or both with --compare")
-    if any(not question.strip() for question in questions or ()):
+    if any(not question.strip() for question in questions):
         raise SoftPromptError("questions: got an empty one, accepted is text with at least one word")
 
 
-def read_questions(questions: Sequence[str] | None) -> Iterator[str]:
+def read_questions(questions: Sequence[str]) -> Iterator[str]:
     """The questions of the command line, or else the lines of standard input.
 
     Raises:
@@ -141,7 +143,7 @@ def read_questions(questions: Sequence[str] | None) -> Iterator[str]:
             break
         if line.strip():
             number += 1
-            yield line.strip()
+            yield as_text(line.strip(), "questions: standard input")
     if not number:
         raise SoftPromptError("questions: got none, accepted are arguments or lines on standard input")
 

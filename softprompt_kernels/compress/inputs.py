@@ -120,6 +120,8 @@ def load_inputs(config: CompressConfig) -> RunInputs:
     Raises:
         SoftPromptError: an input is invalid, or two of them do not fit together.
     """
+    if any("\ud800" <= character <= "\udfff" for character in str(config.output)):  # safetensors could not write there
+        raise SoftPromptError(f"output: got {str(config.output)!a}, accepted is a path in UTF-8")
     text = read_text(config.context, "context")
     train, heldout, test = read_queries(config, text)
     if config.init_text is not None:

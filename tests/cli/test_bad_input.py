@@ -233,6 +233,10 @@ def test_a_full_disk_is_named_and_the_run_can_be_resumed(run, refused, inputs, t
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."), "out of memory"),
         (PermissionError(13, "Permission denied", "/root/x"), "/root/x: Permission denied"),
         (SoftPromptError("one\nmessage"), "one message"),
+        (
+            UnicodeEncodeError("ascii", "é.txt", 0, 1, "ordinal not in range(128)"),
+            "'\\xe9.txt' cannot be written in ascii",
+        ),
         (OSError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
     ],
 )
