@@ -1,4 +1,4 @@
-"""The error that the package raises for a user's input."""
+"""The errors that the package raises for a user's input."""
 
 
 class SoftPromptError(ValueError):
@@ -6,3 +6,7 @@ class SoftPromptError(ValueError):
 
     The command line prints the message and exits with code 2, without a traceback.
     """
+
+
+class NotServedError(SoftPromptError):
+    """A model whose family is not served, or that has an option with which its results would be wrong."""

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from softprompt_kernels.compress.config import Dtype
 from softprompt_kernels.errors import SoftPromptError
 
 DISTRIBUTION = "softprompt-kernels"
@@ -42,10 +43,17 @@ def doctor(
         typer.Option(help="With --compile: only for this architecture, such as sm_90. Can be repeated."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="With --compile: write all figures to this JSON file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead, check that this model gives the same behind a prefix: its folder or hub name."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="With --model: float32, bfloat16 or float16. auto: float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="With --model: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    tokens: Annotated[int, typer.Option(min=2, help="With --model: tokens of context.")] = 48,
 ) -> None:
     """Check the installation: versions, backends, devices, and what is missing.
 
-    The exit code is 0 if the package can work, else 1.
+    The exit code is 0 if the package can work, else 1. With --model: 0 if the model is served, else 1.
     """
     from softprompt_kernels.cli.display import show_pairs
 
@@ -56,6 +64,12 @@ def doctor(
         return
     if target or json:
         raise SoftPromptError(f"{'--target' if target else '--json'}: needs --compile")
+
+    if model is not None:
+        from softprompt_kernels.cli import doctor_model
+
+        doctor_model.check(doctor_model.Loading(model, dtype, device, tokens))
+        return
 
     sections = {
         "Versions": [Finding("python", platform.python_version()), *packages()],

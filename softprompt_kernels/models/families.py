@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.registry import REFUSED, WRAPPERS, Family, find_family, served
 
 
@@ -57,20 +57,20 @@ def check_supported(model: PreTrainedModel) -> None:
 
     Raises:
         TypeError: `model` is not a transformers model.
-        SoftPromptError: the family, or an option of a supported family, would give wrong results.
+        NotServedError: the family, or an option of a supported family, would give wrong results.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, accepted is a transformers PreTrainedModel")
     if model.config.is_encoder_decoder or not hasattr(model, "get_decoder"):
-        raise SoftPromptError(f"model: got the family '{model.config.model_type}', accepted are decoders alone")
+        raise NotServedError(f"model: got the family '{model.config.model_type}', accepted are decoders alone")
     config = text_config(model)
     for model_type in (model.config.model_type, config.model_type):
         if model_type in REFUSED and find_family(model_type) is None:
-            raise SoftPromptError(f"model: got the family '{model_type}', but {REFUSED[model_type]}; {_accepted()}")
+            raise NotServedError(f"model: got the family '{model_type}', but {REFUSED[model_type]}; {_accepted()}")
     if find_family(config.model_type) is None:
-        raise SoftPromptError(f"model: got the family '{config.model_type}', {_accepted()}")
+        raise NotServedError(f"model: got the family '{config.model_type}', {_accepted()}")
     if is_wrapper(model) and model.config.model_type not in WRAPPERS and find_family(model.config.model_type) is None:
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: got a '{config.model_type}' inside a '{model.config.model_type}', accepted are a "
             f"'{config.model_type}' alone or inside {', '.join(WRAPPERS)}"
         )
@@ -82,21 +82,21 @@ def _accepted() -> str:
 
 
 def check_attention(model: PreTrainedModel) -> None:
-    """Raise a SoftPromptError unless every layer has causal attention over keys and values of its own."""
+    """Raise a NotServedError unless every layer has causal attention over keys and values of its own."""
     config, decoder = text_config(model), decoder_of(model)
     if getattr(config, "add_cross_attention", False):
-        raise SoftPromptError(f"model: got a '{config.model_type}' with cross-attention, accepted are decoders without")
+        raise NotServedError(f"model: got a '{config.model_type}' with cross-attention, accepted are decoders without")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        raise SoftPromptError(f"model: got a '{config.model_type}' with bidirectional attention, accepted is causal")
+        raise NotServedError(f"model: got a '{config.model_type}' with bidirectional attention, accepted is causal")
     # Modelling code from elsewhere may have a known model_type and an attention of its own.
     if not decoder._can_set_attn_implementation():
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: {type(model).__name__} computes its attention itself, accepted are models that "
             "go through transformers' AttentionInterface"
         )
     layers = sorted(module.layer_idx for module in attention_modules(decoder))
     if layers != list(range(config.num_hidden_layers)):
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: got attention in layers {layers}, accepted is one in each of {config.num_hidden_layers} layers"
         )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +170,7 @@ REFUSED: dict[str, str] = {
 """Families that are known not to be exact, with the reason. It completes the sentence "…, but <reason>"."""
 
 _imported: set[str] = set()
+_on_trial: set[str] | None = None
 
 
 def register_family(
@@ -201,7 +203,21 @@ def find_family(model_type: str) -> Family | None:
         SoftPromptError: the module that SOFTPROMPT_FAMILIES names cannot be imported.
     """
     _import_declarations()
+    if model_type not in _families and model_type not in REFUSED and _on_trial is not None:
+        _on_trial.add(model_type)
+        return _PLAIN
     return _families.get(model_type)
+
+
+@contextmanager
+def undeclared_families() -> Iterator[set[str]]:
+    """Inside, a family that nobody declared counts as a plain one. Yields the names of those that were asked for."""
+    global _on_trial
+    before, _on_trial = _on_trial, set()
+    try:
+        yield _on_trial
+    finally:
+        _on_trial = before
 
 
 def served() -> list[str]:

@@ -27,8 +27,8 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.families import decoder_of, family_of, rope_parameters, text_config
 from softprompt_kernels.prompts.prefix import Prefix
 
-# Types whose frequencies depend on the length of the sequence. No single rotation moves their keys.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Types whose frequencies depend on the length of the sequence. No single rotation moves their keys."""
 
 
 def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
@@ -74,7 +74,7 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
 def check_fixed_frequencies(model: PreTrainedModel) -> None:
     """Raise SoftPromptError if the rotary frequencies depend on the length: no rotation moves such keys."""
     for settings in rope_parameters(model.config).values():
-        if settings["rope_type"] in _LENGTH_DEPENDENT:
+        if settings["rope_type"] in LENGTH_DEPENDENT:
             raise SoftPromptError(
                 f"model: got the rotary type '{settings['rope_type']}', whose frequencies depend on the length; "
                 "accepted are types with fixed frequencies"
