@@ -45,6 +45,14 @@ def _llama4_window(config: Any) -> int:
     return min(chunk, config.floor_scale - 1) if config.attn_temperature_tuning else chunk
 
 
+def _below_sliding_window(config: Any) -> int:
+    """For models whose masks have a window that their attention function is not told: there it covers all tokens."""
+    types = getattr(config, "layer_types", None)
+    slides = config.sliding_window is not None and (types is None or "sliding_attention" in types)
+    limit: int = config.sliding_window if slides else config.max_position_embeddings
+    return limit
+
+
 _PLAIN = Family()
 _INTERLEAVED = Family(interleaved=True)
 _COHERE = Family(interleaved=True, logit_scale=lambda config: config.logit_scale)
@@ -57,12 +65,14 @@ def _is_sliding(config: Any, layer: int) -> bool:
 
 _families: dict[str, Family] = {
     "apertus": _PLAIN,
+    "arcee": _PLAIN,
     "cohere": _COHERE,
     "cohere2": Family(
         interleaved=True,
         has_rotary=lambda config, layer: config.layer_types[layer] == "sliding_attention",
         logit_scale=lambda config: config.logit_scale,
     ),
+    "dots1": _PLAIN,
     "ernie4_5": _INTERLEAVED,
     "ernie4_5_moe": _INTERLEAVED,
     "exaone4": Family(has_rotary=_is_sliding),
@@ -77,6 +87,7 @@ _families: dict[str, Family] = {
     "gpt_oss": _PLAIN,
     "granite": _GRANITE,
     "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
     "helium": _INTERLEAVED,
     "internlm3": _PLAIN,
     "llama": _PLAIN,
@@ -86,6 +97,7 @@ _families: dict[str, Family] = {
         window=_llama4_window,
         packs=False,
     ),
+    "minimax_m2": _PLAIN,
     "ministral": _PLAIN,
     "ministral3": _PLAIN,
     "mistral": _PLAIN,
@@ -97,7 +109,7 @@ _families: dict[str, Family] = {
     "phi": _PLAIN,
     "phi3": _PLAIN,
     "qwen2": _PLAIN,
-    "qwen2_moe": _PLAIN,
+    "qwen2_moe": Family(window=_below_sliding_window),
     "qwen3": _PLAIN,
     "qwen3_moe": _PLAIN,
     "seed_oss": _PLAIN,
@@ -157,6 +169,7 @@ REFUSED: dict[str, str] = {
     "nemotron": _DROPS,
     "nemotron_h": _RECURRENT,
     "paligemma": "it reads its input in both directions",
+    "phimoe": "it chooses experts at random in training mode, which activation checkpointing needs",
     "qwen3_5": _RECURRENT,
     "qwen3_5_moe": _RECURRENT,
     "qwen3_5_moe_text": _RECURRENT,

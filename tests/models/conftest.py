@@ -40,6 +40,7 @@ _YARN = {
     "original_max_position_embeddings": 16,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ROUTED = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _GRANITE = {
     "logits_scaling": 3.0,
     "embedding_multiplier": 2.0,
@@ -90,8 +91,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
         {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     ),
     "apertus": ("ApertusConfig", {}),
+    "arcee": ("ArceeConfig", {}),
     "cohere": ("CohereConfig", {"logit_scale": 0.3, "use_qk_norm": True}),
     "cohere2": ("Cohere2Config", {**_MIXED, "logit_scale": 0.3}),
+    "dots1": ("Dots1Config", {**_ROUTED, **_MIXED, "n_shared_experts": 1}),
     "ernie4_5": ("Ernie4_5Config", {}),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
@@ -104,17 +107,17 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
     "glm4_moe": (
         "Glm4MoeConfig",
         {
-            **_EXPERTS,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
+            **_ROUTED,
             "use_qk_norm": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         },
     ),
     "granite": ("GraniteConfig", _GRANITE),
     "granitemoe": ("GraniteMoeConfig", {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoeshared": (
+        "GraniteMoeSharedConfig",
+        {**_GRANITE, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
+    ),
     "helium": ("HeliumConfig", {}),
     "internlm3": ("InternLM3Config", {"bias": True, "qkv_bias": True}),
     "llama4": (
@@ -128,6 +131,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
             "attention_chunk_size": 64,
         },
     ),
+    "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "ministral": ("MinistralConfig", _MIXED),
     "ministral3": ("Ministral3Config", {"rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}}),
     "mixtral": ("MixtralConfig", {"sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -137,9 +141,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict]] = {
     "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phi": ("PhiConfig", {"head_dim": None, "qk_layernorm": True}),
     "qwen2_moe": ("Qwen2MoeConfig", {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24}),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4, "use_sliding_window": True, "sliding_window": 5}),
     "seed_oss": ("SeedOssConfig", {"attention_dropout": 0.0, "residual_dropout": 0.0}),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "use_sliding_window": True, **_MIXED}),
     "starcoder2": ("Starcoder2Config", {"sliding_window": 5}),
 }
 

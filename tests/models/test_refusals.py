@@ -192,6 +192,25 @@ def test_the_factors_of_other_types_do_not_widen_the_window(rope_type, build, to
         capture(model, tokens(1, 17))
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "limit"),
+    [
+        ("llama4", {"attention_chunk_size": 16}, 16),
+        ("llama4", {"floor_scale": 16}, 15),
+        ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16),
+    ],
+)
+def test_the_window_ends_where_something_besides_attention_changes(family, options, limit, build, tokens):
+    """Chunks and temperatures of Llama 4; sliding windows that are only in the mask, which a prefix does not have."""
+    unprepared, model = build(family, **options), build(family, **options)
+    prepare(model)
+    context, ids = tokens(1, 10), tokens(1, limit - 10, seed=1)
+    expected = unprepared(torch.cat([context, ids], dim=1)).logits[:, 10:]
+    torch.testing.assert_close(prompted_logits(model, ids, capture(model, context)), expected, atol=1e-5, rtol=0)
+    with pytest.raises(SoftPromptError, match=f"the model's window is {limit}"):
+        prompted_logits(model, tokens(1, limit - 9), capture(model, context))
+
+
 def test_a_prefix_of_another_model_is_refused(build, tokens):
     model, deeper = build("llama"), build("llama", num_hidden_layers=3)
     prepare(model)
