@@ -37,6 +37,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("teacher",),
         ("sources",),
         ("config", "reporter", "lock", "signals", "torch_modes"),
+        ("text_file",),
     ),
     "softprompt_kernels/kernels": (
         ("triton", "cuda", "cpu"),

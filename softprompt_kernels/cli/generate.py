@@ -14,6 +14,7 @@ from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelNa
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.text import as_text
 from softprompt_kernels.compress.report.answers import Comparison, comparison_text
+from softprompt_kernels.compress.text_file import BOM
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def read_questions(questions: Sequence[str]) -> Iterator[str]:
             raise SoftPromptError(f"questions: standard input is not UTF-8 text ({error.reason})") from error
         if not line:
             break
+        line = line.lstrip(BOM)  # of a shell that starts a pipe with one
         if line.strip():
             number += 1
             yield as_text(line.strip(), "questions: standard input")

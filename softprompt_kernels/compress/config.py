@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 
 
@@ -35,9 +36,17 @@ def _refuse_empty_path(value: Any) -> Any:
     return value
 
 
+def _expand_home(value: Path) -> Path:
+    """The path without `~`. Python raises for the home of a user that does not exist."""
+    try:
+        return value.expanduser()
+    except RuntimeError as error:
+        raise PydanticCustomError("no_home", "a home folder that does not exist") from error
+
+
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
-FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(Path.expanduser)]
+FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(_expand_home)]
 Kind = Literal["kv", "embedding"]
 Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
 Objective = Literal["kl", "reverse_kl", "jsd", "nll"]
@@ -283,16 +292,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    text = read_utf8(path, str(path))
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except UnicodeDecodeError as error:
-        raise SoftPromptError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise SoftPromptError(f"{path} cannot be read: {error.strerror or error}") from error
+        values = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SoftPromptError(f"{path} is not YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
+        raise SoftPromptError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise SoftPromptError(f"{path} is nested too deeply, accepted is a mapping of field names to values") from error
+    except Exception as error:  # PyYAML lets Python's own through: a 13th month, a number of thousands of digits
         raise SoftPromptError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if values is None:
         return {}

@@ -19,6 +19,7 @@ from softprompt_kernels.compress.sources.model import check_ids, load_model, res
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import check_fixed_frequencies, head_of
 from softprompt_kernels.models.families import max_positions
@@ -72,12 +73,7 @@ def read_text(path: Path, name: str) -> str:
     Raises:
         SoftPromptError: the file is missing, empty or not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SoftPromptError(f"{name}: {path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise SoftPromptError(f"{name}: {path} cannot be read ({error.strerror})") from error
+    text = read_utf8(path, f"{name}: {path}")
     if not text.strip():
         raise SoftPromptError(f"{name}: {path} is empty, accepted is text with at least one word")
     return text
@@ -213,7 +209,7 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
         ("init_text", inputs.config.init_text),
     ):
         if path is not None:
-            config[name] = sha256(path.read_text(encoding="utf-8"))
+            config[name] = sha256(read_utf8(path, f"{name}: {path}"))
     config["context"] = sha256(inputs.text)
     model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
     config["model"] = as_recorded(model, model_fingerprint(inputs.model, model))

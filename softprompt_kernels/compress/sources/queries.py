@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 
 
@@ -30,11 +31,8 @@ def load_queries(path: Path) -> list[Query]:
     Raises:
         SoftPromptError: the file cannot be read, holds no query, or has an invalid line, which is named by its number.
     """
-    try:
-        # Not splitlines(): a JSON string may contain U+2028 and the like, which do not end a line of the file.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SoftPromptError(f"queries: {path} cannot be read as UTF-8 text ({error})") from error
+    # Not splitlines(): a JSON string may contain U+2028 and the like, which do not end a line of the file.
+    lines = read_utf8(path, f"queries: {path}").split("\n")
     queries = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not queries:
         raise SoftPromptError(f"queries: {path} holds no query, accepted is at least one line")

@@ -56,8 +56,10 @@ def test_a_file_without_queries_is_refused(tmp_path: Path, content: str) -> None
 def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_bytes('{"input": "Größe?"}'.encode("latin-1"))
-    for unreadable in (path, tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(SoftPromptError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(SoftPromptError, match=r"queries: .* is not UTF-8 text \(byte 13\)"):
+        load_queries(path)
+    for unreadable in (tmp_path / "missing.jsonl", tmp_path):
+        with pytest.raises(SoftPromptError, match="queries: .* cannot be read"):
             load_queries(unreadable)
 
 
