@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelName, Seed
+from softprompt_kernels.cli.options import (
+    DeviceName,
+    DtypeName,
+    Force,
+    ModelName,
+    Seed,
+    TemplateArguments,
+    parse_template_arguments,
+)
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 from softprompt_kernels.errors import SoftPromptError
@@ -36,6 +44,7 @@ def evaluate(
     new_tokens: NewTokens = 48,
     sample_temperature: SampleTemperature = 1.0,
     seed: Seed = 0,
+    template_arguments: TemplateArguments = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     force: Force = False,
@@ -51,6 +60,7 @@ def evaluate(
 
     if json_file is not None and not json_file.parent.is_dir():
         raise SoftPromptError(f"--json: cannot write {json_file.name}: {json_file.parent} is not a folder")
+    arguments = parse_template_arguments(template_arguments)
     quiet_libraries()
     reporter = terminal_reporter()
     reporter.message(f"Loading {model}")
@@ -62,6 +72,7 @@ def evaluate(
         new_tokens=new_tokens,
         sample_temperature=sample_temperature,
         seed=seed,
+        template_arguments=arguments,
         dtype=dtype,
         device=device,
         force=force,

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import on_terminal
-from softprompt_kernels.cli.options import DeviceName, DtypeName, Force, ModelName, Seed
+from softprompt_kernels.cli.options import (
+    DeviceName,
+    DtypeName,
+    Force,
+    ModelName,
+    Seed,
+    TemplateArguments,
+    parse_template_arguments,
+)
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.text import as_text
 from softprompt_kernels.compress.report.answers import Comparison, comparison_text
@@ -20,6 +28,7 @@ from softprompt_kernels.errors import SoftPromptError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from softprompt_kernels.compress import ChatFormat
     from softprompt_kernels.prompts import Prefix
 
 Questions = Annotated[
@@ -54,6 +63,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    template_arguments: TemplateArguments = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     force: Force = False,
@@ -61,6 +71,7 @@ def generate(
     """Answer questions with a saved prompt, with a full text, or without context."""
     questions = [as_text(question, "questions") for question in questions or ()]
     check_arguments(questions, prompt, context, compare)
+    arguments = parse_template_arguments(template_arguments)
     import torch
 
     from softprompt_kernels.compress import ChatFormat, load_model
@@ -74,8 +85,8 @@ def generate(
         describe(prompt)  # raises before the model is loaded if this is not a saved prompt
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device)
-    chat = ChatFormat(tokenizer)
-    settings = generation_config(loaded, tokenizer, max_new_tokens, temperature)
+    chat = ChatFormat(tokenizer, arguments)
+    settings = generation_config(loaded, chat, max_new_tokens, temperature)
     soft = None if prompt is None else load_prompt(prompt, loaded, tokenizer, force)
     full = None
     if text is not None:
@@ -151,21 +162,21 @@ def read_questions(questions: Sequence[str]) -> Iterator[str]:
 
 
 def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+    model: PreTrainedModel, chat: ChatFormat, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
-    """Sampling from the full distribution at `temperature`, greedy at 0. Stops at the end tokens of model and
-    tokenizer."""
+    """Sampling from the full distribution at `temperature`, greedy at 0. Stops where the teacher of a run does."""
     from transformers import GenerationConfig
 
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    from softprompt_kernels.compress.teacher.answers import end_tokens
+
+    ids, padding = end_tokens(model, chat), chat.tokenizer.pad_token_id
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         repetition_penalty=1.0,
         eos_token_id=sorted(ids) or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ids, default=0),
+        pad_token_id=padding if padding is not None else min(ids, default=0),
         **sampling,
     )
 

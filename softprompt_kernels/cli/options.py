@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from softprompt_kernels.compress.config import CompressConfig, Dtype
+from softprompt_kernels.compress.config import ChatArguments, CompressConfig, Dtype, accepted
+from softprompt_kernels.errors import SoftPromptError
 
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
 DtypeName = Annotated[Dtype, typer.Option(help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")]
@@ -19,6 +21,10 @@ Force = Annotated[
     bool, typer.Option("--force", help="Use the prompt even if it was made for another model or tokenizer.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(help="Arguments of the chat template, as the prompt was made with: '{\"enable_thinking\": false}'."),
+]
 
 PANELS = {
     "model": "Model, context and output",
@@ -30,6 +36,20 @@ PANELS = {
     "seed": "Seed and device",
 }
 """The headings of the help page, by the first field under each."""
+
+
+def parse_template_arguments(text: str | None) -> dict[str, Any] | None:
+    """The arguments of a chat template, from JSON or YAML.
+
+    Raises:
+        SoftPromptError: it is not a mapping of names to values.
+    """
+    try:
+        return None if text is None else TypeAdapter(ChatArguments).validate_python(text)
+    except ValidationError as error:
+        raise SoftPromptError(
+            f"--template-arguments: got {text!r}, accepted is {accepted('template_arguments')}"
+        ) from error
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,7 +81,9 @@ def _help(name: str) -> str:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """The type without pydantic's annotations and None: int, float, bool, str, Path or a Literal."""
+    """The type without pydantic's annotations and None: int, float, bool, str, Path or a Literal. A mapping is text."""
+    if ChatArguments in get_args(annotation):
+        return str
     for part in get_args(annotation):
         if part is not type(None) and (hasattr(part, "__metadata__") or part is Path):
             return _plain_type(part)

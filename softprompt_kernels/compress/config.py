@@ -14,7 +14,16 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -44,9 +53,20 @@ def _expand_home(value: Path) -> Path:
         raise PydanticCustomError("no_home", "a home folder that does not exist") from error
 
 
+def _parse_mapping(value: Any) -> Any:
+    """A mapping may be given as text, as on the command line: JSON, which is YAML too."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.load(value, Loader=_Loader)  # a SafeLoader
+    except Exception as error:  # PyYAML's errors, and those of Python that it lets through
+        raise PydanticCustomError("mapping", "not a mapping") from error
+
+
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(_expand_home)]
+ChatArguments = Annotated[dict[str, JsonValue], BeforeValidator(_parse_mapping)]
 Kind = Literal["kv", "embedding"]
 Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
 Objective = Literal["kl", "reverse_kl", "jsd", "nll"]
@@ -63,6 +83,12 @@ class CompressConfig(BaseModel):
     model: str = Field(min_length=1, description="Folder of the model and its tokenizer, or its name on the hub.")
     context: FilePath = Field(description="File with the text to compress, in UTF-8.")
     output: FilePath = Field(description="Folder of the run: saved prompt, figures, cache, checkpoint.")
+
+    template_arguments: ChatArguments | None = Field(
+        None,
+        description="Arguments of the chat template: a mapping of its variables to values, such as "
+        '{"enable_thinking": false}.',
+    )
 
     kind: Kind = Field(
         "kv",
@@ -242,6 +268,8 @@ def accepted(name: str) -> str:
     """The accepted values of a field, in words."""
     field: FieldInfo = CompressConfig.model_fields[name]
     type_name, bounds = _type_name(field.annotation), []
+    if name == "template_arguments":
+        return "a mapping of names to values"
     if name == "device":
         return "auto, cpu, cuda, cuda:1 or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:

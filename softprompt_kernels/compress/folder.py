@@ -1,6 +1,6 @@
 """The folder of a run: its files, and a record of which run they belong to.
 
-    config.yaml  run.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
+    config.yaml  run.json  chat.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
     stages.json  curves.png  prompt/  answers.md  evaluation.json
 
 `run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another

@@ -25,6 +25,9 @@ from softprompt_kernels.models import check_fixed_frequencies, head_of
 from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.prompts.fingerprint import as_recorded, model_fingerprint, tokenizer_fingerprint
 
+CHAT_FILE = "chat.json"
+"""In the folder of a run: what its chats are rendered from, with the date. A resumed run reads what it began with."""
+
 
 @dataclass(frozen=True, eq=False)
 class RunInputs:
@@ -126,7 +129,7 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
     model, tokenizer = load_model(config.model, config.dtype, config.device)
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat.pinned(tokenizer, config.output / CHAT_FILE, config.template_arguments)
     context_ids = chat.context_ids(text).to(model.device)
     context_tokens = context_ids.shape[1]
     check_ids(model, tokenizer, context_ids[0].tolist(), "context")
@@ -157,7 +160,14 @@ def check_window(
     Raises:
         SoftPromptError: one is too long, or needs a token that the model does not have.
     """
-    given = [(query, chat.query_ids(query.input), query.output and chat.output_ids(query.output)) for query in queries]
+    given = [
+        (
+            query,
+            chat.query_ids(query.input, answered=query.output is not None),
+            None if query.output is None else chat.output_ids(query.output),
+        )
+        for query in queries
+    ]
     for query, question, answer in given:
         check_ids(model, chat.tokenizer, [*question, *(answer or ())], f"queries: {query.input[:40]!r}")
     window = max_positions(model.config.get_text_config())

@@ -23,7 +23,7 @@ from softprompt_kernels.compress.evaluate.baselines import TOKEN_BASELINES, base
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
-from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.inputs import CHAT_FILE, RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.lock import check_unlocked, locked
 from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match, stored_seconds
 from softprompt_kernels.compress.report.curves import save_curves
@@ -96,6 +96,8 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         reporter.message(f"The run in {folder.path} is already finished.")
         draw_curves(folder, finished, reporter)
         return finished
+    if not (folder.path / CHAT_FILE).exists():
+        write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
     times.keep_in(folder.stages)
     check_destination(folder.prompt)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def evaluate_prompt(
     new_tokens: int = 48,
     sample_temperature: float = 1.0,
     seed: int = 0,
+    template_arguments: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     device: str = "auto",
     force: bool = False,
@@ -42,6 +44,7 @@ def evaluate_prompt(
         prompt_dir: folder of the saved prompt.
         queries: file of JSON Lines. The teacher answers those without an output.
         new_tokens, sample_temperature, seed: at most so many tokens an answer, and how they are sampled.
+        template_arguments: of the chat template, as in `CompressConfig`.
         dtype, device: as in `load_model`.
         force: as in `softprompt_kernels.prompts.load`.
         reporter: receives the progress; None reports nothing.
@@ -56,7 +59,7 @@ def evaluate_prompt(
     reporter = reporter or SilentReporter()
     text, asked = read_text(context, "context"), load_queries(queries)
     model, tokenizer = load_model(model_name, dtype, device)
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, template_arguments)
     prompt, record = load(prompt_dir, model, tokenizer, force=force)
     made_from = (record or {}).get("context") or {}
     if made_from.get("sha256") not in (None, sha256(text)):

@@ -1,7 +1,7 @@
 """Text files of the user: UTF-8, with or without a byte order mark (BOM).
 
-A BOM is not part of the text. Some editors and PowerShell write one. Files in UTF-16, which they also write, are refused
-by that name.
+A BOM is not part of the text. Some editors and PowerShell write one. Files in UTF-16, which they also write, are
+refused by that name.
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def test_an_invalid_configuration_file_is_named(yaml_file, text, fragment):
 
 def test_a_missing_file_is_named(tmp_path):
     assert message_of(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'} cannot be read (No such file or directory)"
-    assert message_of(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+    assert message_of(tmp_path) == f"{tmp_path} cannot be read (Is a directory)"
 
 
 def test_every_field_has_a_description():

@@ -103,7 +103,7 @@ def test_a_run_writes_all_its_files(
     assert figures["prompt_tokens"] == 8
     assert figures["ratio"] == figures["context_tokens"] / 8
     names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
-    names |= {"stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
+    names |= {"chat.json", "stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
     assert {entry.name for entry in output.iterdir()} == names
     records = [record for record in metrics(output) if record["stage"] == "training"]
     assert steps(output) == [1, 2, 3, 4, 5]

@@ -82,7 +82,8 @@ def test_a_damaged_run_json_is_refused(make_config: Make) -> None:
     [
         ({}, {"context.txt": ""}, r"context\.txt is empty"),
         ({}, {"context.txt": " \n\t"}, r"context\.txt is empty"),
-        ({}, {"context.txt": b"\xff\xfe\x00"}, r"context\.txt is not UTF-8 text \(byte 0\)"),
+        ({}, {"context.txt": b"\xffab"}, r"context\.txt is not UTF-8 text \(byte 0\)"),
+        ({}, {"context.txt": b"\xff\xfea\x00"}, r"context\.txt is UTF-16 text"),
         ({}, {"context.txt": None}, r"context\.txt cannot be read"),
         ({}, {"context.txt": "word " * 200}, r"context: got \d+ tokens for a model with a window of 512"),
         ({"new_tokens": 500}, {}, r"queries: 'W.*' needs \d+ tokens with context and output, accepted are 512"),

@@ -64,7 +64,7 @@ def answer(
         reporter, description: receives the progress under this description.
         recorder: watches the queries that are answered, by their index; None: nobody does.
     """
-    inputs = [tuple(chat.query_ids(query.input)) for query in queries]
+    inputs = [tuple(chat.query_ids(query.input, answered=query.output is not None)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     unanswered = [index for index, output in enumerate(outputs) if output is None]
     continuations = sample(
@@ -73,7 +73,7 @@ def answer(
         prefix,
         new_tokens=new_tokens,
         temperature=temperature,
-        end_tokens=end_tokens(model),
+        end_tokens=end_tokens(model, chat),
         batch_size=batch_size,
         seed=seed,
         recorder=None if recorder is None else _Renumbered(recorder, unanswered),
@@ -88,10 +88,10 @@ def answer(
     return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y is not None]
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end an answer: `eos_token_id` of the model's generation config."""
+def end_tokens(model: PreTrainedModel, chat: ChatFormat) -> frozenset[int]:
+    """The tokens that end an answer: those of the model's generation config, of the chat format and the tokenizer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    return frozenset([ends] if isinstance(ends, int) else ends or [])
+    return chat.end_tokens | frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
 def hidden_states(

@@ -100,7 +100,9 @@ def test_an_answer_ends_with_the_end_token_and_has_no_blank_where_a_turn_opens(
     assert tokenizer.decode(ids[:-1]) == "Blue."
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
-    assert ChatFormat(endless).output_ids("Blue.") == ids[:-1]
+    assert ChatFormat(endless).output_ids("Blue.") == ids, "the template still ends the turn"
+    endless.chat_template = None
+    assert ChatFormat(endless).output_ids("Blue.") == endless(" Blue.", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])

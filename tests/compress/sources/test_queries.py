@@ -59,7 +59,7 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SoftPromptError, match=r"queries: .* is not UTF-8 text \(byte 13\)"):
         load_queries(path)
     for unreadable in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(SoftPromptError, match="queries: .* cannot be read"):
+        with pytest.raises(SoftPromptError, match=r"queries: .* cannot be read"):
             load_queries(unreadable)
 
 

@@ -1,0 +1,164 @@
+"""Text to tokens with their places, so that a chat can be encoded whole and cut afterwards.
+
+Encoding the pieces of a chat one by one gives other tokens than encoding the chat: a tokenizer may put a blank before
+the first word it gets, or merge characters across a cut. So the whole is encoded, and the tokens of a piece are those
+that lie in it.
+
+A part of the text may be declared plain: what a user wrote. Names of control tokens there, such as `<|im_end|>`, are
+text like any other. Control tokens are the special ones, and the added ones that the chat template writes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from softprompt_kernels.errors import SoftPromptError
+
+_ANCHOR = "\ue000\ue0a5\ue000"  # private characters: no text has them by chance
+_HIDDEN = "\ue000\ue0a6"  # put before the name of a control token, so that no text has that name
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens and their places.
+
+    Args:
+        ids: of the tokens.
+        spans: the characters `[start, end)` of each token. Tokens of one character share its place.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def cut(self, place: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The tokens before and behind a place; None if a token reaches across it."""
+        first = next((index for index, (start, _) in enumerate(self.spans) if start >= place), len(self.ids))
+        if any(end > place for _, end in self.spans[:first]):
+            return None
+        return self.ids[:first], self.ids[first:]
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.ids + other.ids, self.spans + other.spans)
+
+    def shifted(self, by: int) -> Tokens:
+        """The same tokens, `by` characters later."""
+        return Tokens(self.ids, tuple((start + by, end + by) for start, end in self.spans))
+
+
+class Encoder:
+    """Encodes texts with one tokenizer. The tokenizer is copied, and never changed.
+
+    Args:
+        tokenizer: one that is backed by the tokenizers library.
+        template: the source of its chat template, or "".
+
+    Raises:
+        SoftPromptError: another kind of tokenizer, which does not know the places of its tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise SoftPromptError(
+                f"tokenizer: got {type(tokenizer).__name__}, which does not say where its tokens are in the text; "
+                "accepted is one with a tokenizer.json"
+            )
+        self._saved = backend.to_str()
+        self._control = {
+            index: token.content
+            for index, token in backend.get_added_tokens_decoder().items()
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        self._backend = _prepared(Tokenizer.from_str(self._saved))
+
+    def encode(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
+        """The tokens of a whole text. In the characters `[plain[0], plain[1])` no control token is recognised."""
+        found = _tokens(self._backend, text)
+        if not self._has_control(text, found, plain):
+            return found
+        # Texts between control tokens are encoded each on its own anyway. So the one around the plain part is encoded
+        # by a tokenizer that knows no control tokens, and what is left and right of it by the other.
+        before = _tokens(self._backend, text[: plain[0]])
+        left = max((end for _, (_, end) in self._control_places(before)), default=0)
+        behind = _tokens(self._backend, _ANCHOR + text[plain[1] :]).shifted(plain[1] - len(_ANCHOR))
+        right = min((start for _, (start, _) in self._control_places(behind)), default=len(text))
+        middle = text[left:right]
+        between = _behind_anchor(self._plain, middle).shifted(left) if left else _tokens(self._plain, middle)
+        rest = Tokens((), ()) if right == len(text) else _behind_anchor(self._backend, text[right:]).shifted(right)
+        return _tokens(self._backend, text[:left]) + between + rest
+
+    def encode_behind(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
+        """The tokens of a text that does not start the chat, encoded without what is before it."""
+        moved = (plain[0] + len(_ANCHOR), plain[1] + len(_ANCHOR))
+        found = self.encode(_ANCHOR + text, moved)
+        return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(_ANCHOR))
+
+    def first_control(self, tokens: Tokens, place: int) -> int | None:
+        """The number of the first control token at or behind a place; None if there is none."""
+        pairs = enumerate(zip(tokens.ids, tokens.spans, strict=True))
+        return next((n for n, (index, (start, _)) in pairs if start >= place and index in self._control), None)
+
+    def _has_control(self, text: str, tokens: Tokens, plain: tuple[int, int]) -> bool:
+        for index, (start, end) in self._control_places(tokens):
+            piece = text[start:end]
+            # Some tokens take the blanks beside them along, which may be the user's.
+            first, last = start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+            # The token of unknown characters is not written, and stands for others than its name.
+            written = piece.strip().casefold() == self._control[index].strip().casefold()
+            if written and first < plain[1] and last > plain[0]:
+                return True
+        return False
+
+    def _control_places(self, tokens: Tokens) -> list[tuple[int, tuple[int, int]]]:
+        return [(i, span) for i, span in zip(tokens.ids, tokens.spans, strict=True) if i in self._control]
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer without its control tokens."""
+        saved: dict[str, Any] = json.loads(self._saved)
+        names = set(self._control.values())
+        for token in saved["added_tokens"]:  # renamed, not removed: the ids of the others count on them
+            token["content"] = _hidden(token["content"], names)
+        model = saved["model"]
+        if isinstance(model.get("vocab"), dict):
+            model["vocab"] = {_hidden(token, names): index for token, index in model["vocab"].items()}
+        elif isinstance(model.get("vocab"), list):
+            model["vocab"] = [[_hidden(token, names), score] for token, score in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = _hidden(model["unk_token"], names)
+        if model.get("merges"):
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [pair for pair in pairs if not names & {*pair, "".join(pair)}]
+        saved["post_processor"] = None
+        return _prepared(Tokenizer.from_str(json.dumps(saved)))
+
+
+def _hidden(token: str, names: set[str]) -> str:
+    return _HIDDEN + token if token in names else token
+
+
+def _prepared(backend: Tokenizer) -> Tokenizer:
+    """A copy that gives the whole text, with the places before any trimming, and that knows the anchor."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None
+    backend.encode_special_tokens = False
+    backend.add_special_tokens([AddedToken(_ANCHOR, special=True, normalized=False)])
+    return backend
+
+
+def _tokens(backend: Tokenizer, text: str) -> Tokens:
+    found = backend.encode(text, add_special_tokens=False)
+    return Tokens(tuple(found.ids), tuple(found.offsets))
+
+
+def _behind_anchor(backend: Tokenizer, text: str) -> Tokens:
+    """The tokens of a text with a control token before it."""
+    found = _tokens(backend, _ANCHOR + text)
+    return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(_ANCHOR))

@@ -1,0 +1,107 @@
+"""A chat as text: the chat template of a tokenizer, or plain text for one without a template.
+
+A template is kept as its source and its arguments, so that a run can store them: `strftime_now("%d %b %Y")` is replaced
+by the date once, and another day renders the same chat.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from softprompt_kernels.errors import SoftPromptError
+
+_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """Renders a chat of at most one context, one query and one answer.
+
+    Args:
+        tokenizer: renders.
+        source: of its chat template, with dates instead of the calls that print them; "" for plain text.
+        arguments: of the template, such as `{"enable_thinking": False}`.
+        system: the context is a system turn; otherwise it starts the user turn.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    system: bool = True
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> ChatTemplate:
+        """The template of a tokenizer, on this day.
+
+        Raises:
+            SoftPromptError: it has none of that name, or does not use one of the arguments.
+        """
+        source = ""
+        if tokenizer.chat_template:
+            try:
+                source = tokenizer.get_chat_template()
+            except ValueError as error:
+                raise SoftPromptError(
+                    "tokenizer: it has several chat templates, accepted is one, or a default"
+                ) from error
+        now = datetime.now()
+        taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters) | {"messages"}
+        for name in arguments or {}:
+            if not source:
+                raise SoftPromptError(f"template_arguments: got {name!r} for a tokenizer without a chat template")
+            if name in taken or not name.isidentifier() or not re.search(rf"\b{name}\b", source):
+                raise SoftPromptError(
+                    f"template_arguments: got {name!r}, accepted are variables that the chat template uses"
+                )
+        dated = _DATE.sub(lambda found: json.dumps(now.strftime(found.group(2))), source)
+        return cls(tokenizer, dated, dict(arguments or {}))
+
+    @property
+    def in_user_turn(self) -> ChatTemplate:
+        """The same with the context at the start of the user turn."""
+        return replace(self, system=False)
+
+    def render(self, context: str | None, query: str | None = None, answer: str | None = None) -> str | None:
+        """The chat up to the start of the answer, or to the end of the last turn if there is an answer or no query.
+
+        None if the template refuses this chat.
+
+        Raises:
+            SoftPromptError: jinja2 is missing or too old.
+        """
+        if not self.source:
+            return self._plain(context, query, answer)
+        if not self.system and context is not None:
+            context, query = None, f"{context}\n\n{query}"
+        turns = [("system", context), ("user", query), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in turns if text is not None]
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.source,
+                    tokenize=False,
+                    add_generation_prompt=query is not None and answer is None,
+                    **self.arguments,
+                )
+            )
+        except ImportError as error:
+            raise SoftPromptError(f"jinja2: chat templates need it ({' '.join(str(error).split())})") from error
+        except Exception:  # a template may raise anything: jinja's errors, or its own for a role it does not support
+            return None
+
+    def _plain(self, context: str | None, query: str | None, answer: str | None) -> str:
+        text = self.tokenizer.bos_token or ""
+        if context is not None:
+            text += f"{context}\n\n"
+        if query is not None:
+            text += f"Question: {query}\nAnswer:"
+        return text if answer is None else f"{text} {answer}"

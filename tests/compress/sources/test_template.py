@@ -1,0 +1,186 @@
+"""What a chat is rendered from: dates are those of the first day, arguments are the template's, jinja2 is named."""
+
+import copy
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from softprompt_kernels.compress import ChatFormat, CompressConfig, Interrupted, compress, load_config
+from softprompt_kernels.compress.sources import template as module
+from softprompt_kernels.compress.sources.template import ChatTemplate
+from softprompt_kernels.compress.teacher.answers import end_tokens
+from softprompt_kernels.errors import SoftPromptError
+
+TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+TEMPLATE = (
+    "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DATED = (
+    "{% if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% else %}{% set today = 'never' %}"
+    '{% endif %}<|im_start|>tool\n{{ today }}, {{ strftime_now( "%H" ) }} h<|im_end|>\n' + TEMPLATE
+)
+REQUIRED = {"model": "m", "context": "c", "output": "o", "tokens": 4}
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: Any) -> PreTrainedTokenizerBase:
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`on(3)`: it is the third of May."""
+
+    def set_day(day: int) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return datetime(2026, 5, day, 17, 30)
+
+        monkeypatch.setattr(module, "datetime", Clock)
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+
+    return set_day
+
+
+def test_a_template_prints_the_date_of_its_first_use(
+    tokenizer: PreTrainedTokenizerBase, on: Callable[[int], None], tmp_path: Path
+) -> None:
+    dated, path = with_template(tokenizer, DATED), tmp_path / "chat.json"
+    on(3)
+    first = ChatFormat.pinned(dated, path, None)
+    assert dated.decode(first.context_ids("The mill.")[0]).startswith("<|im_start|>tool\n03 May 2026, 17 h<|im_end|>")
+    path.write_text(first.rendered_from, encoding="utf-8")
+    on(4)
+    assert "04 May" in dated.decode(ChatFormat(dated).context_ids("The mill.")[0])
+    again = ChatFormat.pinned(dated, path, None)
+    assert again.context_ids("The mill.").tolist() == first.context_ids("The mill.").tolist()
+    assert again.no_context_ids().tolist() == first.no_context_ids().tolist()
+    assert again.rendered_from == first.rendered_from
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"template": 3}', "\ufeff"])
+def test_a_damaged_record_is_as_none(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str) -> None:
+    (tmp_path / "chat.json").write_text(content, encoding="utf-8")
+    found = ChatFormat.pinned(tokenizer, tmp_path / "chat.json", None)
+    assert found.query_ids("Why?") == ChatFormat(tokenizer).query_ids("Why?")
+
+
+def test_a_run_resumed_on_another_day_reads_the_same(
+    make_config: Callable[..., CompressConfig],
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    recording_reporter: Any,
+    on: Callable[[int], None],
+    no_plot: None,
+) -> None:
+    folder = tmp_path / "model"
+    folder.symlink_to(tiny_model_folder)
+    dated = tmp_path / "dated"
+    dated.mkdir()
+    for file in tiny_model_folder.iterdir():
+        (dated / file.name).symlink_to(file)
+    (dated / "chat_template.jinja").unlink(missing_ok=True)
+    with_template(AutoTokenizer.from_pretrained(tiny_model_folder), DATED).save_pretrained(tmp_path / "tokenizer")
+    (dated / "chat_template.jinja").write_text((tmp_path / "tokenizer" / "chat_template.jinja").read_text())
+    on(3)
+    whole = make_config(model=str(dated), output=tmp_path / "whole")
+    figures = compress(whole)
+    config = make_config(model=str(dated))
+    with pytest.raises(Interrupted):
+        compress(config, recording_reporter("Training", 3))
+    on(4)
+    resumed = compress(config)
+    for changing in ("seconds", "stages"):
+        figures.pop(changing), resumed.pop(changing)
+    assert resumed == figures
+    examples = [json.loads((run.output / "cache" / "examples.json").read_text()) for run in (whole, config)]
+    assert examples[0] == examples[1]
+
+
+ARGUED = TEMPLATE.replace(
+    "{% for", "{% if style is defined %}{{ style }}{% if deep %}!{% endif %}\n{% endif %}{% for", 1
+)
+
+
+def test_arguments_reach_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    argued = with_template(tokenizer, ARGUED)
+    chat = ChatFormat(argued, {"style": "short", "deep": True})
+    assert argued.decode(chat.context_ids("The mill.")[0]).startswith("short!<|im_start|>system\n")
+    assert argued.decode(chat.no_context_ids()[0]) == "short!"
+    assert ChatFormat(argued).no_context_ids() is None
+
+
+@pytest.mark.parametrize("name", ["styl", "messages", "tokenize", "add_generation_prompt", "chat_template", "(", ""])
+def test_an_argument_that_the_template_does_not_use_is_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    with pytest.raises(SoftPromptError, match=r"template_arguments: got .*, accepted are variables"):
+        ChatFormat(with_template(tokenizer, ARGUED), {name: 1})
+
+
+def test_arguments_without_a_template_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(
+        SoftPromptError, match="template_arguments: got 'style' for a tokenizer without a chat template"
+    ):
+        ChatFormat(with_template(tokenizer, None), {"style": "short"})
+
+
+@pytest.mark.parametrize("given", [{"a": False, "b": [1, "x"]}, '{"a": false, "b": [1, "x"]}', "{a: no, b: [1, x]}"])
+def test_arguments_are_a_mapping_or_its_text(given: Any) -> None:
+    config = load_config(None, REQUIRED | {"template_arguments": given})
+    assert config.template_arguments == {"a": False, "b": [1, "x"]}
+    assert load_config(None, config.model_dump()) == config
+
+
+@pytest.mark.parametrize("given", ["enable_thinking", "[1]", "{a: ", 3, "a: 2020-13-01", {"a": {1, 2}}])
+def test_arguments_of_another_form_are_refused(given: Any) -> None:
+    with pytest.raises(SoftPromptError, match=r"template_arguments: got .*, accepted is a mapping of names to values"):
+        load_config(None, REQUIRED | {"template_arguments": given})
+
+
+def test_several_templates_need_a_default(tokenizer: PreTrainedTokenizerBase) -> None:
+    named = with_template(tokenizer, {"default": TEMPLATE, "rag": "nothing"})
+    assert ChatFormat(named).query_ids("Why?") == ChatFormat(tokenizer).query_ids("Why?")
+    with pytest.raises(SoftPromptError, match="tokenizer: it has several chat templates"):
+        ChatFormat(with_template(tokenizer, {"rag": TEMPLATE, "tools": TEMPLATE}))
+
+
+def test_a_missing_jinja2_is_named(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.chat_template_utils.is_jinja_available", lambda: False)
+    with pytest.raises(SoftPromptError, match=r"^jinja2: chat templates need it \(.*pip install jinja2"):
+        ChatFormat(with_template(tokenizer, TEMPLATE + "{# never compiled before #}"))
+
+
+@pytest.mark.parametrize("version", ["3.0.3", "3.1.5"])
+def test_an_old_jinja2_is_named(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr("jinja2.__version__", version)
+    with pytest.raises(SoftPromptError, match=rf"^jinja2: .*Your version is {version}"):
+        ChatTemplate.of(with_template(tokenizer, TEMPLATE + f"{{# {version} #}}")).render("a", "b")
+
+
+def test_without_a_template_no_jinja2_is_needed(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.chat_template_utils.is_jinja_available", lambda: False)
+    assert ChatFormat(with_template(tokenizer, None)).query_ids("Why?")
+
+
+def test_the_teacher_stops_at_every_end(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = with_template(tokenizer, TEMPLATE.replace("<|im_end|>", "<|pad|>"))
+    other.eos_token = "a"
+    chat, before = ChatFormat(other), model.generation_config.eos_token_id
+    rendered, eos = other.convert_tokens_to_ids(["<|pad|>", "a"])
+    assert chat.output_ids("Blue.")[-1] == rendered
+    for ends in (None, 7, [7, 8]):
+        model.generation_config.eos_token_id = ends
+        try:
+            assert end_tokens(model, chat) == {rendered, eos} | ({7, 8} if isinstance(ends, list) else {ends} - {None})
+        finally:
+            model.generation_config.eos_token_id = before
