@@ -19,9 +19,10 @@ from setuptools import setup
 # pip runs this file without its folder on sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from build_helper.commands import BuildModules, InstallBuiltFiles
+from build_helper.commands import BuildModules, InstallBuiltFiles, check_setuptools
 from build_helper.modules import extensions
 
+check_setuptools()
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildModules, "install_lib": InstallBuiltFiles},

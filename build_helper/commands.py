@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.install_lib import install_lib
@@ -11,6 +12,18 @@ from setuptools.command.install_lib import install_lib
 from build_helper.modules import MODULES
 from build_helper.ninja import ninja_file
 from build_helper.plans import CSRC
+
+OLDEST_SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
+
+
+def check_setuptools() -> None:
+    """Exits with a message if setuptools is too old for pyproject.toml, where it would show a traceback."""
+    version = setuptools.__version__
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        sys.exit(
+            f"softprompt-kernels: setuptools is {version}, accepted is {OLDEST_SETUPTOOLS} or newer "
+            f"(pip install 'setuptools>={OLDEST_SETUPTOOLS}')"
+        )
 
 
 class BuildModules(build_ext):

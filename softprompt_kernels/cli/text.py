@@ -16,11 +16,7 @@ def prepare_streams() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.encoding.lower() in (
-        "ascii",
-        "us-ascii",
-        "ansi_x3.4-1968",
-    ):
+    if isinstance(sys.stdin, io.TextIOWrapper) and codecs.lookup(sys.stdin.encoding).name == "ascii":
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
 
 

@@ -47,6 +47,22 @@ def test_an_error_names_all_that_is_missing(root, python, without, tmp_path):
     assert done.stderr.strip().endswith(", but " + " and ".join(MESSAGES.values()))
 
 
+@pytest.mark.parametrize(("version", "refused"), [("65.5.0", True), ("76.1.0", True), ("77.0.1", False)])
+def test_a_setuptools_that_cannot_read_the_metadata_is_refused_in_one_sentence(root, python, version, refused):
+    program = f"""
+import runpy, sys, setuptools
+setuptools.__version__ = "{version}"
+sys.argv = ["setup.py", "-q", "--name"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = python(root, "-c", program, SOFTPROMPT_CPU="0")
+    if refused:
+        assert done.stderr == (
+            f"softprompt-kernels: setuptools is {version}, accepted is 77 or newer (pip install 'setuptools>=77')\n"
+        )
+    assert (done.returncode != 0) == refused, done.stderr
+
+
 def test_a_build_that_leaves_the_kernels_out_needs_no_tool(root, python, without, tmp_path):
     done = build(python, root, tmp_path / "built", SOFTPROMPT_CPU="0", **without(*MESSAGES))
     assert (done.returncode, done.stderr) == (0, "")
