@@ -102,7 +102,7 @@ def prepare_run(config: CompressConfig, teacher: Teacher) -> None:
     folder, (taught, _) = RunFolder(config.output), teacher.taught
     if folder.examples.exists():
         return
-    folder.claim(identity(load_inputs(config)), config.to_yaml())
+    folder.claim(identity(load_inputs(config), folder.identity), config.to_yaml())
     part = folder.path / "cache.part"  # renamed when all of it is there
     for path in (part, folder.cache):
         shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,7 @@
     stages.json  curves.png  prompt/  answers.md  evaluation.json
 
 `run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another
-identity is refused before it changes anything.
+identity is refused before it changes anything. While a process works in the folder, it has a `.lock` (see `lock`).
 """
 
 from __future__ import annotations

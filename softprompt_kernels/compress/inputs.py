@@ -224,6 +224,6 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
     model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
     config["model"] = as_recorded(model, model_fingerprint(inputs.model, model))
     config["tokenizer"] = as_recorded(tokenizer, tokenizer_fingerprint(inputs.tokenizer, tokenizer))
-    fields = CompressConfig.model_fields
-    added = [name for name in config if recorded and name not in recorded and config[name] == fields[name].default]
+    defaults = {name: field.default for name, field in CompressConfig.model_fields.items()}
+    added = {name for name in defaults if recorded and name not in recorded and config.get(name) == defaults[name]}
     return {name: value for name, value in config.items() if name not in added}

@@ -72,6 +72,9 @@ def test_a_damaged_run_json_is_refused(make_config: Make) -> None:
         (config.output / "run.json").write_text(content)
         with pytest.raises(SoftPromptError, match=r"run\.json cannot be read"):
             compress(config)
+    (config.output / "run.json").write_text('{"identity": {"seed": 0, "model": 3}}')
+    with pytest.raises(SoftPromptError, match=r"differs in .*model, .*tokenizer"):
+        compress(config)
 
 
 # Bad input: refused before anything is written
