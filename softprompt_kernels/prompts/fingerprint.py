@@ -166,9 +166,10 @@ def weights_hashes(model: PreTrainedModel, tokens: int | None) -> dict[str, dict
     def sample(parameter: Tensor, rows: int | None = None) -> Tensor:
         return _sample(parameter, rows, *owners.get(id(parameter), ()))
 
+    parameters = list(model.parameters())  # before the first sample: loading an offloaded weight replaces it
     sampled = [sample(end, tokens) for end in ends]
     body = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         if any(parameter is bias for bias in biases):
             sampled.append(sample(parameter, tokens))
         elif not any(parameter is end for end in ends):

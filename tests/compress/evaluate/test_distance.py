@@ -82,10 +82,15 @@ def test_the_summary_holds_every_figure() -> None:
     }
 
 
-@pytest.mark.parametrize("kl", [0.0, -1e-9, 1e-3, float("nan")])
+@pytest.mark.parametrize("kl", [0.0, -1e-9, 1e-3])
 def test_a_context_that_does_not_matter_is_refused(kl: float) -> None:
     with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
         check_context_matters(kl)
     with pytest.raises(SoftPromptError, match="context does not matter"):
         summary({"none": Distance(kl, 1.0, 0.0, 4), "prompt": Distance(0.0, 1.0, 0.0, 4)})
     check_context_matters(1.1e-3)
+
+
+def test_a_divergence_that_is_not_a_number_is_named() -> None:
+    with pytest.raises(SoftPromptError, match="dtype: the KL without context is not a number"):
+        check_context_matters(float("nan"))

@@ -75,7 +75,7 @@ def _results(folder: str) -> list[Tensor]:
             next(iter(sample(model, IDS.tolist(), prefix, new_tokens=6, end_tokens=[257]))).hidden,
         ]
         for temperature in (0.0, 1.0):
-            config = generation_config(model, tokenizer, 6, temperature)
+            config = generation_config(model, ChatFormat(tokenizer), 6, temperature)
             results.append(generate(model, IDS, prefix, generation_config=config))
     return results
 
