@@ -15,7 +15,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,7 +26,7 @@ from softprompt_kernels.models.registry import REFUSED, WRAPPERS, Family, find_f
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The transformers class that loads a model with a head: AutoModelForCausalLM, or the one for multimodal models."""
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
 
 def decoder_of(model: PreTrainedModel) -> Any:

@@ -10,7 +10,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedModel,
 )
 from transformers.masking_utils import eager_mask
@@ -152,10 +152,27 @@ _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "
 _PIXELS = {"image_size": 28, "patch_size": 14}
 _SIGLIP = {"model_type": "siglip_vision_model", **_VISION, **_PIXELS}
 _CLIP = {"model_type": "clip_vision_model", **_VISION, **_PIXELS, "projection_dim": 16}
+_PATCHES = {"depth": 1, "num_heads": 2, "patch_size": 14, "hidden_size": 16, "out_hidden_size": 32}
+_QWEN_VISION = {**_PATCHES, "intermediate_size": 16, "fullatt_block_indexes": [0], "deepstack_visual_indexes": [0]}
+_THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+# Text models that exist only inside a wrapper.
+INNER: dict[str, tuple[str, dict]] = {
+    "glm4v": ("Glm4vTextConfig", _THREE_AXES),
+    "qwen2_5_vl": ("Qwen2_5_VLTextConfig", {**_THREE_AXES, **_MIXED, "use_sliding_window": True}),
+    "qwen2_vl": ("Qwen2VLTextConfig", {**_THREE_AXES, **_MIXED, "use_sliding_window": True}),
+    "qwen3_vl": ("Qwen3VLTextConfig", _THREE_AXES),
+    "qwen3_vl_moe": ("Qwen3VLMoeTextConfig", {**_THREE_AXES, **_EXPERTS, "num_experts": 4}),
+}
 WRAPPERS: dict[str, tuple[str, str, dict]] = {
     "wrapped aya_vision": ("AyaVisionConfig", "cohere2", {"vision_config": _SIGLIP}),
     "wrapped cohere2_vision": ("Cohere2VisionConfig", "cohere2", {"vision_config": _SIGLIP}),
     "wrapped gemma3": ("Gemma3Config", "gemma3", {"vision_config": _SIGLIP, "mm_tokens_per_image": 4}),
+    "wrapped glm4v": (
+        "Glm4vConfig",
+        "glm4v",
+        {"vision_config": {**_PATCHES, "intermediate_size": 16, "image_size": 28}},
+    ),
+    "wrapped idefics3": ("Idefics3Config", "llama", {"vision_config": {**_VISION, **_PIXELS}}),
     "wrapped internvl": (
         "InternVLConfig",
         "qwen2",
@@ -174,20 +191,39 @@ WRAPPERS: dict[str, tuple[str, str, dict]] = {
         "mistral",
         {"vision_config": {"model_type": "pixtral", **_VISION, **_PIXELS, "head_dim": 8}},
     ),
+    "wrapped qwen2_5_vl": ("Qwen2_5_VLConfig", "qwen2_5_vl", {"vision_config": _QWEN_VISION}),
+    "wrapped qwen2_audio": (
+        "Qwen2AudioConfig",
+        "qwen2",
+        {"audio_config": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}},
+    ),
+    "wrapped qwen2_vl": (
+        "Qwen2VLConfig",
+        "qwen2_vl",
+        {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 14}},
+    ),
+    "wrapped qwen3_vl": ("Qwen3VLConfig", "qwen3_vl", {"vision_config": _QWEN_VISION}),
+    "wrapped qwen3_vl_moe": ("Qwen3VLMoeConfig", "qwen3_vl_moe", {"vision_config": _QWEN_VISION}),
+    "wrapped smolvlm": ("SmolVLMConfig", "llama", {"vision_config": {**_VISION, **_PIXELS}}),
+    "wrapped voxtral": ("VoxtralConfig", "llama", {"audio_config": _VISION}),
 }
+# No test draws these tokens: models count them.
+_MARKS = dict.fromkeys(
+    ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id"), 60
+) | {"audio_token_id": 60, "image_start_token_id": 60, "image_end_token_id": 60}
 
 
 def _build(family: str, **changes: object) -> PreTrainedModel:
     """A model of the family with eager attention, not prepared. Weights are large enough to change the logits."""
     wrapper, family, parts = WRAPPERS.get(family, (None, family, {}))
-    name, options = CONFIGURATIONS[family]
+    name, options = (CONFIGURATIONS | INNER)[family]
     options = {**_COMMON, **options, **changes}
     options = {key: value for key, value in options.items() if value is not None or key == "eos_token_id"}
     config = getattr(transformers, name)(**options)
     if wrapper is not None:
-        config = getattr(transformers, wrapper)(text_config=config, **parts, image_token_index=60, image_token_id=60)
+        config = getattr(transformers, wrapper)(text_config=config, **parts, **_MARKS)
     torch.manual_seed(sum(map(ord, family)))
-    auto = AutoModelForCausalLM if wrapper is None else AutoModelForImageTextToText
+    auto = AutoModelForCausalLM if wrapper is None else AutoModelForMultimodalLM
     model = auto.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -233,7 +269,7 @@ def tokens() -> Callable[..., Tensor]:
     """`tokens(*shape, seed=0)`: random ids without the padding id."""
 
     def draw(*shape: int, seed: int = 0) -> Tensor:
-        return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randint(2, VOCABULARY - 1, shape, generator=torch.Generator().manual_seed(seed))
 
     return draw
 
