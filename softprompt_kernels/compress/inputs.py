@@ -170,7 +170,7 @@ def check_window(
     ]
     for query, question, answer in given:
         check_ids(model, chat.tokenizer, [*question, *(answer or ())], f"queries: {query.input[:40]!r}")
-    window = max_positions(model.config.get_text_config())
+    window = max_positions(model.config)
     if context_tokens >= window:
         raise SoftPromptError(
             f"context: got {context_tokens} tokens for a model with a window of {window}, accepted is a shorter text"

@@ -4,17 +4,32 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import Llama4TextConfig
 
 from softprompt_kernels.compress import CompressConfig, compress
-from softprompt_kernels.compress.inputs import load_inputs
+from softprompt_kernels.compress.inputs import check_window, load_inputs
+from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
 
 pytestmark = pytest.mark.usefixtures("no_plot")
+
+
+def test_the_window_of_a_run_is_what_the_family_can_do() -> None:
+    """Llama 4 is served up to the end of its first attention chunk."""
+    config = Llama4TextConfig(attention_chunk_size=64, attn_temperature_tuning=False, num_hidden_layers=1)
+    model: Any = SimpleNamespace(config=config)
+    chat: Any = SimpleNamespace(query_ids=lambda text: [1] * len(text))
+    check_window(model, chat, 50, [Query("ten")], 11)
+    with pytest.raises(SoftPromptError, match="'tens' needs 65 tokens with context and output, accepted are 64"):
+        check_window(model, chat, 50, [Query("tens")], 11)
+    with pytest.raises(SoftPromptError, match="context: got 64 tokens for a model with a window of 64"):
+        check_window(model, chat, 64, [], 1)
 
 
 # Folders that do not belong to this run

@@ -229,3 +229,15 @@ def test_a_batch_of_padding_only_is_refused(build, tokens):
     prepare(model)
     with pytest.raises(SoftPromptError, match="attention_mask: got only padding, accepted is at least one real token"):
         prompted_hidden(model, tokens(2, 3), None, attention_mask=torch.zeros(2, 3))
+
+
+def test_rows_of_a_model_that_counts_its_tokens_are_not_packed(build, tokens, concatenated_run, padded):
+    """Llama 4 raises its temperature from token 20 of a sequence on. No row is that long, the batch is."""
+    context, rows = tokens(9), [tokens(length, seed=length) for length in (8, 9, 7)]
+    expected = concatenated_run(build("llama4", floor_scale=20), [context] * 3, rows)
+    model = build("llama4", floor_scale=20)
+    prepare(model)
+    ids, mask = padded(rows, "right")
+    got = prompted_logits(model, ids, capture(model, context[None]), attention_mask=mask)
+    for one, real, want in zip(got, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(one[real], want, atol=ATOL, rtol=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.cli.generate import generation_config
-from softprompt_kernels.compress import load_model
+from softprompt_kernels.compress import ChatFormat, load_model
 from softprompt_kernels.models import capture, embed_prefix, generate, prepare, prompted_logits, sample
 
 IDS = torch.tensor([[65, 66, 67, 68]])
