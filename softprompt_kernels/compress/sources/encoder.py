@@ -11,6 +11,7 @@ text like any other. Control tokens are the special ones, and the added ones tha
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,9 +20,6 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.errors import SoftPromptError
-
-_ANCHOR = "\ue000\ue0a5\ue000"  # private characters: no text has them by chance
-_HIDDEN = "\ue000\ue0a6"  # put before the name of a control token, so that no text has that name
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,16 @@ class Encoder:
                 f"tokenizer: got {type(tokenizer).__name__}, which does not say where its tokens are in the text; "
                 "accepted is one with a tokenizer.json"
             )
+        # Private characters, drawn anew each time: no text has them. They are a control token to put before a text, and
+        # they hide the names of others.
+        self._mark = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(12))
         self._saved = backend.to_str()
         self._control = {
             index: token.content
             for index, token in backend.get_added_tokens_decoder().items()
             if token.special or (token.content in template and not token.content.isspace())
         }
-        self._backend = _prepared(Tokenizer.from_str(self._saved))
+        self._backend = self._prepared(self._saved)
 
     def encode(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
         """The tokens of a whole text. In the characters `[plain[0], plain[1])` no control token is recognised."""
@@ -86,18 +87,18 @@ class Encoder:
         # by a tokenizer that knows no control tokens, and what is left and right of it by the other.
         before = _tokens(self._backend, text[: plain[0]])
         left = max((end for _, (_, end) in self._control_places(before)), default=0)
-        behind = _tokens(self._backend, _ANCHOR + text[plain[1] :]).shifted(plain[1] - len(_ANCHOR))
+        behind = self._behind_mark(self._backend, text[plain[1] :]).shifted(plain[1])
         right = min((start for _, (start, _) in self._control_places(behind)), default=len(text))
         middle = text[left:right]
-        between = _behind_anchor(self._plain, middle).shifted(left) if left else _tokens(self._plain, middle)
-        rest = Tokens((), ()) if right == len(text) else _behind_anchor(self._backend, text[right:]).shifted(right)
+        between = self._behind_mark(self._plain, middle).shifted(left) if left else _tokens(self._plain, middle)
+        rest = Tokens((), ()) if right == len(text) else self._behind_mark(self._backend, text[right:]).shifted(right)
         return _tokens(self._backend, text[:left]) + between + rest
 
     def encode_behind(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
         """The tokens of a text that does not start the chat, encoded without what is before it."""
-        moved = (plain[0] + len(_ANCHOR), plain[1] + len(_ANCHOR))
-        found = self.encode(_ANCHOR + text, moved)
-        return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(_ANCHOR))
+        moved = (plain[0] + len(self._mark), plain[1] + len(self._mark))
+        found = self.encode(self._mark + text, moved)
+        return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(self._mark))
 
     def first_control(self, tokens: Tokens, place: int) -> int | None:
         """The number of the first control token at or behind a place; None if there is none."""
@@ -123,42 +124,38 @@ class Encoder:
         """The tokenizer without its control tokens."""
         saved: dict[str, Any] = json.loads(self._saved)
         names = set(self._control.values())
+        hidden = {name: self._mark + name for name in names}
         for token in saved["added_tokens"]:  # renamed, not removed: the ids of the others count on them
-            token["content"] = _hidden(token["content"], names)
+            token["content"] = hidden.get(token["content"], token["content"])
         model = saved["model"]
         if isinstance(model.get("vocab"), dict):
-            model["vocab"] = {_hidden(token, names): index for token, index in model["vocab"].items()}
+            model["vocab"] = {hidden.get(token, token): index for token, index in model["vocab"].items()}
         elif isinstance(model.get("vocab"), list):
-            model["vocab"] = [[_hidden(token, names), score] for token, score in model["vocab"]]
+            model["vocab"] = [[hidden.get(token, token), score] for token, score in model["vocab"]]
         if model.get("unk_token"):
-            model["unk_token"] = _hidden(model["unk_token"], names)
+            model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
         if model.get("merges"):
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
             model["merges"] = [pair for pair in pairs if not names & {*pair, "".join(pair)}]
         saved["post_processor"] = None
-        return _prepared(Tokenizer.from_str(json.dumps(saved)))
+        return self._prepared(json.dumps(saved))
 
+    def _prepared(self, saved: str) -> Tokenizer:
+        """A copy that gives the whole text, with the places before any trimming, and that knows the mark."""
+        backend = Tokenizer.from_str(saved)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+        backend.encode_special_tokens = False
+        backend.add_special_tokens([AddedToken(self._mark, special=True, normalized=False)])
+        return backend
 
-def _hidden(token: str, names: set[str]) -> str:
-    return _HIDDEN + token if token in names else token
-
-
-def _prepared(backend: Tokenizer) -> Tokenizer:
-    """A copy that gives the whole text, with the places before any trimming, and that knows the anchor."""
-    backend.no_truncation()
-    backend.no_padding()
-    backend.post_processor = None
-    backend.encode_special_tokens = False
-    backend.add_special_tokens([AddedToken(_ANCHOR, special=True, normalized=False)])
-    return backend
+    def _behind_mark(self, backend: Tokenizer, text: str) -> Tokens:
+        """The tokens of a text with a control token before it."""
+        found = _tokens(backend, self._mark + text)
+        return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(self._mark))
 
 
 def _tokens(backend: Tokenizer, text: str) -> Tokens:
     found = backend.encode(text, add_special_tokens=False)
     return Tokens(tuple(found.ids), tuple(found.offsets))
-
-
-def _behind_anchor(backend: Tokenizer, text: str) -> Tokens:
-    """The tokens of a text with a control token before it."""
-    found = _tokens(backend, _ANCHOR + text)
-    return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(_ANCHOR))
