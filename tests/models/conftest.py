@@ -237,7 +237,14 @@ def build() -> Callable[..., PreTrainedModel]:
     return _build
 
 
-@pytest.fixture(params=sorted([*CONFIGURATIONS, *WRAPPERS]))
+def _params() -> list[object]:
+    """All families. Most wrappers are slow tests: they run the decoders that the families test alone."""
+    quick = {*CONFIGURATIONS, "wrapped gemma3", "wrapped llama4", "wrapped qwen3_vl"}
+    names = sorted([*CONFIGURATIONS, *WRAPPERS])
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(params=_params())
 def family(request: pytest.FixtureRequest) -> str:
     """Each supported family in turn, alone and inside multimodal wrappers."""
     return request.param
