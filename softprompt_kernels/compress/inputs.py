@@ -17,7 +17,7 @@ from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
-from softprompt_kernels.compress.sources.self_study import self_study
+from softprompt_kernels.compress.sources.self_study import few_about_text, self_study
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
@@ -58,6 +58,11 @@ class RunInputs:
     def context_tokens(self) -> int:
         """C, the length of the context."""
         return self.context_ids.shape[1]
+
+    @property
+    def remark(self) -> str | None:
+        """What the user should know of the queries, if anything."""
+        return few_about_text(self.text, self.config.selfstudy, self.config.seed)
 
     @property
     def sets(self) -> dict[str, tuple[Query, ...]]:

@@ -98,6 +98,8 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         return finished
     if not (folder.path / CHAT_FILE).exists():
         write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
+    if inputs.remark:
+        reporter.message(inputs.remark)
     times.keep_in(folder.stages)
     check_destination(folder.prompt)
 

@@ -8,12 +8,16 @@ decide what the prompt keeps. Their variety is the limit, not the size of the pr
 - tasks about a sentence of the text: complete it, reword it, say what follows.
 
 Templates, phrases and sentences are drawn without replacement, so that even a few queries cover the whole text.
+
+Not every text has blanks between words and full stops behind sentences. Chinese, Japanese, Thai and others have no
+blanks, and are counted and cut by characters. Rows of a table end with the line, and their fields count as words.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from softprompt_kernels.compress.sources.queries import Query
@@ -79,11 +83,30 @@ ABOUT_SENTENCE = (
     "Continue: {half}",
 )
 
-_SENTENCE_END = re.compile(r"(?<=[.!?;:。！？])\s+|\n+")
-_CAPITALISED = re.compile(r"\b[A-Z]\w+(?:[ -][A-Z]\w+)*")
-_NUMBER = re.compile(r"\b\d[\d,.:]*(?:\s+\w+)?")
+_FULL_STOP = "。！？；｡．…।॥؟۔።༎။៕"  # of scripts that may have no blank behind it
+_CLOSING = "」』”’）"
+_SENTENCE_END = re.compile(
+    rf"(?<=[.!?;:{_FULL_STOP}])\s+|(?<=[{_FULL_STOP}])(?![{_FULL_STOP}{_CLOSING}\s])"
+    rf"|(?<=[{_FULL_STOP}][{_CLOSING}])\s*|\n+"
+)
+_UNSPACED = (  # Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese: scripts without blanks between words
+    "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_RUN = re.compile(rf"[{_UNSPACED}]+")
+_FIELD = re.compile(r"[^,;|\t]+")
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
+_WORD = re.compile(rf"(?:[^\W\d_][{_MARKS}]*){{5,}}")  # vowel signs, as in Hindi, are marks and not letters
+_UPPER = "A-ZÀ-ÖØ-ÞΑ-ΩЁА-Я"
+_CAPITALISED = re.compile(rf"\b[{_UPPER}]\w+(?:[ -][{_UPPER}]\w+)*")
+_NUMBER = re.compile(rf"\b\d[\d,.:]*(?:\s+\w[\w{_MARKS}]*)?")
 _LONG_WORDS = 3  # taken from each sentence
 _SENTENCE_WORDS = 60  # longer sentences are cut
+_SENTENCE_CHARACTERS = 480
+_PIECE_CHARACTERS = 120  # of what is cut without a blank
+_PHRASE_CHARACTERS = 60
+_RUN_CHARACTERS = 8  # of a phrase in a script without blanks
+_PIECE = re.compile(rf".{{1,{_PIECE_CHARACTERS - 1}}}[,;|、，；：)}}\]]|.{{1,{_PIECE_CHARACTERS}}}", re.DOTALL)
 
 
 def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
@@ -112,34 +135,69 @@ def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
     return [Query(text) for text in chosen]
 
 
+def few_about_text(context: str, count: int, seed: int = 0) -> str | None:
+    """A sentence for the user if less than half of the queries that were asked for are about the text, else None."""
+    made = self_study(context, count, seed)
+    about = sum(query.input not in GENERAL for query in made)
+    if 2 * about >= count:
+        return None
+    return (
+        f"selfstudy: {about} of the {count} queries asked for are about the text, {len(made) - about} fit any text. "
+        "The text offers no more sentences and phrases; give questions of your own with --queries."
+    )
+
+
 def split_sentences(text: str) -> list[str]:
-    """Sentences and headings of at least three words. Sentences of more than `_SENTENCE_WORDS` words are cut.
+    """Sentences, headings and rows of at least three words. Long ones are cut, by words and by characters.
 
     Without the cut, a text without full stops, such as a table or a program, would be one sentence and every query
     about it would contain the whole text.
     """
-    parts = []
+    parts: list[str] = []
     for part in _SENTENCE_END.split(text):
         words = part.split()
-        if len(words) <= _SENTENCE_WORDS:
-            parts.append((part.strip(), len(words)))
+        if len(words) <= _SENTENCE_WORDS and len(part) <= _SENTENCE_CHARACTERS:
+            parts.append(part.strip())
             continue
-        for start in range(0, len(words), _SENTENCE_WORDS):
-            piece = words[start : start + _SENTENCE_WORDS]
-            parts.append((" ".join(piece), len(piece)))
-    return [part for part, count in parts if count >= 3]
+        piece: list[str] = []
+        for word in (one for uncut in words for one in _cut_word(uncut)):
+            if len(piece) == _SENTENCE_WORDS or len(" ".join([*piece, word])) > _SENTENCE_CHARACTERS:
+                parts.append(" ".join(piece))
+                piece = []
+            piece.append(word)
+        parts.append(" ".join(piece))
+    return [part for part in parts if _count_words(part) >= 3]
+
+
+def _cut_word(word: str) -> list[str]:
+    """A word, or the pieces of what is too long to be one: at separators, if there are any."""
+    return [word] if len(word) <= _PIECE_CHARACTERS else _PIECE.findall(word)
+
+
+def _count_words(part: str) -> int:
+    """The words of a part. Where blanks do not tell: its fields, or half the characters of scripts without blanks."""
+    words = len(part.split())
+    if words >= 3:
+        return words
+    fields = sum(1 for field in _FIELD.findall(part) if field.strip())
+    return max(words, fields, sum(map(len, _RUN.findall(part))) // 2)
 
 
 def find_phrases(sentences: Sequence[str]) -> list[str]:
-    """Names, numbers with the next word, and the longest words of each sentence, in order and without repeats."""
+    """Names, numbers with the next word, and the longest words of each sentence, in order and without repeats.
+
+    Of a script without blanks they are pieces of the longest runs of its characters.
+    """
     found: dict[str, None] = {}
     for sentence in sentences:
         # A single capitalised word at the start of a sentence is rarely a name.
         names = [m.group() for m in _CAPITALISED.finditer(sentence) if m.start() or " " in m.group()]
         numbers = [m.group().rstrip(".,:") for m in _NUMBER.finditer(sentence)]
-        words = sorted(re.findall(r"[^\W\d_]{5,}", sentence), key=len, reverse=True)[:_LONG_WORDS]
-        for phrase in (*names, *numbers, *words):
-            found.setdefault(phrase)
+        words = sorted(_WORD.findall(_RUN.sub(" ", sentence)), key=len, reverse=True)[:_LONG_WORDS]
+        runs = sorted(_RUN.findall(sentence), key=len, reverse=True)[:_LONG_WORDS]
+        pieces = [run[start : start + _RUN_CHARACTERS] for run in runs for start in range(0, len(run), _RUN_CHARACTERS)]
+        for phrase in (*names, *numbers, *words, *(piece for piece in pieces if len(piece) > 1)):
+            found.setdefault(phrase[:_PHRASE_CHARACTERS])
     return list(found)
 
 
@@ -155,4 +213,6 @@ def _fill_templates(templates: Sequence[str], fields: Sequence[dict[str, str]], 
 
 def _sentence_fields(sentence: str) -> dict[str, str]:
     words = sentence.split()
-    return {"sentence": sentence, "half": " ".join(words[: max(2, len(words) // 2)])}
+    few = len(words) < 3  # without blanks, half of the characters
+    half = sentence[: max(1, len(sentence) // 2)] if few else " ".join(words[: max(2, len(words) // 2)])
+    return {"sentence": sentence, "half": half}
