@@ -12,6 +12,7 @@ from pathlib import Path
 from softprompt_kernels.errors import SoftPromptError
 
 BOM = "\ufeff"
+_CENTRED = 20
 _WIDE = {  # UTF-32 first: its mark starts with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -53,3 +54,16 @@ def wide_encoding(content: bytes) -> str | None:
     start = content[:1024]
     zeros = max(start[0::2].count(0), start[1::2].count(0))
     return "UTF-16" if zeros > len(start) // 4 else None
+
+
+def trim(text: str) -> str:
+    """A text without blank lines around it and blanks at its end; the first of several lines keeps its indentation.
+
+    More than `_CENTRED` blanks are no indentation: they centre a title.
+    """
+    lines = text.rstrip().split("\n")
+    while len(lines) > 1 and not lines[0].strip():
+        del lines[0]
+    if len(lines) == 1 or len(lines[0]) - len(lines[0].lstrip()) > _CENTRED:
+        lines[0] = lines[0].lstrip()
+    return "\n".join(lines)

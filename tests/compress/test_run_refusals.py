@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import Llama4TextConfig
 
-from softprompt_kernels.compress import CompressConfig, compress
+from softprompt_kernels.compress import CompressConfig, compress, plan
 from softprompt_kernels.compress.inputs import check_window, load_inputs
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.errors import SoftPromptError
@@ -188,3 +188,19 @@ def test_a_context_beyond_the_original_window_of_a_yarn_model_is_accepted(
     longer.context.write_text("word " * 100)
     with pytest.raises(SoftPromptError, match=r"context: got \d+ tokens for a model with a window of 400"):
         load_inputs(longer)
+
+
+class Stop(Exception):
+    """Stops a run at its first message."""
+
+
+@pytest.mark.parametrize("command", [compress, plan])
+def test_a_run_says_that_few_queries_are_about_the_text(
+    make_config: Make, recording_reporter: Any, command: Any
+) -> None:
+    class Stopping(recording_reporter):
+        def message(self, text: str) -> None:
+            raise Stop(text)
+
+    with pytest.raises(Stop, match=r"selfstudy: \d+ of the 5000 queries asked for are about the text"):
+        command(make_config(selfstudy=5000), Stopping())

@@ -30,19 +30,13 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.compress.sources.encoder import Encoder
 from softprompt_kernels.compress.sources.template import ChatTemplate
+from softprompt_kernels.compress.text_file import trim
 from softprompt_kernels.errors import SoftPromptError
 
 INSTRUCTION = "Answer from this text.\n\n"
 _CONTEXT = "«the context goes here»"
 _QUERY = "«the query goes here»"
 _ANSWER = "«the answer goes here»"
-
-
-def trim(text: str) -> str:
-    """A text without blank lines around it and blanks at its end; the first of several lines keeps its indentation."""
-    lines = text.rstrip().split("\n")
-    first = next((number for number, line in enumerate(lines) if line.strip()), 0)
-    return "\n".join(lines[first:]) if len(lines) > first + 1 else lines[first].strip()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from softprompt_kernels.compress.text_file import read_utf8
+from softprompt_kernels.compress.text_file import read_utf8, trim
 from softprompt_kernels.errors import SoftPromptError
 
 
@@ -98,5 +98,5 @@ def _parse(line: str, place: str) -> Query:
         raise SoftPromptError(f'queries: {place} has an "output" that is empty or not text; leave it out to sample one')
     if any("\ud800" <= character <= "\udfff" for character in record["input"] + (output or "")):
         raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can encode")
-    # Without strip(), one question with different blanks around it would count as two and could be in both sets.
-    return Query(record["input"].strip(), output)
+    # Without trim(), one question with different blanks around it would count as two and could be in both sets.
+    return Query(trim(record["input"]), output)

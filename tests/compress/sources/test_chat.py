@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.compress.sources.chat import INSTRUCTION, ChatFormat
+from softprompt_kernels.compress.text_file import trim
 from softprompt_kernels.errors import SoftPromptError
 
 CONTEXT, QUERY = "The mill is blue.", "Which colour?"
@@ -103,6 +104,20 @@ def test_an_answer_ends_with_the_end_token_and_has_no_blank_where_a_turn_opens(
     assert ChatFormat(endless).output_ids("Blue.") == ids, "the template still ends the turn"
     endless.chat_template = None
     assert ChatFormat(endless).output_ids("Blue.") == endless(" Blue.", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("\n \n    def f():\n        pass\n\n", "    def f():\n        pass"),
+        ("\tx\n\ty ", "\tx\n\ty"),
+        ("  Why? \n", "Why?"),
+        ("\n" + 33 * " " + "Title\n\nText", "Title\n\nText"),
+        (" \n ", ""),
+    ],
+)
+def test_the_first_of_several_lines_keeps_its_indentation(text: str, kept: str) -> None:
+    assert trim(text) == kept
 
 
 @pytest.mark.parametrize("text", ["", " \n\t "])

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softprompt_kernels.compress import ChatFormat
-from softprompt_kernels.compress.sources.chat import INSTRUCTION, trim
+from softprompt_kernels.compress.sources.chat import INSTRUCTION
+from softprompt_kernels.compress.text_file import trim
 from softprompt_kernels.errors import SoftPromptError
 
 CONTROL = ("<a>", "</a>", "<b>", "<|end|>", "[X]")

@@ -116,3 +116,9 @@ def test_a_full_disk_keeps_the_previous_file(
         write_text(path, "new" * 1000)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_question_of_several_lines_keeps_its_indentation(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"input": "\\n    def f():\\n        pass\\n"}')
+    assert load_queries(path)[0].input == "    def f():\n        pass"
