@@ -53,7 +53,7 @@ class ChatTemplate:
                     "tokenizer: it has several chat templates, accepted is one, or a default"
                 ) from error
         now = datetime.now()
-        taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters) | {"messages"}
+        taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
         for name in arguments or {}:
             if not source:
                 raise SoftPromptError(f"template_arguments: got {name!r} for a tokenizer without a chat template")

@@ -145,3 +145,19 @@ def test_a_query_without_context_is_the_chat_that_the_template_renders(tokenizer
         ]
     plain = ChatFormat(with_template(tokenizer, None))
     assert plain.no_context_ids().tolist() == [[tokenizer.bos_token_id]]
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused() -> None:
+    class Slow:
+        chat_template = None
+        bos_token = None
+
+    with pytest.raises(SoftPromptError, match="tokenizer: got Slow, which does not say where its tokens are"):
+        ChatFormat(Slow())
+
+
+def test_a_text_that_the_template_treats_in_its_own_way_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    switched = "{% if 'quiet' in messages[0]['content'] %}quiet {% endif %}" + tokenizer.chat_template
+    chat = ChatFormat(with_template(tokenizer, switched))
+    with pytest.raises(SoftPromptError, match=r"context: got 'Answer from this text\. A quiet mill', which the chat"):
+        chat.context_ids("A quiet mill")

@@ -1,0 +1,72 @@
+"""Arguments of the chat template on the command line reach the template; others are refused in one sentence."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+TEMPLATE = (
+    "{% if tone is defined %}{{ tone }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def argued(inputs, tmp_path: Path) -> Path:
+    """The model with a template that prints an argument."""
+    folder = tmp_path / "argued"
+    shutil.copytree(inputs.model, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_run_and_its_commands_take_arguments(run, inputs, argued, tmp_path):
+    arguments = '{"tone": "kind"}'
+    folder = tmp_path / "run"
+    result = run(*inputs.compress(folder, model=argued, template_arguments=arguments))
+    assert result.exit_code == 0, result.output
+    assert '"tone": "kind"' in (folder / "chat.json").read_text()
+    assert "tone: kind" in (folder / "config.yaml").read_text()
+    options = ["--model", argued, "--prompt", folder / "prompt", "--template-arguments", arguments]
+    result = run("generate", *options, "--max-new-tokens", 3, "Who?")
+    assert result.exit_code == 0, result.output
+    files = ["--context", inputs.context, "--queries", inputs.heldout]
+    result = run("evaluate", *options, *files, "--new-tokens", 3)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_run_with_other_arguments_is_another_run(run, inputs, argued, tmp_path):
+    for arguments, code in (("tone: kind", 0), ("tone: rough", 2)):
+        result = run(*inputs.compress(tmp_path / "run", model=argued, template_arguments=arguments, steps=0))
+        assert result.exit_code == code, result.output
+    assert "which differs in template_arguments" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["compress", "generate", "evaluate"])
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        ("tone", "accepted is a mapping of names to values"),
+        ("{", "accepted is a mapping of names to values"),
+        ('{"tone": 1, "tone": 2}', "accepted is a mapping of names to values"),
+        ('{"tones": 1}', "accepted are variables that the chat template uses"),
+        ('{"tokenize": true}', "accepted are variables that the chat template uses"),
+    ],
+)
+def test_other_arguments_are_refused(run, inputs, argued, finished, tmp_path, command, arguments, fragment):
+    files = ["--context", inputs.context, "--prompt", finished.folder / "prompt", "--queries", inputs.heldout]
+    words = {
+        "compress": inputs.compress(tmp_path / "run", model=argued, template_arguments=arguments),
+        "generate": ["generate", "--model", argued, "Who?", "--template-arguments", arguments],
+        "evaluate": ["evaluate", "--model", argued, *files, "--template-arguments", arguments],
+    }[command]
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("Error:") == 1 and fragment in result.stderr and "Traceback" not in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_question_after_a_mark_is_read_without_it(run, inputs):
+    plain = run("generate", "--model", inputs.model, "--max-new-tokens", 4, stdin=b"Who?\n")
+    marked = run("generate", "--model", inputs.model, "--max-new-tokens", 4, stdin=b"\xef\xbb\xbfWho?\n")
+    assert plain.exit_code == 0 and marked.stdout == plain.stdout
