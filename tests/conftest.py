@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES
 from softprompt_kernels.kernels.cuda.native import DEVICE, HOST
 from softprompt_kernels.kernels.triton import runtime as triton
 from softprompt_kernels.ops import prompt_attention
+
+# The same examples in each run: what a property test finds, a change has caused.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # --- backends ---------------------------------------------------------------------------------------------------------
 
@@ -184,6 +189,19 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Signals do what they do in a terminal, also where the tests are started by nohup or in the background."""
+    import signal
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

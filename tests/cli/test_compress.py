@@ -175,6 +175,7 @@ def test_ctrl_c_before_training_says_how_to_resume(run, inputs, tmp_path, monkey
     assert "Traceback" not in stopped.output
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_gives_its_exit_code(run, inputs, tmp_path, monkeypatch, number):
     train_step = Trainer.train_step

@@ -19,7 +19,7 @@ Make = Callable[..., CompressConfig]
 ALL = [signal.SIGINT, *SIGNALS]
 
 pytestmark = [
-    pytest.mark.usefixtures("no_plot"),
+    pytest.mark.usefixtures("no_plot", "default_signals"),
     pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no signals of POSIX"),
 ]
 
