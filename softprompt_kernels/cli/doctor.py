@@ -18,6 +18,9 @@ DISTRIBUTION = "softprompt-kernels"
 TESTED_TORCH = "2.13.0"
 """The release of torch that the tests run with. The package metadata has no bound on torch, so that yours is kept."""
 
+TOKENS = 48
+"""Tokens of context of the test of a model."""
+
 SHOWN_EXTRAS = ("peft",)
 """Extras that are reported. The others are for developing this package."""
 
@@ -49,13 +52,19 @@ def doctor(
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="With --model: float32, bfloat16 or float16. auto: float32.")] = "auto",
     device: Annotated[str, typer.Option(help="With --model: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    tokens: Annotated[int, typer.Option(min=2, help="With --model: tokens of context.")] = 48,
+    tokens: Annotated[int, typer.Option(min=2, help="With --model: tokens of context.")] = TOKENS,
 ) -> None:
     """Check the installation: versions, backends, devices, and what is missing.
 
     The exit code is 0 if the package can work, else 1. With --model: 0 if the model is served, else 1.
     """
     from softprompt_kernels.cli.display import show_pairs
+
+    loading = {"--dtype": dtype != "auto", "--device": device != "auto", "--tokens": tokens != TOKENS}
+    if model is None and (given := [name for name, changed in loading.items() if changed]):
+        raise SoftPromptError(f"{given[0]}: needs --model")
+    if model is not None and compile_kernels:
+        raise SoftPromptError("--model: got --compile too, accepted is one of them")
 
     if compile_kernels:
         from softprompt_kernels.cli import doctor_compile

@@ -52,7 +52,7 @@ def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **options)
             except (Stopped, KeyboardInterrupt) as error:
                 with suppress(OSError):  # the terminal is gone
-                    typer.echo(f"\n{error or 'Interrupted.'}", err=True)
+                    typer.echo(f"\n{str(error) or 'Interrupted.'}", err=True)
                 raise typer.Exit(error.exit_code if isinstance(error, Stopped) else 130) from None
             except BrokenPipeError:
                 raise  # the reader of stdout has closed it: typer exits silently

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ except ImportError:  # Windows
 LOCK = ".lock"
 """The name of the file in the folder."""
 
+TRIES, PAUSE = 10, 0.02
+"""How often a lock is tried, and the seconds between: another process may be looking at the file."""
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -31,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         SoftPromptError: another process holds the lock; the message names it.
     """
-    file = _lock(folder, os.O_RDWR | os.O_CREAT)
+    file = _lock(folder, os.O_CREAT)
     if file is None:
         yield
         return
@@ -52,20 +56,20 @@ def check_unlocked(folder: Path) -> None:
     Raises:
         SoftPromptError: another process holds the lock; the message names it.
     """
-    file = _lock(folder, os.O_RDWR)
+    file = _lock(folder, 0)
     if file is not None:
         os.close(file)
 
 
-def _lock(folder: Path, flags: int) -> int | None:
+def _lock(folder: Path, create: int) -> int | None:
     """The locked file of a folder, opened; None if there can be none, or none yet without `O_CREAT`."""
     if fcntl is None:
         return None
-    while True:
+    for left in reversed(range(TRIES)):
         try:
-            if flags & os.O_CREAT:
+            if create:
                 folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(folder / LOCK, flags, 0o666)
+            file = _open(folder / LOCK, create)
         except OSError:
             return None  # the first file that is written says why
         try:
@@ -74,6 +78,10 @@ def _lock(folder: Path, flags: int) -> int | None:
                 if os.path.samestat(os.fstat(file), os.stat(folder / LOCK)):
                     return file
         except BlockingIOError:
+            if left:
+                os.close(file)
+                time.sleep(PAUSE)
+                continue
             holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
             os.close(file)
             raise SoftPromptError(
@@ -83,3 +91,12 @@ def _lock(folder: Path, flags: int) -> int | None:
             os.close(file)
             return None
         os.close(file)  # the process that held it has deleted the file: try the new one
+    return None
+
+
+def _open(path: Path, create: int) -> int:
+    """The file, opened for writing, or for reading alone where it belongs to another user."""
+    try:
+        return os.open(path, os.O_RDWR | create, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY)

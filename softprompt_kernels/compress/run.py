@@ -290,10 +290,10 @@ class _Run:
 
             try:
                 trainer.run(after_step)
+                trainer.save(folder.checkpoint, self.key)
             except KeyboardInterrupt as stop:
                 trainer.save(folder.checkpoint, self.key)
                 raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
-        trainer.save(folder.checkpoint, self.key)
         return seconds_before
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:

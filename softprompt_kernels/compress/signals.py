@@ -30,7 +30,10 @@ def signal_of(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def signals_as_interrupts() -> Iterator[None]:
-    """Within the context, the first SIGTERM or SIGHUP raises `Terminated`. A second one ends the process at once.
+    """Within the context, the first SIGTERM or SIGHUP raises `Terminated`.
+
+    After it a SIGTERM or Ctrl-C ends the process at once. A SIGHUP is ignored then, because a terminal that closes
+    sends several, from its shell and from the system.
 
     A signal that is ignored (as by nohup) or that the caller handles stays as it is. In other threads than the main one
     nothing changes, because Python has no handlers there.
@@ -38,12 +41,9 @@ def signals_as_interrupts() -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
     ours = [number for number in SIGNALS if in_main and signal.getsignal(number) is signal.SIG_DFL]
 
-    def restore() -> None:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
-
     def stop(number: int, frame: FrameType | None) -> None:
-        restore()
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.SIG_IGN)
         raise Terminated(number)
 
     for number in ours:
@@ -51,4 +51,5 @@ def signals_as_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
-        restore()
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

@@ -80,3 +80,17 @@ def test_without_any_backend_the_installation_does_not_work(run, monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", ())
     result = run("doctor")
     assert result.exit_code == 1 and "none is available" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "bfloat16"], "--dtype: needs --model"),
+        (["--device", "cpu"], "--device: needs --model"),
+        (["--tokens", 9], "--tokens: needs --model"),
+        (["--model", "x", "--compile"], "--model: got --compile too, accepted is one of them"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(run, options, message):
+    result = run("doctor", *options)
+    assert result.exit_code == 2 and message in result.stderr

@@ -1,5 +1,6 @@
 """Two runs cannot work in one folder at once, and a process that ended blocks nothing."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,3 +127,32 @@ def test_a_file_system_without_locks_and_an_output_that_is_a_file_are_not_locked
 def test_a_folder_with_nothing_but_a_lock_belongs_to_nobody(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("process 1 on a machine that stopped")
     RunFolder(tmp_path).claim({"steps": 1}, "")
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command may be looking whether the folder is in use."""
+    flock, busy = module.fcntl.flock, [True, True]
+
+    def held(file: int, kind: int) -> None:
+        if busy:
+            busy.pop()
+            raise BlockingIOError
+        flock(file, kind)
+
+    monkeypatch.setattr(module.fcntl, "flock", held)
+    with locked(tmp_path):
+        assert not busy and (tmp_path / module.LOCK).exists()
+
+
+def test_the_file_of_another_user_is_locked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / module.LOCK).touch()
+    opened = os.open
+
+    def only_readable(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(module.os, "open", only_readable)
+    with locked(tmp_path), pytest.raises(SoftPromptError, match="is in use by"):
+        check_unlocked(tmp_path)

@@ -105,20 +105,31 @@ def test_other_threads_have_no_handlers() -> None:
     assert not errors
 
 
-@pytest.mark.parametrize("second", SIGNALS, ids=str)
-def test_a_second_signal_ends_the_process_at_once(second: int) -> None:
+@pytest.mark.parametrize("first", SIGNALS, ids=str)
+@pytest.mark.parametrize(("second", "code", "output"), [(signal.SIGTERM, -15, ""), (signal.SIGHUP, 0, "still here")])
+def test_a_second_sigterm_ends_the_process_and_a_closing_terminal_sends_many(
+    first: int, second: int, code: int, output: str
+) -> None:
     program = f"""
 import signal
 from softprompt_kernels.compress.signals import Terminated, signals_as_interrupts
 with signals_as_interrupts():
     try:
-        signal.raise_signal({int(signal.SIGTERM)})
+        signal.raise_signal({int(first)})
     except Terminated:
         signal.raise_signal({int(second)})
-        print("still here")
+        print("still here", end="")
+assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (-second, ""), done.stderr
+    assert (done.returncode, done.stdout) == (code, output), done.stderr
+
+
+def test_a_signal_in_the_last_save_loses_no_step(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    after(monkeypatch, 0, Trainer, "save", signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop:
+        compress(make_config(checkpoint_every=100))
+    assert (stop.value.step, stop.value.steps) == (5, 5)
 
 
 def test_the_first_signal_is_raised_where_the_main_thread_is() -> None:

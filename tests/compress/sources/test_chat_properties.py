@@ -137,7 +137,7 @@ def test_pieces_joined_are_the_whole(
     if start in boundaries(tokenizer, ids):
         assert pieces[0] + pieces[1] == ids
     ids = encoded(tokenizer, full)
-    stop = full.encode().index(answer.encode(), end) + len(answer.encode())
+    stop = full.encode().find(answer.encode(), end) + len(answer.encode())
     if {start, end, stop} <= boundaries(tokenizer, ids):
         length = min(len(ids), len(pieces[0] + pieces[2] + output))
         assert (pieces[0] + pieces[2] + output)[: length - 1] == ids[: length - 1]
