@@ -141,6 +141,6 @@ def test_an_adapter_of_no_model_is_refused(adapter: Path) -> None:
     path.write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     with pytest.raises(SoftPromptError, match="a PEFT adapter that does not name its model"):
         load_model(str(adapter), "auto", "cpu")
-    path.write_text('{"peft_type": "LORA", "base_model_name_or_path": "no/such-model"}')
+    path.write_text('{"peft_type": "LORA", "base_model_name_or_path": "/no/such/model"}')
     with pytest.raises(SoftPromptError, match=r"model: cannot load '.*adapter'"):
         load_model(str(adapter), "auto", "cpu")
