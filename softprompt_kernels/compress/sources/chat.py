@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,21 @@ class ChatFormat:
 
     @classmethod
     def pinned(cls, tokenizer: PreTrainedTokenizerBase, path: Path, arguments: Mapping[str, Any] | None) -> ChatFormat:
-        """The format that `pin` stored, or that of the tokenizer if nothing is stored."""
+        """The format whose `rendered_from` was stored, or that of the tokenizer if nothing is stored."""
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            template = ChatTemplate(tokenizer, str(saved["template"]), dict(saved["arguments"]))
+            time = datetime.fromisoformat(saved["time"])
+            template = ChatTemplate(tokenizer, str(saved["template"]), dict(saved["arguments"]), time)
         except (OSError, ValueError, KeyError, TypeError):
             return cls(tokenizer, arguments)
         return cls(tokenizer, template=template)
 
     @property
     def rendered_from(self) -> str:
-        """What the chat is rendered from, for `pinned`: the template with the date of its first use."""
+        """What the chat is rendered from, for `pinned`: the template, its arguments and the time of its first use."""
         template = self._template
-        return json.dumps({"template": template.source, "arguments": dict(template.arguments)}, indent=1)
+        saved = {"template": template.source, "arguments": dict(template.arguments), "time": template.time.isoformat()}
+        return json.dumps(saved, indent=1)
 
     def context_ids(self, text: str) -> Tensor:
         """`[1, C]` int64: the tokens of a context, which the teacher reads before every query.
@@ -135,7 +138,7 @@ class ChatFormat:
         whole, place = chat[:end] + self._answer_turn, end + len(self._answer.after)
         if self._encoder.encode(whole, plain).cut(place) is None:
             return list(self._tail(chat[:end] + self._answer.after, start, plain))
-        behind = len(self._tail(whole, place))
+        behind = len(self._tail(whole, place, plain))
         return list(self._tail(whole, start, plain)[:-behind])
 
     def output_ids(self, text: str) -> list[int]:

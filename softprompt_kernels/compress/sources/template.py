@@ -1,25 +1,37 @@
 """A chat as text: the chat template of a tokenizer, or plain text for one without a template.
 
-A template is kept as its source and its arguments, so that a run can store them: `strftime_now("%d %b %Y")` is replaced
-by the date once, and another day renders the same chat.
+A template is kept as its source, its arguments and the time that it may print, so that a run can store them, and renders
+the same chat on another day.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import re
+import string
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.errors import SoftPromptError
 
-_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-
+_CODES = "strftime_codes"
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{%- set at = namespace(text=true) -%}{%- for piece in format.split('%') -%}"
+    "{%- if at.text -%}{{ piece }}{%- set at.text = false -%}"
+    "{%- elif not piece -%}{{ '%' }}{%- set at.text = true -%}"
+    f"{{%- else -%}}{{%- set n = 2 if piece[:2] in {_CODES} else 1 -%}}"
+    f"{{{{ {_CODES}.get(piece[:n], '%' ~ piece[:n]) }}}}{{{{ piece[n:] }}}}{{%- endif -%}}"
+    "{%- endfor -%}{%- endmacro %}\n"
+)
+"""In front of a template that asks for the time. transformers gives templates a function of today's, and turns one that a
+caller passes into a string, so that only the template itself can hold another."""
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
@@ -27,19 +39,21 @@ class ChatTemplate:
 
     Args:
         tokenizer: renders.
-        source: of its chat template, with dates instead of the calls that print them; "" for plain text.
+        source: of its chat template; "" for plain text.
         arguments: of the template, such as `{"enable_thinking": False}`.
+        time: that the template prints, if it prints one.
         system: the context is a system turn; otherwise it starts the user turn.
     """
 
     tokenizer: PreTrainedTokenizerBase
     source: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    time: datetime = field(default_factory=lambda: datetime.now())
     system: bool = True
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> ChatTemplate:
-        """The template of a tokenizer, on this day.
+        """The template of a tokenizer, at this time.
 
         Raises:
             SoftPromptError: it has none of that name, or does not use one of the arguments.
@@ -52,8 +66,8 @@ class ChatTemplate:
                 raise SoftPromptError(
                     "tokenizer: it has several chat templates, accepted is one, or a default"
                 ) from error
-        now = datetime.now()
-        taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+        taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+        taken |= {"messages", "strftime_now", _CODES}
         for name in arguments or {}:
             if not source:
                 raise SoftPromptError(f"template_arguments: got {name!r} for a tokenizer without a chat template")
@@ -61,8 +75,7 @@ class ChatTemplate:
                 raise SoftPromptError(
                     f"template_arguments: got {name!r}, accepted are variables that the chat template uses"
                 )
-        dated = _DATE.sub(lambda found: json.dumps(now.strftime(found.group(2))), source)
-        return cls(tokenizer, dated, dict(arguments or {}))
+        return cls(tokenizer, source, dict(arguments or {}))
 
     @property
     def in_user_turn(self) -> ChatTemplate:
@@ -87,9 +100,10 @@ class ChatTemplate:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=self.source,
+                    chat_template=(_STRFTIME if "strftime_now" in self.source else "") + self.source,
                     tokenize=False,
                     add_generation_prompt=query is not None and answer is None,
+                    **(self._codes if "strftime_now" in self.source else {}),
                     **self.arguments,
                 )
             )
@@ -97,6 +111,15 @@ class ChatTemplate:
             raise SoftPromptError(f"jinja2: chat templates need it ({' '.join(str(error).split())})") from error
         except Exception:  # a template may raise anything: jinja's errors, or its own for a role it does not support
             return None
+
+    @cached_property
+    def _codes(self) -> dict[str, dict[str, str]]:
+        """The time in each code of strftime, also with a flag as in `%-d`."""
+        codes = {}
+        for code in map("".join, product(("", *"-_0^#EO"), string.ascii_letters)):
+            with suppress(ValueError):  # the C library has no such code
+                codes[code] = self.time.strftime(f"%{code}")
+        return {_CODES: codes}
 
     def _plain(self, context: str | None, query: str | None, answer: str | None) -> str:
         text = self.tokenizer.bos_token or ""

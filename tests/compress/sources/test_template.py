@@ -65,6 +65,42 @@ def test_a_template_prints_the_date_of_its_first_use(
     assert again.rendered_from == first.rendered_from
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "strftime_now('%d %b')",
+        "strftime_now('%d ' ~ '%b')",
+        "strftime_now('%d ' + ['%b'][0])",
+        "strftime_now(format='%d %b')",
+        "strftime_now(pattern)",
+        "shown('%d %b')",
+    ],
+)
+def test_a_time_is_kept_however_the_template_asks_for_it(
+    tokenizer: PreTrainedTokenizerBase, on: Callable[[int], None], tmp_path: Path, call: str
+) -> None:
+    start = "{% set pattern = '%d %b' %}{% macro shown(how) %}{{ strftime_now(how) }}{% endmacro %}"
+    dated, path = with_template(tokenizer, f"{start}{{{{ {call} }}}} {TEMPLATE}"), tmp_path / "chat.json"
+    on(3)
+    first = ChatFormat.pinned(dated, path, None)
+    assert dated.decode(first.no_context_ids()[0]).strip() == "03 May"
+    path.write_text(first.rendered_from, encoding="utf-8")
+    on(4)
+    assert dated.decode(ChatFormat.pinned(dated, path, None).no_context_ids()[0]).strip() == "03 May"
+
+
+@pytest.mark.parametrize("how", ["%d %b %Y", "%-d/%-m/%y", "%%d %%%d%", "%A%B%j%H:%M:%S", "", "no code", "%e %Q %"])
+def test_a_time_is_written_as_by_transformers(
+    tokenizer: PreTrainedTokenizerBase, on: Callable[[int], None], how: str
+) -> None:
+    source = f"\n  {{% if strftime_now is defined %}}\n [{{{{ strftime_now({how!r}) }}}}]\n{{% endif %}}\n" + TEMPLATE
+    messages = [{"role": "user", "content": "Why?"}]
+    dated = with_template(tokenizer, source)
+    on(3)
+    given = dated.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate.of(dated).render(None, "Why?") == given and "Why?" in given
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"template": 3}', "\ufeff"])
 def test_a_damaged_record_is_as_none(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str) -> None:
     (tmp_path / "chat.json").write_text(content, encoding="utf-8")
