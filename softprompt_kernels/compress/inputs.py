@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
@@ -134,7 +135,9 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
     model, tokenizer = load_model(config.model, config.dtype, config.device)
-    chat = ChatFormat.pinned(tokenizer, config.output / CHAT_FILE, config.template_arguments)
+    folder = RunFolder(config.output)
+    stored = (folder.examples.exists() or folder.checkpoint.exists()) and folder.read_evaluation() is None
+    chat = ChatFormat.pinned(tokenizer, folder.path / CHAT_FILE, config.template_arguments, needed=stored)
     context_ids = chat.context_ids(text).to(model.device)
     context_tokens = context_ids.shape[1]
     check_ids(model, tokenizer, context_ids[0].tolist(), "context")

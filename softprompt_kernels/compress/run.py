@@ -96,8 +96,7 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         reporter.message(f"The run in {folder.path} is already finished.")
         draw_curves(folder, finished, reporter)
         return finished
-    if not (folder.path / CHAT_FILE).exists():
-        write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
+    write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
     if inputs.remark:
         reporter.message(inputs.remark)
     times.keep_in(folder.stages)

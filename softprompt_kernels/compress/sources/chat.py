@@ -80,15 +80,36 @@ class ChatFormat:
         self._cut = self._choose_cut()
 
     @classmethod
-    def pinned(cls, tokenizer: PreTrainedTokenizerBase, path: Path, arguments: Mapping[str, Any] | None) -> ChatFormat:
-        """The format whose `rendered_from` was stored, or that of the tokenizer if nothing is stored."""
+    def pinned(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        path: Path,
+        arguments: Mapping[str, Any] | None,
+        needed: bool = False,
+    ) -> ChatFormat:
+        """The format whose `rendered_from` was stored, or that of the tokenizer if nothing is, or other arguments are.
+
+        Args:
+            tokenizer, arguments: as in `ChatFormat`.
+            path: of the stored `rendered_from`.
+            needed: tokens of chats of that format are stored too.
+
+        Raises:
+            SoftPromptError: it is needed and cannot be read, and the chat template prints the time.
+        """
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            time = datetime.fromisoformat(saved["time"])
-            template = ChatTemplate(tokenizer, str(saved["template"]), dict(saved["arguments"]), time)
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls(tokenizer, arguments)
-        return cls(tokenizer, template=template)
+            time, given = datetime.fromisoformat(saved["time"]), dict(saved["arguments"])
+            template = ChatTemplate(tokenizer, str(saved["template"]), given, time)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            chat = cls(tokenizer, arguments)
+            if needed and chat._template.prints_time:
+                raise SoftPromptError(
+                    f"output: {path} cannot be read, which holds the time that the stored chats were rendered at; "
+                    "choose another folder"
+                ) from error
+            return chat
+        return cls(tokenizer, template=template) if given == dict(arguments or {}) else cls(tokenizer, arguments)
 
     @property
     def rendered_from(self) -> str:

@@ -1,6 +1,6 @@
 """A chat as text: the chat template of a tokenizer, or plain text for one without a template.
 
-A template is kept as its source, its arguments and the time that it may print, so that a run can store them, and renders
+A template is kept as its source, its arguments and the time that it may print, so that a run can store them and render
 the same chat on another day.
 """
 
@@ -30,8 +30,9 @@ _STRFTIME = (
     f"{{{{ {_CODES}.get(piece[:n], '%' ~ piece[:n]) }}}}{{{{ piece[n:] }}}}{{%- endif -%}}"
     "{%- endfor -%}{%- endmacro %}\n"
 )
-"""In front of a template that asks for the time. transformers gives templates a function of today's, and turns one that a
-caller passes into a string, so that only the template itself can hold another."""
+"""In front of a template that asks for the time. transformers gives it a function of the present time, and takes no
+functions as arguments."""
+
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
@@ -81,6 +82,14 @@ class ChatTemplate:
     def in_user_turn(self) -> ChatTemplate:
         """The same with the context at the start of the user turn."""
         return replace(self, system=False)
+
+    @property
+    def prints_time(self) -> bool:
+        """Whether a chat of today is another than that of another day."""
+        other = replace(self, time=datetime(2003, 2, 1, 4, 5, 6))
+        chats = [(a, b, c) for a in ("a", None) for b in ("b", None) for c in ("c", None) if a or b]
+        pairs = [(self, other), (self.in_user_turn, other.in_user_turn)] if "strftime_now" in self.source else []
+        return any(one.render(*chat) != two.render(*chat) for one, two in pairs for chat in chats)
 
     def render(self, context: str | None, query: str | None = None, answer: str | None = None) -> str | None:
         """The chat up to the start of the answer, or to the end of the last turn if there is an answer or no query.

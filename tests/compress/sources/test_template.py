@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import ChatFormat, CompressConfig, Interrupted, compress, load_config
 from softprompt_kernels.compress.sources import template as module
@@ -101,11 +101,46 @@ def test_a_time_is_written_as_by_transformers(
     assert ChatTemplate.of(dated).render(None, "Why?") == given and "Why?" in given
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"template": 3}', "\ufeff"])
-def test_a_damaged_record_is_as_none(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str) -> None:
-    (tmp_path / "chat.json").write_text(content, encoding="utf-8")
-    found = ChatFormat.pinned(tokenizer, tmp_path / "chat.json", None)
-    assert found.query_ids("Why?") == ChatFormat(tokenizer).query_ids("Why?")
+DAMAGED = (None, "", "{", "[]", '{"template": 3}', "\ufeff", '{"template": "", "arguments": {}, "time": "noon"}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("needed", [False, True])
+def test_a_damaged_record_is_as_none_where_no_time_is_printed(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str | None, needed: bool
+) -> None:
+    path = tmp_path / "chat.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    quiet = "{% if strftime_now is defined and false %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATE
+    for chosen in (tokenizer, with_template(tokenizer, None), with_template(tokenizer, quiet)):
+        found = ChatFormat.pinned(chosen, path, None, needed=needed)
+        assert found.query_ids("Why?") == ChatFormat(chosen).query_ids("Why?")
+
+
+ALONE = "{% if messages[0]['role'] != 'system' %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATE
+ANSWERED = "{% if messages[-1]['role'] == 'assistant' %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("template", [DATED, ALONE, ANSWERED])
+def test_a_damaged_record_of_the_time_is_refused_beside_stored_tokens(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: str | None, template: str
+) -> None:
+    path, dated = tmp_path / "chat.json", with_template(tokenizer, template)
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert ChatFormat.pinned(dated, path, None).query_ids("Why?") == ChatFormat(dated).query_ids("Why?")
+    with pytest.raises(SoftPromptError, match=r"^output: .*chat\.json cannot be read"):
+        ChatFormat.pinned(dated, path, None, needed=True)
+
+
+def test_a_record_of_other_arguments_is_not_taken(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path, argued = tmp_path / "chat.json", with_template(tokenizer, "{{ style }}" + TEMPLATE)
+    path.write_text(ChatFormat(argued, {"style": "short"}).rendered_from, encoding="utf-8")
+    for arguments in ({"style": "long"}, {}, None, {"style": "short"}):
+        found = ChatFormat.pinned(argued, path, arguments, needed=True).no_context_ids()
+        assert argued.decode([] if found is None else found[0]) == (arguments or {}).get("style", "")
 
 
 def test_a_run_resumed_on_another_day_reads_the_same(
@@ -116,15 +151,12 @@ def test_a_run_resumed_on_another_day_reads_the_same(
     on: Callable[[int], None],
     no_plot: None,
 ) -> None:
-    folder = tmp_path / "model"
-    folder.symlink_to(tiny_model_folder)
     dated = tmp_path / "dated"
     dated.mkdir()
     for file in tiny_model_folder.iterdir():
         (dated / file.name).symlink_to(file)
-    (dated / "chat_template.jinja").unlink(missing_ok=True)
-    with_template(AutoTokenizer.from_pretrained(tiny_model_folder), DATED).save_pretrained(tmp_path / "tokenizer")
-    (dated / "chat_template.jinja").write_text((tmp_path / "tokenizer" / "chat_template.jinja").read_text())
+    (dated / "chat_template.jinja").unlink()
+    (dated / "chat_template.jinja").write_text(DATED)
     on(3)
     whole = make_config(model=str(dated), output=tmp_path / "whole")
     figures = compress(whole)
@@ -132,6 +164,13 @@ def test_a_run_resumed_on_another_day_reads_the_same(
     with pytest.raises(Interrupted):
         compress(config, recording_reporter("Training", 3))
     on(4)
+    record = config.output / "chat.json"
+    kept = record.read_bytes()
+    for damage in (lambda: record.write_text("{"), record.unlink):
+        damage()
+        with pytest.raises(SoftPromptError, match=r"^output: .*chat\.json cannot be read"):
+            compress(config)
+    record.write_bytes(kept)
     resumed = compress(config)
     for changing in ("seconds", "stages"):
         figures.pop(changing), resumed.pop(changing)
