@@ -173,8 +173,15 @@ class ChatFormat:
         start, end = len(before), len(chat) - len(answer.end)
         lead = start + len(answer.lead)
         # A template may split an output into a thought and an answer; then the marks around the thought are its own.
-        plain = (lead, end) if chat.startswith(answer.lead, start) and lead < end else (0, 0)
+        whole = chat.startswith(answer.lead, start) and chat[lead:end].strip() == text.strip()
+        plain = (lead, end) if whole else (0, 0)
         tokens = self._encoder.encode(chat, plain)
+        marks = self._encoder.encode(before + answer.lead)
+        if not whole and self._encoder.controls(tokens, start, end) != self._encoder.controls(marks, start, lead):
+            raise SoftPromptError(
+                f"output: got {_start(text)!r}, which has a thought and names of other control tokens, "
+                "accepted is an output without one of both"
+            )
         if tokens.cut(start) is None:
             tokens = self._encoder.encode_behind(chat[start:], _shifted(plain, -start)).shifted(start)
         last = self._encoder.first_control(tokens, end)
@@ -259,14 +266,30 @@ class ChatFormat:
         return _Answer("", opening, end)
 
     def _rendered(self, name: str, before: str, after: str, *texts: str) -> str:
-        """A chat that starts and ends as that of the stand-ins."""
-        chat = self._template.render(*texts)
+        """A chat that starts and ends as that of the stand-ins, with the whole text between."""
+        chat, text = self._template.render(*texts), texts[0 if name == "context" else -1]
         if chat is None or not chat.startswith(before) or not chat[len(before) :].endswith(after):
-            text = " ".join(texts[-1 if name != "context" else 0].split())
             raise SoftPromptError(
-                f"{name}: got {text[:40]!r}, which the chat template renders in another way than other texts"
+                f"{name}: got {_start(text)!r}, which the chat template renders in another way than other texts"
+            )
+        found = chat[len(before) : len(chat) - len(after)]
+        if not self._same(found, text, self._answer.lead if name == "output" else ""):
+            raise SoftPromptError(
+                f"{name}: got {_start(text)!r}, which the chat template changes or drops in part, "
+                "accepted is text that it keeps"
             )
         return chat
+
+    @staticmethod
+    def _same(found: str, text: str, lead: str) -> bool:
+        """Whether a text is found whole behind the lead, or as a thought and an answer with the marks of the lead."""
+        if found.startswith(lead) and found[len(lead) :].strip() == text.strip():
+            return True
+        marks = lead.split()
+        if len(marks) != 2 or marks[1] not in text:
+            return False
+        pairs = [each.strip().removeprefix(marks[0]).split(marks[1]) for each in (found, text)]
+        return [part.strip() for part in pairs[0]] == [part.strip() for part in pairs[1]]
 
     def _head(self, chat: str, place: int, plain: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
         cut = self._encoder.encode(chat, plain).cut(place)
@@ -275,6 +298,10 @@ class ChatFormat:
     def _tail(self, chat: str, place: int, plain: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
         cut = self._encoder.encode(chat, plain).cut(place)
         return self._encoder.encode_behind(chat[place:], _shifted(plain, -place)).ids if cut is None else cut[1]
+
+
+def _start(text: str) -> str:
+    return " ".join(text.split())[:40]
 
 
 def _shifted(plain: tuple[int, int], by: int) -> tuple[int, int]:

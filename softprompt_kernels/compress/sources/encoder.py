@@ -105,6 +105,10 @@ class Encoder:
         pairs = enumerate(zip(tokens.ids, tokens.spans, strict=True))
         return next((n for n, (index, (start, _)) in pairs if start >= place and index in self._control), None)
 
+    def controls(self, tokens: Tokens, start: int, end: int) -> list[int]:
+        """The control tokens in the characters `[start, end)`."""
+        return [index for index, (begin, _) in self._control_places(tokens) if start <= begin < end]
+
     def _has_control(self, text: str, tokens: Tokens, plain: tuple[int, int]) -> bool:
         for index, (start, end) in self._control_places(tokens):
             piece = text[start:end]
