@@ -208,13 +208,18 @@ class ChatFormat:
 
     def _split_template(self) -> tuple[str, str, str]:
         """The text before the context, between context and query, and behind the query."""
-        for template in (self._template, self._template.in_user_turn):
+        texts = (self._template, self._template.in_user_turn)
+        for template in (*texts, *(each.in_parts for each in texts)):
             before, found, rest = (template.render(_CONTEXT, _QUERY) or "").partition(_CONTEXT)
             between, found_query, after = rest.partition(_QUERY)
             if found and found_query:
                 self._template = template
                 return before, between, after
-        raise SoftPromptError("tokenizer: its chat template keeps neither a system turn nor a user turn intact")
+        reason = next(filter(None, (each.refusal(_CONTEXT, _QUERY) for each in reversed(texts))), "")
+        raise SoftPromptError(
+            "tokenizer: its chat template keeps neither a system turn nor a user turn intact"
+            + (f" ({reason})" if reason else "")
+        )
 
     @cached_property
     def _alone(self) -> str:

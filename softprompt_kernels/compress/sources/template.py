@@ -7,7 +7,6 @@ the same chat on another day.
 from __future__ import annotations
 
 import inspect
-import re
 import string
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +43,7 @@ class ChatTemplate:
         arguments: of the template, such as `{"enable_thinking": False}`.
         time: that the template prints, if it prints one.
         system: the context is a system turn; otherwise it starts the user turn.
+        parts: the template gets the content of a turn as a list of parts, as for a model that reads images too.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +51,7 @@ class ChatTemplate:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     time: datetime = field(default_factory=lambda: datetime.now())
     system: bool = True
+    parts: bool = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> ChatTemplate:
@@ -69,10 +70,16 @@ class ChatTemplate:
                 ) from error
         taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
         taken |= {"messages", "strftime_now", _CODES}
+        used = _variables(source) if arguments else None
         for name in arguments or {}:
             if not source:
                 raise SoftPromptError(f"template_arguments: got {name!r} for a tokenizer without a chat template")
-            if name in taken or not name.isidentifier() or not re.search(rf"\b{name}\b", source):
+            if name in taken:
+                raise SoftPromptError(
+                    f"template_arguments: got {name!r}, which every chat template is given already, "
+                    "accepted are other variables that the chat template uses"
+                )
+            if used is not None and name not in used:
                 raise SoftPromptError(
                     f"template_arguments: got {name!r}, accepted are variables that the chat template uses"
                 )
@@ -82,6 +89,11 @@ class ChatTemplate:
     def in_user_turn(self) -> ChatTemplate:
         """The same with the context at the start of the user turn."""
         return replace(self, system=False)
+
+    @property
+    def in_parts(self) -> ChatTemplate:
+        """The same with the content of a turn as a list of parts."""
+        return replace(self, parts=True)
 
     @property
     def prints_time(self) -> bool:
@@ -99,27 +111,46 @@ class ChatTemplate:
         Raises:
             SoftPromptError: jinja2 is missing or too old.
         """
+        try:
+            return self._rendered(context, query, answer)
+        except SoftPromptError:
+            raise
+        except Exception:  # a template may raise anything: jinja's errors, or its own for a role it does not support
+            return None
+
+    def refusal(self, context: str | None, query: str | None = None, answer: str | None = None) -> str:
+        """Why the template refuses a chat; "" if it does not."""
+        try:
+            self._rendered(context, query, answer)
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
+
+    def _rendered(self, context: str | None, query: str | None, answer: str | None) -> str:
         if not self.source:
             return self._plain(context, query, answer)
         if not self.system and context is not None:
             context, query = None, f"{context}\n\n{query}"
         turns = [("system", context), ("user", query), ("assistant", answer)]
-        messages = [{"role": role, "content": text} for role, text in turns if text is not None]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in turns
+            if text is not None
+        ]
+        timed = "strftime_now" in self.source
         try:
             return str(
                 self.tokenizer.apply_chat_template(
                     messages,
-                    chat_template=(_STRFTIME if "strftime_now" in self.source else "") + self.source,
+                    chat_template=(_STRFTIME if timed else "") + self.source,
                     tokenize=False,
                     add_generation_prompt=query is not None and answer is None,
-                    **(self._codes if "strftime_now" in self.source else {}),
+                    **(self._codes if timed else {}),
                     **self.arguments,
                 )
             )
         except ImportError as error:
             raise SoftPromptError(f"jinja2: chat templates need it ({' '.join(str(error).split())})") from error
-        except Exception:  # a template may raise anything: jinja's errors, or its own for a role it does not support
-            return None
 
     @cached_property
     def _codes(self) -> dict[str, dict[str, str]]:
@@ -137,3 +168,32 @@ class ChatTemplate:
         if query is not None:
             text += f"Question: {query}\nAnswer:"
         return text if answer is None else f"{text} {answer}"
+
+
+def _variables(source: str) -> set[str] | None:
+    """The variables that a chat template reads and does not set; None if it is not a template.
+
+    Raises:
+        SoftPromptError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import TemplateSyntaxError, ext, meta, nodes
+        from jinja2.parser import Parser
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise SoftPromptError(f"jinja2: chat templates need it ({error})") from error
+
+    class Generation(ext.Extension):
+        """The marks of transformers around what a model writes."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(extensions=[Generation, ext.loopcontrols])
+    try:
+        return meta.find_undeclared_variables(environment.parse(source))
+    except TemplateSyntaxError:
+        return None

@@ -126,10 +126,60 @@ def test_an_empty_context_is_refused(tokenizer: PreTrainedTokenizerBase, text: s
         ChatFormat(tokenizer).context_ids(text)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "nothing of it", "{% broken"])
-def test_a_template_that_drops_the_turns_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    with pytest.raises(SoftPromptError, match="tokenizer: its chat template"):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('never\nat all') }}", r" \(never at all\)$"),
+        ("nothing of it", "intact$"),
+        ("{% broken", r" \(.*'broken'.*\)$"),
+        (
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ 1 / 0 }}{% endif %}{% endfor %}",
+            r" \(division by zero",
+        ),
+    ],
+)
+def test_a_template_that_drops_the_turns_is_refused(
+    tokenizer: PreTrainedTokenizerBase, template: str, reason: str
+) -> None:
+    with pytest.raises(SoftPromptError, match=f"tokenizer: its chat template keeps neither .*{reason}"):
         ChatFormat(with_template(tokenizer, template))
+
+
+IN_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% else %}<image>{% endif %}{% endfor %}<|im_end|>\n{% endfor %}" + OPENING
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        IN_PARTS.replace("{% else %}<image>", ""),
+        IN_PARTS,
+        IN_PARTS.replace("m['content'] %}", "m['content'] if part.type != 'image' %}"),
+        IN_PARTS.replace(
+            "{% for m",
+            "{% for m in messages if m['content'] is string %}{{ raise_exception() }}{% endfor %}{% for m",
+            1,
+        ),
+    ],
+)
+def test_a_template_that_wants_parts_gets_them(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    given, plain = ChatFormat(with_template(tokenizer, template)), ChatFormat(tokenizer)
+    assert given.context_ids(CONTEXT).tolist() == plain.context_ids(CONTEXT).tolist()
+    assert given.query_ids(QUERY) == plain.query_ids(QUERY)
+    assert given.output_ids("Blue.") == plain.output_ids("Blue.")
+
+
+def test_a_template_that_refuses_system_turns_and_wants_parts_gets_both(tokenizer: PreTrainedTokenizerBase) -> None:
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + IN_PARTS
+    found, expected = (
+        ChatFormat(with_template(tokenizer, refuses)),
+        ChatFormat(with_template(tokenizer, REFUSES_SYSTEM)),
+    )
+    # REFUSES_SYSTEM starts with the BOS token.
+    assert found.context_ids(CONTEXT)[0].tolist() == expected.context_ids(CONTEXT)[0, 1:].tolist()
+    assert found.query_ids(QUERY) == expected.query_ids(QUERY)
 
 
 def test_a_query_without_context_is_the_chat_that_the_template_renders(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -192,10 +192,29 @@ def test_arguments_reach_the_template(tokenizer: PreTrainedTokenizerBase) -> Non
     assert ChatFormat(argued).no_context_ids() is None
 
 
-@pytest.mark.parametrize("name", ["styl", "messages", "tokenize", "add_generation_prompt", "chat_template", "(", ""])
+@pytest.mark.parametrize("name", ["styl", "(", "", "m", "n", "loop", "quoted", "said", "else", "content", "range"])
 def test_an_argument_that_the_template_does_not_use_is_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    said = "{# quoted #}{% set n = 1 %}{{ n }}{% generation %}said{% endgeneration %}"
     with pytest.raises(SoftPromptError, match=r"template_arguments: got .*, accepted are variables"):
+        ChatFormat(with_template(tokenizer, said + ARGUED), {name: 1})
+
+
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "chat_template", "strftime_now"])
+def test_an_argument_that_is_taken_is_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    with pytest.raises(SoftPromptError, match=f"template_arguments: got '{name}', which every chat template is given"):
         ChatFormat(with_template(tokenizer, ARGUED), {name: 1})
+
+
+def test_an_argument_with_a_default_of_the_template_is_used(tokenizer: PreTrainedTokenizerBase) -> None:
+    for start in (
+        "{% if tone is not defined %}{% set tone = 'dry' %}{% endif %}{{ tone }} ",
+        "{% set tone = tone | default('dry') %}{{ tone }} ",
+        "{% generation %}{{ tone or 'dry' }} {% endgeneration %}",
+    ):
+        chosen = with_template(tokenizer, start + TEMPLATE)
+        for arguments, tone in ((None, "dry"), ({"tone": "kind"}, "kind")):
+            before = ChatFormat(chosen, arguments).no_context_ids()
+            assert chosen.decode(before[0]).strip() == tone
 
 
 def test_arguments_without_a_template_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
