@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,9 +85,16 @@ def _compress(settings: CompressConfig) -> None:
             ("figures", str(folder.evaluation)),
             *([("curves", str(folder.curves))] if folder.curves.exists() else []),
             *([("answers", str(folder.answers))] if folder.answers.exists() else []),
-            ("try it", f'softprompt generate --model {settings.model} --prompt {folder.prompt} "..."'),
+            ("try it", try_it(settings, folder.prompt)),
         ]
     )
+
+
+def try_it(settings: CompressConfig, prompt: Path) -> str:
+    """The command that asks the saved prompt."""
+    arguments = settings.template_arguments
+    given = f" --template-arguments {shlex.quote(json.dumps(arguments))}" if arguments else ""
+    return f'softprompt generate --model {settings.model} --prompt {prompt}{given} "..."'
 
 
 def _forecast(settings: CompressConfig) -> None:

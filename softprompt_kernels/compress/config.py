@@ -269,7 +269,7 @@ def accepted(name: str) -> str:
     field: FieldInfo = CompressConfig.model_fields[name]
     type_name, bounds = _type_name(field.annotation), []
     if name == "template_arguments":
-        return "a mapping of names to values"
+        return "a mapping of names to JSON values"
     if name == "device":
         return "auto, cpu, cuda, cuda:1 or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:
@@ -309,7 +309,12 @@ def _message(detail: ErrorDetails) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys. PyYAML would silently keep the last one."""
+    """Refuses duplicate keys, of which PyYAML would silently keep the last one, and reads dates as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

@@ -46,11 +46,11 @@ def test_a_run_with_other_arguments_is_another_run(run, inputs, argued, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        ("tone", "accepted is a mapping of names to values"),
-        ("{", "accepted is a mapping of names to values"),
-        ('{"tone": 1, "tone": 2}', "accepted is a mapping of names to values"),
+        ("tone", "accepted is a mapping of names to JSON values"),
+        ("{", "accepted is a mapping of names to JSON values"),
+        ('{"tone": 1, "tone": 2}', "accepted is a mapping of names to JSON values"),
         ('{"tones": 1}', "accepted are variables that the chat template uses"),
-        ('{"tokenize": true}', "accepted are variables that the chat template uses"),
+        ('{"tokenize": true}', "accepted are other variables that the chat template uses"),
     ],
 )
 def test_other_arguments_are_refused(run, inputs, argued, finished, tmp_path, command, arguments, fragment):

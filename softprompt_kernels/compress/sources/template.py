@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -153,7 +153,7 @@ class ChatTemplate:
             raise SoftPromptError(f"jinja2: chat templates need it ({' '.join(str(error).split())})") from error
 
     @cached_property
-    def _codes(self) -> dict[str, dict[str, str]]:
+    def _codes(self) -> dict[str, Any]:
         """The time in each code of strftime, also with a flag as in `%-d`."""
         codes = {}
         for code in map("".join, product(("", *"-_0^#EO"), string.ascii_letters)):
@@ -186,7 +186,7 @@ def _variables(source: str) -> set[str] | None:
     class Generation(ext.Extension):
         """The marks of transformers around what a model writes."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -231,9 +231,22 @@ def test_arguments_are_a_mapping_or_its_text(given: Any) -> None:
     assert load_config(None, config.model_dump()) == config
 
 
-@pytest.mark.parametrize("given", ["enable_thinking", "[1]", "{a: ", 3, "a: 2020-13-01", {"a": {1, 2}}])
+@pytest.mark.parametrize("text", ["2024-07-26", "2024-07-26 10:00:00", "2020-13-01"])
+def test_a_date_is_text(text: str, tmp_path: Path) -> None:
+    given, file = f"{{date_string: {text}, more: [{text}]}}", tmp_path / "run.yaml"
+    expected = {"date_string": text, "more": [text]}
+    file.write_text(f"template_arguments: {given}\n")
+    for config in (load_config(None, REQUIRED | {"template_arguments": given}), load_config(file, REQUIRED)):
+        assert config.template_arguments == expected
+        file.write_text(config.to_yaml())
+        assert load_config(file, {}) == config
+
+
+@pytest.mark.parametrize("given", ["enable_thinking", "[1]", "{a: ", 3, "a: !!timestamp 2020-01-01", {"a": {1, 2}}])
 def test_arguments_of_another_form_are_refused(given: Any) -> None:
-    with pytest.raises(SoftPromptError, match=r"template_arguments: got .*, accepted is a mapping of names to values"):
+    with pytest.raises(
+        SoftPromptError, match=r"template_arguments: got .*, accepted is a mapping of names to JSON values"
+    ):
         load_config(None, REQUIRED | {"template_arguments": given})
 
 
