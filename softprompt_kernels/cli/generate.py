@@ -76,13 +76,15 @@ def generate(
 
     from softprompt_kernels.compress import ChatFormat, load_model
     from softprompt_kernels.compress.inputs import read_text
+    from softprompt_kernels.compress.saved_prompt import recorded_arguments
     from softprompt_kernels.compress.sources.model import check_ids
     from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
     from softprompt_kernels.prompts.adapter import describe
 
     text = None if context is None else read_text(context, "context")
     if prompt is not None:
-        describe(prompt)  # raises before the model is loaded if this is not a saved prompt
+        _, record = describe(prompt)  # raises before the model is loaded if this is not a saved prompt
+        arguments = recorded_arguments(record) if arguments is None else arguments
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device)
     chat = ChatFormat(tokenizer, arguments)

@@ -23,7 +23,10 @@ Force = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of sampling.")]
 TemplateArguments = Annotated[
     str | None,
-    typer.Option(help="Arguments of the chat template, as the prompt was made with: '{\"enable_thinking\": false}'."),
+    typer.Option(
+        help="Arguments of the chat template, such as '{\"enable_thinking\": false}'. Default: those that the prompt "
+        "was made with."
+    ),
 ]
 
 PANELS = {
@@ -42,7 +45,7 @@ def parse_template_arguments(text: str | None) -> dict[str, Any] | None:
     """The arguments of a chat template, from JSON or YAML.
 
     Raises:
-        SoftPromptError: it is not a mapping of names to values.
+        SoftPromptError: it is not a mapping of names to JSON values.
     """
     try:
         return None if text is None else TypeAdapter(ChatArguments).validate_python(text)

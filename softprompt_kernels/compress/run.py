@@ -314,7 +314,11 @@ class _Run:
             prompt,
             model=inputs.model,
             tokenizer=inputs.tokenizer,
-            context={"sha256": sha256(inputs.text), "tokens": inputs.context_tokens},
+            context={
+                "sha256": sha256(inputs.text),
+                "tokens": inputs.context_tokens,
+                **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
+            },
             objective={
                 "name": config.objective,
                 "nll_weight": config.nll_weight,

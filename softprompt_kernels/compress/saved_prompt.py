@@ -44,7 +44,7 @@ def evaluate_prompt(
         prompt_dir: folder of the saved prompt.
         queries: file of JSON Lines. The teacher answers those without an output.
         new_tokens, sample_temperature, seed: at most so many tokens an answer, and how they are sampled.
-        template_arguments: of the chat template, as in `CompressConfig`.
+        template_arguments: of the chat template, as in `CompressConfig`; None: those that the prompt was made with.
         dtype, device: as in `load_model`.
         force: as in `softprompt_kernels.prompts.load`.
         reporter: receives the progress; None reports nothing.
@@ -59,8 +59,8 @@ def evaluate_prompt(
     reporter = reporter or SilentReporter()
     text, asked = read_text(context, "context"), load_queries(queries)
     model, tokenizer = load_model(model_name, dtype, device)
-    chat = ChatFormat(tokenizer, template_arguments)
     prompt, record = load(prompt_dir, model, tokenizer, force=force)
+    chat = ChatFormat(tokenizer, recorded_arguments(record) if template_arguments is None else template_arguments)
     made_from = (record or {}).get("context") or {}
     if made_from.get("sha256") not in (None, sha256(text)):
         reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")
@@ -88,3 +88,14 @@ def evaluate_prompt(
         "ratio": prefix.length / prompt.length,
         "queries": summary(distances),
     }
+
+
+def recorded_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of the chat template that a prompt was made with.
+
+    Args:
+        record: from `softprompt_kernels.prompts.load`.
+    """
+    context = (record or {}).get("context")
+    arguments = context.get("template_arguments") if isinstance(context, dict) else None
+    return arguments if isinstance(arguments, dict) else {}

@@ -1,5 +1,7 @@
 """Arguments of the chat template on the command line reach the template; others are refused in one sentence."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -21,18 +23,34 @@ def argued(inputs, tmp_path: Path) -> Path:
 
 
 def test_a_run_and_its_commands_take_arguments(run, inputs, argued, tmp_path):
-    arguments = '{"tone": "kind"}'
-    folder = tmp_path / "run"
+    arguments, folder = '{"tone": "it\'s kind"}', tmp_path / "run"
     result = run(*inputs.compress(folder, model=argued, template_arguments=arguments))
     assert result.exit_code == 0, result.output
-    assert '"tone": "kind"' in (folder / "chat.json").read_text()
-    assert "tone: kind" in (folder / "config.yaml").read_text()
-    options = ["--model", argued, "--prompt", folder / "prompt", "--template-arguments", arguments]
-    result = run("generate", *options, "--max-new-tokens", 3, "Who?")
-    assert result.exit_code == 0, result.output
-    files = ["--context", inputs.context, "--queries", inputs.heldout]
-    result = run("evaluate", *options, *files, "--new-tokens", 3)
-    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "chat.json").read_text())["arguments"] == {"tone": "it's kind"}
+    assert "tone: it's kind" in (folder / "config.yaml").read_text()
+    shown = next(line for line in result.stdout.replace("\n", " ").split("try it")[1:])
+    words = shlex.split(shown)
+    assert words[words.index("--template-arguments") + 1] == arguments
+
+    options, given = ["--model", argued, "--prompt", folder / "prompt"], ["--template-arguments"]
+    files = ["--context", inputs.context, "--queries", inputs.heldout, "--new-tokens", 3, "--sample-temperature", 0]
+    for command, rest in (("evaluate", files), ("generate", ["--max-new-tokens", 12, "Who?"])):
+        results = [run(command, *options, *rest, *more) for more in ([], [*given, arguments], [*given, "{}"])]
+        assert [result.exit_code for result in results] == [0, 0, 0], results[0].output
+        recorded, same, without = (result.stdout for result in results)
+        assert recorded == same, "the arguments of the run are the default"
+        assert command == "generate" or without != same
+
+
+def test_an_argument_changes_an_answer(run, inputs, argued):
+    options = ["--model", argued, "--context", inputs.context, "--max-new-tokens", 12, "Who?"]
+    plain = run("generate", *options)
+    answers = {plain.stdout}
+    for number in range(4):  # a tiny model may answer the same in spite of another prompt
+        result = run("generate", *options, "--template-arguments", json.dumps({"tone": f"{number} " * 40}))
+        assert result.exit_code == 0, result.output
+        answers.add(result.stdout)
+    assert len(answers) > 1
 
 
 def test_a_run_with_other_arguments_is_another_run(run, inputs, argued, tmp_path):
