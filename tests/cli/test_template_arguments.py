@@ -1,6 +1,7 @@
 """Arguments of the chat template on the command line reach the template; others are refused in one sentence."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -88,3 +89,15 @@ def test_a_question_after_a_mark_is_read_without_it(run, inputs):
     plain = run("generate", "--model", inputs.model, "--max-new-tokens", 4, stdin=b"Who?\n")
     marked = run("generate", "--model", inputs.model, "--max-new-tokens", 4, stdin=b"\xef\xbb\xbfWho?\n")
     assert plain.exit_code == 0 and marked.stdout == plain.stdout
+
+
+def test_a_dry_run_takes_the_arguments_that_it_is_given(run, inputs, argued, tmp_path):
+    options = {"model": argued, "steps": 0}
+    result = run(*inputs.compress(tmp_path / "run", template_arguments="tone: kind", **options))
+    assert result.exit_code == 0, result.output
+    counts = []
+    for arguments in ("tone: kind", "tone: kind and kind and kind", None):
+        result = run(*inputs.compress(tmp_path / "run", template_arguments=arguments, **options), "--dry-run")
+        assert result.exit_code == 0, result.output
+        counts.append(re.search(r"context +(\d+) tokens", result.stdout)[1])
+    assert len(set(counts)) == 3

@@ -98,10 +98,14 @@ class ChatTemplate:
     @property
     def prints_time(self) -> bool:
         """Whether a chat of today is another than that of another day."""
-        other = replace(self, time=datetime(2003, 2, 1, 4, 5, 6))
+        if "strftime_now" not in self.source:
+            return False
         chats = [(a, b, c) for a in ("a", None) for b in ("b", None) for c in ("c", None) if a or b]
-        pairs = [(self, other), (self.in_user_turn, other.in_user_turn)] if "strftime_now" in self.source else []
-        return any(one.render(*chat) != two.render(*chat) for one, two in pairs for chat in chats)
+        # They differ in every part that a template may print.
+        times = datetime(2003, 2, 1, 4, 5, 6), datetime(1987, 9, 17, 19, 27, 38, 1)
+        one, two = (replace(self, time=time) for time in times)
+        pairs = ((one, two), (one.in_user_turn, two.in_user_turn))
+        return any(first.render(*chat) != second.render(*chat) for first, second in pairs for chat in chats)
 
     def render(self, context: str | None, query: str | None = None, answer: str | None = None) -> str | None:
         """The chat up to the start of the answer, or to the end of the last turn if there is an answer or no query.
@@ -132,7 +136,7 @@ class ChatTemplate:
         if not self.system and context is not None:
             context, query = None, f"{context}\n\n{query}"
         turns = [("system", context), ("user", query), ("assistant", answer)]
-        messages = [
+        messages: list[Any] = [
             {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
             for role, text in turns
             if text is not None

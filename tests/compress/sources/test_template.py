@@ -118,6 +118,11 @@ def test_a_damaged_record_is_as_none_where_no_time_is_printed(
         assert found.query_ids("Why?") == ChatFormat(chosen).query_ids("Why?")
 
 
+def test_each_part_of_a_time_counts(tokenizer: PreTrainedTokenizerBase) -> None:
+    for code in "aAbBdfHIjmMpSUwWxXyYc":
+        assert ChatTemplate.of(with_template(tokenizer, f"{{{{ strftime_now('%{code}') }}}}{TEMPLATE}")).prints_time
+
+
 ALONE = "{% if messages[0]['role'] != 'system' %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATE
 ANSWERED = "{% if messages[-1]['role'] == 'assistant' %}{{ strftime_now('%d') }}{% endif %}" + TEMPLATE
 
@@ -177,6 +182,19 @@ def test_a_run_resumed_on_another_day_reads_the_same(
     assert resumed == figures
     examples = [json.loads((run.output / "cache" / "examples.json").read_text()) for run in (whole, config)]
     assert examples[0] == examples[1]
+
+
+def test_a_run_without_a_record_resumes_where_no_time_is_printed(
+    make_config: Callable[..., CompressConfig], recording_reporter: Any, no_plot: None
+) -> None:
+    config = make_config()
+    with pytest.raises(Interrupted):
+        compress(config, recording_reporter("Training", 3))
+    record, examples = config.output / "chat.json", config.output / "cache" / "examples.json"
+    kept = examples.read_bytes()
+    record.unlink()  # as of a version that wrote none
+    compress(config)
+    assert json.loads(record.read_text())["template"] and examples.read_bytes() == kept
 
 
 ARGUED = TEMPLATE.replace(
