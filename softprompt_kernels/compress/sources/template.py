@@ -69,7 +69,7 @@ class ChatTemplate:
                     "tokenizer: it has several chat templates, accepted is one, or a default"
                 ) from error
         taken = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-        taken |= {"messages", "strftime_now", _CODES}
+        taken |= {"messages", "raise_exception", "strftime_now", _CODES}
         used = _variables(source) if arguments else None
         for name in arguments or {}:
             if not source:

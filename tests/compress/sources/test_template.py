@@ -217,7 +217,7 @@ def test_an_argument_that_the_template_does_not_use_is_refused(tokenizer: PreTra
         ChatFormat(with_template(tokenizer, said + ARGUED), {name: 1})
 
 
-@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "chat_template", "strftime_now"])
+@pytest.mark.parametrize("name", ["messages", "tokenize", "add_generation_prompt", "raise_exception", "strftime_now"])
 def test_an_argument_that_is_taken_is_refused(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     with pytest.raises(SoftPromptError, match=f"template_arguments: got '{name}', which every chat template is given"):
         ChatFormat(with_template(tokenizer, ARGUED), {name: 1})
