@@ -130,14 +130,14 @@ def max_positions(config: Any) -> int:
     """
     config = config.get_text_config(decoder=True)
     limit: int = config.max_position_embeddings
-    family = find_family(config.model_type)
-    if family is not None and family.window is not None:
-        limit = min(limit, family.window(config))
     for settings in rope_parameters(config).values():
         if settings["rope_type"] == "yarn" and settings.get("factor"):
             limit = max(limit, int(settings["factor"] * settings["original_max_position_embeddings"]))
         if settings["rope_type"] == "longrope":
             limit = min(limit, settings["original_max_position_embeddings"])
+    family = find_family(config.model_type)
+    if family is not None and family.window is not None:  # last: a family's own limit holds for any rotary setting
+        limit = min(limit, family.window(config))
     return limit
 
 

@@ -43,6 +43,9 @@ NOT_EXACT = {
 }
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 @pytest.mark.parametrize("name", UNTESTED)
 def test_other_families_are_refused_by_name(name):
     config, options = UNTESTED[name]
@@ -199,6 +202,12 @@ def test_the_factors_of_other_types_do_not_widen_the_window(rope_type, build, to
         ("llama4", {"attention_chunk_size": 16}, 16),
         ("llama4", {"floor_scale": 16}, 15),
         ("qwen2_moe", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16),
+        (
+            "qwen2_moe",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1, "rope_parameters": YARN},
+            16,
+        ),
+        ("llama4", {"attention_chunk_size": 16, "rope_parameters": YARN}, 16),
     ],
 )
 def test_the_window_ends_where_something_besides_attention_changes(family, options, limit, build, tokens):

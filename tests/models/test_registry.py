@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Jais2Config, NanoChatConfig
 from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import capture, prepare, prompted_logits, register_family, registry
 from softprompt_kernels.models.exactness import check_exactness
+from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.models.registry import find_family, undeclared_families
 
 SMALL = {
@@ -56,6 +57,13 @@ def test_a_declared_family_is_served(tokens):
     prepare(model)
     assert prompted_logits(model, tokens(1, 4), capture(model, tokens(1, 6))).shape == (1, 4, 61)
     assert all(check.passed for check in check_exactness(model))
+
+
+def test_a_declared_window_holds_whatever_the_rotary_settings_say():
+    register_family("jais2", window=lambda config: 16)
+    config = small(Jais2Config).config
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    assert max_positions(config) == 16
 
 
 def test_a_wrong_declaration_fails_the_check():
