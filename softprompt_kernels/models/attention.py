@@ -11,14 +11,14 @@ Without `softprompt` the model runs as it did before `prepare`: P = 0, causal, p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.padding import Packing, Placement, compaction, gather_tokens, is_right_padded
 from softprompt_kernels.models.tap import QueryTap, ScoreFunction
 from softprompt_kernels.ops import prompt_attention
@@ -57,6 +57,7 @@ class Call:
         tap: hands out queries and their results, None for none.
         own: adds the keys and values of earlier own tokens; None if there are none.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
+        layers: the layers that were handed this call. A model that drops it runs without its prefix.
     """
 
     prefix: Prefix | None
@@ -68,6 +69,7 @@ class Call:
     tap: QueryTap | None = None
     own: OwnTokens | None = None
     wants_grad: bool = False
+    layers: set[int] = field(default_factory=set)
 
 
 _NO_PROMPT = Call(None)
@@ -125,6 +127,8 @@ def attend(
     call = softprompt
     if call is None:
         call, key, value = _call_from_mask(attention_mask, query, key, value)
+    else:
+        call.layers.add(module.layer_idx)
     if call.wants_grad and not torch.is_grad_enabled():
         raise SoftPromptError(
             "gradient checkpointing: got the re-entrant kind, which loses the gradient of a prompt; accepted is "
@@ -207,6 +211,11 @@ def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor, value: Tens
     """
     if mask is None:
         return _NO_PROMPT, key, value
+    if mask.shape == (1, 1, 1, 1):  # of `run_base`, which passes a `Call` beside it
+        raise NotServedError(
+            "model: a layer does not hand the prefix on to its attention, accepted are models that pass unknown "
+            "keyword arguments down to the attention function"
+        )
     if mask.dim() != 2 or mask.shape != (key.shape[0], key.shape[2]):
         raise SoftPromptError(
             f"attention_mask: got shape {tuple(mask.shape)}, accepted is [batch, tokens] with one entry for each token"

@@ -11,14 +11,13 @@ all their tokens, the autograd graph is complete, and gradient checkpointing, wh
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import cast, overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.errors import NotServedError, SoftPromptError
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions, text_config
 from softprompt_kernels.models.finite import not_finite
@@ -58,7 +57,6 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
         positions = torch.arange(start, start + chunk.shape[1], device=input_ids.device)[None]
         before = context.prefix() if start else None
         hidden = run_base(model, Call(before, sink=context), positions, input_ids=chunk)
-        _check_complete(model, context.layers)
         finite.append(hidden.isfinite().all())
         context.length += chunk.shape[1]
     if not bool(torch.stack(finite).all()):
@@ -98,7 +96,6 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     graph = torch.is_grad_enabled() and embedding.requires_grad
     call = Call(None, key_lengths=lengths, sink=layers, wants_grad=graph)
     run_base(model, call, positions, inputs_embeds=bank.to(device, table.dtype))
-    _check_complete(model, layers.layers)
     return layers.close(lengths)
 
 
@@ -132,16 +129,6 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
         case PromptBank():
             return embed_prefix(model, *prompt.vectors(dtype))
     raise TypeError(f"prompt: got {type(prompt).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
-
-
-def _check_complete(model: PreTrainedModel, layers: Collection[int] | None) -> None:
-    """Raise unless each layer was handed the prefix. One that drops it would run without it, and give wrong results."""
-    count = text_config(model).num_hidden_layers
-    if layers is None or len(layers) != count:
-        raise NotServedError(
-            f"model: {len(layers or ())} of the {count} layers of {type(model).__name__} hand the prefix on to their "
-            "attention, accepted are models that pass unknown keyword arguments down to the attention function"
-        )
 
 
 def _embedding_table(model: PreTrainedModel) -> Tensor:

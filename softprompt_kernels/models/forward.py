@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions, decoder_of, family_of, text_config
 from softprompt_kernels.models.head import head_of
@@ -129,8 +129,19 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
         output_hidden_states=False,
         softprompt=call,
     )
+    check_complete(model, call)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def check_complete(model: PreTrainedModel, call: Call) -> None:
+    """Raise unless each layer was handed the call. One that drops it ran without the prefix, and gave wrong results."""
+    count = text_config(model).num_hidden_layers
+    if len(call.layers) != count:
+        raise NotServedError(
+            f"model: {len(call.layers)} of the {count} layers of {type(model).__name__} hand the prefix on to their "
+            "attention, accepted are models that pass unknown keyword arguments down to the attention function"
+        )
 
 
 def wants_grad(prefix: Prefix | None) -> bool:

@@ -20,7 +20,7 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.cache import OwnCache
 from softprompt_kernels.models.finite import check_finite
-from softprompt_kernels.models.forward import check_inputs, first_position
+from softprompt_kernels.models.forward import check_complete, check_inputs, first_position
 from softprompt_kernels.models.padding import Placement, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.prefix import Prefix
@@ -86,7 +86,7 @@ def generate(
             past_key_values=state.cache,
             use_cache=True,
             cache_implementation=None,  # the model's generation config may ask for a static cache
-            logits_processor=LogitsProcessorList([_FiniteLogits(model), *(processors or ())]),
+            logits_processor=LogitsProcessorList([_CheckedLogits(model, state), *(processors or ())]),
             **{name: value for name, value in generate_kwargs.items() if name not in _RESERVED},
         )
         return tokens
@@ -94,13 +94,17 @@ def generate(
         handle.remove()
 
 
-class _FiniteLogits(LogitsProcessor):
-    """Stops a generation whose logits are not finite. The most probable token would be one of them, often number 0."""
+class _CheckedLogits(LogitsProcessor):
+    """Stops a generation whose forward dropped the prefix, or whose logits are not finite.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    The most probable token would be one of those that are not finite, often number 0.
+    """
+
+    def __init__(self, model: PreTrainedModel, state: _GenerationState) -> None:
+        self.model, self.state = model, state
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_complete(self.model, self.state.call)
         check_finite(self.model, "logits", scores.max(dim=-1).values)  # a single token may have −inf
         return scores
 
@@ -131,6 +135,7 @@ class _GenerationState:
             self.pads = (~mask).sum(dim=1)
             self.max_padding = int(self.pads.max())
         self.cache = OwnCache(self.pads)
+        self.call = Call(prefix)  # that of the last forward
 
     def inject(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -144,12 +149,13 @@ class _GenerationState:
             return None
         batch, queries = kwargs["input_ids"].shape
         keys = self.cache.get_seq_length() + queries
+        self.call = self._call(batch, queries, keys)
         positions = kwargs["position_ids"] + _repeat_for_batch(self.first, batch)
         # `softprompt` carries the padding. Without an attention mask, transformers prepares none.
         return args, kwargs | {
             "position_ids": positions,
             "attention_mask": None,
-            "softprompt": self._call(batch, queries, keys),
+            "softprompt": self.call,
         }
 
     def _call(self, batch: int, queries: int, keys: int) -> Call:

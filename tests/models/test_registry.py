@@ -7,10 +7,20 @@ import torch
 from transformers import AutoModelForCausalLM, Jais2Config, NanoChatConfig
 
 from softprompt_kernels.errors import NotServedError, SoftPromptError
-from softprompt_kernels.models import capture, prepare, prompted_logits, register_family, registry
+from softprompt_kernels.models import (
+    capture,
+    embed_prefix,
+    generate,
+    prepare,
+    prompted_logits,
+    register_family,
+    registry,
+    sample,
+)
 from softprompt_kernels.models.exactness import check_exactness
 from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.models.registry import find_family, undeclared_families
+from softprompt_kernels.prompts import KVPrompt
 
 SMALL = {
     "vocab_size": 61,
@@ -87,8 +97,37 @@ def test_a_model_that_drops_the_prefix_is_refused_even_if_declared(tokens):
     register_family("stablelm")
     model = small(StableLmConfig)
     prepare(model)
-    with pytest.raises(NotServedError, match="0 of the 2 layers of StableLmForCausalLM hand the prefix on"):
-        capture(model, tokens(1, 6))
+    prompt = KVPrompt(torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)).prefix()
+    for run in (
+        lambda: capture(model, tokens(1, 6)),
+        lambda: embed_prefix(model, torch.randn(4, 32)),
+        lambda: prompted_logits(model, tokens(1, 6), prompt),
+        lambda: prompted_logits(model, tokens(2, 6), prompt, attention_mask=torch.ones(2, 6).tril(4)),
+        lambda: generate(model, tokens(1, 6), prompt, max_new_tokens=2),
+        lambda: generate(model, tokens(1, 6), prompt, max_new_tokens=2, num_beams=2),
+        lambda: list(sample(model, tokens(1, 6).tolist(), prompt, new_tokens=2)),
+    ):
+        with pytest.raises(
+            NotServedError, match="(0 of the 2 layers of StableLmForCausalLM|a layer does not) hand the prefix on"
+        ):
+            run()
+
+
+def test_a_model_that_hands_the_prefix_to_some_layers_is_refused(build, tokens):
+    model = build("llama")
+    prepare(model)
+    prefix = capture(model, tokens(1, 4))
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {name: one for name, one in kwargs.items() if name != "softprompt"}),
+        with_kwargs=True,
+    )
+    for run in (
+        lambda: prompted_logits(model, tokens(1, 6), prefix),
+        lambda: generate(model, tokens(1, 6), prefix, max_new_tokens=2),
+    ):
+        with pytest.raises(NotServedError, match="1 of the 2 layers of LlamaForCausalLM hand the prefix on"):
+            run()
 
 
 def test_families_of_the_package_cannot_be_declared_again():
