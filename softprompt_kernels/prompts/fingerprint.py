@@ -6,7 +6,8 @@ weights: 64 evenly spaced elements of every parameter, including embedding and h
 
 What a user changes without changing what a prompt means is no difference: more tokens behind the known ones, in the
 model or in the tokenizer, and the tokens that the tokenizer calls its padding, end and so on. So the rows of the first
-tokens are compared, as many as both have.
+tokens are compared: as many as the prompt's model has, or, where that has more than this one, the largest power of two
+that both have. Of a multimodal model, its text part counts.
 
 Cost: milliseconds, for any size of model and any device. Weights that are offloaded are loaded one module at a time.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,8 @@ def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, An
 
     Fields: `family`, `layers`, `hidden_size`, `attention_heads`, `kv_heads`, `head_dim`, `vocabulary`, `rope` (None
     without rotary embedding), `weights` and `body {"float16", "bfloat16"}` (SHA-256, hexadecimal; `body` is without
-    embedding and head). All values can be written as JSON.
+    embedding and head), `rows {"1", "2", "4", …}` (such hashes of the first rows of embedding and head), and, if rows
+    were left out, `all_tokens` (a number). All values can be written as JSON.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -64,6 +66,7 @@ def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, An
         "vocabulary": fewer or config.vocab_size,
         "rope": json.loads(json.dumps(rope)) if rope else None,
         **weights_hashes(model, fewer),
+        **({"all_tokens": config.vocab_size} if fewer else {}),
     }
 
 
@@ -74,17 +77,20 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, saved: Any = None)
         tokenizer: the tokenizer.
         saved: a fingerprint to compare with. If it has fewer tokens, those with the largest ids are left out.
 
-    Fields: `vocabulary` (a number), `tokens`, `tokens_without_added`, `splitting` (SHA-256, hexadecimal). The chat
-    template and the names of special tokens are not included: they may change while all tokens keep their meaning.
+    Fields: `vocabulary` (a number), `tokens`, `tokens_without_added`, `splitting` (SHA-256, hexadecimal), and, if some
+    were left out, `others_added` (whether these are added tokens). The chat template and the names of special tokens
+    are not included: they may change while all tokens keep their meaning.
     """
     everything, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     fewer = fewer_tokens(saved, len(tokenizer))
-    first = sorted(everything.items(), key=lambda item: item[1])[:fewer]
+    ordered = sorted(everything.items(), key=lambda item: item[1])
+    first, others = ordered[:fewer], ordered[fewer:] if fewer else []
     return {
         "vocabulary": fewer or len(tokenizer),
         "tokens": json_hash(sorted(first)),
         "tokens_without_added": json_hash(sorted(item for item in everything.items() if item[0] not in added)),
         "splitting": json_hash(tokenizer(PROBE, add_special_tokens=False)["input_ids"]),
+        **({"others_added": all(token in added for token, _ in others)} if fewer else {}),
     }
 
 
@@ -97,29 +103,46 @@ def fewer_tokens(saved: Any, tokens: int) -> int | None:
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences of two fingerprints, one phrase per field, saved value first. Empty if they agree.
 
-    If `saved` has more tokens than `now`, what does not depend on them is compared: the body of a model, the tokens of
-    a tokenizer without added ones. Hashes of weights are compared only if all other fields agree: models of different
+    If `saved` has more tokens than `now`, what does not depend on them is compared: the body and the first rows of a
+    model, the tokens of a tokenizer without added ones. Where all tokens agree, some may be added ones in one of the
+    two. Hashes of weights are compared only if all other fields agree: models of different
     shapes differ in them anyway.
 
     Args:
         saved: a fingerprint.
         now: one that was made to compare with it.
     """
-    hashes, left_out = "weights", {"weights", "body", *({"tokens_without_added"} - saved.keys())}
+    hashes, left_out = ["weights"], {"weights", "body", "rows", "all_tokens", "others_added"}
+    same_tokens = saved.get("tokens") == now.get("tokens") and now.get("others_added", True)
+    if same_tokens or "tokens_without_added" not in saved:
+        left_out.add("tokens_without_added")
     known = saved.get("vocabulary")
     if type(known) is int and known > now.get("vocabulary", known) and {"body", "tokens_without_added"} & saved.keys():
-        hashes, left_out = "body", {"weights", "body", "vocabulary", "tokens"}
+        hashes, left_out = ["body", "rows"], {"weights", "body", "rows", "all_tokens", "vocabulary", "tokens"}
     phrases = [
         phrase
         for field, here in now.items()
         if field not in left_out
         for phrase in field_difference(field, saved, here)
     ]
-    if hashes in now and not phrases:
-        there = saved.get(hashes)
-        if not isinstance(there, dict) or not any(there.get(kind) == digest for kind, digest in now[hashes].items()):
-            phrases.append("weights (the same shape with other values)")
+    if "weights" in now and not phrases and not all(_same_hash(name, saved, now) for name in hashes):
+        here = now.get("all_tokens", now.get("vocabulary"))
+        shape = "the same shape" if known == here else f"{known} against {here} tokens, and those of both"
+        phrases.append(f"weights ({shape} with other values)")
     return phrases
+
+
+def _same_hash(name: str, saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the two share a hash of `name`; of "rows", of the most rows. Older records have no "rows"."""
+    there, here = saved.get(name), now.get(name)
+    if name == "rows":
+        if there is None:
+            return True
+        most = max(here, key=int) if here else None
+        there, here = (rows.get(most) if isinstance(rows, dict) else None for rows in (there, here))
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return False
+    return any(there.get(kind) == digest for kind, digest in here.items())
 
 
 def as_recorded(saved: Any, now: dict[str, Any]) -> dict[str, Any]:
@@ -141,10 +164,11 @@ def field_difference(field: str, saved: dict[str, Any], here: Any) -> Iterator[s
 
 
 @torch.no_grad()
-def weights_hashes(model: PreTrainedModel, tokens: int | None) -> dict[str, dict[str, str]]:
+def weights_hashes(model: PreTrainedModel, tokens: int | None) -> dict[str, dict[str, Any]]:
     """SHA-256 of a sample of all parameters ("weights") and of those without embedding and head ("body").
 
-    Each once rounded to float16 and once to bfloat16.
+    Each once rounded to float16 and once to bfloat16. "rows" has the same of embedding and head, for each power of two
+    of rows.
 
     Args:
         model: the model.
@@ -163,19 +187,32 @@ def weights_hashes(model: PreTrainedModel, tokens: int | None) -> dict[str, dict
         for name, parameter in module.named_parameters(recurse=False)
     }
 
-    def sample(parameter: Tensor, rows: int | None = None) -> Tensor:
-        return _sample(parameter, rows, *owners.get(id(parameter), ()))
+    def sample(parameter: Tensor, counts: Sequence[int | None] = (None,)) -> list[Tensor]:
+        return _sample(parameter, counts, *owners.get(id(parameter), ()))
 
-    parameters = list(model.parameters())  # before the first sample: loading an offloaded weight replaces it
-    sampled = [sample(end, tokens) for end in ends]
+    # Before the first sample, because loading an offloaded weight replaces it.
+    text = model if model.config.get_text_config() is model.config else model.get_decoder()
+    parameters = list(text.parameters())
+    parameters += [bias for bias in biases if not any(bias is parameter for parameter in parameters)]  # a wrapper's
+    size = min((end.shape[0] for end in ends), default=0)
+    powers = [2**power for power in range(min(tokens or size, size).bit_length())]
+    counts = [tokens, *powers]  # a parameter is read once for all counts
+    sampled_ends = [sample(end, counts) for end in ends]
+    sampled = [all_rows for all_rows, *_ in sampled_ends]
     body = []
     for parameter in parameters:
         if any(parameter is bias for bias in biases):
-            sampled.append(sample(parameter, tokens))
+            sampled_ends.append(sample(parameter, counts))
+            sampled.append(sampled_ends[-1][0])
         elif not any(parameter is end for end in ends):
-            body.append(sample(parameter))
+            body += sample(parameter)
             sampled.append(body[-1])
-    return {"weights": rounded_hashes(torch.cat(sampled)), "body": rounded_hashes(torch.cat(body))}
+    rows = zip(*(few_rows for _, *few_rows in sampled_ends), strict=True)
+    return {
+        "weights": rounded_hashes(torch.cat(sampled)),
+        "body": rounded_hashes(torch.cat(body)),
+        "rows": {str(count): rounded_hashes(torch.cat(one)) for count, one in zip(powers, rows, strict=True)},
+    }
 
 
 def rounded_hashes(values: Tensor) -> dict[str, str]:
@@ -190,16 +227,19 @@ def rounded_hashes(values: Tensor) -> dict[str, str]:
 
 
 def _sample(
-    parameter: Tensor, rows: int | None, path: str = "", module: nn.Module | None = None, name: str = ""
-) -> Tensor:
-    """`sample_elements` of the first rows of a parameter that may be offloaded: `name` of a module at `path`."""
+    parameter: Tensor, counts: Sequence[int | None], path: str = "", module: nn.Module | None = None, name: str = ""
+) -> list[Tensor]:
+    """`sample_elements` of the first rows of a parameter, for each number of rows; None: all.
+
+    It may be offloaded, and is `name` of a module at `path`.
+    """
     if not parameter.is_meta:
-        return sample_elements(parameter[:rows] if rows else parameter)
+        return [sample_elements(parameter[:rows]) for rows in counts]
     if module is not None:
         with loaded(module):
             here: Tensor = getattr(module, name)
             if not here.is_meta:
-                return sample_elements(here[:rows] if rows else here)
+                return [sample_elements(here[:rows]) for rows in counts]
     raise SoftPromptError(
         f"model: its parameter {path} is on the meta device, without numbers; accepted are parameters with numbers, "
         "or offloaded by accelerate"

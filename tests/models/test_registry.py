@@ -108,7 +108,7 @@ def test_a_model_that_drops_the_prefix_is_refused_even_if_declared(tokens):
         lambda: list(sample(model, tokens(1, 6).tolist(), prompt, new_tokens=2)),
     ):
         with pytest.raises(
-            NotServedError, match="(0 of the 2 layers of StableLmForCausalLM|a layer does not) hand the prefix on"
+            NotServedError, match=r"(0 of the 2 layers of StableLmForCausalLM|a layer does not) hand the prefix on"
         ):
             run()
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import KVPrompt, load, save
@@ -42,12 +50,61 @@ def test_a_model_with_more_tokens_is_the_same_model(make_model: MakeModel, famil
         assert model_differences(make(), resized(make(), tokens)) == [], "made with fewer"
         assert model_differences(resized(make(), tokens), make()) == [], "made with more"
     assert model_differences(make(), resized(make(), 64).bfloat16()) == []
-    assert model_differences(make(), resized(make(seed=1), 64)) == ["weights (the same shape with other values)"]
-    assert model_differences(resized(make(), 64), make(seed=1)) == ["weights (the same shape with other values)"]
+    more, fewer = (
+        f"weights ({counts} tokens, and those of both with other values)"
+        for counts in ("53 against 64", "64 against 53")
+    )
+    assert model_differences(make(), resized(make(seed=1), 64)) == [more]
+    assert model_differences(resized(make(), 64), make(seed=1)) == [fewer]
     changed = resized(make(), 64)
     with torch.no_grad():
         changed.get_input_embeddings().weight[:53].mul_(1.02)
-    assert model_differences(make(), changed) == ["weights (the same shape with other values)"], "known tokens count"
+    assert model_differences(make(), changed) == [more], "known tokens count"
+    assert model_differences(changed, make()) == [fewer], "known tokens count"
+    if not tied:
+        redrawn = make()
+        torch.nn.init.normal_(redrawn.get_output_embeddings().weight)
+        assert model_differences(resized(make(), 64), redrawn) == [fewer], "the head counts"
+
+
+def test_of_a_multimodal_model_the_text_part_counts(make_model: MakeModel) -> None:
+    common = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "head_dim": 8}
+    text = Gemma3TextConfig(**common, num_hidden_layers=2, num_key_value_heads=2)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    wrapped = AutoModelForMultimodalLM.from_config(
+        Gemma3Config(
+            text_config=text,
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_id=50,
+        )
+    )
+    alone = AutoModelForCausalLM.from_config(text)
+    assert model_differences(wrapped, alone) == model_differences(alone, wrapped)
+    assert model_differences(wrapped, alone) == ["weights (the same shape with other values)"]
+    alone.model.load_state_dict(wrapped.get_decoder().state_dict())
+    alone.lm_head.load_state_dict(wrapped.lm_head.state_dict())
+    assert model_differences(wrapped, alone) == model_differences(alone, wrapped) == []
+    torch.nn.init.normal_(next(wrapped.model.vision_tower.parameters()))
+    assert model_differences(alone, wrapped) == []
+    torch.nn.init.normal_(wrapped.get_decoder().layers[1].mlp.up_proj.weight)
+    assert model_differences(alone, wrapped) == ["weights (the same shape with other values)"]
+
+
+@pytest.mark.parametrize("more", [{}, {"pad_token": "[PAD]"}], ids=str)
+def test_a_known_token_that_was_made_special_is_the_same(
+    make_tokenizer: MakeTokenizer, more: dict[str, str], tmp_path: Path
+) -> None:
+    one, other = make_tokenizer("a", "b"), make_tokenizer("a", "b")
+    other.add_special_tokens({"extra_special_tokens": ["b"], **more})
+    other.save_pretrained(tmp_path)
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert read.get_added_vocab().keys() != one.get_added_vocab().keys()
+    assert tokenizer_differences(one, read) == []
+    if not more:
+        assert tokenizer_differences(read, one) == []
+    assert tokenizer_differences(make_tokenizer("a", "c"), read) != []
 
 
 def test_a_head_with_a_bias_may_have_more_tokens_too(make_model: MakeModel) -> None:
@@ -63,7 +120,7 @@ def test_a_head_with_a_bias_may_have_more_tokens_too(make_model: MakeModel) -> N
     assert model_differences(one, resized(other, 60)) == []
     with torch.no_grad():
         other.lm_head.bias[:53].add_(1)
-    assert model_differences(one, other) == ["weights (the same shape with other values)"]
+    assert model_differences(one, other) == ["weights (53 against 60 tokens, and those of both with other values)"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +158,7 @@ def test_a_prompt_is_served_on_a_base_with_a_padding_token(
 def test_records_of_the_version_before_are_read(make_model: MakeModel, make_tokenizer: MakeTokenizer) -> None:
     """They have no `body` and `tokens_without_added`, and a hash of the special tokens."""
     model, tokenizer = model_fingerprint(make_model()), tokenizer_fingerprint(make_tokenizer("a"))
-    del model["body"], tokenizer["tokens_without_added"]
+    del model["body"], model["rows"], tokenizer["tokens_without_added"]
     tokenizer["special_tokens"] = "0" * 64
     assert differences(model, model_fingerprint(make_model(), model)) == []
     assert differences(model, model_fingerprint(resized(make_model(), 64), model)) == []
