@@ -41,9 +41,9 @@ class PromptBank(nn.Module):
                 )
         self.prompts = nn.ModuleList(prompts)
         self.lengths: Tensor
-        self.register_buffer(
-            "lengths", torch.tensor([prompt.length for prompt in prompts], device="cpu"), persistent=False
-        )
+        with torch.inference_mode(False):  # a graph cannot keep a tensor of inference mode
+            lengths = torch.tensor([prompt.length for prompt in prompts], device="cpu")
+        self.register_buffer("lengths", lengths, persistent=False)
 
     def __len__(self) -> int:
         return len(self.prompts)

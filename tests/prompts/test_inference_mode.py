@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from softprompt_kernels.models import prefix_of, prepare, prompted_logits
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, Prefix, PromptBank, load, save
 
 
@@ -50,7 +51,27 @@ def test_a_prompt_of_inference_mode_is_trained(
         assert tensor.requires_grad and not torch.equal(tensor, before[key])
 
 
-def test_tensors_of_inference_mode_make_a_prompt_that_is_trained(random_kv, make_model) -> None:
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_bank_of_unequal_lengths_is_trained_on_a_model(
+    kind: str, moved: bool, make_model: Callable[..., PreTrainedModel], ids: torch.Tensor
+) -> None:
+    model = make_model().requires_grad_(False)
+    prepare(model)
+    with torch.inference_mode():
+        pairs = (torch.ones(3, 2, 4, 8), torch.ones(3, 2, 2, 8))
+        bank = PromptBank(
+            [KVPrompt(one, one) for one in pairs]
+            if kind == "kv"
+            else [EmbeddingPrompt(torch.ones(length, 24)) for length in (4, 2)]
+        )
+        if moved:
+            bank.double().float()
+    prompted_logits(model, ids, prefix_of(model, bank), attention_mask=torch.ones_like(ids).tril(5)).sum().backward()
+    assert all(parameter.grad is not None for parameter in bank.parameters())
+
+
+def test_tensors_of_inference_mode_make_a_prompt_that_is_trained() -> None:
     with torch.inference_mode():
         key, value = torch.ones(3, 2, 4, 8), torch.ones(3, 2, 4, 8)
         rows = torch.ones(4, 24)
