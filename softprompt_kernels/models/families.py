@@ -99,6 +99,14 @@ def check_attention(model: PreTrainedModel) -> None:
         raise NotServedError(
             f"model: got attention in layers {layers}, accepted is one in each of {config.num_hidden_layers} layers"
         )
+    for module in attention_modules(decoder):
+        key = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or head_size(model)
+        value = getattr(module, "v_head_dim", None) or key
+        if (key, value) != (head_size(model),) * 2:
+            raise NotServedError(
+                f"model: got keys of size {key} and values of size {value} in layer {module.layer_idx}, accepted is "
+                f"the head size of the configuration, {head_size(model)}, for both in all layers"
+            )
 
 
 def attention_modules(model: nn.Module) -> Iterator[Any]:
@@ -106,6 +114,12 @@ def attention_modules(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling"):
             yield module
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """D, the size of the attention's heads, as the configuration has it."""
+    config = text_config(model)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rope_parameters(config: Any) -> dict[str | None, dict[str, Any]]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.attention import Call
-from softprompt_kernels.models.families import check_positions, decoder_of, family_of, text_config
+from softprompt_kernels.models.families import check_positions, decoder_of, family_of, head_size, text_config
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, compaction, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
@@ -218,9 +218,3 @@ def _check_prefix(model: PreTrainedModel, prefix: Prefix) -> None:
 def packs_batches(model: PreTrainedModel) -> bool:
     """Whether padded batches run as one packed sequence: the backend is good at it, and the model allows it."""
     return family_of(model).packs and packs_sequences(head_size(model), model.dtype, input_device(model))
-
-
-def head_size(model: PreTrainedModel) -> int:
-    """D, the size of the attention's heads."""
-    config = text_config(model)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError
 from softprompt_kernels.models.families import family_of, is_wrapper, text_config
 from softprompt_kernels.prompts.offload import loaded
 
@@ -46,12 +46,12 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model. An offloaded one is loaded, and stays so as long as the result.
 
     Raises:
-        SoftPromptError: the model has no head, or one that computes more than a weight and a bias do: an adapter or
+        NotServedError: the model has no head, or one that computes more than a weight and a bias do: an adapter or
             another wrapper, hooks, a quantised weight.
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise SoftPromptError(f"model: {type(model).__name__} has no language-model head, accepted is a ...ForCausalLM")
+        raise NotServedError(f"model: {type(model).__name__} has no language-model head, accepted is a ...ForCausalLM")
     _check_linear(head)
     with loaded(head):
         weight, bias = head.weight, head.bias
@@ -64,10 +64,10 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _check_linear(head: nn.Module) -> None:
-    """Raise a SoftPromptError unless running `head` is `linear(hidden, head.weight, head.bias)`."""
+    """Raise a NotServedError unless running `head` is `linear(hidden, head.weight, head.bias)`."""
     kind = type(head)
     if kind.forward is not nn.Linear.forward:
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: its head is a {kind.__module__}.{kind.__qualname__}, accepted is a torch.nn.Linear: "
             "merge an adapter into it, or leave the head out"
         )
@@ -84,7 +84,7 @@ def _check_linear(head: nn.Module) -> None:
     if "forward" in vars(head) and not _only_moves(head):
         hooks.append("a forward of its own")
     if hooks:
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: its head has hooks ({', '.join(hooks)}), accepted is a torch.nn.Linear without: "
             "its weight is read, and the module is not run"
         )
@@ -101,19 +101,19 @@ def _only_moves(head: nn.Module) -> bool:
 
 
 def _check_weight(weight: Tensor) -> None:
-    """Raise a SoftPromptError unless `weight` is an ordinary matrix of numbers."""
+    """Raise a NotServedError unless `weight` is an ordinary matrix of numbers."""
     if weight.dim() != 2 or weight.dtype not in _DTYPES:
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: its head is {weight.dtype} of shape {tuple(weight.shape)}, accepted is floating point [V, d] of "
             "16 bits or more: leave the head out of the quantisation"
         )
     if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
-        raise SoftPromptError(
+        raise NotServedError(
             f"model: the weight of its head is a {type(weight).__qualname__} with layout {weight.layout}, accepted is "
             "an ordinary dense tensor: leave the head out of the quantisation, sparsity or tensor parallelism"
         )
     if weight.is_meta:
-        raise SoftPromptError(
+        raise NotServedError(
             "model: its head is on the meta device, without numbers; accepted is a head with numbers, or one that is "
             "offloaded by accelerate"
         )

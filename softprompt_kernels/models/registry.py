@@ -151,6 +151,8 @@ _MLA = "its keys and values have different sizes, and the format of saved prompt
 _RECURRENT = "some of its layers keep a state instead of keys and values"
 _DROPS = "its layers do not hand the prefix on to their attention"
 _SHARED = "its later layers read the keys and values of earlier layers"
+_SIZES = "its full layers have heads of another size than its sliding layers, and saved prompts have one size for all"
+_LAST = "it rotates the last features of its keys, not the first ones, so that they cannot be moved to other positions"
 _NORM = "it normalises keys after their rotary embedding, so that they cannot be moved to other positions"
 _OWN = "it computes its attention itself, not through transformers' AttentionInterface"
 
@@ -160,12 +162,14 @@ REFUSED: dict[str, str] = {
     "codegen": _OWN,
     "deepseek_v2": _MLA,
     "deepseek_v3": _MLA,
+    "deepseek_v32": "its queries read only those keys that another part of the model selects",
     "falcon": _OWN,
     "falcon_h1": _RECURRENT,
     "gemma3n": _SHARED,
     "gemma3n_text": _SHARED,
-    "gemma4": _SHARED,
-    "gemma4_text": _SHARED,
+    "gemma4": _SIZES,
+    "gemma4_text": _SIZES,
+    "glm4_moe_lite": _LAST,
     "gptj": _OWN,
     "granitemoehybrid": _RECURRENT,
     "hunyuan_v1_dense": _NORM,
@@ -176,7 +180,7 @@ REFUSED: dict[str, str] = {
     "mamba": _RECURRENT,
     "mamba2": _RECURRENT,
     "minicpm3": _MLA,
-    "mistral4": _MLA,
+    "mistral4": _LAST,
     "mllama": "some of its layers attend to an image",
     "mpt": _OWN,
     "nanochat": "its rotary embedding turns the other way",

@@ -109,3 +109,28 @@ def test_compress_serves_a_multimodal_wrapper_from_text_to_prompt(run, folder, i
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())
     result = run("generate", "--model", model, "--prompt", tmp_path / "run" / "prompt", "--max-new-tokens", 4, "Who?")
     assert result.exit_code == 0, result.output
+
+
+def test_a_head_that_cannot_be_read_is_not_served(run, folder, monkeypatch):
+    """An adapter in the head."""
+    from softprompt_kernels.compress.sources import model as source
+
+    loaded = source.load_model
+
+    def with_hook(*arguments):
+        model, tokenizer = loaded(*arguments)
+        model.lm_head.register_forward_hook(lambda module, args, output: output)
+        return model, tokenizer
+
+    monkeypatch.setattr(source, "load_model", with_hook)
+    result = run("doctor", "--model", folder(randomised(transformers.LlamaForCausalLM(text_config("LlamaConfig")))))
+    assert result.exit_code == 1 and "Not served: model: its head has hooks" in result.stdout
+
+
+def test_latent_attention_is_not_served(run, folder, monkeypatch):
+    monkeypatch.delitem(registry.REFUSED, "glm4_moe_lite")
+    sizes = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 4, "n_group": 1}
+    options = {"topk_group": 1, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    config = transformers.Glm4MoeLiteConfig(**(text_config("LlamaConfig").to_diff_dict() | sizes | options))
+    result = run("doctor", "--model", folder(randomised(transformers.Glm4MoeLiteForCausalLM(config))))
+    assert result.exit_code == 1 and "Not served: model: got keys of size" in result.stdout

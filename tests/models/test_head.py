@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import head_of, prepare, prompted_hidden, prompted_logits
 
 
@@ -113,7 +113,7 @@ def test_a_head_that_is_more_than_weight_and_bias_is_refused(change, build, toke
     prepare(model)
     change(model)
     for call in (head_of, lambda model: prompted_logits(model, tokens(1, 4), None)):
-        with pytest.raises(SoftPromptError, match=REFUSED[change]):
+        with pytest.raises(NotServedError, match=REFUSED[change]):
             call(model)
 
 

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import (
     capture,
     embed_prefix,
@@ -14,6 +14,7 @@ from softprompt_kernels.models import (
     prepare,
     prompted_hidden,
     prompted_logits,
+    registry,
 )
 from softprompt_kernels.models.registry import FAMILIES, REFUSED, WRAPPERS
 from softprompt_kernels.prompts.prefix import Prefix
@@ -34,6 +35,16 @@ NOT_EXACT = {
         "DeepseekV3Config",
         {"num_key_value_heads": 4, "intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
         "different sizes",
+    ),
+    "deepseek_v32": (
+        "DeepseekV32Config",
+        {"num_key_value_heads": 4, "intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        "selects",
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        {"num_key_value_heads": 4, "intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        "rotates the last features",
     ),
     "hunyuan_v1_dense": (
         "HunYuanDenseV1Config",
@@ -108,6 +119,24 @@ def test_cross_attention_is_refused(build):
 def test_bidirectional_attention_is_refused(build):
     with pytest.raises(SoftPromptError, match="bidirectional"):
         prepare(build("gemma3", use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sizes"),
+    [
+        ("deepseek_v3", {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}, (16, 8, 8)),
+        ("glm4_moe_lite", {"qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}, (8, 8, 4)),
+    ],
+)
+def test_heads_of_other_sizes_are_refused_even_if_declared(name, options, sizes, monkeypatch):
+    monkeypatch.setattr(registry, "_families", registry._families | {name: registry.Family()})
+    config, more, _ = NOT_EXACT[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**SMALL, **more, **options))
+    key, value, head = sizes
+    with pytest.raises(
+        NotServedError, match=f"keys of size {key} and values of size {value} .* configuration, {head},"
+    ):
+        prepare(model)
 
 
 def test_other_types_than_models_are_a_type_error():
