@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions, text_config
-from softprompt_kernels.models.finite import not_finite
+from softprompt_kernels.models.finite import check_finite, not_finite
 from softprompt_kernels.models.forward import check_inputs, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
@@ -79,7 +79,8 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
         A prefix of R rows, k tokens, with `lengths`.
 
     Raises:
-        SoftPromptError: the embedding size is not the model's, or k is larger than the model's window.
+        SoftPromptError: the embedding size is not the model's, k is larger than the model's window, or, where no graph
+            is wanted, a hidden state is not finite.
     """
     check_prepared(model)
     bank = embedding[None] if embedding.dim() == 2 else embedding
@@ -95,7 +96,10 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     positions = torch.arange(bank.shape[1], device=device)[None]
     graph = torch.is_grad_enabled() and embedding.requires_grad
     call = Call(None, key_lengths=lengths, sink=layers, wants_grad=graph)
-    run_base(model, call, positions, inputs_embeds=bank.to(device, table.dtype))
+    hidden = run_base(model, call, positions, inputs_embeds=bank.to(device, table.dtype))
+    if not graph:  # a training looks at its loss, and the look waits for the device
+        real = hidden if lengths is None else hidden[_real(lengths, bank.shape[1]).to(hidden.device)]
+        check_finite(model, "hidden states of the embedding prompt", real)
     return layers.close(lengths)
 
 
@@ -129,6 +133,11 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
         case PromptBank():
             return embed_prefix(model, *prompt.vectors(dtype))
     raise TypeError(f"prompt: got {type(prompt).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
+
+
+def _real(lengths: Tensor, tokens: int) -> Tensor:
+    """`[R, tokens]` bool: whether a token is one of the `lengths [R]` first ones."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 def _embedding_table(model: PreTrainedModel) -> Tensor:

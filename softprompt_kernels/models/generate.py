@@ -77,6 +77,7 @@ def generate(
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
     state = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)
     processors = generate_kwargs.pop("logits_processor", None)
+    generate_kwargs.pop("remove_invalid_values", None)
     handle = model.register_forward_pre_hook(state.inject, with_kwargs=True)
     try:
         generator: Any = model
@@ -85,6 +86,7 @@ def generate(
             attention_mask=torch.ones_like(input_ids) if attention_mask is None else attention_mask.long(),
             past_key_values=state.cache,
             use_cache=True,
+            remove_invalid_values=False,  # it would hide numbers that are not finite from the check
             cache_implementation=None,  # the model's generation config may ask for a static cache
             logits_processor=LogitsProcessorList([_CheckedLogits(model, state), *(processors or ())]),
             **{name: value for name, value in generate_kwargs.items() if name not in _RESERVED},

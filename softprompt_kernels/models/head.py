@@ -5,7 +5,9 @@ logits = softcap(logit_scale · (W h + b)),   softcap(x) = c · tanh(x / c),   w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import NotServedError
 from softprompt_kernels.models.families import family_of, is_wrapper, text_config
+from softprompt_kernels.models.registry import Family, find_family
 from softprompt_kernels.prompts.offload import loaded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,34 +55,38 @@ def head_of(model: PreTrainedModel) -> Head:
     head = model.get_output_embeddings()
     if head is None:
         raise NotServedError(f"model: {type(model).__name__} has no language-model head, accepted is a ...ForCausalLM")
+    if model._forward_hooks:
+        names = ", ".join(_name(hook) for hook in model._forward_hooks.values())
+        raise NotServedError(f"model: it has forward hooks ({names}), accepted is one without: its head alone is read")
     _check_linear(head)
     with loaded(head):
         weight, bias = head.weight, head.bias
     _check_weight(weight)
-    if is_wrapper(model):
-        return Head(weight, bias)  # wrappers leave out the softcap and the scale of their text model
-    config, scale = text_config(model), family_of(model).logit_scale
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, softcap, 1.0 if scale is None else scale(config))
+    config, family, softcap = text_config(model), family_of(model), None
+    if is_wrapper(model):  # wrappers leave out the softcap and the scale of their text model
+        family = find_family(model.config.model_type) or Family()
+    else:
+        softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, softcap, 1.0 if family.logit_scale is None else family.logit_scale(config))
 
 
 def _check_linear(head: nn.Module) -> None:
     """Raise a NotServedError unless running `head` is `linear(hidden, head.weight, head.bias)`."""
     kind = type(head)
-    if kind.forward is not nn.Linear.forward:
+    if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Linear.__call__:
         raise NotServedError(
             f"model: its head is a {kind.__module__}.{kind.__qualname__}, accepted is a torch.nn.Linear: "
             "merge an adapter into it, or leave the head out"
         )
     hooks = [
-        getattr(hook, "__qualname__", type(hook).__qualname__)
-        for kind_of_hooks in (
+        _name(hook)
+        for registered in (
             head._forward_pre_hooks,
             head._forward_hooks,
             head._backward_pre_hooks,
             head._backward_hooks,
         )
-        for hook in kind_of_hooks.values()
+        for hook in registered.values()
     ]
     if "forward" in vars(head) and not _only_moves(head):
         hooks.append("a forward of its own")
@@ -88,6 +95,10 @@ def _check_linear(head: nn.Module) -> None:
             f"model: its head has hooks ({', '.join(hooks)}), accepted is a torch.nn.Linear without: "
             "its weight is read, and the module is not run"
         )
+
+
+def _name(hook: Callable[..., Any]) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 def _only_moves(head: nn.Module) -> bool:

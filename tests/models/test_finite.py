@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import capture, generate, prepare, sample
+from softprompt_kernels.models import capture, embed_prefix, generate, prepare, sample
 
 FLOAT16 = r"in float16 are not finite, accepted are finite numbers: float16 ends at 65504, .* load it in bfloat16"
 
@@ -51,6 +51,31 @@ def test_a_context_that_overflows_is_not_captured(build, tokens):
     capture(model, tokens(1, 9), chunk_tokens=4)
     with pytest.raises(SoftPromptError, match=r"model: its hidden states of the context " + FLOAT16):
         capture(model.half(), tokens(1, 9), chunk_tokens=4)
+
+
+def test_an_embedding_prompt_that_overflows_is_named(build):
+    model = build("llama")
+    prepare(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e3)
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e4)
+    bank, lengths = torch.ones(2, 4, 32), torch.tensor([4, 2])
+    embed_prefix(model, bank, lengths)
+    model.half()
+    with pytest.raises(SoftPromptError, match=r"model: its hidden states of the embedding prompt " + FLOAT16):
+        embed_prefix(model, bank, lengths)
+    embed_prefix(model, bank.requires_grad_(), lengths)  # a training finds it in its loss, without a look here
+
+
+def test_settings_that_remove_what_is_not_finite_do_not_hide_it(build, tokens):
+    model = build("llama")
+    prepare(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    model.generation_config.remove_invalid_values = True
+    for options in ({}, {"remove_invalid_values": True}, {"generation_config": model.generation_config}):
+        with pytest.raises(SoftPromptError, match="its logits in float32 are not finite"):
+            generate(model, tokens(1, 4), None, max_new_tokens=2, do_sample=False, **options)
 
 
 def test_other_dtypes_are_named_without_the_advice(build, tokens):

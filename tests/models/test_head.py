@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import prune
 
 from softprompt_kernels.errors import NotServedError, SoftPromptError
-from softprompt_kernels.models import head_of, prepare, prompted_hidden, prompted_logits
+from softprompt_kernels.models import head_of, prepare, prompted_hidden, prompted_logits, registry
 
 
 def test_head_gives_the_models_logits(family, build, tokens):
@@ -94,7 +94,25 @@ def _of_another_class(model):
     model.lm_head = Scaled(32, 61, bias=False)
 
 
+def _with_a_call_of_its_own(model):
+    class Called(torch.nn.Linear):
+        def __call__(self, hidden):
+            return 2 * super().__call__(hidden)
+
+    model.lm_head = Called(32, 61, bias=False)
+
+
+def _with_a_hook_on_the_model(model):
+    def warmer(module, args, output):
+        output.logits = output.logits / 2
+        return output
+
+    model.register_forward_hook(warmer)
+
+
 REFUSED = {
+    _with_a_call_of_its_own: r"its head is a \S*Called, accepted is a torch.nn.Linear",
+    _with_a_hook_on_the_model: r"it has forward hooks \(.*warmer\), accepted is one without",
     _with_an_adapter: r"its head is a peft\.\S*lora\S*\.Linear, accepted is a torch.nn.Linear: merge an adapter",
     _with_a_trained_copy: r"its head is a peft\.\S*ModulesToSaveWrapper, accepted is a torch.nn.Linear",
     _with_a_hook: r"its head has hooks \(.*doubled\), accepted is a torch.nn.Linear without",
@@ -115,6 +133,15 @@ def test_a_head_that_is_more_than_weight_and_bias_is_refused(change, build, toke
     for call in (head_of, lambda model: prompted_logits(model, tokens(1, 4), None)):
         with pytest.raises(NotServedError, match=REFUSED[change]):
             call(model)
+
+
+def test_a_declared_wrapper_has_a_scale_of_its_own(build, monkeypatch):
+    model = build("wrapped gemma3")
+    assert head_of(model).logit_scale == 1
+    scaled = registry.Family(logit_scale=lambda config: config.hidden_size / 8)
+    monkeypatch.setattr(registry, "_families", registry._families | {"gemma3": scaled})
+    assert head_of(model).logit_scale == 4
+    assert head_of(build("gemma3")).logit_scale == 1, "its text model alone has none"
 
 
 def _reparametrised(model):
