@@ -58,15 +58,15 @@ def check_exactness(model: PreTrainedModel, context_tokens: int = 48) -> Iterato
         SoftPromptError: the model cannot run behind a prefix, or the sequence is longer than its window.
     """
     vocabulary = min(text_config(model).vocab_size, head_of(model).weight.shape[0])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, context_tokens + INPUT), generator=generator).to(model.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(vocabulary, (1, context_tokens + INPUT), generator=generator, device="cpu").to(model.device)
     context, own = ids[:, :context_tokens], ids[:, context_tokens:]
     prefix = capture(model, context)
     expected = _own_run(model, lambda: model(input_ids=ids).logits[:, context_tokens:])
     yield _compare("logits behind a prefix", prompted_logits(model, own, prefix), expected)
 
     short = INPUT // 2
-    mask = torch.ones(2, INPUT, dtype=torch.int64)
+    mask = torch.ones(2, INPUT, dtype=torch.int64, device="cpu")
     mask[1, :short] = 0
     shifted = own.roll(short, dims=1)  # the second row: half padding, then the first half of the input
     batch = torch.cat([own, shifted])
@@ -87,7 +87,7 @@ def check_exactness(model: PreTrainedModel, context_tokens: int = 48) -> Iterato
         moved, at_other = shift_keys(model, _capture_at(model, own, 0), SHIFT), _capture_at(model, own, SHIFT)
         pairs = zip(moved.layers, at_other.layers, strict=True)
         checks = [_compare("keys moved to other positions", one[0], other[0]) for one, other in pairs]
-        yield max(checks, key=lambda check: check.difference / check.accepted)
+        yield next((check for check in checks if not check.passed), max(checks, key=lambda check: check.difference))
 
 
 def _own_run(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:

@@ -220,8 +220,13 @@ def register_family(
         interleaved, has_rotary, logit_scale, window, packs: as in `Family`.
 
     Raises:
-        SoftPromptError: the package's own tests cover this type already.
+        TypeError: `model_type` is not a string.
+        SoftPromptError: it is empty, or the package's own tests cover this type already.
     """
+    if not isinstance(model_type, str):
+        raise TypeError(f"model_type: got {model_type!r}, accepted is a string, such as 'my_model'")
+    if not model_type:
+        raise SoftPromptError("model_type: got '', accepted is the model_type of a configuration")
     if model_type in FAMILIES:
         raise SoftPromptError(f"model_type: got {model_type!r}, which is served already; accepted is another one")
     _families[model_type] = Family(interleaved, has_rotary, logit_scale, window, packs)

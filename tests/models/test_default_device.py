@@ -12,6 +12,7 @@ from softprompt_kernels.models import (
     sample,
     shift_keys,
 )
+from softprompt_kernels.models.exactness import check_exactness
 from softprompt_kernels.prompts import KVPrompt, PromptBank, initialise
 from softprompt_kernels.prompts.fingerprint import model_fingerprint
 
@@ -48,6 +49,7 @@ CALLS = {
             )
         ]
     ),
+    "check": lambda model, ids, prefix: list(check_exactness(model, 8)),
     "fingerprint": lambda model, ids, prefix: model_fingerprint(model),
 }
 

@@ -10,17 +10,19 @@ from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import (
     capture,
     embed_prefix,
+    exactness,
     generate,
     prepare,
     prompted_logits,
     register_family,
     registry,
     sample,
+    shift_keys,
 )
 from softprompt_kernels.models.exactness import check_exactness
 from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.models.registry import find_family, undeclared_families
-from softprompt_kernels.prompts import KVPrompt
+from softprompt_kernels.prompts import KVPrompt, Prefix
 
 SMALL = {
     "vocab_size": 61,
@@ -128,6 +130,33 @@ def test_a_model_that_hands_the_prefix_to_some_layers_is_refused(build, tokens):
     ):
         with pytest.raises(NotServedError, match="1 of the 2 layers of LlamaForCausalLM hand the prefix on"):
             run()
+
+
+def test_keys_that_are_not_a_number_in_one_layer_fail_the_check(build, monkeypatch):
+    def shift(model, prefix, delta):
+        first, (key, value) = shift_keys(model, prefix, delta).layers
+        return Prefix.of([first, (key.clone().fill_(torch.nan), value)])
+
+    monkeypatch.setattr(exactness, "shift_keys", shift)
+    model = build("llama")
+    prepare(model)
+    assert [check.name for check in check_exactness(model) if not check.passed] == ["keys moved to other positions"]
+
+
+def test_keys_that_are_all_equal_can_be_checked(build):
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.zero_()
+    prepare(model)
+    assert all(check.passed for check in check_exactness(model))
+
+
+@pytest.mark.parametrize("name", [None, 3, b"jais2"])
+def test_other_names_than_strings_are_a_type_error(name):
+    with pytest.raises(TypeError, match=r"model_type: got .*, accepted is a string"):
+        register_family(name)
+    with pytest.raises(SoftPromptError, match="model_type: got ''"):
+        register_family("")
 
 
 def test_families_of_the_package_cannot_be_declared_again():
