@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, cast
 
 import torch
@@ -43,9 +44,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         auto = auto_class(AutoConfig.from_pretrained(base or name))  # what is wrong here is not the tokenizer's fault
     tokenizer = _load_tokenizer(name, base)
     with _loading("model", name):
-        loaded: Any = auto.from_pretrained(
-            base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        try:
+            loaded: Any = auto.from_pretrained(
+                base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        except RuntimeError as error:
+            if keys := _not_converted(error):
+                raise _mismatch(base or name, [f"incomplete: {_some(keys)}"]) from error
+            raise
         model, report = loaded
         check_weights(model, base or name, report)
         if base is not None:
@@ -130,10 +136,23 @@ def check_weights(model: PreTrainedModel, name: str, report: Mapping[str, Any]) 
     phrases = [f"{what}: {_some(keys)}" for what, keys in wrong.items() if keys]
     phrases += [str(message).strip().split("\n")[0] for message in report.get("error_msgs", ())]
     if phrases:
-        raise SoftPromptError(
-            f"model: the weights in {name!r} do not match its configuration ({'; '.join(phrases)}), accepted are "
-            "weights for exactly this model"
-        )
+        raise _mismatch(name, phrases)
+
+
+def _mismatch(name: str, phrases: Iterable[str]) -> SoftPromptError:
+    return SoftPromptError(
+        f"model: the weights in {name!r} do not match its configuration ({'; '.join(phrases)}), accepted are "
+        "weights for exactly this model"
+    )
+
+
+def _not_converted(error: RuntimeError) -> list[str]:
+    """The weights that transformers could not make of several in the files, such as one for all experts of a layer.
+
+    Their names are in the report that it logs, and not in the error. The report is a variable where it was raised.
+    """
+    reports = (frame.f_locals.get("loading_info") for frame, _ in walk_tb(error.__traceback__))
+    return sorted({key for report in reports for key in getattr(report, "conversion_errors", None) or ()})
 
 
 def _ancestors(key: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,6 +66,34 @@ def test_weights_that_do_not_match_the_model_are_refused_by_name(message: str, c
     folder = changed(MISMATCHES[message])
     with pytest.raises(SoftPromptError, match=r"model: the weights in .* do not match its configuration .*" + message):
         load_model(folder, "auto", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "lost", "named"),
+    [
+        ("MixtralConfig", "num_local_experts", "experts.3.w3", "mlp.experts.gate_up_proj"),
+        ("Qwen3MoeConfig", "num_experts", "experts.3.up_proj", "mlp.experts.gate_up_proj"),
+        (
+            "Qwen3MoeConfig",
+            "num_experts",
+            "experts.1",
+            "mlp.experts.down_proj \\(3, 32, 24\\) for",
+        ),
+    ],
+)
+def test_a_missing_expert_is_named(config, experts, lost, named, tiny_model_folder, tmp_path) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    folder = tmp_path / "experts"
+    shutil.copytree(tiny_model_folder, folder)
+    AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **{experts: 4})).save_pretrained(folder)
+    load_model(str(folder), "auto", "cpu")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if "layers.1." not in key or lost not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SoftPromptError, match=rf"do not match its configuration \(.*: model.layers.1.{named}"):
+        load_model(str(folder), "auto", "cpu")
 
 
 @pytest.mark.parametrize(
