@@ -118,3 +118,14 @@ def test_installs_without_pulling_a_torch(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", ".", "--dry-run", "--quiet", "--report", str(report)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     assert re.search(r'"name": "torch"', report.read_text()) is None
+
+
+def test_the_page_of_models_names_those_of_the_registry() -> None:
+    from softprompt_kernels.models.registry import FAMILIES, REFUSED, WRAPPERS
+
+    page = text(ROOT / "docs" / "models.md")
+    served = page.partition("## What is served")[2].partition("Limits that follow")[0]
+    refused = page.partition("## What is refused")[2].partition("Also refused")[0]
+    names = re.compile(r"`([a-z]\w*)`")
+    assert set(names.findall(served)) - {"model_type"} == {*FAMILIES, *WRAPPERS}
+    assert set(names.findall(refused)) - {"model_type"} == REFUSED.keys()
