@@ -237,16 +237,22 @@ def build() -> Callable[..., PreTrainedModel]:
     return _build
 
 
-def _params() -> list[object]:
-    """All families. Most wrappers are slow tests: they run the decoders that the families test alone."""
+def _params(*without: str) -> list[object]:
+    """All families but some. Most wrappers are slow tests: they run the decoders that the families test alone."""
     quick = {*CONFIGURATIONS, "wrapped gemma3", "wrapped llama4", "wrapped qwen3_vl"}
-    names = sorted([*CONFIGURATIONS, *WRAPPERS])
+    names = sorted({*CONFIGURATIONS, *WRAPPERS} - {*without})
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(params=_params())
 def family(request: pytest.FixtureRequest) -> str:
     """Each supported family in turn, alone and inside multimodal wrappers."""
+    return request.param
+
+
+@pytest.fixture(params=_params("gpt2"))
+def rotary_family(request: pytest.FixtureRequest) -> str:
+    """As `family`, without the one whose positions are learned."""
     return request.param
 
 

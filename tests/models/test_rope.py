@@ -38,11 +38,9 @@ def capture_at(model, ids, first: int) -> Prefix:
 
 
 @pytest.mark.parametrize("delta", [-6, 17])
-def test_shift_equals_running_the_model_at_the_other_positions(family, delta, build, tokens):
-    if family == "gpt2":
-        return  # learned positions, see below
-    model = build(family)
-    if family == "ministral3":  # exact up to this position, see `rope`
+def test_shift_equals_running_the_model_at_the_other_positions(rotary_family, delta, build, tokens):
+    model = build(rotary_family)
+    if rotary_family == "ministral3":  # exact up to this position, see `rope`
         model.config.rope_parameters["original_max_position_embeddings"] = 64
     prepare(model)
     ids = tokens(1, 9)
