@@ -62,7 +62,7 @@ def check_exactness(model: PreTrainedModel, context_tokens: int = 48) -> Iterato
     ids = torch.randint(vocabulary, (1, context_tokens + INPUT), generator=generator, device="cpu").to(model.device)
     context, own = ids[:, :context_tokens], ids[:, context_tokens:]
     prefix = capture(model, context)
-    expected = _own_run(model, lambda: model(input_ids=ids).logits[:, context_tokens:])
+    expected = _own_run(model, lambda: model(input_ids=ids, use_cache=False).logits[:, context_tokens:])
     yield _compare("logits behind a prefix", prompted_logits(model, own, prefix), expected)
 
     short = INPUT // 2
@@ -79,7 +79,7 @@ def check_exactness(model: PreTrainedModel, context_tokens: int = 48) -> Iterato
     embed = model.get_input_embeddings()
     vectors = embed(context[0].flip(0))
     joined = torch.cat([vectors[None], embed(own)], dim=1)
-    expected = _own_run(model, lambda: model(inputs_embeds=joined).logits[:, context_tokens:])
+    expected = _own_run(model, lambda: model(inputs_embeds=joined, use_cache=False).logits[:, context_tokens:])
     yield _compare("an embedding prompt", prompted_logits(model, own, embed_prefix(model, vectors)), expected)
 
     settings = rope_parameters(text_config(model)).values()
