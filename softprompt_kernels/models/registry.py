@@ -239,7 +239,8 @@ def find_family(model_type: str) -> Family | None:
         SoftPromptError: the module that SOFTPROMPT_FAMILIES names cannot be imported.
     """
     _import_declarations()
-    if model_type not in _families and model_type not in REFUSED and _on_trial is not None:
+    known = model_type in _families or model_type in REFUSED or model_type in WRAPPERS
+    if not known and _on_trial is not None:
         _on_trial.add(model_type)
         return _PLAIN
     return _families.get(model_type)
