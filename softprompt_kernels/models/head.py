@@ -48,6 +48,8 @@ class Head:
 def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model. An offloaded one is loaded, and stays so as long as the result.
 
+    Hooks on the whole model are not run, because its decoder is run and its head is read, one after the other.
+
     Raises:
         NotServedError: the model has no head, or one that computes more than a weight and a bias do: an adapter or
             another wrapper, hooks, a quantised weight.
@@ -55,9 +57,6 @@ def head_of(model: PreTrainedModel) -> Head:
     head = model.get_output_embeddings()
     if head is None:
         raise NotServedError(f"model: {type(model).__name__} has no language-model head, accepted is a ...ForCausalLM")
-    if model._forward_hooks:
-        names = ", ".join(_name(hook) for hook in model._forward_hooks.values())
-        raise NotServedError(f"model: it has forward hooks ({names}), accepted is one without: its head alone is read")
     _check_linear(head)
     with loaded(head):
         weight, bias = head.weight, head.bias

@@ -102,17 +102,8 @@ def _with_a_call_of_its_own(model):
     model.lm_head = Called(32, 61, bias=False)
 
 
-def _with_a_hook_on_the_model(model):
-    def warmer(module, args, output):
-        output.logits = output.logits / 2
-        return output
-
-    model.register_forward_hook(warmer)
-
-
 REFUSED = {
     _with_a_call_of_its_own: r"its head is a \S*Called, accepted is a torch.nn.Linear",
-    _with_a_hook_on_the_model: r"it has forward hooks \(.*warmer\), accepted is one without",
     _with_an_adapter: r"its head is a peft\.\S*lora\S*\.Linear, accepted is a torch.nn.Linear: merge an adapter",
     _with_a_trained_copy: r"its head is a peft\.\S*ModulesToSaveWrapper, accepted is a torch.nn.Linear",
     _with_a_hook: r"its head has hooks \(.*doubled\), accepted is a torch.nn.Linear without",
