@@ -68,8 +68,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     """
     reporter = reporter or SilentReporter()
     inputs = load_inputs(config)
-    if inputs.remark:
-        reporter.message(inputs.remark)
+    if remark := inputs.remark:
+        reporter.message(remark)
     begin = time.perf_counter()
     context = capture_context(inputs.model, inputs.context_ids)
     capture_seconds = time.perf_counter() - begin

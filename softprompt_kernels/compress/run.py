@@ -97,8 +97,8 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         draw_curves(folder, finished, reporter)
         return finished
     write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
-    if inputs.remark:
-        reporter.message(inputs.remark)
+    if remark := inputs.remark:
+        reporter.message(remark)
     times.keep_in(folder.stages)
     check_destination(folder.prompt)
 
