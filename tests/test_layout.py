@@ -15,12 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 # From the top down; names in one row are on the same level and may not import from each other.
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
-    "": (("tests",), ("benchmarks",), ("softprompt_kernels",), ("build_helper",)),
+    "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",), ("build_helper",)),
     "softprompt_kernels": (
         ("cli",),
         ("compress",),
+        ("bench", "profiling"),
+        ("integrations",),
         ("models",),
         ("prompts",),
+        ("losses", "testing"),
         ("ops",),
         ("kernels",),
         ("errors",),
@@ -89,6 +92,7 @@ def python_imports(root: Path) -> Imports:
         root,
         "softprompt_kernels/**/*.py",
         "benchmarks/**/*.py",
+        "examples/**/*.py",
         "tests/**/*.py",
         "build_helper/*.py",
     ):

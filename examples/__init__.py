@@ -1,0 +1,1 @@
+"""Recipes: the package in other people's trainers, one a file."""

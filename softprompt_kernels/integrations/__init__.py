@@ -1,0 +1,1 @@
+"""The package's attention in models of transformers and PEFT, by one line."""

@@ -1,0 +1,1 @@
+"""Traces of an op in which each kernel has a name, and ranges for profilers that run outside the process."""

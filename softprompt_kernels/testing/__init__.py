@@ -1,0 +1,1 @@
+"""What suites of tests and benchmarks import: cases of each op, their inputs, references, tolerances and costs."""
