@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import case, machine, report
+from benchmarks.harness import case, report
 from benchmarks.suites import scaling_cases as scaling
+from softprompt_kernels.bench import machine
 
 HERE = Path(__file__).parent
 LEFT_OUT = pytest.StashKey[set[str]]()

@@ -1,1 +1,1 @@
-"""The measuring tools: comparisons of implementations, timing, peak memory, the machine, requirements, the report."""
+"""What the suites of `make bench` share: cases, requirements, the report. The measuring is softprompt_kernels.bench."""

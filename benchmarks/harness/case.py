@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness.comparison import BASELINE, OURS, Comparison, Entry, Results, check_and_time
-from benchmarks.harness.memory import PeakResident, in_fresh_process, release_freed_memory
 from benchmarks.harness.recorded_calls import record_backends
+from softprompt_kernels.bench.memory import PeakResident, in_fresh_process, release_freed_memory
+from softprompt_kernels.bench.rounds import BASELINE, OURS, Comparison, Entry, Results, check_and_time
 
 Implementation = Callable[[Any], Callable[[], Results]]
 Rule = tuple[str, float]  # kind and limit, see requirements.py

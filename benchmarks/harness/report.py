@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.machine import describe
 from benchmarks.harness.requirements import Record, Verdict, busy, entry_of_role, floor_seconds, verdicts
+from softprompt_kernels.bench.machine import describe
 
 COLUMNS = ("ms", "min..max", "cold ms", "GFLOP/s", "% of GEMM", "× ours", "× floor", "peak MiB")
 LEGEND = """\

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.comparison import reference_gemm
 from benchmarks.harness.recorded_calls import record_calls
 from benchmarks.step.implementations import StepImplementation
 from benchmarks.step.problem import timed
 from benchmarks.step.profile import OTHER, breakdown
+from softprompt_kernels.bench.rounds import reference_gemm
 from softprompt_kernels.kernels.problems.attention import AttentionProblem, Needs
 from softprompt_kernels.kernels.reference.visibility import visibility
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import peft  # noqa: F401  imported before memory is measured, so that every implementation has it loaded
 import torch
 
-from benchmarks.harness.memory import PeakResident, in_fresh_process, release_freed_memory
 from benchmarks.step.implementations import IMPLEMENTATIONS
 from benchmarks.step.problem import Problem
+from softprompt_kernels.bench.memory import PeakResident, in_fresh_process, release_freed_memory
 
 STEPS = 2  # in the second step the optimiser's state exists
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from benchmarks.harness.machine import OtherLoad, facts
 from benchmarks.study.cells import Cell, digest, settings
 from benchmarks.study.make import clean, make_prompt
 from benchmarks.study.results import Record, Results
 from benchmarks.study.teacher import Study, prompt_tokens
+from softprompt_kernels.bench.machine import OtherLoad, facts
 from softprompt_kernels.errors import SoftPromptError
 
 PACKAGES = ("softprompt-kernels", "transformers", "peft", "kvpress")

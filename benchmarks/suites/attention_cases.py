@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.case import COMPOSED, Implementation, Rule
-from benchmarks.harness.comparison import BASELINE, OURS
 from benchmarks.suites import attention_implementations as attentions
 from benchmarks.suites.attention_implementations import Attention, Inputs
+from softprompt_kernels.bench.rounds import BASELINE, OURS
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # required rate, as a share of the reference GEMM's
 BF16_TIME = 1.3  # limit of the time in bf16 over that in fp32

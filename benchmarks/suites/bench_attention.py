@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.harness.case import Rule, Settings, measure
-from benchmarks.harness.comparison import PAIRED_VARIANT, Entry
 from benchmarks.suites.attention_cases import BF16_TIME, CASES, UNALIGNED, UNALIGNED_COST, AttentionCase
 from benchmarks.suites.attention_implementations import ours
+from softprompt_kernels.bench.rounds import PAIRED_VARIANT, Entry
 
 SECONDS, ROUNDS = 4, 25
 

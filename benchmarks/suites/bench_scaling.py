@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.case import Settings
-from benchmarks.harness.comparison import OURS, PAIRED_VARIANT, Comparison, Entry, check_and_time
 from benchmarks.harness.recorded_calls import record_backends
 from benchmarks.suites.scaling_cases import AXES, Axis, summary
+from softprompt_kernels.bench.rounds import OURS, PAIRED_VARIANT, Comparison, Entry, check_and_time
 
 SECONDS, ROUNDS = 5, 15
 QUICK_POINTS = 2

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.case import Settings
-from benchmarks.harness.comparison import BASELINE, OURS, Comparison, Entry, Results, check_and_time
 from benchmarks.harness.recorded_calls import record_backends
+from softprompt_kernels.bench.rounds import BASELINE, OURS, Comparison, Entry, Results, check_and_time
 
 BATCH, MICRO_BATCH, NEW_TOKENS = 8, 4, 48
 QUICK_NEW_TOKENS = 6

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.harness.case import COMPOSED, Implementation, Rule
-from benchmarks.harness.comparison import BASELINE, FLOOR, OURS
 from benchmarks.suites import kl_implementations as losses
 from benchmarks.suites.kl_implementations import Inputs
+from softprompt_kernels.bench.rounds import BASELINE, FLOOR, OURS
 
 LIVE, MOMENTS, LOGITS = "live", "moments", "logits"
 GEMMS = {LIVE: 3, MOMENTS: 2, LOGITS: 0}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.case import compile_for_one_size
-from benchmarks.harness.comparison import Results
+from softprompt_kernels.bench.rounds import Results
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
 
 CHUNK = 128  # tokens

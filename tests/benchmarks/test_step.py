@@ -86,7 +86,7 @@ def test_sizes_that_cannot_be_measured_are_refused(
 
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_peak_is_seen_after_its_memory_was_freed(monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
-    from benchmarks.harness import memory
+    from softprompt_kernels.bench import memory
 
     if not by_kernel:
         monkeypatch.setattr(memory, "_reset_high_water", lambda: False)

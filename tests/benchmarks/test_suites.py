@@ -90,7 +90,7 @@ def test_report_shows_machine_implementations_notes_and_plot(run: tuple[str, dic
 def test_wrong_result_is_refused() -> None:
     import torch
 
-    from benchmarks.harness.comparison import BASELINE, OURS, Comparison, Entry
+    from softprompt_kernels.bench.rounds import BASELINE, OURS, Comparison, Entry
 
     ours = Entry("ours", OURS, lambda: (torch.ones(3),))
     for wrong in (torch.full((3,), 1.01), torch.tensor([1.0, 1.0, float("nan")])):
@@ -122,7 +122,7 @@ def test_time_that_grows_faster_than_the_work_is_flagged() -> None:
 @pytest.mark.usefixtures("benchmarks")
 @pytest.mark.parametrize("seconds", [0.001, 0.03])
 def test_short_implementations_run_twice_in_their_turn_and_the_second_counts(seconds: float) -> None:
-    from benchmarks.harness import comparison as comparison
+    from softprompt_kernels.bench import rounds as comparison
 
     ran: list[str] = []
 

@@ -47,7 +47,7 @@ def module_parts(*tensors: torch.Tensor) -> Any:
 
 def peak_of_matching(folder: str) -> tuple[int, int]:
     """Peak growth of resident memory in bytes, and the layers of the first group: one that GROUP_BYTES just allow."""
-    from benchmarks.harness.memory import PeakResident, release_freed_memory
+    from softprompt_kernels.bench.memory import PeakResident, release_freed_memory
 
     generator = torch.Generator().manual_seed(0)
     row_bytes = 4 * ROWS * HEADS * (3 * SIZE + 1)
@@ -78,7 +78,7 @@ def peak_of_matching(folder: str) -> tuple[int, int]:
 @pytest.mark.slow
 def test_matching_needs_at_most_512_mib_beyond_a_context_of_32768_tokens() -> None:
     pytest.importorskip("psutil")
-    from benchmarks.harness.memory import in_fresh_process
+    from softprompt_kernels.bench.memory import in_fresh_process
 
     if native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")

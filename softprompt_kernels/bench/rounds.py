@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.machine import OtherLoad
+from softprompt_kernels.bench.machine import OtherLoad
 
 OURS = "ours"
 BASELINE = "baseline"  # another implementation of the same work
