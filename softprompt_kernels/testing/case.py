@@ -35,7 +35,7 @@ class Case(ABC):
     """One problem of one op. Equal cases have equal inputs; a case can be pickled."""
 
     op: ClassVar[str]
-    """The name of the op in `softprompt_kernels`."""
+    """The name of the op, as in `softprompt_kernels`."""
     passes: ClassVar[tuple[str, ...]] = PASSES
     """The passes that the op has."""
     letters: ClassVar[tuple[str, ...]]
@@ -73,7 +73,7 @@ class Case(ABC):
         """The inputs, a named tuple of tensors. They depend on the seed and the dtype, not on the device."""
 
     @abstractmethod
-    def forward(self, inputs: Any, backend: str | None = None) -> Callable[[], Tensor]:
+    def forward(self, inputs: Any, backend: str | None = None) -> Callable[[], Tensor | Results]:
         """The op on these inputs, as a function without arguments. What can be cached is made before.
 
         Args:
@@ -136,7 +136,7 @@ class Case(ABC):
 
         Makes all scores, or all logits, in float64; see `reduced`.
         """
-        exact = type(inputs)(*(t.detach().double().requires_grad_(t.requires_grad) for t in inputs))
+        exact = type(inputs)(*(_exact(tensor) for tensor in inputs))
         return self.run(exact, "reference", pass_)
 
     def check_pass(self, pass_: str | None) -> str:
@@ -147,11 +147,20 @@ class Case(ABC):
         return pass_
 
 
-def as_pass(forward: Callable[[], Tensor], sources: Sequence[Tensor], grad_out: Tensor | None, pass_: str) -> Call:
+def _exact(tensor: Tensor) -> Tensor:
+    """A copy in float64; integers stay."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def as_pass(
+    forward: Callable[[], Tensor | Results], sources: Sequence[Tensor], grad_out: Tensor | None, pass_: str
+) -> Call:
     """One pass of any implementation.
 
     Args:
-        forward: returns out or a scalar loss, with a graph where gradients are on.
+        forward: returns out or a scalar loss, with a graph where gradients are on; for "forward" alone also a tuple.
         sources: the tensors that get a gradient.
         grad_out: the gradient of what `forward` returns; None for a scalar.
         pass_: "forward", "backward" (runs `forward` here, once) or "forward+backward".
@@ -160,18 +169,23 @@ def as_pass(forward: Callable[[], Tensor], sources: Sequence[Tensor], grad_out: 
 
         def inference() -> Results:
             with torch.no_grad():
-                return (forward(),)
+                found = forward()
+            return found if isinstance(found, tuple) else (found,)
 
         return inference
     if pass_ == BACKWARD:
-        kept = forward()
+        kept = _one(forward())
         return lambda: torch.autograd.grad(kept, tuple(sources), grad_out, retain_graph=True)
 
     def training() -> Results:
-        out = forward()
+        out = _one(forward())
         return (out, *torch.autograd.grad(out, tuple(sources), grad_out))
 
     return training
+
+
+def _one(found: Tensor | Results) -> Tensor:
+    return found[0] if isinstance(found, tuple) else found
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -22,6 +22,8 @@ from softprompt_kernels.testing.case import BACKWARD, BOTH, FORWARD, PASSES, Cas
 from softprompt_kernels.testing.losses import (
     HeadInputs,
     KlDivCase,
+    LabelInputs,
+    LinearCrossEntropyCase,
     LinearKlDivCase,
     LinearKlDivFromMomentsCase,
     LogitsInputs,
@@ -41,6 +43,8 @@ __all__ = [
     "Case",
     "HeadInputs",
     "KlDivCase",
+    "LabelInputs",
+    "LinearCrossEntropyCase",
     "LinearKlDivCase",
     "LinearKlDivFromMomentsCase",
     "LogitsInputs",
@@ -55,7 +59,14 @@ __all__ = [
 
 OPS: dict[str, type[Case]] = {
     kind.op: kind
-    for kind in (PromptAttentionCase, KlDivCase, LinearKlDivCase, LinearKlDivFromMomentsCase, TeacherMomentsCase)
+    for kind in (
+        PromptAttentionCase,
+        KlDivCase,
+        LinearKlDivCase,
+        LinearKlDivFromMomentsCase,
+        LinearCrossEntropyCase,
+        TeacherMomentsCase,
+    )
 }
 """The class of each op's cases."""
 

@@ -8,7 +8,10 @@ the mean over the tokens. U = 2·N·V·d FLOP is one GEMM of the head's size; th
 | `kl_div` | none | 2NV (both logits), 3NV (both again, and the gradient) |
 | `linear_kl_div` | 2U (both logits), 1U (gradient of the hidden states) | Vd + 2Nd, Vd + Nd |
 | `linear_kl_div_from_moments` | 1U (the student's logits), 1U | Vd + 2Nd, Vd + Nd |
+| `linear_cross_entropy` | 1U, 1U | Vd + Nd, Vd + Nd |
 | `teacher_moments` | 2U (logits, expectation of the head's rows) | 2Vd + Nd, and N·(d + 1) written in fp32 |
+
+`linear_cross_entropy` is `linear_kl_div_from_moments` with labels alone. Other packages have this loss too.
 
 The head is read twice, for the logits and for the gradient, and logits never leave the chip; no known implementation
 achieves this. The moments count as many bytes as hidden states of the same dtype.
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
-from softprompt_kernels.testing.case import BACKWARD, BOTH, FORWARD, Call, Case
+from softprompt_kernels.testing.case import BACKWARD, BOTH, FORWARD, Case
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -44,6 +47,14 @@ class HeadInputs(NamedTuple):
     student: Tensor  # [N, d]
     teacher: Tensor  # [N, d]
     weight: Tensor  # [V, d]
+
+
+class LabelInputs(NamedTuple):
+    """Hidden states of the student, the head, and the labels."""
+
+    student: Tensor  # [N, d]
+    weight: Tensor  # [V, d]
+    labels: Tensor  # [N] int64
 
 
 class TeacherInputs(NamedTuple):
@@ -159,7 +170,7 @@ class _HeadCase(_LossCase):
         return replace(self, tokens=5, size=8, vocab=40)
 
     @abstractmethod
-    def forward(self, inputs: Any, backend: str | None = None) -> Callable[[], Tensor]:
+    def forward(self, inputs: Any, backend: str | None = None) -> Callable[[], Tensor | tuple[Tensor, ...]]:
         """See `Case`."""
 
 
@@ -195,6 +206,32 @@ class LinearKlDivFromMomentsCase(_HeadCase):
 
 
 @dataclass(frozen=True)
+class LinearCrossEntropyCase(_HeadCase):
+    """`linear_kl_div_from_moments` with labels and alone, for example `LinearCrossEntropyCase(512, 576, 49152)`.
+
+    Args:
+        tokens, size, vocab: N, d, V.
+    """
+
+    op: ClassVar[str] = "linear_cross_entropy"
+    gemms: ClassVar[dict[str, int]] = {FORWARD: 1, BACKWARD: 1, BOTH: 2}
+
+    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor) -> LabelInputs:
+        labels = torch.randint(self.vocab, (self.tokens,), generator=torch.Generator().manual_seed(1))
+        return LabelInputs(student.requires_grad_(), weight, labels.to(student.device))
+
+    def forward(self, inputs: LabelInputs, backend: str | None = None) -> Callable[[], Tensor]:
+        student, weight, labels = inputs
+        return partial(
+            linear_kl_div_from_moments, student, None, weight, labels=labels, label_weight=1.0, backend=backend
+        )
+
+    def bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
+        pass_ = self.check_pass(pass_)
+        return (2 if pass_ == BOTH else 1) * (self.vocab + self.tokens) * self.size * dtype.itemsize
+
+
+@dataclass(frozen=True)
 class TeacherMomentsCase(_HeadCase):
     """`teacher_moments`, which has no gradient, for example `TeacherMomentsCase(512, 576, 49152)`.
 
@@ -212,17 +249,12 @@ class TeacherMomentsCase(_HeadCase):
     def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor) -> TeacherInputs:
         return TeacherInputs(teacher, weight)
 
-    def forward(self, inputs: TeacherInputs, backend: str | None = None) -> Callable[[], Tensor]:
-        return lambda: teacher_moments(*inputs, backend=backend).mean
+    def forward(self, inputs: TeacherInputs, backend: str | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
+        def moments() -> tuple[Tensor, Tensor]:
+            made = teacher_moments(*inputs, backend=backend)
+            return made.mean, made.entropy
 
-    def prepare(self, inputs: TeacherInputs, backend: str | None = None, pass_: str | None = None) -> Call:
-        self.check_pass(pass_)
-
-        def run() -> tuple[Tensor, Tensor]:
-            moments = teacher_moments(*inputs, backend=backend)
-            return moments.mean, moments.entropy
-
-        return run
+        return moments
 
     def sources(self, inputs: TeacherInputs) -> tuple[Tensor, ...]:
         return ()

@@ -13,6 +13,7 @@ from softprompt_kernels.testing.attention import PromptAttentionCase
 from softprompt_kernels.testing.case import Case
 from softprompt_kernels.testing.losses import (
     KlDivCase,
+    LinearCrossEntropyCase,
     LinearKlDivCase,
     LinearKlDivFromMomentsCase,
     TeacherMomentsCase,
@@ -48,6 +49,7 @@ def of_model(model: Model, tokens: int = 512) -> list[Case]:
         KlDivCase(max(1, tokens // 8), model.vocab),
         LinearKlDivCase(*head),
         LinearKlDivFromMomentsCase(*head),
+        LinearCrossEntropyCase(*head),
         TeacherMomentsCase(*head),
     ]
 
@@ -55,13 +57,14 @@ def of_model(model: Model, tokens: int = 512) -> list[Case]:
 def quick() -> list[Case]:
     """Each op once, and the attention twice, with the heads and the vocabulary of SmolLM2 and few tokens."""
     model = MODELS["smollm2"]
-    heads, head = (model.heads, model.kv_heads), (96, model.hidden, model.vocab)
+    heads, head = (model.heads, model.kv_heads), (48, model.hidden, model.vocab)
     return [
         PromptAttentionCase(4, *heads, 128, 64, model.head_size),
         PromptAttentionCase(8, *heads, 1, 1024, model.head_size),
         KlDivCase(32, model.vocab),
         LinearKlDivCase(*head),
         LinearKlDivFromMomentsCase(*head),
+        LinearCrossEntropyCase(*head),
         TeacherMomentsCase(*head),
     ]
 
