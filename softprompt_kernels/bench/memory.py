@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 
 INTERVAL = 0.005  # seconds between two samples
-PRELOADED = ["torch.nn.attention.bias", "softprompt_kernels.ops", "psutil"]
+PRELOADED = ["torch.nn.attention.bias", "softprompt_kernels.ops", "softprompt_kernels.bench.footprint", "psutil"]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 T = TypeVar("T")

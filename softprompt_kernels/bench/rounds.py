@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ REFERENCE_SIZE, QUICK_REFERENCE_SIZE = 1024, 64
 RUN_TWICE_BELOW = 0.02  # seconds of the fastest implementation
 
 Results = Sequence[Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Entry:
     run: Callable[[], Results]
     flop: float | None = None
     peak_bytes: int | None = None
+
+
+def in_turns(entries: Sequence[T], turn: int) -> list[T]:
+    """The entries, starting with another one each turn."""
+    first = turn % len(entries)
+    return [*entries[first:], *entries[:first]]
 
 
 def reference_gemm(quick: bool) -> Entry:
@@ -107,8 +114,7 @@ class Comparison:
 
     def round(self, times: Times, twice: bool) -> None:
         """Run each entry once, or twice in its turn, and append to its times."""
-        turn = min(map(len, times.reported.values())) % len(self.entries)
-        for entry in (*self.entries[turn:], *self.entries[:turn]):
+        for entry in in_turns(self.entries, min(map(len, times.reported.values()))):
             if twice:
                 times.cold[entry.name].append(_seconds(entry))
             times.reported[entry.name].append(_seconds(entry))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import typer
 
+from softprompt_kernels.cli.bench import bench
 from softprompt_kernels.cli.compress import compress
 from softprompt_kernels.cli.doctor import doctor
 from softprompt_kernels.cli.errors import with_error_messages
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected exception is shown as Python shows it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (compress, generate, evaluate, doctor):
+for _command in (compress, generate, evaluate, bench, doctor):
     app.command(help=_unwrap(_command.__doc__))(with_error_messages(_command))
 
 

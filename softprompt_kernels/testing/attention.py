@@ -106,6 +106,12 @@ class PromptAttentionCase(Case):
         backward = (inputs + 2 * out + 2 * lse + out) + (inputs + out + 2 * lse + others)
         return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}[pass_]
 
+    def result_bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
+        pass_ = self.check_pass(pass_)
+        out = self.batch * self.heads * self.queries
+        gradients = out + 2 * self.kv_heads * (self.batch * self.queries + self.prompt)
+        return {FORWARD: out, BACKWARD: gradients, BOTH: out + gradients}[pass_] * self.size * dtype.itemsize
+
     def tolerance(self, dtype: torch.dtype) -> float:
         return TOLERANCES[dtype]
 

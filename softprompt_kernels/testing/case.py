@@ -98,6 +98,10 @@ class Case(ABC):
         """Bytes that must be read and written at least: each input and each result once a pass."""
 
     @abstractmethod
+    def result_bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the results, which no implementation can do without."""
+
+    @abstractmethod
     def tolerance(self, dtype: torch.dtype) -> float:
         """The largest accepted ‖result − reference‖ / ‖reference‖ of each result."""
 

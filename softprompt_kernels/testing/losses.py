@@ -78,6 +78,14 @@ class _LossCase(Case):
     def grad_out(self, inputs: Any) -> None:
         return None
 
+    def result_bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
+        loss, gradient = max(4, dtype.itemsize), self.tokens * self._row() * dtype.itemsize
+        return {FORWARD: loss, BACKWARD: gradient, BOTH: loss + gradient}[self.check_pass(pass_)]
+
+    @abstractmethod
+    def _row(self) -> int:
+        """Numbers in a row of the student."""
+
     def tolerance(self, dtype: torch.dtype) -> float:
         return TOLERANCES[dtype]
 
@@ -128,6 +136,9 @@ class KlDivCase(_LossCase):
     def tiny(self) -> Self:
         return replace(self, tokens=5, vocab=40)
 
+    def _row(self) -> int:
+        return self.vocab
+
     def _cost(self) -> float:
         return 50.0 * self.tokens * self.vocab  # the reference's, in float64: exponentials, and passes over memory
 
@@ -165,6 +176,9 @@ class _HeadCase(_LossCase):
         head, hidden = self.vocab * self.size, self.tokens * self.size
         elements = {FORWARD: head + 2 * hidden, BACKWARD: head + hidden, BOTH: 2 * head + 3 * hidden}
         return elements[pass_] * dtype.itemsize
+
+    def _row(self) -> int:
+        return self.size
 
     def tiny(self) -> Self:
         return replace(self, tokens=5, size=8, vocab=40)
@@ -263,3 +277,7 @@ class TeacherMomentsCase(_HeadCase):
         self.check_pass(pass_)
         head, hidden = self.vocab * self.size, self.tokens * self.size
         return (2 * head + hidden) * dtype.itemsize + self.tokens * (self.size + 1) * max(4, dtype.itemsize)
+
+    def result_bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
+        self.check_pass(pass_)
+        return self.tokens * (self.size + 1) * max(4, dtype.itemsize)

@@ -45,7 +45,7 @@ def needs_compiler(case: Case, pass_: str, dtype: torch.dtype, device: torch.dev
 COMPILE = Peer(
     "compile",
     "torch.compile of the eager losses and of concatenation + SDPA",
-    {op: _compiled(forward) for op, forward in (eager.FORWARDS | sdpa.SDPA.forwards).items()},
+    {op: _compiled(forward) for op, forward in {**eager.FORWARDS, **sdpa.SDPA.forwards}.items()},
     refuses=needs_compiler,
     compiled=True,
 )

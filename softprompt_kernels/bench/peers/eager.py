@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softprompt_kernels.bench.peers.peer import Peer
+from softprompt_kernels.bench.peers.peer import Forward, Peer
 from softprompt_kernels.testing.attention import AttentionInputs
 from softprompt_kernels.testing.losses import HeadInputs, LabelInputs, LogitsInputs, TeacherInputs
 
@@ -104,7 +104,7 @@ def _moments(inputs: TeacherInputs) -> Callable[[], tuple[Tensor, Tensor]]:
     return partial(moments, *inputs)
 
 
-FORWARDS = {
+FORWARDS: dict[str, Forward] = {
     "prompt_attention": attention,
     "kl_div": _logits,
     "linear_kl_div": _hidden,

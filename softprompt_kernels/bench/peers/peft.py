@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def attention(inputs: AttentionInputs) -> Callable[[], Tensor]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     query, key, value, prompt_key, prompt_value = inputs
-    layer = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
+    layer: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
     mask = float_mask(inputs)[None, None] if query.shape[2] > 1 else None
     batch = query.shape[0]
 

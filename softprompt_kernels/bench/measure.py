@@ -1,0 +1,219 @@
+"""Runs a plan: checks each implementation against float64, times all of a case in turns, and measures their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+
+from softprompt_kernels.bench.footprint import Footprint, measure_footprint
+from softprompt_kernels.bench.implementations import left_out, prepare
+from softprompt_kernels.bench.machine import OtherLoad
+from softprompt_kernels.bench.peers.registry import PEERS
+from softprompt_kernels.bench.plan import QUICK, Plan
+from softprompt_kernels.bench.reference import reference_of, work_of
+from softprompt_kernels.bench.timing import Timed, time_in_turns
+from softprompt_kernels.testing.case import BACKWARD, FORWARD, Call, Case, Results, distance
+
+CHECK_FLOP = 1e10  # of the float64 reference; larger cases are checked with fewer tokens or sequences
+SECONDS = {True: 0.5, False: 2.0}  # of timing a row, in the suite "quick" and in the others
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one pass of one case.
+
+    Args:
+        op, shape, dtype, pass_: the problem.
+        implementation: the name of a backend or a peer.
+        timed: the times of all rounds.
+        reference, bound: the workload beside it, and what bounds the op: "GEMM" or "memory".
+        work, reference_work: FLOP or bytes of the op and of the workload.
+        error: ‖result − float64‖ / ‖float64‖, the largest of the results.
+        checked_shape: the shape that the error was measured at.
+        footprint: memory above the inputs; None: not measured.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    pass_: str
+    implementation: str
+    timed: Timed
+    reference: str
+    bound: str
+    work: float
+    reference_work: float
+    error: float
+    checked_shape: str
+    footprint: Footprint | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a backend of this package."""
+        return self.implementation not in PEERS
+
+    @property
+    def seconds(self) -> float:
+        """The median time."""
+        return median(self.timed.seconds)
+
+    @property
+    def floor_seconds(self) -> float | None:
+        """The time at the reference's rate; None where a forward before did a part of the pass."""
+        if self.pass_ == BACKWARD and self.op != "prompt_attention":
+            return None
+        return median(self.timed.reference_seconds) / self.reference_work * self.work
+
+    @property
+    def problem(self) -> tuple[str, str, str, str]:
+        """Op, shape, dtype and pass."""
+        return self.op, self.shape, self.dtype, self.pass_
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What two runs are matched by."""
+        return (*self.problem, self.implementation)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An implementation that was not measured."""
+
+    op: str
+    shape: str
+    pass_: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of a run.
+
+    Args:
+        rows: in the order of the table.
+        left_out: what was not measured, and why.
+        other_load: the largest share of the CPU time that other processes took while a case was timed.
+    """
+
+    rows: list[Row]
+    left_out: list[LeftOut]
+    other_load: float
+
+
+def measure(
+    plan: Plan, report: Callable[[str], None] = lambda text: None, rounds: int | None = None, memory: bool = True
+) -> Measured:
+    """Measure a plan.
+
+    Args:
+        plan: from `make_plan`.
+        report: told what is measured next.
+        rounds: the number of rounds; None: as many as fit the time, at least 10.
+        memory: also measure memory, which starts a process for each implementation.
+
+    Raises:
+        RuntimeError: a backend's result is wrong.
+    """
+    rows: list[Row] = []
+    missing: list[LeftOut] = []
+    load = 0.0
+    for case in plan.cases:
+        report(case.name)
+        found, left, share = _measure_case(plan, case, rounds)
+        if memory:
+            report(f"{case.name}: memory")
+            found = _with_memory(plan, case, found)
+        rows += found
+        missing += left
+        load = max(load, share)
+    return Measured(rows, missing, load)
+
+
+def _measure_case(plan: Plan, case: Case, rounds: int | None) -> tuple[list[Row], list[LeftOut], float]:
+    inputs = case.inputs(plan.dtype, plan.device)
+    small = case.reduced(CHECK_FLOP)
+    small_inputs = inputs if small == case else small.inputs(plan.dtype, plan.device)
+    expected = small.reference(small_inputs)
+    rows: list[Row] = []
+    missing: list[LeftOut] = []
+    load = 0.0
+    for pass_ in [pass_ for pass_ in plan.passes if pass_ in case.passes]:
+        calls: dict[str, Call] = {}
+        errors: dict[str, float] = {}
+        for name in (*plan.backends, *plan.peers):
+            reason = _left_out(plan, case, name, pass_)
+            if reason is None:
+                reason, error = _check(small, name, small_inputs, pass_, _of_pass(expected, small, pass_), plan.dtype)
+            if reason is None:
+                errors[name], calls[name] = error, prepare(case, name, inputs, pass_)
+                calls[name]()
+            else:
+                missing.append(LeftOut(case.op, case.shape, pass_, name, reason))
+        if not calls:
+            continue
+        reference = reference_of(case, pass_, plan.dtype, plan.device)
+        seconds = SECONDS[plan.title == QUICK]
+        with OtherLoad() as other:
+            times = time_in_turns(
+                list(calls.values()), reference.run, seconds=seconds, device=plan.device, rounds=rounds
+            )
+        load = max(load, other.share)
+        work = work_of(case, pass_, plan.dtype, reference.bound)
+        rows += [
+            Row(
+                case.op, case.shape, plan.dtype_name, pass_, name, timed,
+                reference.name, reference.bound, work, reference.work, errors[name], small.shape,
+            )
+            for name, timed in zip(calls, times, strict=True)
+        ]  # fmt: skip
+    return rows, missing, load
+
+
+def _left_out(plan: Plan, case: Case, name: str, pass_: str) -> str | None:
+    if name in PEERS and PEERS[name].compiled and plan.title == QUICK and name not in plan.named:
+        reason = PEERS[name].left_out(case, pass_, plan.dtype, plan.device)
+        return reason or f"it compiles for each size: name it with --peer {name} to measure it in this suite"
+    return left_out(case, name, pass_, plan.dtype, plan.device, name in plan.named)
+
+
+def _of_pass(results: Results, case: Case, pass_: str) -> Results:
+    """What a pass gives, of the results of the last pass."""
+    if len(case.passes) == 1:
+        return results
+    return results[:1] if pass_ == FORWARD else results[1:] if pass_ == BACKWARD else results
+
+
+def _check(
+    case: Case, name: str, inputs: object, pass_: str, expected: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[str | None, float]:
+    """Why the results of an implementation cannot be used (None if they can), and their error."""
+    try:
+        found = prepare(case, name, inputs, pass_)()
+    except Exception as error:
+        if name not in PEERS:
+            raise
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}", 0.0
+    apart = max(distance(one, other) for one, other in zip(found, expected, strict=True))
+    if apart <= case.tolerance(dtype):
+        return None, apart
+    text = f"its results differ from float64 by {apart:.1e}, accepted is {case.tolerance(dtype):.0e}"
+    if name not in PEERS:
+        raise RuntimeError(f"backend {name}, {case.name}, {pass_}: {text}")
+    return text, apart
+
+
+def _with_memory(plan: Plan, case: Case, rows: Sequence[Row]) -> list[Row]:
+    """The rows with their footprints. A process that was killed gives none."""
+    made = {}
+    for name in dict.fromkeys(row.implementation for row in rows):
+        passes = [row.pass_ for row in rows if row.implementation == name]
+        try:
+            made[name] = measure_footprint(case, name, passes, plan.dtype, plan.device)
+        except BrokenProcessPool:
+            made[name] = {}
+    return [replace(row, footprint=made[row.implementation].get(row.pass_)) for row in rows]

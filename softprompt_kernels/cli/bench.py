@@ -1,0 +1,151 @@
+"""`softprompt bench`: time and memory of the ops and of other packages, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from softprompt_kernels.errors import SoftPromptError
+
+if TYPE_CHECKING:
+    from softprompt_kernels.bench.plan import Plan
+    from softprompt_kernels.bench.record import Run
+
+EXTRA = ("psutil", "pytest_benchmark")
+
+Suite = Annotated[
+    str | None, typer.Option(help="quick (default), smollm2, qwen3, llama3, gemma3 or scaling. See --list.")
+]
+Ops = Annotated[list[str] | None, typer.Option("--op", help="Only this op; may be given several times.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", help='A shape of the op in place of a suite, such as "B8 H14/2 M256 P128 D64".'),
+]
+Backends = Annotated[
+    list[str] | None, typer.Option("--backend", help="Only this backend; may be given several times. Default: all.")
+]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Only this other implementation; several times, or none. Default: all that run here."),
+]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option("--pass", help="forward, backward or forward+backward. Default: the first and the last."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the run, with every round, to this JSON file.")]
+Plots = Annotated[Path | None, typer.Option(help="Draw time and memory against N, P, B and V into this folder.")]
+BaseFile = Annotated[
+    Path | None, typer.Option("--compare", help="Compare with this earlier run. Exit code 1 if a backend is slower.")
+]
+RunFile = Annotated[Path | None, typer.Option("--run", help="Show or compare this earlier run; measure nothing.")]
+Threshold = Annotated[float, typer.Option(min=0.0, help="What change matters in a comparison; 0.1 is a tenth.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Number of rounds. Default: by time, 10 to 40.")]
+Memory = Annotated[bool, typer.Option(help="Also measure memory, in a process for each implementation.")]
+List = Annotated[bool, typer.Option("--list", help="List suites, shapes, backends and peers; measure nothing.")]
+
+
+def bench(
+    *,
+    suite: Suite = None,
+    op: Ops = None,
+    shape: Shapes = None,
+    backend: Backends = None,
+    peer: Peers = None,
+    pass_: Passes = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    json: JsonFile = None,
+    plots: Plots = None,
+    compare: BaseFile = None,
+    run: RunFile = None,
+    threshold: Threshold = 0.1,
+    rounds: Rounds = None,
+    memory: Memory = True,
+    list_: List = False,
+) -> None:
+    """Measure time and memory of the ops, beside PyTorch and other packages.
+
+    Results are checked against float64 before they are timed. All implementations of a problem take turns.
+    """
+    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
+        raise SoftPromptError(
+            f"bench needs {' and '.join(missing)}, which are not installed: pip install 'softprompt-kernels[bench]'"
+        )
+    from softprompt_kernels.bench import compare as comparing
+    from softprompt_kernels.bench import record
+    from softprompt_kernels.bench.plan import make_plan
+    from softprompt_kernels.bench.table import console, tables
+
+    plan = make_plan(suite, op or (), shape or (), backend or (), peer or (), pass_ or (), dtype, device)
+    if list_:
+        _list(plan)
+        return
+    base = None if compare is None else record.read("--compare", compare)
+    if json is not None:
+        record.check_writable("--json", json)
+    if plots is not None:
+        if plots.exists() and not plots.is_dir():
+            raise SoftPromptError(f"--plots: {plots} is not a folder")
+        record.check_writable("--plots", plots / "plot.png" if plots.exists() else plots)
+    if run is not None and (suite or op or json):
+        raise SoftPromptError("--run: shows an earlier run, and takes no --suite, --op or --json")
+    given = record.read("--run", run) if run is not None else _measure(plan, rounds, memory)
+    if json is not None:
+        record.write(given, json)
+    if base is None or run is None:
+        console().print(tables(given.measured))
+    if plots is not None:
+        _draw(given, plots)
+    if base is not None:
+        found = comparing.compare(base, given, threshold)
+        console().print(comparing.comparison_table(found, threshold))
+        if found.slower:
+            raise typer.Exit(1)
+
+
+def _measure(plan: Plan, rounds: int | None, memory: bool) -> Run:
+    from rich.console import Console
+
+    from softprompt_kernels.bench import record
+    from softprompt_kernels.bench.measure import measure
+    from softprompt_kernels.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    with Console(stderr=True).status("") as status:
+        measured = measure(plan, status.update, rounds, memory)
+    if not measured.rows:
+        reasons = "; ".join(f"{one.implementation}: {one.reason}" for one in measured.left_out)
+        raise SoftPromptError(f"nothing can be measured here: {reasons}")
+    return record.run_of(plan, measured)
+
+
+def _draw(run: Run, folder: Path) -> None:
+    from softprompt_kernels.bench.plots import draw
+
+    folder.mkdir(exist_ok=True)
+    paths = draw(run.measured.rows, folder)
+    for path in paths:
+        typer.echo(f"Plot: {path}")
+    if not paths:
+        typer.echo("No plot: no size has two values while the others stay. The suite scaling has some.")
+
+
+def _list(plan: Plan) -> None:
+    from softprompt_kernels.bench.implementations import DEFAULT_BACKENDS
+    from softprompt_kernels.bench.peers.registry import PEERS
+    from softprompt_kernels.testing.cases import SUITES
+    from softprompt_kernels.testing.cases import suite as cases_of
+
+    for name in SUITES:
+        chosen = "  (chosen)" if name == plan.title else ""
+        typer.echo(f"suite {name}{chosen}")
+        for case in cases_of(name):
+            typer.echo(f"  {case.name}")
+    typer.echo(f"backends\n  {', '.join(DEFAULT_BACKENDS)}\npeers")
+    for peer in PEERS.values():
+        typer.echo(f"  {peer.name}: {peer.summary}; {', '.join(peer.forwards)}")
