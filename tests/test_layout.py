@@ -49,7 +49,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("reference",),
         ("device", "host"),
         ("moments",),
-        ("problems",),
+        ("problems", "ranges"),
     ),
     "softprompt_kernels/kernels/triton": (
         ("compile",),

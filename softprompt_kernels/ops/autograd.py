@@ -7,18 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels import ranges
 from softprompt_kernels.kernels.problems.attention import accumulate_dtype
+from softprompt_kernels.ops import dispatch
 from softprompt_kernels.ops.checks import any_autocast
 
 NO_SECOND_DERIVATIVE = "{} has no second derivative: its backward cannot be differentiated"
 
 
-def run_kernel(device: torch.device, kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a kernel with autocast off: the op has already chosen its dtypes."""
+def run_kernel(name: str, kernel: Any, device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function with autocast off: the op has already chosen its dtypes.
+
+    For profilers, the call is a range: `name` is its op and pass, `kernel` the kernel module that dispatch chose.
+    """
+    if ranges.observed():
+        with ranges.call_range(name, dispatch.backend_of(kernel)):
+            return _without_autocast(device, function, *arguments)
+    return _without_autocast(device, function, *arguments)
+
+
+def _without_autocast(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
     if not (any_autocast() and torch.is_autocast_enabled(device.type)):
-        return kernel(*arguments)
+        return function(*arguments)
     with torch.autocast(device.type, enabled=False):
-        return kernel(*arguments)
+        return function(*arguments)
 
 
 # The private functions of torch that `is_intercepted` needs. Without them, no call bypasses the dispatcher.
@@ -155,7 +167,8 @@ def row_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.custom_op("softprompt_kernels::scale_rows", mutates_args=())
 def scale_rows_op(stored: Tensor, scale: Tensor, hidden: Tensor, op: str) -> Tensor:
-    return (stored * scale[:, None].to(accumulate_dtype(stored.dtype))).to(hidden.dtype)
+    with ranges.call_range(f"{op}.backward", "torch"):
+        return (stored * scale[:, None].to(accumulate_dtype(stored.dtype))).to(hidden.dtype)
 
 
 @scale_rows_op.register_fake

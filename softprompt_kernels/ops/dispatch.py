@@ -174,6 +174,11 @@ def check_backend(name: str | None) -> None:
         raise ValueError(f"backend must be None or one of {', '.join(sorted(names))}; got {name!r}")
 
 
+def backend_of(kernel: Any) -> str:
+    """The name of the backend that a kernel module belongs to; "unknown" for one that is in no backend."""
+    return next((b.name for b in BACKENDS if any(each is kernel for each in b.kernels.values())), "unknown")
+
+
 def prefers_packed(op: str, problem: Any) -> bool:
     """`prefers_packed` of the backend that would serve a problem; False if none would. Logs and warns nothing."""
     requested = os.environ.get("SOFTPROMPT_BACKEND") or None

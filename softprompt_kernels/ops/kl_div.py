@@ -104,7 +104,7 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:
     problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
     kernel = dispatch.select(OP, problem, backend, student.device)
-    rows, statistics = run_kernel(student.device, kernel.forward, problem)
+    rows, statistics = run_kernel(f"{OP}.forward", kernel, student.device, kernel.forward, problem)
     return rows, statistics
 
 
@@ -140,7 +140,9 @@ def backward_op(
 ) -> Tensor:
     problem = LogitsProblem(student, teacher, weights, Divergence(divergence, beta, temperature), vocab)
     kernel = dispatch.select(OP, problem, backend, student.device)
-    gradient: Tensor = run_kernel(student.device, kernel.backward, problem, row_scale, statistics)
+    gradient: Tensor = run_kernel(
+        f"{OP}.backward", kernel, student.device, kernel.backward, problem, row_scale, statistics
+    )
     return gradient.contiguous()
 
 

@@ -168,7 +168,9 @@ def forward_op(
         chunk_tokens,
     )
     kernel = dispatch.select(OP, problem, backend, student.device)
-    rows, gradient = run_kernel(student.device, kernel.forward, problem, need_gradient)
+    rows, gradient = run_kernel(
+        f"{OP}.forward", kernel, student.device, kernel.forward, problem, need_gradient
+    )
     dtype = row_gradient_dtype(student.dtype)
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 
@@ -223,7 +225,8 @@ def backward_op(
         chunk_tokens,
     )
     kernel = dispatch.select(OP, problem, backend, student.device)
-    by_input = run_kernel(student.device, kernel.backward, problem, row_scale, HeadNeeds(*needs))
+    arguments = problem, row_scale, HeadNeeds(*needs)
+    by_input = run_kernel(f"{OP}.backward", kernel, student.device, kernel.backward, *arguments)
     gradients = []
     if needs[0]:
         gradients.append(by_input.hidden.contiguous())

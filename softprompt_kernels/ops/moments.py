@@ -190,8 +190,9 @@ def teacher_op(
     head = Head(weight, bias, None, logit_scale).cut(vocab)
     problem = ExpectationProblem(hidden, head, None, None, temperature, chunk_tokens, need_mean=True)
     kernel = dispatch.select(TEACHER_OP, problem, backend, hidden.device)
+    arguments = hidden, head, temperature, chunk_tokens, kernel.forward
     mean, entropy, bias_mean = run_kernel(
-        hidden.device, moments.teacher_moments, hidden, head, temperature, chunk_tokens, kernel.forward
+        f"{TEACHER_OP}.forward", kernel, hidden.device, moments.teacher_moments, *arguments
     )
     return mean, entropy, mean.new_empty(0) if bias_mean is None else bias_mean
 
@@ -227,7 +228,9 @@ def student_op(
     )
     expectation = ExpectationProblem(student, head, labels, weights, temperature, chunk_tokens, need_gradient)
     kernel = dispatch.select(STUDENT_OP, expectation, backend, student.device)
-    rows, gradient = run_kernel(student.device, moments.forward, problem, need_gradient, kernel.forward)
+    rows, gradient = run_kernel(
+        f"{STUDENT_OP}.forward", kernel, student.device, moments.forward, problem, need_gradient, kernel.forward
+    )
     dtype = row_gradient_dtype(student.dtype)
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 

@@ -32,6 +32,7 @@ from softprompt_kernels.ops import checks, dispatch
 from softprompt_kernels.ops.autograd import are_ordinary, define_op, forbid_double_backward, is_intercepted, run_kernel
 
 OP = "prompt_attention"
+FORWARD, BACKWARD = f"{OP}.forward", f"{OP}.backward"
 
 
 def prompt_attention(
@@ -147,7 +148,7 @@ def _forward(
         scale,
     )
     kernel = dispatch.select(OP, problem, backend, query.device)
-    result: tuple[Tensor, Tensor] = run_kernel(query.device, kernel.forward, problem)
+    result: tuple[Tensor, Tensor] = run_kernel(FORWARD, kernel, query.device, kernel.forward, problem)
     return result
 
 
@@ -166,7 +167,8 @@ def _differentiate(
     kernel = dispatch.select(OP, problem, backend, out.device)
     if grad_out is None:
         grad_out = empty_output(problem).zero_()
-    grads: Gradients = run_kernel(out.device, kernel.backward, problem, out, lse, grad_out, grad_lse, Needs(*needs))
+    saved = out, lse, grad_out, grad_lse, Needs(*needs)
+    grads: Gradients = run_kernel(BACKWARD, kernel, out.device, kernel.backward, problem, *saved)
     own = (None if g is None else token_major(g) for g in grads[:3])
     return Gradients(*own, *(None if g is None else g.contiguous() for g in grads[3:]))
 

@@ -7,6 +7,7 @@ from softprompt_kernels.kernels.host import head_expectation
 from softprompt_kernels.kernels.host.chunks import block_size
 from softprompt_kernels.kernels.host.gemm import TORCH
 from softprompt_kernels.kernels.problems.loss import Expectation, ExpectationProblem, ExpectationState
+from softprompt_kernels.kernels.ranges import kernel_range
 
 
 def unsupported(problem: ExpectationProblem) -> str | None:
@@ -17,15 +18,16 @@ def unsupported(problem: ExpectationProblem) -> str | None:
 
 def forward(problem: ExpectationProblem) -> Expectation:
     """For each row: lse(z) in float64, z of the label, E_p[W] and E_p[bias]."""
-    return head_expectation.forward(problem, _exponentials_, TORCH)
+    return head_expectation.forward(problem, exponentials_, TORCH)
 
 
-def _exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
+def exponentials_(logits: Tensor, bias: Tensor | None, scale: float, first: int, state: ExpectationState) -> None:
     """See `ExponentialsKernel` in `host/rows.py`. Works on blocks of rows that fit the cache."""
     step = block_size(logits.shape[1])
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        _exponentials_of_block_(logits[rows], bias, scale, first, _state_of(state, rows))
+    with kernel_range("exponentials_", *logits.shape):
+        for start in range(0, logits.shape[0], step):
+            rows = slice(start, start + step)
+            _exponentials_of_block_(logits[rows], bias, scale, first, _state_of(state, rows))
 
 
 def _state_of(state: ExpectationState, rows: slice) -> ExpectationState:

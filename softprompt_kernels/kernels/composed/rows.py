@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Divergence, unknown_divergence
+from softprompt_kernels.kernels.ranges import kernel_range
 from softprompt_kernels.kernels.reference import divergence as reference
 
 # e^48 times the smallest normal fp32 number, 1.2e-38, is 1e-17: underflow of p takes nothing from p · e^D.
@@ -23,7 +24,12 @@ SCRATCH_BUFFERS = 2
 
 def divergence_(student: Tensor, teacher: Tensor, divergence: Divergence, scratch: tuple[Tensor, Tensor]) -> Tensor:
     """Loss [b] of rows [b, V]. `student` becomes the gradient by the student's logits; the others are overwritten."""
-    kind, (difference, spare) = divergence.kind, scratch
+    with kernel_range("divergence_", *student.shape):
+        return _divergence_(student, teacher, divergence, *scratch)
+
+
+def _divergence_(student: Tensor, teacher: Tensor, divergence: Divergence, difference: Tensor, spare: Tensor) -> Tensor:
+    kind = divergence.kind
     student_max, teacher_max = student.amax(1, keepdim=True), teacher.amax(1, keepdim=True)
     shift = student_max - teacher_max
     if kind in (FORWARD, JSD):

@@ -11,11 +11,11 @@ A right matrix of 16 bits is read as it is. No fp32 copy of the whole matrix is 
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.kernels.host.gemm import TORCH, Gemm
 from softprompt_kernels.kernels.problems.tensors import DTYPES
+from softprompt_kernels.kernels.ranges import kernel_range
 
 
 def has_gemm() -> bool:
@@ -49,7 +49,7 @@ def fastest_gemm() -> Gemm:
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
     readable = _is_row_major(right) or _is_row_major(right.mT)
-    with record_function("softprompt_kernels::gemm"):
+    with kernel_range("gemm", *out.shape, left.shape[1]):
         gemm_(out, left, right if readable else right.contiguous(), accumulate)
 
 

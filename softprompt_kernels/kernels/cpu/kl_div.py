@@ -14,6 +14,7 @@ from softprompt_kernels.kernels.cpu.rows import address
 from softprompt_kernels.kernels.host.chunks import CPU_WORKSPACE_BYTES
 from softprompt_kernels.kernels.problems.loss import LogitsProblem, no_statistics
 from softprompt_kernels.kernels.problems.tensors import DTYPES, unit_stride
+from softprompt_kernels.kernels.ranges import kernel_range
 
 STATISTICS = 0
 
@@ -44,26 +45,27 @@ def _run(problem: LogitsProblem, loss: Tensor | None, row_scale: Tensor | None, 
     weights = None if problem.weights is None else problem.weights.contiguous()
     for rows in _parts(problem):
         student, teacher = unit_stride(problem.student[rows]), unit_stride(problem.teacher[rows])
-        native.module().kl_logits(
-            student=address(student),
-            teacher=address(teacher),
-            weights=address(None if weights is None else weights[rows]),
-            row_scale=address(None if row_scale is None else row_scale[rows]),
-            gradient=address(None if gradient is None else gradient[rows]),
-            loss=address(None if loss is None else loss[rows]),
-            rows=student.shape[0],
-            vocab=problem.vocab,
-            columns=problem.student.shape[1],
-            student_stride=student.stride(0),
-            teacher_stride=teacher.stride(0),
-            gradient_stride=problem.student.shape[1],
-            student_dtype=DTYPES[student.dtype],
-            teacher_dtype=DTYPES[teacher.dtype],
-            divergence=divergence.code,
-            beta=divergence.beta,
-            temperature=divergence.temperature,
-            threads=torch.get_num_threads(),
-        )
+        with kernel_range("kl_logits", student.shape[0], problem.vocab):
+            native.module().kl_logits(
+                student=address(student),
+                teacher=address(teacher),
+                weights=address(None if weights is None else weights[rows]),
+                row_scale=address(None if row_scale is None else row_scale[rows]),
+                gradient=address(None if gradient is None else gradient[rows]),
+                loss=address(None if loss is None else loss[rows]),
+                rows=student.shape[0],
+                vocab=problem.vocab,
+                columns=problem.student.shape[1],
+                student_stride=student.stride(0),
+                teacher_stride=teacher.stride(0),
+                gradient_stride=problem.student.shape[1],
+                student_dtype=DTYPES[student.dtype],
+                teacher_dtype=DTYPES[teacher.dtype],
+                divergence=divergence.code,
+                beta=divergence.beta,
+                temperature=divergence.temperature,
+                threads=torch.get_num_threads(),
+            )
 
 
 def _parts(problem: LogitsProblem) -> Iterator[slice]:

@@ -20,6 +20,7 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_token_major,
 )
 from softprompt_kernels.kernels.problems.tensors import DTYPES
+from softprompt_kernels.kernels.ranges import kernel_range
 
 HEAD_SIZES = (64, 96, 128)
 _ALIGNMENT = 16  # bytes: the kernels copy rows in chunks of 16 bytes
@@ -59,7 +60,10 @@ class Attention:
         out = empty_output(problem)
         lse = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
         inputs = _kernel_inputs(problem)
-        with self._launcher.launching(inputs, (out, lse)) as module:
+        with (
+            self._launcher.launching(inputs, (out, lse)) as module,
+            kernel_range("attention_forward", _TILE, _TILE),
+        ):
             _compiled_problem(module, problem, inputs).forward(
                 _view(out), _vector(lse), self._launcher.stream(out.device)
             )
@@ -91,9 +95,9 @@ class Attention:
             for gradient in gradients[3:]
         ]
         inputs = _kernel_inputs(problem)
-        with self._launcher.launching(
-            (*inputs, out, grad_out, lse, grad_lse), (*gradients, *partials, delta)
-        ) as module:
+        reads, writes = (*inputs, out, grad_out, lse, grad_lse), (*gradients, *partials, delta)
+        other = _TILE if out.shape[3] <= 64 else _TILE // 2  # keys of a tile of dQ, rows of a tile of dK and dV
+        with self._launcher.launching(reads, writes) as module, kernel_range("attention_backward", _TILE, other):
             _compiled_problem(module, problem, inputs).backward(
                 _view(out),
                 _view(grad_out),

@@ -1,8 +1,7 @@
 """The row kernels of the losses in CUDA C++: `csrc/cuda/losses/kl_rows.cu` and `expectation_rows.cu`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,13 +11,16 @@ from softprompt_kernels.kernels.cuda.native import Launcher
 from softprompt_kernels.kernels.device.rows import Gradient, Logits, Parts
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationState
 from softprompt_kernels.kernels.problems.tensors import DTYPES
+from softprompt_kernels.kernels.ranges import kernel_range
 
 
 @dataclass(frozen=True)
 class CudaLaunch:
     """One kernel, its arguments, and the tensors that it reads and writes."""
 
-    function: Callable[[ModuleType], Callable[..., None]]
+    name: str  # of the function in the module
+    rows: int
+    columns: int
     arguments: dict[str, Any]
     reads: tuple[Tensor | None, ...]
     writes: tuple[Tensor | None, ...]
@@ -70,7 +72,7 @@ class CudaRows:
         }
         written = (out, loss, statistics) if loss is not None else (out,)
         reads = (student, teacher, logits.student_bias, logits.teacher_bias, weights, row_scale, statistics)
-        return CudaLaunch(lambda module: module.divergence_rows, arguments, reads, written)
+        return CudaLaunch("divergence_rows", *student.shape, arguments, reads, written)
 
     def exponentials(
         self,
@@ -106,14 +108,17 @@ class CudaRows:
         }
         written = (state.row_max, state.row_sum, state.bias_sum, state.label_logit, mean, high, low)
         return CudaLaunch(
-            lambda module: module.exponential_rows, arguments, (products, bias, weights, state.labels), written
+            "exponential_rows", *products.shape, arguments, (products, bias, weights, state.labels), written
         )
 
     def run(self, launches: Iterable[CudaLaunch], device: torch.device) -> None:
         """See `device.rows.RowKernels`."""
         for launch in launches:
-            with self.launcher.launching(launch.reads, launch.writes) as module:
-                launch.function(module)(**launch.arguments, stream=self.launcher.stream(device))
+            with (
+                self.launcher.launching(launch.reads, launch.writes) as module,
+                kernel_range(launch.name, launch.rows, launch.columns),
+            ):
+                getattr(module, launch.name)(**launch.arguments, stream=self.launcher.stream(device))
 
 
 def _address(tensor: Tensor | None) -> int:

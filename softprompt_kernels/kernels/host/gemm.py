@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.ranges import kernel_range
+
 
 @dataclass(frozen=True)
 class Gemm:
@@ -32,10 +34,11 @@ class Gemm:
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:
-    if accumulate:
-        out.addmm_(left, right)
-    else:
-        torch.mm(left, right, out=out)
+    with kernel_range("gemm", *out.shape, left.shape[1]):
+        if accumulate:
+            out.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=out)
 
 
 # PyTorch's GEMM. Measured with MKL in fp32, for 24 to 128 rows of d = 576 and 896. MKL copies a wide result: without a

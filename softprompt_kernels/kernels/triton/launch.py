@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from softprompt_kernels.kernels.ranges import kernel_range, observed
+
 
 @dataclass(frozen=True)
 class Options:
@@ -46,7 +48,16 @@ class Launch:
         """Launches the kernel on the current stream; does nothing if the grid is empty."""
         if all(self.grid):
             options = {name: value for name, value in asdict(self.options).items() if value is not None}
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            with kernel_range(self.kernel.__name__, *(self.tile if observed() else ())):
+                self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns (keys, vocabulary entries) of the block that one program works on at a time."""
+        variant = self.constants.get("VARIANT")
+        if variant is not None:
+            return variant.block_m, variant.block_n
+        return self.constants["BLOCK_M"], self.constants.get("BLOCK_N", self.constants.get("BLOCK_D"))
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:
