@@ -1,6 +1,7 @@
 """Registration of the ops with PyTorch: autograd, autocast, and calls that bypass the dispatcher."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,23 @@ def run_kernel(name: str, kernel: Any, device: torch.device, function: Callable[
     For profilers, the call is a range: `name` is its op and pass, `kernel` the kernel module that dispatch chose.
     """
     if ranges.observed():
-        with ranges.call_range(name, dispatch.backend_of(kernel)):
-            return _without_autocast(device, function, *arguments)
-    return _without_autocast(device, function, *arguments)
-
-
-def _without_autocast(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+        function = _in_ranges(name, kernel, function)
     if not (any_autocast() and torch.is_autocast_enabled(device.type)):
         return function(*arguments)
     with torch.autocast(device.type, enabled=False):
         return function(*arguments)
+
+
+def _in_ranges(name: str, kernel: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function within the range of the call, and that of its kernel if the kernel module says that it has one."""
+    backend = dispatch.backend_of(kernel)
+    only = getattr(kernel, "ONLY_KERNEL", {}).get(name.rpartition(".")[2])
+
+    def run(*arguments: Any) -> Any:
+        with ranges.call_range(name, backend), ranges.kernel_range(*only) if only else nullcontext():
+            return function(*arguments)
+
+    return run
 
 
 # The private functions of torch that `is_intercepted` needs. Without them, no call bypasses the dispatcher.

@@ -21,14 +21,16 @@ from softprompt_kernels.kernels.problems.attention import (
     empty_token_major,
 )
 from softprompt_kernels.kernels.problems.tensors import DTYPES, unit_stride
-from softprompt_kernels.kernels.ranges import kernel_range
 
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 Vector = tuple[int, int]  # address, length
 
-# Rows and keys of the scores that exist at a time: `kBlockRows` and `kTileKeys` in csrc/cpu/attention, for profilers.
-FORWARD_TILE = (32 if native.instruction_set() == "amx" else 6, 64)
-BACKWARD_TILE = (96, 64)
+# For profilers: the one kernel of each pass, and rows and keys of the scores that exist at a time, which are `kBlockRows`
+# and `kTileKeys` in csrc/cpu/attention.
+ONLY_KERNEL = {
+    "forward": ("attention_forward", 32 if native.instruction_set() == "amx" else 6, 64),
+    "backward": ("attention_backward", 96, 64),
+}
 
 
 def unsupported(problem: AttentionProblem) -> str | None:
@@ -41,8 +43,7 @@ def forward(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     out = empty_output(problem)
     lse = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
     _kept, native_problem = _problem(problem)
-    with kernel_range("attention_forward", *FORWARD_TILE):
-        native_problem.forward(_view(out), _vector(lse))
+    native_problem.forward(_view(out), _vector(lse))
     return out, lse
 
 
@@ -63,15 +64,14 @@ def backward(
     sinks = None
     if needs.sinks and problem.sinks is not None:
         sinks = problem.sinks.new_empty(problem.sinks.shape, dtype=torch.float32)
-    with kernel_range("attention_backward", *BACKWARD_TILE):
-        native_problem.backward(
-            _view(out),
-            _view(grad_out),
-            _vector(lse),
-            None if grad_lse is None else _vector(grad_lse),
-            *(None if g is None else _view(g) for g in (query, key, value, prompt_key, prompt_value)),
-            None if sinks is None else _vector(sinks),
-        )
+    native_problem.backward(
+        _view(out),
+        _view(grad_out),
+        _vector(lse),
+        None if grad_lse is None else _vector(grad_lse),
+        *(None if g is None else _view(g) for g in (query, key, value, prompt_key, prompt_value)),
+        None if sinks is None else _vector(sinks),
+    )
     if sinks is not None and problem.sinks is not None:
         sinks = sinks.to(problem.sinks.dtype)
     return Gradients(query, key, value, prompt_key, prompt_value, sinks)

@@ -14,41 +14,46 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from softprompt_kernels.kernels.ranges import kernel_range
+
 _COPY = 64 * 2**20  # bytes of an fp32 copy of a part of the weight
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def head_logits(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """out [n, V] fp32 = hidden [n, d] Wᵀ."""
-    if _takes_operands(hidden, weight):
-        _multiply(hidden, weight.mT, out)
-        return
-    wide = hidden.float()
-    for rows in _parts(weight.shape[0], weight.shape[1]):
-        torch.mm(wide, weight[rows].float().mT, out=out[:, rows])
+    with kernel_range("head_logits", *out.shape, hidden.shape[1]):
+        if _takes_operands(hidden, weight):
+            _multiply(hidden, weight.mT, out)
+            return
+        wide = hidden.float()
+        for rows in _parts(weight.shape[0], weight.shape[1]):
+            torch.mm(wide, weight[rows].float().mT, out=out[:, rows])
 
 
 def pull_back(gradient: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """gradient [n, V] W -> [n, d] fp32; with `out`, added to that."""
-    if _takes_operands(gradient, weight):
-        if out is not None:
-            return _add(out, gradient, weight)
-        return _multiply(gradient, weight, gradient.new_empty(gradient.shape[0], weight.shape[1], dtype=torch.float32))
-    if out is None:
-        out = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=torch.float32)
-    for rows in _parts(weight.shape[0], weight.shape[1]):
-        out.addmm_(gradient[:, rows].float(), weight[rows].float())
-    return out
+    with kernel_range("pull_back", gradient.shape[0], weight.shape[1], gradient.shape[1]):
+        if _takes_operands(gradient, weight):
+            if out is not None:
+                return _add(out, gradient, weight)
+            return _multiply(gradient, weight, gradient.new_empty(gradient.shape[0], weight.shape[1], dtype=torch.float32))
+        if out is None:
+            out = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=torch.float32)
+        for rows in _parts(weight.shape[0], weight.shape[1]):
+            out.addmm_(gradient[:, rows].float(), weight[rows].float())
+        return out
 
 
 def add_outer(out: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """out [V, d] fp32 += gradient [n, V]ᵀ hidden [n, d], both of the same dtype."""
-    if _takes_operands(gradient, hidden):
-        _add(out, gradient.mT, hidden)
-        return
-    wide = hidden.float()
-    for rows in _parts(out.shape[0], gradient.shape[0]):
-        out[rows].addmm_(gradient[:, rows].float().mT, wide)
+    with kernel_range("add_outer", *out.shape, hidden.shape[0]):
+        if _takes_operands(gradient, hidden):
+            _add(out, gradient.mT, hidden)
+            return
+        wide = hidden.float()
+        for rows in _parts(out.shape[0], gradient.shape[0]):
+            out[rows].addmm_(gradient[:, rows].float().mT, wide)
 
 
 def split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
