@@ -55,6 +55,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("compile",),
         ("attention", "losses"),
         ("tuning",),
+        ("profiled",),
         ("launch", "runtime", "targets", "elementwise"),
     ),
     "benchmarks": (

@@ -12,6 +12,7 @@ from softprompt_kernels.cli.doctor import doctor
 from softprompt_kernels.cli.errors import with_error_messages
 from softprompt_kernels.cli.evaluate import evaluate
 from softprompt_kernels.cli.generate import generate
+from softprompt_kernels.cli.profile import profile
 from softprompt_kernels.cli.text import prepare_streams
 
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected exception is shown as Python shows it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (compress, generate, evaluate, bench, doctor):
+for _command in (compress, generate, evaluate, bench, profile, doctor):
     app.command(help=_unwrap(_command.__doc__))(with_error_messages(_command))
 
 

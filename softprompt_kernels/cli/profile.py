@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Pass = Literal["forward", "backward", "forward+backward"]
 OpDtype = Literal["float32", "bfloat16", "float16"]
+OpDevice = Literal["auto", "cpu", "cuda"]
+
+ON_CPU_ONLY = ("cpu", "composed", "simt")
+"""Backends for which `--device auto` is the CPU also where there is a GPU."""
 
 HEADER = ("range", "calls", "ms/call", "share", "GFLOP/call", "MB/call", "rate")
 
@@ -28,7 +32,7 @@ def profile(
     ],
     backend: Annotated[str | None, typer.Option(help="The backend. Default: the op chooses.")] = None,
     dtype: Annotated[OpDtype, typer.Option(help="Dtype of the inputs.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[OpDevice, typer.Option(help="auto: cuda if there is one and the backend serves it.")] = "auto",
     pass_: Annotated[Pass | None, typer.Option("--pass", help="Default: all that the op has.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Calls that are measured, after a warm-up.")] = 10,
     trace: Annotated[
@@ -48,19 +52,12 @@ def profile(
     """
     import torch
 
-    from softprompt_kernels.compress.sources.model import resolve_device
     from softprompt_kernels.profiling.session import Session, expose_case, profile_case
 
     if cuda_profiler and trace is not None:
         raise SoftPromptError("--trace: got --cuda-profiler too; accepted is one of them, a GPU serves one profiler")
-    settings = {
-        "backend": backend,
-        "dtype": getattr(torch, dtype),
-        "device": resolve_device(device),
-        "pass_": pass_,
-        "rounds": rounds,
-    }
-    session = Session.of(op, shape, **settings)
+    on = _device(torch, device, backend)
+    session = Session(op, shape, backend, getattr(torch, dtype), on, pass_, rounds)
     if cuda_profiler:
         expose_case(session)
         typer.echo(f"{description(session)}\nThe ranges went to the profiler around this process.")
@@ -70,6 +67,14 @@ def profile(
     show_table(HEADER, table(summary, rounds))
     if trace is not None:
         typer.echo(f"Trace: {trace}")
+
+
+def _device(torch: Any, name: str, backend: str | None) -> Any:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise SoftPromptError("--device: got cuda, but torch sees no CUDA device here; accepted is cpu")
+    on_gpu = name == "cuda" or (name == "auto" and has_gpu and backend not in ON_CPU_ONLY)
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def description(session: Session) -> str:

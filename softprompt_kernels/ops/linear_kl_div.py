@@ -168,9 +168,7 @@ def forward_op(
         chunk_tokens,
     )
     kernel = dispatch.select(OP, problem, backend, student.device)
-    rows, gradient = run_kernel(
-        f"{OP}.forward", kernel, student.device, kernel.forward, problem, need_gradient
-    )
+    rows, gradient = run_kernel(f"{OP}.forward", kernel, student.device, kernel.forward, problem, need_gradient)
     dtype = row_gradient_dtype(student.dtype)
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
 

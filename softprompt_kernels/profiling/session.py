@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,60 +21,48 @@ from torch.profiler import ProfilerActivity, profile
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.kernels.ranges import named_range, nvtx_ranges
+from softprompt_kernels.ops.dispatch import check_backend
 from softprompt_kernels.profiling.names import REGION, ROUND
 from softprompt_kernels.profiling.summary import Summary, summarise
 from softprompt_kernels.profiling.trace_file import written_when_complete
-from softprompt_kernels.testing.cases import Case
-from softprompt_kernels.testing.cases import case as case_of
+from softprompt_kernels.testing.case import Call
+from softprompt_kernels.testing.cases import case
 
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """What is run, and how often.
 
     Args:
-        case: op and shape.
+        op, shape: as `testing.cases.case` takes them.
         backend: its name; None: the op chooses.
         dtype, device: of the inputs.
-        pass_: one of `case.passes`; None: the last of them.
+        pass_: one of the op's passes; None: all that it has.
         rounds: calls in the region.
 
     Raises:
         SoftPromptError: an argument is not accepted.
     """
 
-    case: Case
+    op: str
+    shape: str
     backend: str | None = None
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     pass_: str | None = None
     rounds: int = 10
 
     def __post_init__(self) -> None:
-        from softprompt_kernels.ops.dispatch import check_backend
-
         try:
             check_backend(self.backend)
-            object.__setattr__(self, "pass_", self.case.check_pass(self.pass_))
+            self.case = case(self.op, self.shape)
+            self.pass_ = self.case.check_pass(self.pass_)
         except ValueError as error:
             raise SoftPromptError(str(error)) from error
         if self.rounds < 1:
             raise SoftPromptError(f"rounds must be at least 1; got {self.rounds}")
-
-    @classmethod
-    def of(cls, op: str, shape: str, **settings: object) -> Session:
-        """The session of an op and a shape, as `testing.cases.case` takes them.
-
-        Raises:
-            SoftPromptError: an argument is not accepted.
-        """
-        try:
-            found = case_of(op, shape)
-        except ValueError as error:
-            raise SoftPromptError(str(error)) from error
-        return cls(found, **settings)  # type: ignore[arg-type]
 
 
 def profile_case(session: Session, trace: Path | None = None) -> Summary:
@@ -118,7 +106,7 @@ def expose_case(session: Session) -> None:
         _region(session, call)
 
 
-def _warm(session: Session):  # type: ignore[no-untyped-def]
+def _warm(session: Session) -> Call:
     """The call of a session, after a few runs: kernels are compiled, and memory is allocated."""
     inputs = session.case.inputs(session.dtype, session.device)
     try:
@@ -132,7 +120,7 @@ def _warm(session: Session):  # type: ignore[no-untyped-def]
     return call
 
 
-def _region(session: Session, call) -> None:  # type: ignore[no-untyped-def]
+def _region(session: Session, call: Call) -> None:
     with named_range(REGION):
         for _ in range(session.rounds):
             with named_range(ROUND):

@@ -1,7 +1,7 @@
 """From the events of torch.profiler to one row for each range of the package: calls, time, FLOP and bytes.
 
-FLOP and bytes of a call are those of its case: what the op cannot do without. The FLOP of a GEMM are those of its sizes.
-No other kernel has any. A loss whose forward stores the gradient gets the FLOP and bytes of both passes there.
+FLOP and bytes of a call are those of its case: what the op cannot do without. The FLOP of a GEMM follow from its sizes.
+Other kernels have none. A loss whose forward stores the gradient has the FLOP and bytes of both passes there.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from softprompt_kernels.kernels.problems.tensors import DTYPES, unit_stride
 View = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 Vector = tuple[int, int]  # address, length
 
-# For profilers: the one kernel of each pass, and rows and keys of the scores that exist at a time, which are `kBlockRows`
-# and `kTileKeys` in csrc/cpu/attention.
+# For profilers: the one kernel of each pass, and rows and keys of the scores that exist at a time, `kBlockRows` and
+# `kTileKeys` in csrc/cpu/attention.
 ONLY_KERNEL = {
     "forward": ("attention_forward", 32 if native.instruction_set() == "amx" else 6, 64),
     "backward": ("attention_backward", 96, 64),

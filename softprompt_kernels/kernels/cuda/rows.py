@@ -72,7 +72,7 @@ class CudaRows:
         }
         written = (out, loss, statistics) if loss is not None else (out,)
         reads = (student, teacher, logits.student_bias, logits.teacher_bias, weights, row_scale, statistics)
-        return CudaLaunch("divergence_rows", *student.shape, arguments, reads, written)
+        return CudaLaunch("divergence_rows", student.shape[0], vocab, arguments, reads, written)
 
     def exponentials(
         self,
@@ -108,7 +108,12 @@ class CudaRows:
         }
         written = (state.row_max, state.row_sum, state.bias_sum, state.label_logit, mean, high, low)
         return CudaLaunch(
-            "exponential_rows", *products.shape, arguments, (products, bias, weights, state.labels), written
+            "exponential_rows",
+            products.shape[0],
+            products.shape[1],
+            arguments,
+            (products, bias, weights, state.labels),
+            written,
         )
 
     def run(self, launches: Iterable[CudaLaunch], device: torch.device) -> None:

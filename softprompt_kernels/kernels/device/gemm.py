@@ -37,7 +37,9 @@ def pull_back(gradient: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
         if _takes_operands(gradient, weight):
             if out is not None:
                 return _add(out, gradient, weight)
-            return _multiply(gradient, weight, gradient.new_empty(gradient.shape[0], weight.shape[1], dtype=torch.float32))
+            return _multiply(
+                gradient, weight, gradient.new_empty(gradient.shape[0], weight.shape[1], dtype=torch.float32)
+            )
         if out is None:
             out = gradient.new_zeros(gradient.shape[0], weight.shape[1], dtype=torch.float32)
         for rows in _parts(weight.shape[0], weight.shape[1]):

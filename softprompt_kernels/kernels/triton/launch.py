@@ -4,7 +4,7 @@ A driver builds its launches from a problem and a target. A launch built from te
 for any target on any machine, so the check sees exactly what would run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
@@ -48,16 +48,16 @@ class Launch:
         """Launches the kernel on the current stream; does nothing if the grid is empty."""
         if all(self.grid):
             options = {name: value for name, value in asdict(self.options).items() if value is not None}
-            with kernel_range(self.kernel.__name__, *(self.tile if observed() else ())):
+            with kernel_range(self.kernel.__name__, *(tile_of(self.constants) if observed() else ())):
                 self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
-    @property
-    def tile(self) -> tuple[int, int]:
-        """Rows and columns (keys, vocabulary entries) of the block that one program works on at a time."""
-        variant = self.constants.get("VARIANT")
-        if variant is not None:
-            return variant.block_m, variant.block_n
-        return self.constants["BLOCK_M"], self.constants.get("BLOCK_N", self.constants.get("BLOCK_D"))
+
+def tile_of(constants: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns (keys, vocabulary entries) of the block that one program works on at a time."""
+    variant = constants.get("VARIANT")
+    if variant is not None:
+        return variant.block_m, variant.block_n
+    return constants["BLOCK_M"], constants["BLOCK_N"] if "BLOCK_N" in constants else constants["BLOCK_D"]
 
 
 def run_all(launches: Iterable[Launch], device: torch.device) -> None:

@@ -49,6 +49,8 @@ from softprompt_kernels.kernels.triton.attention.arguments import Sequence
 from softprompt_kernels.kernels.triton.attention.backward_dq import score_gradient
 from softprompt_kernels.kernels.triton.attention.key_loop import own_keys, prompt_keys, split_range
 from softprompt_kernels.kernels.triton.attention.scores import LOG2E, position_mask, score
+from softprompt_kernels.kernels.triton.attention.work import backward_dkdv_flop
+from softprompt_kernels.kernels.triton.profiled import profiled
 
 
 class KeyTile(NamedTuple):
@@ -141,7 +143,7 @@ def _add_row_tile(
     return Accumulators(grad_key, grad_value)
 
 
-@triton.jit
+@profiled(backward_dkdv_flop)
 def backward_dkdv_kernel(
     tensors,
     key_values,
@@ -264,7 +266,7 @@ def _stacked_for_prompts(layout, sequence, is_own):
     )
 
 
-@triton.jit
+@profiled()
 def reduce_splits_kernel(
     partial_sums,
     gradients,

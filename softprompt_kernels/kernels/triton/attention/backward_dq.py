@@ -28,6 +28,8 @@ from softprompt_kernels.kernels.triton.attention.addressing import (
 )
 from softprompt_kernels.kernels.triton.attention.key_loop import loop_over_prompt_and_own_keys
 from softprompt_kernels.kernels.triton.attention.scores import LOG2E, score, score_slope
+from softprompt_kernels.kernels.triton.attention.work import backward_dq_flop
+from softprompt_kernels.kernels.triton.profiled import profiled
 
 
 class RowTile(NamedTuple):
@@ -66,7 +68,7 @@ def _add_key_tile(grad_query, row_tile, key, value, mask, scoring, MASKED: tl.co
     return added
 
 
-@triton.jit
+@profiled(backward_dq_flop)
 def backward_dq_kernel(
     query,
     key_values,

@@ -32,6 +32,8 @@ from softprompt_kernels.kernels.triton.attention.addressing import (
 from softprompt_kernels.kernels.triton.attention.arguments import Rows
 from softprompt_kernels.kernels.triton.attention.key_loop import loop_over_prompt_and_own_keys
 from softprompt_kernels.kernels.triton.attention.scores import LN2, LOG2E, score
+from softprompt_kernels.kernels.triton.attention.work import forward_flop
+from softprompt_kernels.kernels.triton.profiled import profiled
 
 
 class Softmax(NamedTuple):
@@ -67,7 +69,7 @@ def _add_sink(row_max, row_sum, sink):
     return tl.where(row_sum == 0, row_max, new_max), tl.where(row_sum == 0, row_sum, with_sink)
 
 
-@triton.jit
+@profiled(forward_flop)
 def forward_kernel(
     query,
     key_values,
@@ -123,7 +125,7 @@ def forward_kernel(
     tl.store(lse + row_index(layout, rows), row_lse, mask=rows.valid)
 
 
-@triton.jit
+@profiled()
 def merge_kernel(
     partial_out,
     partial_lse,

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from softprompt_kernels.kernels.triton.elementwise import INFINITY, LOG2E
+from softprompt_kernels.kernels.triton.profiled import profiled
 
 
-@triton.jit(do_not_specialize=["rows", "first"])  # which change from call to call
+@profiled(do_not_specialize=["rows", "first"])  # which change from call to call
 def exponentials_kernel(
     raw_logits,  # [rows, columns] fp32, W h
     bias,  # [columns] fp32 or None; −inf removes a column

@@ -44,6 +44,7 @@ import triton
 import triton.language as tl
 
 from softprompt_kernels.kernels.triton.elementwise import INFINITY, LOG2E, excess_near, log1p_minus, log1p_near, tanh
+from softprompt_kernels.kernels.triton.profiled import profiled
 
 FORWARD = tl.constexpr("forward")
 REVERSE = tl.constexpr("reverse")
@@ -110,7 +111,7 @@ def _check_kind(KIND: tl.constexpr):
     tl.static_assert(known, "KIND must be 'forward', 'reverse' or 'jsd'")
 
 
-@triton.jit(do_not_specialize=["rows"])  # which changes from call to call, and would compile it again
+@profiled(do_not_specialize=["rows"])  # which changes from call to call, and would compile it again
 def divergence_kernel(
     student,  # [rows, vocab] any float dtype
     teacher,  # [rows, vocab]
