@@ -32,13 +32,11 @@ def visible_pairs(layout: Layout, scoring: Scoring, variant: Variant) -> Pairs:
     prompt = layout.prompt_keys
     if not variant.causal:
         return Pairs(rows * queries * keys, rows * queries * prompt)
-    first = keys - queries + 1  # own keys that query 0 sees
-    own = _sum_clamped(first, queries, 0, keys)
-    if not variant.windowed:
-        return Pairs(rows * own, rows * queries * prompt)
-    window = scoring.window
-    both = _sum_clamped(prompt + first, queries, min(prompt, window), window)
-    own = _sum_clamped(first, queries, 0, min(keys, window))
+    # Query i sees the keys up to its own position, at most `limit` of them, the own keys last.
+    limit = scoring.window if variant.windowed else prompt + keys
+    first = keys - queries + 1  # own keys that query 0 sees; below 0 it does not see all of the prompt
+    both = _sum_clamped(prompt + first, queries, min(limit, prompt + keys))
+    own = _sum_clamped(first, queries, min(limit, keys))
     return Pairs(rows * own, rows * (both - own))
 
 
@@ -73,12 +71,12 @@ def backward_dkdv_flop(arguments: Arguments) -> tuple[float, int]:
     return flop, _bits(arguments["tensors"].query)
 
 
-def _sum_clamped(first: float, count: float, least: float, most: float) -> float:
-    """Σ min(most, max(least, first + i)) over i from 0 to count − 1."""
-    rising = max(0.0, min(count, least - first))  # terms at `least`
-    level = max(0.0, min(count - rising, most - max(first, least)))  # terms that grow
-    start = max(first, least)
-    return rising * min(least, most) + level * start + level * (level - 1) / 2 + (count - rising - level) * most
+def _sum_clamped(first: float, count: float, most: float) -> float:
+    """Σ min(most, max(0, first + i)) over i from 0 to count − 1."""
+    zeros = max(0, min(count, -first))
+    start = max(0, first)
+    rising = max(0, min(count - zeros, most - start))
+    return rising * start + rising * (rising - 1) / 2 + (count - zeros - rising) * most
 
 
 def _bits(tensor: Any) -> int:
