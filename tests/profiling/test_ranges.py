@@ -119,3 +119,28 @@ def test_the_tiles_of_the_cpu_kernels_are_those_of_their_source():
         rows = constant("gemm/micro_kernel.h", "kRegisterRows")
     assert ONLY_KERNEL["forward"] == ("attention_forward", rows, keys)
     assert ONLY_KERNEL["backward"] == ("attention_backward", constant("attention/blocks.h", "kBlockRows"), keys)
+
+
+def test_the_page_lists_every_kernel():
+    """One line of the table may name several kernels; backends, ops and tile hold for each."""
+    page = (ROOT / "docs" / "how-to" / "profile.md").read_text(encoding="utf-8")
+    listed = {}
+    for line in page.partition("| kernel |")[2].partition("\n\n")[0].splitlines()[2:]:
+        names, backends, ops, tile = (cell.strip() for cell in line.strip("|").split("|"))
+        for name in re.findall(r"\w+", names):
+            listed[name] = set(re.findall(r"\w+", backends)), set(re.findall(r"\w+", ops)), tile
+    expected = {
+        kernel.name: (set(kernel.backends), {call.partition(".")[0] for call in kernel.calls}, kernel.tile)
+        for kernel in KERNELS
+    }
+    assert listed == expected
+
+
+def test_the_compiled_module_keeps_the_names_of_its_functions():
+    """perf and py-spy read them from the symbol table, which `strip` would remove."""
+    if native.missing():
+        pytest.skip(f"the cpu backend: {native.missing()}")
+    symbols = Path(native.module().__file__).read_bytes()
+    isa = native.instruction_set()
+    for name in ("attention_forward", "attention_backward", "kl_rows", "kl_logits", "kl_tile", "expectation_rows"):
+        assert f"10softprompt{len(isa)}{isa}{len(name)}{name}".encode() in symbols, name
