@@ -9,7 +9,9 @@ cases whose id its regular expression `match` is found in; the first row that fi
 | "differ" | runs here and must fail, for `reason` and with `error`, a regular expression on the message |
 | "no" | out of scope for `reason`: is not run |
 
-The report is a JSON file: the cases that no row takes, and for each row its cases with their outcome and message.
+With `compared = true`, a case of a row must also have added to "compared" in its properties, which an adapter does.
+
+The report is a JSON file: the cases that no row takes, and for each row its cases with outcome, message, comparisons.
 """
 
 import json
@@ -17,6 +19,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +31,7 @@ class Cases:
 
     def __init__(self) -> None:
         self.rows = tomllib.loads(Path(os.environ[TABLE]).read_text())["cases"]
-        self.taken: list[dict[str, list[str]]] = [{} for _ in self.rows]
+        self.taken: list[dict[str, list[Any]]] = [{} for _ in self.rows]
         self.unlisted: list[str] = []
         self.collection_errors: list[str] = []
         self.row_of: dict[str, int] = {}
@@ -44,7 +47,7 @@ class Cases:
                 left_out.append(item)
                 continue
             self.row_of[item.nodeid] = index
-            self.taken[index][item.nodeid] = ["not run", ""]
+            self.taken[index][item.nodeid] = ["not run", "", 0]
             if self.rows[index]["run"] == "no":
                 left_out.append(item)
             else:
@@ -61,7 +64,8 @@ class Cases:
         entry = self.taken[self.row_of[report.nodeid]][report.nodeid]
         if report.when == "call" or not report.passed:
             message = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext[-2000:]
-            entry[:] = [report.outcome if entry[0] != "failed" else "failed", message]
+            outcome = "failed" if entry[0] == "failed" else report.outcome
+            entry[:] = [outcome, message, dict(report.user_properties).get("compared", 0)]
 
     def pytest_sessionfinish(self) -> None:
         written = {"unlisted": self.unlisted, "errors": self.collection_errors, "rows": self.taken}

@@ -144,7 +144,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    sys.modules.setdefault("diffusers", SimpleNamespace(StableDiffusionPipeline=None))  # type: ignore[arg-type]
+    # Their tests of image models are in the same file.
+    sys.modules.setdefault("diffusers", SimpleNamespace(StableDiffusionPipeline=type("Pipeline", (), {})))  # type: ignore[arg-type]
     transformers.AutoModelForCausalLM.from_pretrained = tiny  # type: ignore[method-assign]
     peft.PeftModelForCausalLM.forward = checked_forward
     peft.PeftModel.save_pretrained = checked_save

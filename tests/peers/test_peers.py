@@ -29,11 +29,11 @@ class Run:
     """What became of a peer's cases."""
 
     rows: list[dict[str, Any]]
-    cases: list[dict[str, list[str]]]  # for each row: case -> outcome, message
+    cases: list[dict[str, list[Any]]]  # for each row: case -> outcome, message, number of comparisons
     unlisted: list[str]
 
-    def of(self, run: str) -> list[tuple[dict[str, Any], str, str, str]]:
-        """(row, case, outcome, message) of the rows of one kind."""
+    def of(self, run: str) -> list[tuple[dict[str, Any], str, str, str, int]]:
+        """(row, case, outcome, message, comparisons) of the rows of one kind."""
         return [
             (row, case, *outcome)
             for row, cases in zip(self.rows, self.cases, strict=True)
@@ -82,12 +82,17 @@ def test_every_row_of_the_table_has_cases(peer: Run) -> None:
 def test_cases_in_scope_pass(peer: Run) -> None:
     cases = peer.of("pass")
     assert len(cases) >= 20
-    missed = [f"{case}: {outcome}\n{message}" for _, case, outcome, message in cases if outcome != "passed"]
+    missed = [f"{case}: {outcome}\n{message}" for _, case, outcome, message, _ in cases if outcome != "passed"]
     assert not missed, "\n".join(missed)
 
 
+def test_cases_that_promise_a_comparison_make_one(peer: Run) -> None:
+    idle = [case for row, case, _, _, compared in peer.of("pass") if row.get("compared") and not compared]
+    assert not idle, "nothing was compared in " + ", ".join(idle)
+
+
 def test_listed_differences_are_there_for_their_reason(peer: Run) -> None:
-    for row, case, outcome, message in peer.of("differ"):
+    for row, case, outcome, message, _ in peer.of("differ"):
         assert outcome == "failed", f"{case} passes now: move it to those that must pass"
         assert re.search(row["error"], message), f"{case} fails for another reason: {message}"
 
