@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ALL = ("tests",)
 ALWAYS = ("tests/test_layout.py",)
+PEERS = ("tests/peers",)
 OPS = ("tests/ops", "tests/traps/attention", "tests/traps/losses", "tests/traps/ops")
 
 # Beginning of a path -> its tests. The longest beginning that fits counts.
@@ -30,8 +31,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/cli/": ("tests/cli",),
     "softprompt_kernels/compress/": ("tests/compress", "tests/traps/compress", "tests/cli"),
     "softprompt_kernels/models/": ("tests/models", "tests/traps/models", "tests/compress"),
-    "softprompt_kernels/prompts/": ("tests/prompts", "tests/models", "tests/traps/models", "tests/compress"),
-    "softprompt_kernels/ops/": (*OPS, "tests/kernels", "tests/models"),
+    "softprompt_kernels/prompts/": ("tests/prompts", "tests/models", "tests/traps/models", "tests/compress", *PEERS),
+    "softprompt_kernels/ops/": (*OPS, "tests/kernels", "tests/models", *PEERS),
     "softprompt_kernels/kernels/": ("tests/kernels", *OPS),
     "softprompt_kernels/kernels/cpu/": ("tests/kernels/cpu", *OPS),
     "softprompt_kernels/kernels/cuda/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),

@@ -4,9 +4,9 @@
 |---|---|
 | KL and JSD of log-probabilities | `kl_div`, and the gradient of the normaliser, which theirs leaves out |
 | fused linear JSD | `linear_kl_div`, over T²: theirs is not multiplied by it |
-| fused linear KL with target probabilities | `linear_kl_div` with log-targets as hidden states and the identity as head |
+| fused linear KL with target probabilities | `linear_kl_div`: log-targets as hidden states, the identity as head |
 | chunked JSD with biases | `linear_kl_div` with a column of ones; the loss of the labels is PyTorch's |
-| `...Function.apply` | the same on the reference backend, so that it is another way to the result than the function's |
+| `...Function.apply` | the same on the reference backend, since tests compare it with the function |
 
 Rows that are ignored have weight 0. Their device "cuda" is the CPU here.
 """
@@ -52,7 +52,7 @@ def jsd(
 ) -> Tensor:
     """Of log-probabilities [N, V]. By Euler's rule, a change of the normaliser Z of e^student at Z = 1 changes
 
-        Σ p_t (t − s) by −dlogZ,   Σ p_s (s − t) by (KL + 1) dlogZ,   the JSD by (1 − β) KL(s‖m) dlogZ.
+    Σ p_t (t − s) by −dlogZ,   Σ p_s (s − t) by (KL + 1) dlogZ,   the JSD by (1 − β) KL(s‖m) dlogZ.
     """
     weights, options = keep(shift_labels, ignore_index), divergence_of(beta)
     loss = kl_div(input, target, weights=weights, backend=backend, **options)

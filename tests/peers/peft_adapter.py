@@ -2,7 +2,7 @@
 
 - A model of the hub becomes a tiny random one of the same family, prepared with our attention. An OPT, a family that we
   do not serve, becomes a Llama.
-- After each forward of a PeftModel, and whenever one is saved, its prompt is saved by PEFT, loaded by us, and run by us.
+- After each forward of a PeftModel, and whenever one is saved, its prompt is saved by PEFT, loaded by us, and run.
   The logits must be those of PEFT, and those of PEFT with transformers' own attention.
 
 Tokens behind a hole in the mask are not compared: PEFT counts the hole as a position, and we do not.
@@ -50,7 +50,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", SIZES),
     "gemma3": ("Gemma3TextConfig", SIZES | WINDOW),
     "mistral": ("MistralConfig", SIZES | {"sliding_window": 6}),
-    "gpt2": ("GPT2Config", {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 128} | NO_DROPOUT),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 128} | NO_DROPOUT,
+    ),
 }
 TOLERANCE = 2e-5
 compared = 0
@@ -144,8 +147,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_configure() -> None:
-    # Their tests of image models are in the same file.
-    sys.modules.setdefault("diffusers", SimpleNamespace(StableDiffusionPipeline=type("Pipeline", (), {})))  # type: ignore[arg-type]
+    pipeline = type("StableDiffusionPipeline", (), {})  # their helpers test image models too
+    sys.modules.setdefault("diffusers", SimpleNamespace(StableDiffusionPipeline=pipeline))  # type: ignore[arg-type]
     transformers.AutoModelForCausalLM.from_pretrained = tiny  # type: ignore[method-assign]
     peft.PeftModelForCausalLM.forward = checked_forward
     peft.PeftModel.save_pretrained = checked_save
