@@ -4,8 +4,9 @@
         ...                                  # any device; on "meta" nothing is computed, and tensors may be of any size
 
 Each operation except a view reads its tensor arguments once and writes its results once. This is a lower bound, which
-well-written kernels reach. A GEMM counts 2·M·N·K FLOP. Memory is that of the storages which were made inside and are
-still referenced: `peak` is its maximum, `kept` what is left at the end.
+well-written kernels reach. A GEMM counts 2·M·N·K FLOP, attention (SDPA) 2·M·N·(D + Dv) for each head and 5/2 of that in
+the backward, whatever its mask; softmax and exp count one exponential for each result. Memory is that of the storages
+which were made inside and are still referenced: `peak` is its maximum, `kept` what is left at the end.
 
 Inside `skip_launches()` Triton kernels are recorded by name and not run: tensors on "meta" have no memory to run on.
 """
@@ -25,6 +26,8 @@ from torch.utils.flop_counter import flop_registry
 
 ALLOCATES_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 GEMMS = {"mm", "addmm", "bmm", "baddbmm"}
+ATTENTION = "_scaled_dot_product"  # the beginning of the names of SDPA's operations
+EXPONENTIALS = {"exp", "exp_", "_softmax", "_safe_softmax", "_log_softmax", "_log_softmax_backward_data", "logaddexp"}
 WRITES_ONLY = {"fill_", "zero_", "copy_", "normal_", "uniform_"}  # they do not read the argument that they change
 
 
@@ -33,7 +36,7 @@ class AtenTraffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read = self.written = self.flop = self.operations = 0
+        self.read = self.written = self.flop = self.exponentials = self.operations = 0
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         # Storages that were made before. The references keep their keys from being reused.
@@ -78,10 +81,21 @@ class AtenTraffic(TorchDispatchMode):
         self.operations += 1
         self.read += sum(_bytes(tensor) for tensor in read if isinstance(tensor, Tensor))
         self.written += sum(_bytes(tensor) for tensor in outputs)
+        if name in EXPONENTIALS:
+            self.exponentials += outputs[0].numel()
+        if name.startswith(ATTENTION):
+            self._count_attention([value for value in args if isinstance(value, Tensor)], "backward" in name)
         flop = flop_registry.get(function._overloadpacket)
         if flop is not None and name in GEMMS:
             operands = [value for value in args if isinstance(value, Tensor)]  # other arguments do not matter here
             self.flop += int(flop(*operands, out_val=result))
+
+    def _count_attention(self, tensors: list[Tensor], backward: bool) -> None:
+        query, key, value = tensors[1:4] if backward else tensors[:3]
+        scores = query.numel() // query.shape[-1] * key.shape[-2]
+        products = scores * 2 * (key.shape[-1] + value.shape[-1])
+        self.flop += products * 5 // 2 if backward else products
+        self.exponentials += scores
 
 
 def _bytes(tensor: Tensor) -> int:

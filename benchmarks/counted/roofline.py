@@ -1,9 +1,19 @@
-"""The roofline bound: from counts to the time that no kernel with these counts can beat on a GPU. Nothing is measured.
+"""The roofline bound: from counts to the time that no kernel with these counts can beat on a chip. Nothing is measured.
 
     bound = max(bytes / bandwidth, FLOP / GEMM rate of the dtype, exponentials / rate of the special function units)
 
-Rates are the vendor's dense peaks (A100 SXM 80 GB, H100 SXM, B200), and 16 exponentials a clock and multiprocessor.
-Real kernels reach 60 to 90 % of such a bound.
+Rates are dense peaks that the maker published. Real kernels reach 60 to 90 % of such a bound.
+
+| chip | bytes and FLOP per second from |
+|---|---|
+| A100 SXM, 80 GB | NVIDIA A100 Tensor Core GPU datasheet, column "A100 80GB SXM" |
+| H100 SXM | NVIDIA H100 Tensor Core GPU datasheet, column "H100 SXM"; half of its rates with sparsity |
+| H200 SXM | NVIDIA H200 Tensor Core GPU datasheet, column "H200 SXM"; half of its rates with sparsity |
+| B200 | NVIDIA DGX B200 datasheet: an eighth of the system's rates, and half where they are with sparsity |
+| MI300X | AMD Instinct MI300X data sheet, without sparsity |
+
+The datasheets do not tell the exponentials: 16 a clock and multiprocessor (NVIDIA, CUDA C++ Programming Guide, table of
+arithmetic throughput) or compute unit (AMD, a quarter of its 64 lanes), times the boost clock.
 """
 
 from __future__ import annotations
@@ -23,7 +33,9 @@ class Gpu:
 GPUS = {
     "A100": Gpu(2.039e12, {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 108 * 16 * 1.41e9),
     "H100": Gpu(3.35e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.83e9),
+    "H200": Gpu(4.8e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.83e9),
     "B200": Gpu(8.0e12, {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1125e12, "fp32": 75e12}, 148 * 16 * 1.85e9),
+    "MI300X": Gpu(5.3e12, {"bf16": 1307.4e12, "fp16": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12}, 304 * 16 * 2.1e9),
 }
 
 

@@ -174,44 +174,100 @@ def test_skipped_kernels_are_recorded_and_not_run() -> None:
     assert skipped == ["total_exp"]
 
 
+def test_attention_of_pytorch_counts_its_products_and_exponentials() -> None:
+    from benchmarks.counted.aten_traffic import AtenTraffic
+
+    query, key = torch.randn(2, 4, 8, 16, requires_grad=True), torch.randn(2, 4, 24, 16, requires_grad=True)
+    products = 2 * 4 * 8 * 24 * (2 * 16 + 2 * 16)
+    with AtenTraffic() as traffic:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    assert (traffic.flop, traffic.exponentials) == (products, 2 * 4 * 8 * 24)
+    with AtenTraffic() as traffic:
+        torch.autograd.grad(out, (query, key), torch.ones_like(out))
+    assert (traffic.flop, traffic.exponentials) == (products * 5 // 2, 2 * 4 * 8 * 24)
+
+
 def test_bound_is_that_of_the_scarcest_resource() -> None:
-    from benchmarks.counted.roofline import bound
+    from benchmarks.counted.roofline import GPUS, bound
 
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=1.0).seconds == pytest.approx(1e-3)
+    assert bound("H200", "bf16", bytes_moved=4.8e9, flop=1.0).seconds == pytest.approx(1e-3)
+    assert bound("MI300X", "bf16", bytes_moved=1.0, flop=1307.4e9).seconds == pytest.approx(1e-3)
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=989e9 * 2).by == "GEMM"
     assert bound("A100", "fp32", bytes_moved=1.0, flop=19.5e9).seconds == pytest.approx(1e-3)
     assert bound("B200", "bf16", bytes_moved=1.0, flop=1.0, exponentials=1e12).by == "exponentials"
+    assert list(GPUS) == ["A100", "H100", "H200", "B200", "MI300X"]
 
 
 @pytest.mark.interpreter
 def test_our_counts_meet_all_requirements() -> None:
-    from benchmarks.counted.problems import (
-        AttentionCase,
-        HeadCase,
-        LogitsCase,
-        count_attention,
-        count_head,
-        count_logits,
-    )
+    from benchmarks.counted.attention import AttentionCase, count_attention
+    from benchmarks.counted.losses import HeadCase, LogitsCase, count_head, count_logits
     from benchmarks.counted.requirements import check_requirements
 
     tiny = {"heads": 2, "kv_heads": 1, "size": 16}
     counts = [count for batch in (2, 4) for count in count_attention(AttentionCase(batch=batch, **tiny))]
-    counts += count_logits(LogitsCase(rows=4, vocab=600)) + count_head(HeadCase(counted_rows=2))
-    required = check_requirements([count.record() for count in counts])
+    counts += [count for name in ("forward", "jsd") for count in count_logits(LogitsCase(rows=4, vocab=600), name)]
+    counts += count_head(HeadCase(counted_rows=2))
+    records = [count.record() for count in counts]
+    required = check_requirements(records)
     assert len(required) >= 15
     assert not [one for one in required if not one.holds]
+    # Whoever copies the prompt to each sequence moves more than the op, in the forward and for each implementation.
+    moved = {
+        record["implementation"]: record["moved"]
+        for record in records
+        if record["suite"] == "prompt_attention forward" and "left_out" not in record["more"]
+    }
+    assert len(moved) >= 4
+    assert all(bytes_ > moved["prompt_attention"] for name, bytes_ in moved.items() if name != "prompt_attention")
 
 
 @pytest.mark.interpreter
-def test_command_prints_implementations_floors_and_requirements(tmp_path: Path) -> None:
+def test_moments_cost_two_products_of_the_heads_size_to_use_and_three_to_make() -> None:
+    from benchmarks.counted.losses import HeadCase, count_moments, count_teacher
+
+    case = HeadCase(tokens=64, size=32, vocab=600, counted_rows=2)
+    product = 2 * 64 * 32 * 600
+    for counts in (count_moments(case), count_teacher(case)):
+        ours = counts[0]
+        assert ours.role == "ours" and ours.flop // product in (2, 3)
+        assert ours.moved >= ours.floor
+    assert {count.implementation for count in count_moments(case)} >= {"F.kl_div, cached probabilities"}
+
+
+@pytest.mark.interpreter
+def test_command_prints_a_table_for_each_problem(tmp_path: Path) -> None:
     written = tmp_path / "new" / "counters.json"
-    command = [sys.executable, "-m", "benchmarks.counted", "kl", "--json", str(written)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    done = counted("--op", "kl_div", "--chip", "H200", "MI300X", "--json", str(written))
     assert done.returncode == 0, done.stdout + done.stderr
-    for text in ("Counted, not measured", "kl_div", "F.kl_div of log-softmaxes", "floor", "hold"):
+    for text in ("counted, not measured", "F.kl_div of log-softmaxes", "floor", "H200 µs", "MI300X µs", "hold"):
         assert text in done.stdout
+    assert "H100" not in done.stdout
+    assert "Left out of kl_div forward, kl_div reverse, kl_div jsd: torch.compile of F.kl_div: it " in done.stdout
     records = json.loads(written.read_text())["records"]
-    assert {record["role"] for record in records} == {"ours", "peer", "plain PyTorch"}
-    assert all(record["bounds"]["H100"]["seconds"] > 0 for record in records if record["role"] == "ours")
+    assert {record["suite"] for record in records} == {"kl_div forward", "kl_div reverse", "kl_div jsd"}
+    assert {record["role"] for record in records} == {"ours", "peer", "PyTorch"}
+    assert all(record["bounds"]["H200"]["seconds"] > 0 for record in records if record["role"] == "ours")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--op", "there is no op kl; accepted are prompt_attention, kl_div,"),
+        ("--chip", "there is no chip kl; accepted"),
+    ],
+)
+def test_an_unknown_op_or_chip_is_named(option: str, sentence: str, capsys: pytest.CaptureFixture) -> None:
+    from benchmarks.counted.__main__ import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main([option, "kl"])
+    assert sentence in capsys.readouterr().err
+
+
+def counted(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.counted", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
