@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt_kernels.losses import JSDLoss, KLDivLoss, LinearKLDivLoss
     from softprompt_kernels.ops import (
         TeacherMoments,
         kl_div,
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EmbeddingPrompt",
+    "JSDLoss",
+    "KLDivLoss",
     "KVPrompt",
+    "LinearKLDivLoss",
     "PromptBank",
     "TeacherMoments",
     "kl_div",
@@ -31,6 +35,9 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "JSDLoss": "softprompt_kernels.losses",
+    "KLDivLoss": "softprompt_kernels.losses",
+    "LinearKLDivLoss": "softprompt_kernels.losses",
     "TeacherMoments": "softprompt_kernels.ops",
     "kl_div": "softprompt_kernels.ops",
     "linear_kl_div": "softprompt_kernels.ops",
@@ -44,6 +51,8 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("softprompt_kernels.losses")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)
