@@ -1,0 +1,45 @@
+"""Tiny students and teachers, and the losses that a trainer has logged."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "dataloader_pin_memory": False}
+TEXTS = ["the cat sat", "a dog ran to the red house", "on the mat", "where is it?", "the end of the day", "no"] * 3
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Student and teacher with one vocabulary."""
+    teacher = tmp_path_factory.mktemp("teacher") / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(teacher)
+    return tiny_model_folder, teacher
+
+
+def logged(trainer: Trainer, name: str = "loss") -> torch.Tensor:
+    """The values of one name in the order of the steps."""
+    return torch.tensor([record[name] for record in trainer.state.log_history if name in record], dtype=torch.float64)
+
+
+def median_ratio(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> float:
+    """Time of `first` over that of `second`: ratio of medians of alternating rounds."""
+    import statistics
+    import time
+
+    taken: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds + 1):
+        for function, times in zip((first, second), taken, strict=True):
+            start = time.perf_counter()
+            function()
+            if index > 0:
+                times.append(time.perf_counter() - start)
+    return statistics.median(taken[0]) / statistics.median(taken[1])
