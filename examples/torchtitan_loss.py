@@ -1,8 +1,8 @@
 """torchtitan's trainer, distilling a teacher, with the loss from hidden states.
 
-torchtitan calls `loss, metrics = loss_fn(pred, labels, global_valid_tokens, **inputs)` with shifted labels, and wants the
-sum over the tokens divided by `global_valid_tokens`. A model with `_skip_lm_head` gives hidden states as `pred`. The
-trainer sets that, and hands over the head, if the loss is a `ChunkedLossWrapper`:
+torchtitan calls `loss, metrics = loss_fn(pred, labels, global_valid_tokens, **inputs)` with shifted labels, and wants
+the sum over the tokens divided by `global_valid_tokens`. A model with `_skip_lm_head` gives hidden states as `pred`.
+The trainer sets that, and hands over the head, if the loss is a `ChunkedLossWrapper`:
 
     class Loss(DistillationLoss, ChunkedLossWrapper):
         @dataclass(kw_only=True, slots=True)
