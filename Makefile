@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test changed bench study compile counters gpu sanitize simt mutants clean
+.PHONY: help demo lint test changed docs bench study compile counters gpu sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -40,6 +40,9 @@ test: lint ## lint, then run all tests; the Triton kernels run in Triton's inter
 
 changed: lint ## lint, then run the tests that the changes since BASE (origin/main) need, but for the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.affected --base $(BASE) -n 2 --dist loadfile
+
+docs: $(VENV)/test ## build the documentation as a site, build/site/index.html, without a warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(VENV)/bench $(MODEL)/config.json ## time and memory of ops and a step (15 min); a part: BENCH="-k attention"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \

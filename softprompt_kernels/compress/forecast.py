@@ -63,6 +63,10 @@ class Plan:
 def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     """Measure on a few queries what `compress` would do with all of them. Nothing is written.
 
+    Args:
+        config: the configuration of the run.
+        reporter: receives the progress; None reports nothing.
+
     Raises:
         SoftPromptError: as `compress`.
     """

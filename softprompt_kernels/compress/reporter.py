@@ -18,21 +18,24 @@ class Reporter(Protocol):
     """Receives messages and progress."""
 
     def message(self, text: str) -> None:
-        """Show one line of text."""
+        """Show the line `text`."""
 
     def progress(self, description: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """A context manager for a stage of `total` units; `unit` is the singular noun for one of them."""
+        """A context manager for a stage of `total` units.
+
+        `description` names the stage, and `unit` is the singular noun for one of its units. It gives an `Advance`.
+        """
 
 
 class SilentReporter:
     """Reports nothing."""
 
     def message(self, text: str) -> None:
-        """Does nothing."""
+        """Does nothing with `text`."""
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """A stage that shows nothing."""
+        """A stage that shows nothing. Arguments as in `Reporter.progress`."""
 
         def advance(count: int, **figures: float) -> None:
             pass

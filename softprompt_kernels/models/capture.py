@@ -116,6 +116,10 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
     Keys and values have the dtype of the model's embedding; the cast is done once for all layers. A `Prefix` is
     returned unchanged.
 
+    Args:
+        model: a prepared model.
+        prompt: an `EmbeddingPrompt`, a `KVPrompt`, a `PromptBank` of either, or a `Prefix`.
+
     Raises:
         TypeError: `prompt` has another type.
         SoftPromptError: as `embed_prefix`.

@@ -25,7 +25,10 @@ from softprompt_kernels.models.registry import REFUSED, WRAPPERS, Family, find_f
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The transformers class that loads a model with a head: AutoModelForCausalLM, or the one for multimodal models."""
+    """The transformers class that loads a model of this `config` with its head.
+
+    AutoModelForCausalLM, or AutoModelForMultimodalLM for multimodal models.
+    """
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
 
 

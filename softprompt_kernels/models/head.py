@@ -26,7 +26,7 @@ class Head:
     """A linear head.
 
     Args:
-        weight: `[V, d]`, the model's own tensor, not a copy.
+        weight: `[V, d]`, the model's own tensor in its dtype, not a copy.
         bias: `[V]` or None.
         softcap: c, or None.
         logit_scale: factor of the linear output.
@@ -38,7 +38,7 @@ class Head:
     logit_scale: float = 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., d]` to `[..., V]`."""
+        """`hidden [..., d]`, in the weight's dtype, to logits `[..., V]` on the device and in the dtype of the weight."""
         logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -49,6 +49,9 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head of a causal language model. An offloaded one is loaded, and stays so as long as the result.
 
     Hooks on the whole model are not run, because its decoder is run and its head is read, one after the other.
+
+    Args:
+        model: a transformers model, prepared or not.
 
     Raises:
         NotServedError: the model has no head, or one that computes more than a weight and a bias do: an adapter or

@@ -34,6 +34,8 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
     """`prefix` with all keys moved by `delta` positions. Values are shared, not copied.
 
+    Rotary scores depend on distances only (RoFormer, arXiv 2104.09864), so rotating the keys moves them.
+
     Args:
         model: the model that the keys come from.
         prefix: keys `[R, Hkv, P, D]` after the rotary embedding, at any positions.
@@ -72,7 +74,7 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
 
 
 def check_fixed_frequencies(model: PreTrainedModel) -> None:
-    """Raise SoftPromptError if the rotary frequencies depend on the length: no rotation moves such keys."""
+    """Raise SoftPromptError if the rotary frequencies of `model` depend on the length: no rotation moves such keys."""
     for settings in rope_parameters(model.config).values():
         if settings["rope_type"] in LENGTH_DEPENDENT:
             raise SoftPromptError(

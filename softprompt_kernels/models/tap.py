@@ -66,4 +66,4 @@ class QueryRecorder(Protocol):
     """Chooses tokens to watch."""
 
     def tap(self, fed: Sequence[FedTokens]) -> QueryTap | None:
-        """The tap for a forward of these tokens; None to watch none of them."""
+        """The tap for a forward of the tokens of `fed`, in their order; None to watch none of them."""

@@ -37,6 +37,9 @@ def kl_div(
 ) -> Tensor:
     """Divergence between the softmax of two tensors of logits.
 
+    Formulas and gradients: docs/maths.md, "The divergences and their gradients". "jsd" is the generalised divergence of
+    GKD (arXiv 2306.13649) with β = `beta`.
+
     Args:
         student_logits: [N, V]; more leading dimensions are flattened. Differentiable.
         teacher_logits: [N, V]; a constant. Any floating dtype, all arithmetic is fp32 (float64 for float64 students).

@@ -56,6 +56,8 @@ def prompt_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a shared prompt and each sequence's own tokens.
 
+    Formula: the head of ops/prompt_attention.py. The backward over two segments: docs/maths.md.
+
     Args:
         query: [B, Hq, M, D], any strides. query, key, value and the prompt have one dtype and device.
         key: [B, Hkv, N, D], after RoPE; Hq is a multiple of Hkv. N may be 0.

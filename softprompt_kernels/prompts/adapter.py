@@ -164,6 +164,9 @@ def load(
 def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The content of adapter_config.json and of softprompt.json (None if there is no such file). Reads no tensors.
 
+    Args:
+        path: an adapter folder that `save` or PEFT wrote.
+
     Raises:
         SoftPromptError: not an adapter folder, not a prompt, a broken file, or a file of a later version.
     """
@@ -190,7 +193,7 @@ def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def check_destination(path: str | Path) -> None:
-    """Raise for a path that `save` would refuse. For use before any work is done.
+    """Raise for a `path` that `save` would refuse. For use before any work is done.
 
     Raises:
         SoftPromptError: the path holds something other than a saved prompt or an empty folder.

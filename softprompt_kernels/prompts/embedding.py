@@ -18,7 +18,7 @@ from softprompt_kernels.prompts.kv import to_training_dtype
 
 
 class EmbeddingPrompt(nn.Module):
-    """One trainable sequence of embeddings.
+    """One trainable sequence of embeddings: prompt tuning (arXiv 2104.08691).
 
     Parameter `embedding [k−n, d]` holds the trainable rows. Buffer `frozen [n, d]` holds the first n = `frozen_tokens`
     rows, which neither gradients nor weight decay change. Both are fp32 whatever dtype the model computes in.
@@ -48,7 +48,7 @@ class EmbeddingPrompt(nn.Module):
 
     @property
     def length(self) -> int:
-        """k, including frozen rows."""
+        """k tokens, including frozen rows."""
         return self.frozen_tokens + self.embedding.shape[0]
 
     @property

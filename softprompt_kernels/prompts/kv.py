@@ -22,7 +22,7 @@ from softprompt_kernels.prompts.prefix import Prefix
 
 
 class KVPrompt(nn.Module):
-    """One trainable prefix.
+    """One trainable prefix: prefix tuning (arXiv 2101.00190), and what Cartridges (arXiv 2506.06266) train.
 
     Parameters `key [L, Hkv, k−n, D]` and `value [L, Hkv, k−n, Dv]` are the trainable tokens. Buffers `frozen_key` and
     `frozen_value` are the first n = `frozen_tokens`. All are fp32 whatever dtype the model computes in, because an
@@ -61,6 +61,10 @@ class KVPrompt(nn.Module):
     def from_prefix(cls, prefix: Prefix, *, frozen_tokens: int = 1) -> KVPrompt:
         """A trainable copy of a prefix of one row.
 
+        Args:
+            prefix: one row of any number of tokens, without padding.
+            frozen_tokens: as in `KVPrompt`.
+
         Raises:
             ValueError: the prefix has several rows (see `PromptBank`), or layers of different shapes, which a KVPrompt
                 cannot store.
@@ -79,7 +83,7 @@ class KVPrompt(nn.Module):
 
     @property
     def length(self) -> int:
-        """k, including frozen tokens."""
+        """k tokens, including frozen ones."""
         return self.frozen_tokens + self.key.shape[2]
 
     @property
@@ -93,7 +97,10 @@ class KVPrompt(nn.Module):
         return self.key.shape[0]
 
     def stacked(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """All k tokens of all layers, differentiable: `key [L, Hkv, k, D]`, `value [L, Hkv, k, Dv]`."""
+        """All k tokens of all layers, differentiable: `key [L, Hkv, k, D]`, `value [L, Hkv, k, Dv]`.
+
+        Both are in `dtype` (None: as stored, fp32).
+        """
         key: Tensor = self.key
         value: Tensor = self.value
         if self.frozen_tokens:

@@ -63,7 +63,7 @@ class Prefix:
 
     @classmethod
     def of(cls, layers: Iterable[tuple[Tensor, Tensor]], lengths: Tensor | None = None) -> Prefix:
-        """A prefix from any iterable of `(key, value)` pairs."""
+        """A prefix from any iterable of pairs. Arguments and errors as in `Prefix`; tensors keep their dtype."""
         return cls(tuple((key, value) for key, value in layers), lengths)
 
     @property
@@ -101,7 +101,7 @@ class Prefix:
         return Prefix(tuple((key.detach(), value.detach()) for key, value in self.layers), self.lengths)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
-        """Keys and values on another device or in another dtype. `lengths` moves to the device and stays int64."""
+        """Keys and values on another `device` or in another `dtype` (None: as they are). `lengths` stays int64."""
         layers = tuple((key.to(device, dtype), value.to(device, dtype)) for key, value in self.layers)
         lengths = self.lengths if self.lengths is None or device is None else self.lengths.to(device)
         return Prefix(layers, lengths)

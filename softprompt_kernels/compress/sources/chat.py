@@ -119,7 +119,7 @@ class ChatFormat:
         return json.dumps(saved, indent=1)
 
     def context_ids(self, text: str) -> Tensor:
-        """`[1, C]` int64: the tokens of a context, which the teacher reads before every query.
+        """`[1, C]` int64: the tokens of the context `text`, which the teacher reads before every query.
 
         Raises:
             SoftPromptError: the text is empty or blank.
@@ -163,7 +163,12 @@ class ChatFormat:
         return list(self._tail(whole, start, plain)[:-behind])
 
     def output_ids(self, text: str) -> list[int]:
-        """The tokens of a given answer, to the one that ends the model's turn, or to the EOS token if there is none."""
+        """The tokens of the given answer `text`, to the one that ends the model's turn, or to EOS if there is none.
+
+        Raises:
+            SoftPromptError: the template splits the answer into a thought and the rest, and it has names of other
+                control tokens too.
+        """
         answer = self._answer
         before = self._before + _CONTEXT + self._between + _QUERY + answer.after
         if not answer.end and not answer.lead and self._answer_turn is None:

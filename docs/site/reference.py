@@ -1,0 +1,92 @@
+"""Hook of mkdocs: pages of the API reference, one a package, with every name of the package's `__all__`.
+
+The names are read from the source, so that a new one appears by itself and the package need not be built. A package
+without `__all__` has no page. What a name does is in its docstring, which mkdocstrings puts in its place.
+"""
+
+import ast
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+NEWLINE = "\n"  # in an f-string of Python 3.11
+PACKAGE = Path(__file__).parents[2] / "softprompt_kernels"
+ROOMS = (
+    "ops",
+    "losses",
+    "prompts",
+    "models",
+    "compress",
+    "integrations",
+    "testing",
+    "bench",
+    "profiling",
+    "errors",
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    pages = {room: page for room in ROOMS if (page := page_of(room))}
+    for room, page in pages.items():
+        files.append(File.generated(config, f"reference/{room}.md", content=page))
+    files.append(File.generated(config, "reference/index.md", content=front_page(pages)))
+    return files
+
+
+def page_of(room: str) -> str:
+    """The page of one package or module; "" where nothing is public."""
+    names, summary = public(room)
+    title = f"# softprompt_kernels.{room}\n\n{summary}\n"
+    return title + "".join(f"\n::: {path}\n" for path in names.values()) if names else ""
+
+
+def public(room: str) -> tuple[dict[str, str], str]:
+    """From each public name of a package to the path of its definition, and the docstring of the package.
+
+    Public is what `__all__` has; in a module that is no package, each class and function without an underscore.
+    """
+    folder = PACKAGE / room
+    source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    if not source.exists():
+        return {}, ""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    module = f"softprompt_kernels.{room}" if room else "softprompt_kernels"
+    origin = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+        elif not folder.is_dir() and isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
+            names.append(node.name)
+    return {name: origin.get(name, f"{module}.{name}") for name in names}, ast.get_docstring(tree) or ""
+
+
+def front_page(pages: dict[str, str]) -> str:
+    """What each package is for, and where the names of the top level are explained."""
+    rows = [f"| [`softprompt_kernels.{room}`]({room}.md) | {public(room)[1].splitlines()[0]} |" for room in pages]
+    links = [
+        f"- [`{name}`]({room}.md#{public(room)[0][name]})"
+        for name in public("")[0]
+        if (room := next((room for room in pages if name in public(room)[0]), None))
+    ]
+    return f"""# API reference
+
+Every public name, from its docstring. Names with a leading underscore, and modules that are not listed here, may change
+without notice.
+
+| package | what it has |
+|---|---|
+{NEWLINE.join(rows)}
+
+## Names of the top level
+
+These can be imported from `softprompt_kernels` itself. Each is imported when it is first used.
+
+{NEWLINE.join(links)}
+"""

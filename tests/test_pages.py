@@ -1,0 +1,194 @@
+"""Every block of code in the pages runs, top to bottom, in a folder that has the files that the page speaks of.
+
+| block | here |
+|---|---|
+| `python` | runs, in one namespace a page |
+| `console`, `softprompt ...` | runs, with small numbers (`FAST`) on a tiny random model |
+| `console`, `python examples/NAME.py` | `tests/examples/test_NAME.py` runs that file |
+| `console`, `make TARGET` | CI runs the target, or `NOT_IN_CI` says why not |
+| `console`, the rest | `ELSEWHERE` says where it runs |
+| `json`, `yaml`, `toml` | can be read |
+| `text`, or no language | formulas, trees and the like: nothing to run |
+| any other | needs `<!-- not run: REASON -->` on the line before it |
+"""
+
+import ast
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tests.test_workflows import CI_TARGETS, TARGETS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("csrc/**/*.md")),
+    *sorted(ROOT.glob("benchmarks/**/*.md")),
+]
+FAST = {  # options that make a command small, if the page has not set them
+    "compress": {"--steps": "2", "--selfstudy": "6", "--new-tokens": "4", "--tokens": "16", "--matching-steps": "10"},
+}
+ELSEWHERE = {
+    "pip install .": "tests/test_docs.py and tests/build_helper install the package",
+    "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
+    "pre-commit install": "it changes the checkout's hooks",
+}
+NOT_IN_CI = {
+    "help": "tests/test_workflows.py runs it",
+    "demo": "it fetches a model of 98 MB and takes minutes; tests/compress runs the same stages on a tiny model",
+    "lint": "`make test` runs it first",
+    "changed": "it picks from the tests that `make test` runs; tests/test_affected.py",
+    "docs": "tests/test_site.py builds the site the same way",
+    "bench": "15 minutes; tests/benchmarks runs every case at tiny sizes",
+    "study": "hours; tests/benchmarks runs its methods on a tiny model",
+    "compile": "15 minutes; tests/kernels/triton compiles a part of them",
+    "counters": "minutes; tests/benchmarks counts small cases",
+    "gpu": "it needs a GPU",
+    "clean": "it deletes what the other targets need",
+}
+TEXT = "the cat sat on the mat and the dog ran to the red house " * 3
+QUESTIONS = '{"input": "where is the dog?"}\n{"input": "what is red?"}\n'
+# Files beside `my-model`, `my-text.txt` and `my-questions.jsonl`, by page. A path of the repository (None) is copied.
+FILES: dict[str, dict[str, str | None]] = {
+    "docs/benchmarks.md": {
+        "benchmarks/study/texts/garden.yaml": None,
+        "benchmarks/study/texts/garden.txt": TEXT,
+        "benchmarks/study/texts/garden.heldout.jsonl": QUESTIONS,
+    },
+}
+MODELS = (".cache/SmolLM2-135M-Instruct", "my-model")  # paths that lead to the tiny model
+DATA: dict[str, Callable[[str], Any]] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
+PLAIN = ("", "text")
+BLOCK = re.compile(r"^( *)(```+)(\w*)[^\n]*\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
+REASON = re.compile(r"<!-- not run: \S.*-->\n*\Z")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
+    """Language and content of each fenced block, and the text before it."""
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        yield found[3], re.sub(f"^{found[1]}", "", found[4], flags=re.MULTILINE), text[: found.start()]
+
+
+def commands(page: Path) -> Iterator[str]:
+    for language, block, _ in blocks(page):
+        if language == "console":
+            yield from filter(None, block.splitlines())
+
+
+def runs_here(language: str, block: str) -> bool:
+    return language == "python" or (
+        language == "console" and re.search(r"^softprompt ", block, re.MULTILINE) is not None
+    )
+
+
+@pytest.fixture
+def folder_of_a_reader(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a tiny model, a text and questions. Families that a page declares are forgotten after it."""
+    from softprompt_kernels.models import registry
+
+    for path in MODELS:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).symlink_to(tiny_model_folder)
+    (tmp_path / "my-text.txt").write_text(TEXT)
+    (tmp_path / "my-questions.jsonl").write_text(QUESTIONS)
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(runs_here(*block[:2]) for block in blocks(page))], ids=name_of
+)
+def test_a_page_runs_from_top_to_bottom(page: Path, folder_of_a_reader: Path) -> None:
+    for path, content in FILES.get(name_of(page), {}).items():
+        (folder_of_a_reader / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder_of_a_reader / path).write_text((ROOT / path).read_text() if content is None else content)
+    run(page, {"__name__": "__main__"})
+    if page.name == "README.md":
+        assert (folder_of_a_reader / "my-run" / "evaluation.json").exists()
+
+
+def run(page: Path, namespace: dict[str, object]) -> None:
+    """Its Python blocks and its commands `softprompt`, in their order."""
+    from softprompt_kernels.cli.app import app
+
+    for language, block, _ in blocks(page):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), namespace)
+        elif language == "console":
+            for line in block.splitlines():
+                if line.startswith("softprompt "):
+                    result = CliRunner().invoke(app, fast(shlex.split(line, comments=True)[1:]))
+                    assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+def fast(arguments: list[str]) -> list[str]:
+    """The arguments of a command, with the options that make it small."""
+    options = FAST.get(arguments[0], {})
+    return arguments + [part for name, value in options.items() if name not in arguments for part in (name, value)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_other_blocks_are_data_text_or_have_a_reason(page: Path) -> None:
+    for language, block, before in blocks(page):
+        if language in DATA:
+            for part in block.splitlines() if language == "json" and "\n{" in block.strip() else [block]:
+                DATA[language](part)
+        elif language not in (*PLAIN, "python", "console"):
+            assert REASON.search(before), f"{name_of(page)}: a block of {language} has no `<!-- not run: REASON -->`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_other_command_is_run_somewhere(page: Path) -> None:
+    for line in commands(page):
+        if line.startswith("make "):
+            assert line.split()[1] in CI_TARGETS | NOT_IN_CI.keys(), line
+        elif found := re.match(r"python examples/(\w+)\.py", line):
+            assert (ROOT / f"tests/examples/test_{found[1]}.py").exists(), line
+        elif not line.startswith("softprompt "):
+            assert line in ELSEWHERE, f"{name_of(page)}: where is this run? {line}"
+
+
+def test_every_target_of_make_is_run_by_ci_or_has_a_reason() -> None:
+    assert set(TARGETS) == CI_TARGETS | NOT_IN_CI.keys()
+    assert not CI_TARGETS & NOT_IN_CI.keys()
+
+
+def test_every_example_has_a_test_that_imports_it() -> None:
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        if example.stem == "__init__":
+            continue
+        test = ROOT / "tests" / "examples" / f"test_{example.stem}.py"
+        assert test.exists(), f"{example.name} has no test {test.name}"
+        imported = {
+            f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+            for node in ast.walk(ast.parse(test.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        module = f"examples.{example.stem}"
+        assert any(name == module or name.startswith(f"{module}.") for name in imported), f"{test.name}: {module}"
+
+
+def test_a_block_that_fails_is_noticed(tmp_path: Path, folder_of_a_reader: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nfirst = 1\n```\n\n- a list\n\n  ```python\n  assert first == 2\n  ```\n")
+    with pytest.raises(AssertionError):
+        run(page, {})
+    page.write_text("```console\nsoftprompt compress --tokens none\n```\n")
+    with pytest.raises(AssertionError, match="none"):
+        run(page, {})
