@@ -36,8 +36,12 @@ PAGES = [
 ]
 FAST = {  # options that make a command small, if the page has not set them
     "compress": {"--steps": "2", "--selfstudy": "6", "--new-tokens": "4", "--tokens": "16", "--matching-steps": "10"},
+    "evaluate": {"--new-tokens": "4"},
+    "generate": {"--max-new-tokens": "8"},
 }
 ELSEWHERE = {
+    'pip install ".[demo,peft]"': "tests/test_docs.py and tests/build_helper install the package",
+    "python demo/fetch_model.py --out my-model": "it fetches 98 MB; a tiny model stands in its place",
     "pip install .": "tests/test_docs.py and tests/build_helper install the package",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
@@ -59,6 +63,13 @@ TEXT = "the cat sat on the mat and the dog ran to the red house " * 3
 QUESTIONS = '{"input": "where is the dog?"}\n{"input": "what is red?"}\n'
 # Files beside `my-model`, `my-text.txt` and `my-questions.jsonl`, by page. A path of the repository (None) is copied.
 FILES: dict[str, dict[str, str | None]] = {
+    "docs/quickstart.md": {
+        "demo/demo.yaml": None,
+        "demo/handbook.txt": TEXT,
+        "demo/queries.jsonl": QUESTIONS,
+        "demo/heldout.jsonl": '{"input": "where is the cat?"}\n',
+        "demo/test.jsonl": '{"input": "who ran to the house?"}\n',
+    },
     "docs/benchmarks.md": {
         "benchmarks/study/texts/garden.yaml": None,
         "benchmarks/study/texts/garden.txt": TEXT,

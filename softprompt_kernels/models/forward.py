@@ -109,7 +109,10 @@ def prompted_logits(
     attention_mask: Tensor | None = None,
     prompt_index: Tensor | None = None,
 ) -> Tensor:
-    """Logits `[B, M, V]` in the model's dtype, as its own forward gives them. Arguments and errors as in `prompted_hidden`."""
+    """Logits `[B, M, V]` in the model's dtype, as its own forward gives them.
+
+    Arguments and errors as in `prompted_hidden`.
+    """
     hidden = prompted_hidden(model, input_ids, prefix, attention_mask=attention_mask, prompt_index=prompt_index)
     return head_of(model).logits(hidden)
 

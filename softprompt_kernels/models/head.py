@@ -38,7 +38,7 @@ class Head:
     logit_scale: float = 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., d]`, in the weight's dtype, to logits `[..., V]` on the device and in the dtype of the weight."""
+        """`hidden [..., d]` to logits `[..., V]`. Both have the weight's dtype, and the logits are on its device."""
         logits = nn.functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale

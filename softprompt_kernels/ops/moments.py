@@ -67,7 +67,8 @@ def teacher_moments(
 ) -> TeacherMoments:
     """The moments of a teacher's distribution, which are all that the forward KL needs of it. No gradient.
 
-    Derivation: docs/maths.md, "The KL of a linear head". Cost: 2 GEMMs of the head's size (3 for 16-bit heads on a GPU).
+    Derivation: docs/maths.md, "The KL of a linear head". Cost: 2 GEMMs of the head's size (3 for 16-bit heads on a
+    GPU).
 
     Args:
         teacher_hidden: [N, d]; more leading dimensions are flattened.

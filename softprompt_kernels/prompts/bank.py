@@ -81,7 +81,9 @@ class PromptBank(nn.Module):
         return Prefix.of(layers, self.ragged_lengths())
 
     def vectors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """The vectors `[R, K, d]`, differentiable, in `dtype` (None: fp32), and `ragged_lengths`. Shorter prompts end with zeros.
+        """The vectors `[R, K, d]`, differentiable, in `dtype` (None: fp32), and `ragged_lengths`.
+
+        Shorter prompts end with zeros.
 
         Raises:
             TypeError: the bank holds KV prompts, which have no vectors.
