@@ -8,8 +8,9 @@ not, and new files that git does not ignore. What each needs:
     anything that RULES names     as it says there
     anything else                 all tests
 
-tests/test_layout.py always runs. Tests marked `slow` run with --slow alone. If Triton kernels or what they use have
-changed, a second run tests them in Triton's interpreter. `make test` before a merge runs everything.
+tests/test_layout.py and tests/test_docstrings.py always run. Tests marked `slow` run with --slow alone. If Triton kernels
+or what they use have changed, a second run tests them in Triton's interpreter. `make test` before a merge runs
+everything.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ALL = ("tests",)
-ALWAYS = ("tests/test_layout.py",)
 PEERS = ("tests/peers",)
+ALWAYS = ("tests/test_layout.py", "tests/test_docstrings.py")
+PAGES = ("tests/test_docs.py", "tests/test_pages.py", "tests/test_site.py")
 OPS = ("tests/ops", "tests/traps/attention", "tests/traps/losses", "tests/traps/ops")
 
 # Beginning of a path -> its tests. The longest beginning that fits counts.
@@ -49,17 +51,19 @@ RULES: dict[str, tuple[str, ...]] = {
     "setup.py": ("tests/build_helper",),
     "MANIFEST.in": ("tests/build_helper",),
     "pyproject.toml": ("tests/build_helper", "tests/test_workflows.py"),
-    "Makefile": ("tests/test_workflows.py", "tests/test_docs.py"),
+    "Makefile": ("tests/test_workflows.py", *PAGES),
     ".ci/": ("tests/test_workflows.py",),
     ".github/": ("tests/test_workflows.py",),
     ".pre-commit-config.yaml": ("tests/test_workflows.py",),
-    "README.md": ("tests/test_docs.py",),
-    "docs/": ("tests/test_docs.py",),
-    "docs/study.md": ("tests/test_docs.py", "tests/benchmarks"),
-    "demo/": ("tests/test_docs.py",),
-    "CONTRIBUTING.md": ("tests/test_docs.py",),
-    "CHANGELOG.md": ("tests/test_docs.py",),
-    "LICENSE": ("tests/test_docs.py", "tests/build_helper"),
+    "README.md": PAGES,
+    "docs/": PAGES,
+    "docs/notebook.ipynb": (*PAGES, "tests/test_notebook.py"),
+    "mkdocs.yml": ("tests/test_site.py",),
+    "docs/study.md": (*PAGES, "tests/benchmarks"),
+    "demo/": PAGES,
+    "CONTRIBUTING.md": PAGES,
+    "CHANGELOG.md": PAGES,
+    "LICENSE": (*PAGES, "tests/build_helper"),
     ".gitignore": (),
     "tests/affected.py": ("tests/test_affected.py",),
 }

@@ -5,10 +5,12 @@ without `__all__` has no page. What a name does is in its docstring, which mkdoc
 """
 
 import ast
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 NEWLINE = "\n"  # in an f-string of Python 3.11
 PACKAGE = Path(__file__).parents[2] / "softprompt_kernels"
@@ -32,6 +34,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{room}.md", content=page))
     files.append(File.generated(config, "reference/index.md", content=front_page(pages)))
     return files
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Makes links of the pages of docs/ and the papers that a docstring names."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    pages = {f"docs/{file.src_uri}": file.dest_uri for file in files.documentation_pages()}
+
+    def linked(match: re.Match[str]) -> str:
+        place = pages.get(match[0])
+        return f'<a href="../{place}">{match[0]}</a>' if place else match[0]
+
+    html = re.sub(r"docs/[\w/-]+\.md", linked, html)
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r'<a href="https://arxiv.org/abs/\1">\g<0></a>', html)
 
 
 def page_of(room: str) -> str:
