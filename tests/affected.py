@@ -8,8 +8,8 @@ not, and new files that git does not ignore. What each needs:
     anything that RULES names     as it says there
     anything else                 all tests
 
-tests/test_layout.py and tests/test_docstrings.py always run. Tests marked `slow` run with --slow alone. If Triton kernels
-or what they use have changed, a second run tests them in Triton's interpreter. `make test` before a merge runs
+tests/test_layout.py and tests/test_docstrings.py always run. Tests marked `slow` run with --slow alone. If Triton
+kernels or what they use have changed, a second run tests them in Triton's interpreter. `make test` before a merge runs
 everything.
 """
 
