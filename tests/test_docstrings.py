@@ -5,9 +5,9 @@ rules, each of which `faults` checks:
 
 1. There is a docstring, and the file that defines the name opens with what it is for.
 2. Each argument (field, for a dataclass) has an entry in `Args:` or stands in backticks in the text, and no entry is of
-   an argument that does not exist. "Arguments as in `name`" takes them from there.
-3. A tensor has a shape in brackets, or is a scalar, in its entry or as `name [..]` in the text. So has a tensor that is
-   returned.
+   an argument that does not exist. "Arguments as in `name`" and ": see `name`" take them from there.
+3. A tensor has a shape in brackets, or that of another argument, or is a scalar, in its entry or as `name [..]` in the
+   text. So has a tensor that is returned.
 4. What takes tensors names a dtype. A tensor of integers (ids, indices, lengths, labels, masks) does so in its entry.
 5. A quantity has its unit in its name or in its entry: seconds, bytes, tokens, nats.
 6. Where the code raises, or calls a function of the package that raises, the docstring says what ("Raises:", or "Raise"
@@ -32,7 +32,7 @@ PACKAGES = ("ops", "losses", "prompts", "models", "compress", "integrations", "t
 COMPUTE = ("ops", "losses")  # packages of formulas
 DTYPE = re.compile(r"dtype|fp32|fp16|bf16|float(16|32|64)|int(32|64)|bool|integer|non-zero|floating")
 INTEGERS = re.compile(r"(^|_)(ids|index|indices|lengths|labels|mask|seqlens)$")
-SHAPE = re.compile(r"\[[^\]]*\]|\bscalar\b")
+SHAPE = re.compile(r"\[[^\]]*\]|\bscalar\b|'s shape\b")
 SOURCE = re.compile(r"docs/[\w/-]+\.md|arXiv[: ]?\d{4}\.\d{4,5}|\b[\w/]+\.py\b")
 UNITS = {
     re.compile(r"(^|_)(seconds?|time|duration|elapsed)(_|$)"): re.compile(r"second|\bms\b|µs"),
@@ -94,10 +94,12 @@ def of_one(thing: Any) -> Iterator[str]:
     text, entries, sections = parts(doc)
     taken = arguments(thing)
     known = dict(entries)
-    for name in re.findall(r"[Aa]rguments(?: and errors)? as in `([\w.]+)`", doc):
-        there, entries_there, _ = parts(inspect.getdoc(named(thing, name)) or "")
-        text, known = f"{text} {there}", known | entries_there
-    yield from (f"entry of {name}, which is no argument" for name in entries if name not in taken)
+    for name in re.findall(r"(?:[Aa]rguments(?: and errors)? as in|: see) `([\w.]+)`", doc):
+        there, entries_there, sections_there = parts(inspect.getdoc(named(thing, name)) or "")
+        text, known, sections = f"{text} {there}", entries_there | known, sections_there | sections
+        doc = f"{doc} {inspect.getdoc(named(thing, name))}"
+    accepted = taken.keys() | inherited(thing)
+    yield from (f"entry of {name}, which is no argument" for name in entries if name not in accepted)
     known |= {name: entry + referred(thing, name, entry) for name, entry in known.items()}
     described = {name: known.get(name) or around(name, text) for name in taken}
     for name, annotation in taken.items():
@@ -162,6 +164,13 @@ def arguments(thing: Any) -> dict[str, str]:
     if parameters and parameters[0].name in ("self", "cls"):
         del parameters[0]
     return {one.name: annotation_of(one.annotation) for one in parameters}
+
+
+def inherited(thing: Any) -> set[str]:
+    """Arguments of a class whose `__init__` is that of another package."""
+    return (
+        set(inspect.signature(thing).parameters) if inspect.isclass(thing) and "__init__" not in vars(thing) else set()
+    )
 
 
 def annotation_of(annotation: Any) -> str:

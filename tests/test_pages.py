@@ -4,12 +4,12 @@
 |---|---|
 | `python` | runs, in one namespace a page |
 | `console`, `softprompt ...` | runs, with small numbers (`FAST`) on a tiny random model |
-| `console`, `python examples/NAME.py` | `tests/examples/test_NAME.py` runs that file |
+| `console`, `python examples/NAME.py` | a test in `tests/examples` imports that file and runs it |
 | `console`, `make TARGET` | CI runs the target, or `NOT_IN_CI` says why not |
 | `console`, the rest | `ELSEWHERE` says where it runs |
 | `json`, `yaml`, `toml` | can be read |
 | `text`, or no language | formulas, trees and the like: nothing to run |
-| any other | needs `<!-- not run: REASON -->` on the line before it |
+| any other | starts programs of `PROGRAMS`, or has `<!-- not run: REASON -->` on the line before it |
 """
 
 import ast
@@ -45,6 +45,15 @@ ELSEWHERE = {
     "pip install .": "tests/test_docs.py and tests/build_helper install the package",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
+}
+PROGRAMS = {  # that blocks of `bash` start, and why no test does
+    "nsys": "it needs a GPU",
+    "ncu": "it needs a GPU",
+    "proton": "it needs a GPU",
+    "proton-viewer": "it needs a run of Proton",
+    "perf": "it needs Linux's perf, and the right to use it",
+    "py-spy": "it needs the right to trace a process",
+    "softprompt": "the program of the line before starts it",
 }
 NOT_IN_CI = {
     "help": "tests/test_workflows.py runs it",
@@ -159,8 +168,11 @@ def test_other_blocks_are_data_text_or_have_a_reason(page: Path) -> None:
         if language in DATA:
             for part in block.splitlines() if language == "json" and "\n{" in block.strip() else [block]:
                 DATA[language](part)
-        elif language not in (*PLAIN, "python", "console"):
-            assert REASON.search(before), f"{name_of(page)}: a block of {language} has no `<!-- not run: REASON -->`"
+        elif language not in (*PLAIN, "python", "console") and not REASON.search(before):
+            programs = {line.split()[0] for line in block.splitlines() if line.strip()}
+            assert language == "bash" and programs <= PROGRAMS.keys(), (
+                f"{name_of(page)}: a block of {language} has no `<!-- not run: REASON -->`, and starts {programs}"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -169,7 +181,7 @@ def test_every_other_command_is_run_somewhere(page: Path) -> None:
         if line.startswith("make "):
             assert line.split()[1] in CI_TARGETS | NOT_IN_CI.keys(), line
         elif found := re.match(r"python examples/(\w+)\.py", line):
-            assert (ROOT / f"tests/examples/test_{found[1]}.py").exists(), line
+            assert f"examples.{found[1]}" in imported_examples(), line
         elif not line.startswith("softprompt "):
             assert line in ELSEWHERE, f"{name_of(page)}: where is this run? {line}"
 
@@ -180,19 +192,20 @@ def test_every_target_of_make_is_run_by_ci_or_has_a_reason() -> None:
 
 
 def test_every_example_has_a_test_that_imports_it() -> None:
-    for example in sorted((ROOT / "examples").glob("*.py")):
-        if example.stem == "__init__":
-            continue
-        test = ROOT / "tests" / "examples" / f"test_{example.stem}.py"
-        assert test.exists(), f"{example.name} has no test {test.name}"
-        imported = {
-            f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
-            for node in ast.walk(ast.parse(test.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
-        module = f"examples.{example.stem}"
-        assert any(name == module or name.startswith(f"{module}.") for name in imported), f"{test.name}: {module}"
+    examples = {f"examples.{path.stem}" for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__"}
+    assert examples <= imported_examples(), examples - imported_examples()
+
+
+def imported_examples() -> set[str]:
+    """The modules of examples/ that the tests in tests/examples import, and what is taken from them."""
+    found = set()
+    for path in (ROOT / "tests" / "examples").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def test_a_block_that_fails_is_noticed(tmp_path: Path, folder_of_a_reader: Path) -> None:
