@@ -14,6 +14,7 @@ import torch
 from benchmarks.harness import case, report
 from benchmarks.suites import scaling_cases as scaling
 from softprompt_kernels.bench import machine
+from softprompt_kernels.bench.peers import compiled
 
 HERE = Path(__file__).parent
 LEFT_OUT = pytest.StashKey[set[str]]()
@@ -48,7 +49,7 @@ def settings(pytestconfig: pytest.Config) -> case.Settings:
         torch.set_num_threads(1)
     left_out = pytestconfig.stash[LEFT_OUT]
     wanted = pytestconfig.getoption("--compile")
-    missing = case.compiler_missing() if wanted else "torch.compile is measured only with --compile"
+    missing = compiled.compiler_missing() if wanted else "torch.compile is measured only with --compile"
     if missing:
         left_out.add(missing)
     return case.Settings(pytestconfig.getoption("--quick"), wanted and missing is None)

@@ -13,6 +13,7 @@ from benchmarks.counted import peers
 from benchmarks.suites import attention_implementations as attentions
 from benchmarks.suites import kl_implementations as losses
 from softprompt_kernels.ops import prompt_attention
+from softprompt_kernels.testing import cases
 
 Results = tuple[Tensor, ...]
 Implementation = Callable[[Any], Callable[[], Results]]
@@ -72,12 +73,15 @@ class Attention:
 
     @property
     def name(self) -> str:
-        sizes = f"B{self.batch} H{self.heads}/{self.kv_heads} M{self.queries} P{self.prompt} D{self.size}"
-        return f"attention {'forward + backward' if self.backward else 'forward'} {sizes}"
+        return f"attention {'forward + backward' if self.backward else 'forward'} {self._problem.shape}"
+
+    @property
+    def _problem(self) -> cases.PromptAttentionCase:
+        return cases.PromptAttentionCase(self.batch, self.heads, self.kv_heads, self.queries, self.prompt, self.size)
 
     @property
     def flop(self) -> float:
-        return attentions.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
+        return self._problem.flop(cases.BOTH if self.backward else cases.FORWARD)
 
     @property
     def bytes(self) -> int:
@@ -86,16 +90,8 @@ class Attention:
         return once * (3 if self.backward else 1)  # backward: the same and dO, and as many bytes of gradients
 
     def inputs(self) -> attentions.Inputs:
-        torch.manual_seed(0)
-
-        def tensor(batch: int, tokens: int, heads: int) -> Tensor:
-            made = torch.randn(batch, tokens, heads, self.size, dtype=torch.bfloat16).transpose(1, 2)
-            return made.requires_grad_(self.backward)
-
-        own = (self.batch, self.queries, self.kv_heads)
-        shared = (1, self.prompt, self.kv_heads)
-        query = tensor(self.batch, self.queries, self.heads)
-        return attentions.Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
+        made = self._problem.inputs(torch.bfloat16, torch.get_default_device())
+        return attentions.Inputs(*(tensor.requires_grad_(self.backward) for tensor in made))
 
     def expected(self, inputs: attentions.Inputs) -> Results:
         copies = attentions.Inputs(*(tensor.detach().float().requires_grad_(self.backward) for tensor in inputs))

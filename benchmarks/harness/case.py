@@ -6,7 +6,6 @@ the call does the work once. What is made before the call (masks, buffers) is no
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,23 +124,3 @@ def _peak_in_this_process(case: Case, name: str, threads: int) -> int:
         results = call()
     del results
     return peak.growth
-
-
-def compile_for_one_size(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one size, after a reset: torch.compile stops compiling a function that saw many sizes."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
-def compiler_missing() -> str | None:
-    """Why torch.compile cannot compile for this CPU; None if it can."""
-    if sys.platform == "win32":
-        return "torch.compile is not tried on Windows"
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "torch.compile finds no C++ compiler"
-    return None

@@ -1,7 +1,6 @@
 """Cases of the suite `attention`: a batch behind a shared prompt, forward, or forward and backward to all five inputs.
 
-Useful FLOP: 4·D a head for each pair of a query and a key that it sees, forward; 10·D more backward (scores again, and
-the gradients of scores, queries, keys and values). Pairs that the causal mask hides do not count.
+Sizes, inputs and FLOP are those of `softprompt_kernels.testing`: pairs that the causal mask hides do not count.
 The floor is this number of FLOP at the measured rate of the reference GEMM, which is fp32, also for bf16 cases.
 """
 
@@ -17,6 +16,7 @@ from benchmarks.harness.case import COMPOSED, Implementation, Rule
 from benchmarks.suites import attention_implementations as attentions
 from benchmarks.suites.attention_implementations import Attention, Inputs
 from softprompt_kernels.bench.rounds import BASELINE, OURS
+from softprompt_kernels.testing import cases
 
 FORWARD_SHARE, TRAINING_SHARE = 0.70, 0.65  # required rate, as a share of the reference GEMM's
 BF16_TIME = 1.3  # limit of the time in bf16 over that in fp32
@@ -48,13 +48,12 @@ class AttentionCase:
 
     @property
     def name(self) -> str:
-        sizes = f"B{self.batch} H{self.heads}/{self.kv_heads} M{self.queries} P{self.prompt} D{self.size}"
         kind = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        return f"{'fwd+bwd' if self.backward else 'forward'} {kind} {sizes}"
+        return f"{'fwd+bwd' if self.backward else 'forward'} {kind} {self._problem.shape}"
 
     @property
     def flop(self) -> float:
-        return attentions.useful_flop(self.batch, self.heads, self.queries, self.prompt, self.size, self.backward)
+        return self._problem.flop(self._pass)
 
     @property
     def tolerance(self) -> float:
@@ -62,21 +61,10 @@ class AttentionCase:
 
     @property
     def result_bytes(self) -> int:
-        heads = self.heads * (2 if self.backward else 1) + (2 * self.kv_heads if self.backward else 0)
-        tokens = self.batch * self.queries * heads + (2 * self.kv_heads * self.prompt if self.backward else 0)
-        return tokens * self.size * self.dtype.itemsize
+        return self._problem.result_bytes(self._pass, self.dtype)
 
     def inputs(self) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-
-        def tensor(batch: int, heads: int, tokens: int) -> Tensor:
-            made = torch.randn(batch, heads, tokens, self.size, generator=generator).to(self.dtype)
-            return made.requires_grad_(self.backward)
-
-        own = (self.batch, self.kv_heads, self.queries)
-        shared = (1, self.kv_heads, self.prompt)
-        query = tensor(self.batch, self.heads, self.queries)
-        return Inputs(query, tensor(*own), tensor(*own), tensor(*shared), tensor(*shared))
+        return Inputs(*(tensor.requires_grad_(self.backward) for tensor in self._problem.inputs(self.dtype)))
 
     def implementations(self) -> Mapping[str, tuple[str, Implementation]]:
         made: dict[str, tuple[str, Implementation]] = {OURS: (OURS, self.implementation(attentions.ours))}
@@ -91,6 +79,14 @@ class AttentionCase:
             return {}  # torch.compile leaves SDPA as it is: once for each shape is enough
         eager = next(iter((attentions.MASKED if self.queries > 1 else attentions.UNMASKED).values()))
         return {attentions.COMPILED: (BASELINE, self.implementation(attentions.compiled(eager)))}
+
+    @property
+    def _problem(self) -> cases.PromptAttentionCase:
+        return cases.PromptAttentionCase(self.batch, self.heads, self.kv_heads, self.queries, self.prompt, self.size)
+
+    @property
+    def _pass(self) -> str:
+        return cases.BOTH if self.backward else cases.FORWARD
 
     def rules(self) -> list[Rule]:
         found: list[Rule] = [("speedup over the fastest baseline", 1.0)]

@@ -12,27 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from benchmarks.harness.case import compile_for_one_size
+from softprompt_kernels.bench.peers.compiled import compile_for_one_size
+from softprompt_kernels.bench.peers.eager import concatenated
+from softprompt_kernels.bench.peers.eager import float_mask as float_mask_of
 from softprompt_kernels.ops import prompt_attention
+from softprompt_kernels.testing.attention import AttentionInputs as Inputs
 
 Forward = Callable[[], Tensor]  # returns out [B, Hq, M, D]
-
-
-class Inputs(NamedTuple):
-    """Inputs of the op."""
-
-    query: Tensor  # [B, Hq, M, D]
-    key: Tensor  # [B, Hkv, M, D]
-    value: Tensor  # [B, Hkv, M, D]
-    prompt_key: Tensor  # [1, Hkv, P, D]
-    prompt_value: Tensor  # [1, Hkv, P, D]
 
 
 Attention = Callable[[Inputs], Forward]
@@ -52,7 +44,7 @@ def unmasked(inputs: Inputs) -> Forward:
     """SDPA without a mask, for a single query, which sees every key."""
 
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(inputs.query, *_concatenated(inputs), enable_gqa=True)
+        return F.scaled_dot_product_attention(inputs.query, *concatenated(inputs), enable_gqa=True)
 
     return forward
 
@@ -61,7 +53,7 @@ def unmasked_repeated(inputs: Inputs) -> Forward:
     """SDPA without a mask, with repeated key heads."""
 
     def forward() -> Tensor:
-        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value)
 
     return forward
@@ -69,7 +61,7 @@ def unmasked_repeated(inputs: Inputs) -> Forward:
 
 def float_mask(inputs: Inputs) -> Forward:
     """SDPA with a float mask, which is added to the scores."""
-    return _masked(inputs, _float_mask(inputs))
+    return _masked(inputs, float_mask_of(inputs))
 
 
 def bool_mask(inputs: Inputs) -> Forward:
@@ -79,10 +71,10 @@ def bool_mask(inputs: Inputs) -> Forward:
 
 def float_mask_repeated(inputs: Inputs) -> Forward:
     """SDPA with a float mask and repeated key heads."""
-    mask = _float_mask(inputs)
+    mask = float_mask_of(inputs)
 
     def forward() -> Tensor:
-        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=mask)
 
     return forward
@@ -94,7 +86,7 @@ def lower_right(inputs: Inputs) -> Forward:
     bias = causal_lower_right(queries, prompt + queries)
 
     def forward() -> Tensor:
-        key, value = (_repeated_heads(inputs, tensor) for tensor in _concatenated(inputs))
+        key, value = (_repeated_heads(inputs, tensor) for tensor in concatenated(inputs))
         return F.scaled_dot_product_attention(inputs.query, key, value, attn_mask=bias)
 
     return forward
@@ -106,7 +98,7 @@ def padded(inputs: Inputs) -> Forward:
 
     def forward() -> Tensor:
         query = F.pad(inputs.query, (0, 0, prompt, 0))
-        return F.scaled_dot_product_attention(query, *_concatenated(inputs), is_causal=True, enable_gqa=True)[
+        return F.scaled_dot_product_attention(query, *concatenated(inputs), is_causal=True, enable_gqa=True)[
             :, :, prompt:
         ]
 
@@ -149,12 +141,6 @@ def as_implementation(
     return prepare
 
 
-def useful_flop(batch: int, heads: int, queries: int, prompt: int, size: int, backward: bool) -> float:
-    """FLOP of 2 GEMMs (7 with the gradients) of D for each pair of a query and a visible key."""
-    pairs = queries * prompt + queries * (queries + 1) // 2
-    return (14 if backward else 4) * size * float(pairs * heads * batch)
-
-
 COMPILED = "concat + SDPA, compiled"
 UNMASKED = {"concat + SDPA, GQA": unmasked, "concat + SDPA, repeated": unmasked_repeated}
 MASKED = {
@@ -168,17 +154,9 @@ PADDED = {"padded queries + causal SDPA": padded}
 
 def _masked(inputs: Inputs, mask: Tensor) -> Forward:
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(inputs.query, *_concatenated(inputs), attn_mask=mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(inputs.query, *concatenated(inputs), attn_mask=mask, enable_gqa=True)
 
     return forward
-
-
-def _concatenated(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Keys and values of prompt and sequence, `[B, Hkv, P + M, D]` each."""
-
-    batch = inputs.query.shape[0]
-    key = torch.cat([inputs.prompt_key.expand(batch, -1, -1, -1), inputs.key], dim=2)
-    return key, torch.cat([inputs.prompt_value.expand(batch, -1, -1, -1), inputs.value], dim=2)
 
 
 def _repeated_heads(inputs: Inputs, tensor: Tensor) -> Tensor:
@@ -188,8 +166,3 @@ def _repeated_heads(inputs: Inputs, tensor: Tensor) -> Tensor:
 def _visible(inputs: Inputs) -> Tensor:
     queries, prompt = inputs.query.shape[2], inputs.prompt_key.shape[2]
     return torch.ones(queries, prompt + queries, dtype=torch.bool).tril(prompt)
-
-
-def _float_mask(inputs: Inputs) -> Tensor:
-    visible = _visible(inputs)
-    return torch.zeros(visible.shape, dtype=inputs.query.dtype).masked_fill(~visible, float("-inf"))

@@ -6,7 +6,7 @@
 | moments | hidden states of the student, cached moments of the teacher | 2U |
 | logits | logits of student and teacher | none; the floor is one pass over the three tensors of that size |
 
-The student is the teacher's hidden states plus a tenth of noise. The logits have a standard deviation of 3.
+Sizes, inputs and FLOP are those of `softprompt_kernels.testing`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benchmarks.harness.case import COMPOSED, Implementation, Rule
 from benchmarks.suites import kl_implementations as losses
 from benchmarks.suites.kl_implementations import Inputs
 from softprompt_kernels.bench.rounds import BASELINE, FLOOR, OURS
+from softprompt_kernels.testing.cases import KlDivCase, LinearKlDivCase, LinearKlDivFromMomentsCase
 
 LIVE, MOMENTS, LOGITS = "live", "moments", "logits"
-GEMMS = {LIVE: 3, MOMENTS: 2, LOGITS: 0}
 FLOOR_LIMIT = {LIVE: 1.08, MOMENTS: 1.10}  # limit of the time over that of the bare GEMMs
 MEMORY_LIMIT = 64.0  # MiB beyond inputs and gradient
 
@@ -43,12 +43,11 @@ class KlCase:
 
     @property
     def name(self) -> str:
-        width = "" if self.kind == LOGITS else f" d{self.size}"
-        return f"{self.kind} N{self.tokens}{width} V{self.vocab}"
+        return f"{self.kind} {self._problem.shape}"
 
     @property
     def flop(self) -> float | None:
-        return GEMMS[self.kind] * 2.0 * self.tokens * self.size * self.vocab or None
+        return self._problem.flop() or None
 
     @property
     def tolerance(self) -> float:
@@ -56,16 +55,12 @@ class KlCase:
 
     @property
     def result_bytes(self) -> int:
-        return 4 * self.tokens * (self.vocab if self.kind == LOGITS else self.size)
+        return self._problem.result_bytes()
 
     def inputs(self) -> Inputs:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(self.vocab, self.size, generator=generator).mul_(3 / self.size**0.5)
-        teacher = torch.randn(self.tokens, self.size, generator=generator)
-        student = teacher + 0.1 * torch.randn(self.tokens, self.size, generator=generator)
         if self.kind == LOGITS:
-            student, teacher = student @ weight.T, teacher @ weight.T
-        return Inputs(student.requires_grad_(), teacher, weight)
+            return Inputs(*self._problem.inputs(), torch.empty(0))
+        return self._problem.inputs()
 
     def implementations(self) -> Mapping[str, tuple[str, Implementation]]:
         of_kind = losses.BY_KIND[self.kind]
@@ -78,6 +73,14 @@ class KlCase:
 
     def compiled(self) -> Mapping[str, tuple[str, Implementation]]:
         return {name: (BASELINE, baseline) for name, baseline in losses.COMPILED[self.kind].items()}
+
+    @property
+    def _problem(self) -> KlDivCase | LinearKlDivCase | LinearKlDivFromMomentsCase:
+        if self.kind == LOGITS:
+            return KlDivCase(self.tokens, self.vocab)
+        return (LinearKlDivCase if self.kind == LIVE else LinearKlDivFromMomentsCase)(
+            self.tokens, self.size, self.vocab
+        )
 
     def rules(self) -> list[Rule]:
         found: list[Rule] = [

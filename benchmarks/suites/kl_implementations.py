@@ -18,21 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness.case import compile_for_one_size
+from softprompt_kernels.bench.peers import eager
+from softprompt_kernels.bench.peers.compiled import compile_for_one_size
 from softprompt_kernels.bench.rounds import Results
 from softprompt_kernels.ops import kl_div, linear_kl_div, linear_kl_div_from_moments, teacher_moments
+from softprompt_kernels.testing.losses import HeadInputs as Inputs  # logits [N, V] in place of states for `logits`
 
 CHUNK = 128  # tokens
 
 Call = Callable[[], Results]
-
-
-class Inputs(NamedTuple):
-    """Hidden states of student and teacher, and the head. The kind `logits` has logits [N, V] in place of states."""
-
-    student: Tensor  # [N, d]
-    teacher: Tensor  # [N, d]
-    weight: Tensor  # [V, d]
 
 
 # --- the ops ----------------------------------------------------------------------------------------------------------
@@ -60,18 +54,18 @@ def from_logits(inputs: Inputs, backend: str | None = None) -> Call:
 
 def kl_div_of_given_logits(inputs: Inputs) -> Call:
     """`F.kl_div` of logits that are the inputs."""
-    return _with_gradient(inputs.student, partial(_kl_of_logits, inputs.student, inputs.teacher))
+    return _with_gradient(inputs.student, partial(eager.kl_of_logits, inputs.student, inputs.teacher))
 
 
 def kl_div_of_all_logits(inputs: Inputs) -> Call:
     """`F.kl_div` of the logits of all tokens, made from hidden states."""
-    return _with_gradient(inputs.student, partial(_kl_of_hidden, *inputs))
+    return _with_gradient(inputs.student, partial(eager.kl_of_hidden, *inputs))
 
 
 def kl_div_with_cached_teacher(inputs: Inputs) -> Call:
     """`F.kl_div`, with the teacher's log-probabilities as input."""
-    log_p_teacher = _teacher_log_probabilities(inputs)
-    loss = partial(_kl_with_cached_teacher, inputs.student, log_p_teacher, inputs.weight)
+    log_p_teacher = eager.teacher_log_probabilities(inputs)
+    loss = partial(eager.kl_of_cached_teacher, inputs.student, log_p_teacher, inputs.weight)
     return _with_gradient(inputs.student, loss)
 
 
@@ -94,7 +88,7 @@ def chunked(inputs: Inputs) -> Call:
 
 def chunked_with_cached_teacher(inputs: Inputs) -> Call:
     """Some tokens at a time, with the teacher's log-probabilities as input."""
-    log_probabilities = _teacher_log_probabilities(inputs)
+    log_probabilities = eager.teacher_log_probabilities(inputs)
 
     def call() -> Results:
         student, _, weight = (tensor.detach() for tensor in inputs)
@@ -111,19 +105,19 @@ def chunked_with_cached_teacher(inputs: Inputs) -> Call:
 
 def compiled(inputs: Inputs) -> Call:
     """`kl_div_of_all_logits`, compiled by torch.compile."""
-    return _with_gradient(inputs.student, partial(compile_for_one_size(_kl_of_hidden), *inputs))
+    return _with_gradient(inputs.student, partial(compile_for_one_size(eager.kl_of_hidden), *inputs))
 
 
 def compiled_with_cached_teacher(inputs: Inputs) -> Call:
     """`kl_div_with_cached_teacher`, compiled by torch.compile."""
-    function = compile_for_one_size(_kl_with_cached_teacher)
-    loss = partial(function, inputs.student, _teacher_log_probabilities(inputs), inputs.weight)
+    function = compile_for_one_size(eager.kl_of_cached_teacher)
+    loss = partial(function, inputs.student, eager.teacher_log_probabilities(inputs), inputs.weight)
     return _with_gradient(inputs.student, loss)
 
 
 def compiled_logits(inputs: Inputs) -> Call:
     """`kl_div_of_given_logits`, compiled by torch.compile."""
-    function = compile_for_one_size(_kl_of_logits)
+    function = compile_for_one_size(eager.kl_of_logits)
     return _with_gradient(inputs.student, partial(function, inputs.student, inputs.teacher))
 
 
@@ -159,25 +153,6 @@ def _with_gradient(student: Tensor, loss: Callable[[], Tensor]) -> Call:
         return (value, *torch.autograd.grad(value, student))
 
     return call
-
-
-def _kl_of_logits(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p_student, log_p_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    return F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="batchmean")
-
-
-def _kl_of_hidden(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    return _kl_of_logits(student @ weight.T, teacher @ weight.T)
-
-
-def _kl_with_cached_teacher(student: Tensor, log_p_teacher: Tensor, weight: Tensor) -> Tensor:
-    log_p_student = F.log_softmax(student @ weight.T, dim=-1)
-    return F.kl_div(log_p_student, log_p_teacher, log_target=True, reduction="batchmean")
-
-
-def _teacher_log_probabilities(inputs: Inputs) -> Tensor:
-    """`[N, V]`."""
-    return F.log_softmax(inputs.teacher @ inputs.weight.T, dim=-1)
 
 
 class Implementations(NamedTuple):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness.case import Implementation, Rule, compile_for_one_size
+from benchmarks.harness.case import Implementation, Rule
+from softprompt_kernels.bench.peers.compiled import compile_for_one_size
 from softprompt_kernels.bench.rounds import BASELINE, OURS, Results
 from softprompt_kernels.compress.matching.refine import RefineRows, match_error
 from softprompt_kernels.models.tap import ScoreFunction

@@ -7,7 +7,7 @@ Two runs are compared by these ratios.
 | the op is bound by | workload |
 |---|---|
 | GEMMs, with a head | `torch.mm` of the case's hidden states with at most 8192 rows of a head |
-| GEMMs, attention | `torch.mm` of two matrices of 1024² |
+| GEMMs, attention | `torch.mm` of two matrices of 512² |
 | memory | a − b → c over three arrays, together as large as what the op moves, from 3 to 96 MiB |
 
 An op is bound by its GEMMs if it does more than `BALANCE` FLOP a byte. Both numbers are the case's own lower bounds, so
@@ -25,7 +25,7 @@ from softprompt_kernels.testing.case import Case
 
 GEMM, MEMORY = "GEMM", "memory"
 BALANCE = {"cpu": 10.0, "cuda": 150.0}  # FLOP a byte, between a machine's rates of GEMMs and of memory
-SQUARE, HEAD_ROWS = 1024, 8192
+SQUARE, HEAD_ROWS = 512, 8192
 SMALLEST, LARGEST = 2**20, 2**25  # bytes of each array of the memory pass
 
 

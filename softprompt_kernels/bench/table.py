@@ -15,7 +15,7 @@ from softprompt_kernels.bench.reference import GEMM
 LEGEND = """\
 time       median over rounds in which all implementations of a problem took turns
 % of floor the least time that the op's GEMMs (or one pass over its memory) take at the rate that the machine
-           showed beside each measurement, over the time
+           showed beside each measurement, over the time; above 100 % where our GEMM is faster than torch.mm
 rate       GFLOP/s of the op's GEMMs, or GB/s of its inputs and results where memory is the bound
 peak       most memory above the inputs; "kept" is what is left while the results are alive
 error      ‖result − float64‖ / ‖float64‖, of the worst result"""
@@ -85,8 +85,12 @@ def mebibytes(count: int) -> str:
 
 def _left_out(missing: Sequence[LeftOut]) -> list[str]:
     """One line an implementation and reason, with the ops that it holds for."""
+    lacking: dict[str, list[str]] = {}
     found: dict[tuple[str, str], list[str]] = {}
     for one in missing:
-        reason = "it has no such op" if one.reason == f"it has no {one.op}" else one.reason
-        found.setdefault((one.implementation, reason), []).append(one.op)
-    return [f"{name}: {', '.join(dict.fromkeys(ops))}: {reason}" for (name, reason), ops in found.items()]
+        if one.reason == f"it has no {one.op}":
+            lacking.setdefault(one.implementation, []).append(one.op)
+        else:
+            found.setdefault((one.implementation, one.reason), []).append(one.op)
+    lines = [f"{name}: {reason} ({', '.join(dict.fromkeys(ops))})" for (name, reason), ops in sorted(found.items())]
+    return [*lines, *(f"{name} has no {', '.join(dict.fromkeys(ops))}" for name, ops in lacking.items())]

@@ -2,7 +2,8 @@
 
 A round is: reference, entry, reference, entry, …, reference, and each round starts with another entry. The reference of
 an entry is the mean of the one before and the one after it. A measurement is a block of runs that takes at least 5 ms,
-because a single short run says little; the time of a run is that of its block over the number of runs. The reference's
+and its figure is the median of these runs: where another process takes the CPU, it hits one or two of them. Runs of
+less than 0.1 ms (on a GPU: 2 ms, since each measurement waits for the device) are timed some at a time. The reference's
 blocks are about as long as the entries', up to 100 ms, so that a busy machine slows both alike.
 
 The first round is a warm-up and does not count.
@@ -22,6 +23,8 @@ import torch
 from softprompt_kernels.bench.rounds import in_turns
 
 BLOCK, LONGEST_REFERENCE = 0.005, 0.1  # seconds
+GROUP = {"cpu": 1e-4, "cuda": 2e-3}  # seconds that are timed at least
+SHORT, SHORT_RUNS = 0.02, 3  # runs below so many seconds are in blocks of at least so many
 MIN_ROUNDS, MAX_ROUNDS = 10, 40
 
 
@@ -61,7 +64,7 @@ def time_in_turns(
         one record a call.
     """
     once = [_shortest(call, device) for call in calls]
-    entries = [Timed(max(1, math.ceil(BLOCK / seconds_))) for seconds_ in once]
+    entries = [Timed(max(SHORT_RUNS if seconds_ < SHORT else 1, math.ceil(BLOCK / seconds_))) for seconds_ in once]
     block = min(median(entry.runs * seconds_ for entry, seconds_ in zip(entries, once, strict=True)), LONGEST_REFERENCE)
     repeats = max(1, math.ceil(max(block, BLOCK) / _shortest(reference, device)))
     work = list(zip(calls, entries, strict=True))
@@ -101,13 +104,19 @@ def _round(
 
 
 def _block(call: Callable[[], object], runs: int, device: torch.device) -> float:
-    """Seconds of a run, over a block of them."""
+    """Seconds of a run: the median over a block of them."""
     synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(runs):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - begin) / runs
+    found: list[float] = []
+    done, together = 0, 1
+    while done < runs:
+        begin = time.perf_counter()
+        for _ in range(together):
+            call()
+        synchronize(device)
+        found.append((time.perf_counter() - begin) / together)
+        done += together
+        together = max(1, math.ceil(GROUP.get(device.type, GROUP["cuda"]) / min(found)))
+    return median(found)
 
 
 def _shortest(call: Callable[[], object], device: torch.device) -> float:

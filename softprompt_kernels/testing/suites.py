@@ -55,13 +55,13 @@ def of_model(model: Model, tokens: int = 512) -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """Each op once, and the attention twice, with the heads and the vocabulary of SmolLM2 and few tokens."""
+    """Each op once, and the attention twice, with the sizes of SmolLM2, a quarter of its vocabulary and few tokens."""
     model = MODELS["smollm2"]
-    heads, head = (model.heads, model.kv_heads), (48, model.hidden, model.vocab)
+    heads, head = (model.heads, model.kv_heads), (64, model.hidden, model.vocab // 4)
     return [
         PromptAttentionCase(4, *heads, 128, 64, model.head_size),
         PromptAttentionCase(8, *heads, 1, 1024, model.head_size),
-        KlDivCase(32, model.vocab),
+        KlDivCase(64, model.vocab // 4),
         LinearKlDivCase(*head),
         LinearKlDivFromMomentsCase(*head),
         LinearCrossEntropyCase(*head),

@@ -1,0 +1,78 @@
+"""The interval for the ratio of two runs' times."""
+
+import math
+from itertools import combinations
+
+import numpy
+import pytest
+
+from softprompt_kernels.bench.compare import FASTER, SAME, SLOWER, UNCLEAR, verdict_of
+from softprompt_kernels.bench.statistics import Interval, drift, ratio_interval
+
+N, M = 4, 5
+
+
+def noisy(generator: numpy.random.Generator, count: int, scale: float = 1.0) -> list[float]:
+    """Times with a spread of 3 %, and one in ten that another process made half as long again."""
+    times = scale * (1 + 0.03 * numpy.abs(generator.standard_normal(count)))
+    return list(times * numpy.where(generator.random(count) < 0.1, 1.5, 1.0))
+
+
+def test_the_lower_limit_has_the_rank_that_counting_gives() -> None:
+    ranks = [sum(places) - N * (N - 1) // 2 for places in combinations(range(N + M), N)]
+    base, new = [1.0, 8.0, 2.0, 4.0], [27.0, 1.01, 9.0, 81.0, 3.0]
+    ratios = sorted(one / other for one in new for other in base)
+    for error_rate in (0.01, 0.05, 0.2):
+        count = max(k for k in range(N * M) if sum(rank < k for rank in ranks) / len(ranks) <= error_rate)
+        assert count > 0
+        apart = math.hypot(drift(base), drift(new))
+        middle = float(numpy.median(ratios))
+        found = ratio_interval(base, new, error_rate)
+        assert found.low == pytest.approx(min(ratios[count - 1], middle / (1 + apart)))
+        assert found.high == pytest.approx(max(ratios[-count], middle * (1 + apart)))
+
+
+def test_limits_hold_as_often_as_they_say() -> None:
+    generator = numpy.random.default_rng(0)
+    trials, error_rate = 400, 0.05
+    found = [ratio_interval(noisy(generator, 15), noisy(generator, 15, 1.3), error_rate) for _ in range(trials)]
+    assert sum(one.low > 1.3 for one in found) <= 1.5 * error_rate * trials
+    assert sum(one.high < 1.3 for one in found) <= 1.5 * error_rate * trials
+
+
+def test_a_fifth_is_told_from_noise_and_noise_is_not_flagged() -> None:
+    generator = numpy.random.default_rng(1)
+    rate = 0.05 / 50
+    slow = [verdict_of(ratio_interval(noisy(generator, 20), noisy(generator, 20, 1.2), rate), 0.1) for _ in range(100)]
+    same = [verdict_of(ratio_interval(noisy(generator, 20), noisy(generator, 20), rate), 0.1) for _ in range(100)]
+    assert slow.count(SLOWER) >= 90
+    assert SLOWER not in same
+    assert FASTER not in same
+
+
+def test_too_few_rounds_say_nothing() -> None:
+    found = ratio_interval([1.0, 1.0, 1.0], [9.0, 9.0, 9.0], 0.001)
+    assert found == Interval(0.0, 9.0, math.inf)
+    assert verdict_of(found, 0.1) == UNCLEAR
+
+
+def test_a_run_that_drifts_widens_the_interval() -> None:
+    steady, drifting = [1.0] * 20, [1.0] * 10 + [1.3] * 10
+    assert drift(steady) == 0
+    assert drift(drifting) == pytest.approx(0.3)
+    assert verdict_of(ratio_interval(steady, [1.25] * 20, 0.01), 0.1) == SLOWER
+    assert verdict_of(ratio_interval(drifting, [1.45] * 20, 0.01), 0.1) == UNCLEAR
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((1.11, 1.2, 1.3), SLOWER),
+        ((1.05, 1.2, 1.3), UNCLEAR),
+        ((0.95, 1.0, 1.05), SAME),
+        ((0.7, 0.8, 0.9), FASTER),
+        ((0.7, 0.8, 0.92), UNCLEAR),
+    ],
+)
+def test_verdicts(interval: tuple[float, float, float], verdict: str) -> None:
+    assert verdict_of(Interval(*interval), 0.1) == verdict
