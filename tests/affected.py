@@ -31,6 +31,8 @@ OPS = ("tests/ops", "tests/traps/attention", "tests/traps/losses", "tests/traps/
 RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/": ALL,
     "softprompt_kernels/cli/": ("tests/cli",),
+    "softprompt_kernels/testing/": ("tests/testing", "tests/bench", "tests/benchmarks"),
+    "softprompt_kernels/bench/": ("tests/bench", "tests/benchmarks", "tests/cli"),
     "softprompt_kernels/compress/": ("tests/compress", "tests/traps/compress", "tests/cli"),
     "softprompt_kernels/models/": ("tests/models", "tests/traps/models", "tests/compress"),
     "softprompt_kernels/prompts/": ("tests/prompts", "tests/models", "tests/traps/models", "tests/compress", *PEERS),
