@@ -11,7 +11,7 @@ Without `softprompt` the model runs as it did before `prepare`: P = 0, causal, p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -51,6 +51,7 @@ class Call:
         prompt_index: `[B]` int64, the row of the bank that each sequence reads; None as in `prompt_attention`.
         key_lengths: `[B]` int64, how many own keys of a row are real; these come first. None: all.
         placement: the positions of the queries; None when query i is at own position N − M + i.
+        order: `[B, N]` int64, gathers the own keys of a row so that the real ones come first; None if they do.
         packing: where the S sequences begin in a packed batch. Then prompt_index has shape `[S]`, and key_lengths and
             placement are None.
         sink: receives own keys and values, None to drop them.
@@ -64,12 +65,25 @@ class Call:
     prompt_index: Tensor | None = None
     key_lengths: Tensor | None = None
     placement: Placement | None = None
+    order: Tensor | None = None
     packing: Packing | None = None
     sink: KeyValueSink | None = None
     tap: QueryTap | None = None
     own: OwnTokens | None = None
     wants_grad: bool = False
     layers: set[int] = field(default_factory=set)
+
+    def behind(self, mask: Tensor) -> Call:
+        """This call with the padding of `mask [B, N]` (bool, True for a real token), for queries of all N tokens.
+
+        Right padding needs no gather. Waits for the device, except in `torch.compile`, where padding may be anywhere.
+        """
+        lengths = mask.sum(dim=1)
+        if not torch.compiler.is_compiling() and is_right_padded(mask):
+            return replace(self, key_lengths=lengths)
+        order, inverse = compaction(mask)
+        placement = Placement.behind_prefix(order, inverse)
+        return replace(self, key_lengths=lengths, placement=placement, order=order)
 
 
 _NO_PROMPT = Call(None)
@@ -126,7 +140,7 @@ def attend(
 
     call = softprompt
     if call is None:
-        call, key, value = _call_from_mask(attention_mask, query, key, value)
+        call = _call_from_mask(attention_mask, query, key)
     else:
         call.layers.add(module.layer_idx)
     if call.wants_grad and not torch.is_grad_enabled():
@@ -138,6 +152,8 @@ def attend(
         call.sink.put(module.layer_idx, key, value)
     if call.own is not None:
         key, value = call.own.extend(module.layer_idx, key, value)
+    if call.order is not None:
+        key, value = gather_tokens(key, call.order), gather_tokens(value, call.order)
     prompt_key, prompt_value = _layer_prompt(call, module.layer_idx, key, value)
     packing = call.packing
     own_keys = key.shape[2] if packing is None else packing.max_seqlen
@@ -183,34 +199,54 @@ def own_padding_mask(
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | None = None,
     **_: Any,
 ) -> Tensor | None:
     """The mask that transformers passes to `attend`: `[B, kv_length]` bool, True for real keys, None when all are real.
 
+    In `torch.compile` transformers cannot see whether the positions of a batch restart, and takes every batch without
+    a mask for packed sequences. Then the compiled graph looks at the mask function, and a restart is a RuntimeError.
+
     Raises:
         SoftPromptError: the mask expresses more than causal, window and padding, or the cache has a fixed size.
     """
-    if not allow_is_causal_skip:
-        raise SoftPromptError(
-            "attention mask: got packed sequences or a custom mask function, accepted are causal models with padding"
-        )
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise SoftPromptError(
             "past_key_values: got a cache of fixed size, or a mask longer than the keys; accepted is a DynamicCache, "
             "with an attention mask of one entry for each cached and new token"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    compiling = torch.compiler.is_compiling()
+    if not allow_is_causal_skip:
+        if use_vmap or mask_function is None or not compiling:
+            raise SoftPromptError(_MORE_THAN_PADDING)
+        _assert_plainly_causal(mask_function, batch_size, q_length, device)
+    if attention_mask is None or (not compiling and bool(attention_mask.all())):
         return None
     return attention_mask[:, -kv_length:]
 
 
-def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> tuple[Call, Tensor, Tensor]:
-    """`Call`, key and value of a forward without a prefix. The padding of `mask` becomes `key_lengths`.
+_MORE_THAN_PADDING = (
+    "attention mask: got packed sequences or a custom mask function, accepted are causal models with padding"
+)
 
-    Unless the mask is right-padded, real keys and values are moved to the front of their rows.
+
+def _assert_plainly_causal(mask_function: Callable, batch: int, tokens: int, device: torch.device | None) -> None:
+    """Adds a check to the compiled graph: each token sees the one before it, and not the one after it.
+
+    Of packed sequences, the first token of a sequence does not see the one before it. In a block that is read in both
+    directions, a token sees the one after it.
     """
+    row = torch.arange(batch, device=device)[:, None]
+    earlier, later = torch.arange(tokens - 1, device=device)[None], torch.arange(1, tokens, device=device)[None]
+    causal = mask_function(row, 0, later, earlier).all() & ~mask_function(row, 0, earlier, later).any()
+    torch._assert_async(causal, _MORE_THAN_PADDING)
+
+
+def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Call:
+    """`Call` of a forward without a prefix. The padding of `mask` becomes `key_lengths`."""
     if mask is None:
-        return _NO_PROMPT, key, value
+        return _NO_PROMPT
     if mask.shape == (1, 1, 1, 1):  # of `run_base`, which passes a `Call` beside it
         raise NotServedError(
             "model: a layer does not hand the prefix on to its attention, accepted are models that pass unknown "
@@ -221,11 +257,10 @@ def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor, value: Tens
             f"attention_mask: got shape {tuple(mask.shape)}, accepted is [batch, tokens] with one entry for each token"
         )
     lengths = mask.sum(dim=1)
-    if is_right_padded(mask):
-        return Call(None, key_lengths=lengths), key, value
+    if not torch.compiler.is_compiling() and is_right_padded(mask):
+        return Call(None, key_lengths=lengths)
     order, inverse = compaction(mask)
-    placement = Placement.from_compaction(order, inverse, query.shape[2])
-    return Call(None, key_lengths=lengths, placement=placement), gather_tokens(key, order), gather_tokens(value, order)
+    return Call(None, key_lengths=lengths, placement=Placement.from_compaction(order, inverse, query.shape[2]), order=order)
 
 
 def _layer_prompt(call: Call, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

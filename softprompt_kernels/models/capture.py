@@ -91,7 +91,7 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
             f"embedding: got shape {tuple(embedding.shape)}, accepted is [k, {width}] or [R, k, {width}], k ≥ 1"
         )
     check_positions(text_config(model), bank.shape[1], 0)
-    layers = _LayerSink()
+    layers = LayerSink()
     device = input_device(model)
     positions = torch.arange(bank.shape[1], device=device)[None]
     graph = torch.is_grad_enabled() and embedding.requires_grad
@@ -149,7 +149,7 @@ def _embedding_table(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
-class _LayerSink:
+class LayerSink:
     """Keeps each layer's keys and values, with their graph, until `close`."""
 
     def __init__(self) -> None:
@@ -160,7 +160,8 @@ class _LayerSink:
         if self.layers is not None:
             self.layers[layer] = (key, value)
 
-    def close(self, lengths: Tensor | None) -> Prefix:
+    def close(self, lengths: Tensor | None = None) -> Prefix:
+        """The prefix of all layers. Nothing is kept from here on."""
         assert self.layers is not None
         layers, self.layers = self.layers, None
         return Prefix.of((layers[index] for index in range(len(layers))), lengths)

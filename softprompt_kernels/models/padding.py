@@ -75,7 +75,7 @@ def compaction(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     """Gather tokens: `out[b, h, s] = tensor[b, h, index[b, s]]`, from `[B, H, N, D]` to `[B, H, S, D]`."""
-    return tensor.take_along_dim(index[:, None, :, None], dim=2)
+    return tensor.take_along_dim(index.to(tensor.device)[:, None, :, None], dim=2)  # layers may be on several devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +111,15 @@ class Placement:
         """For queries in the last M columns of any mask, from its `compaction`. M' = N."""
         keys = order.shape[1]
         return cls((order - (keys - queries)).clamp(min=0), inverse[:, keys - queries :])
+
+    @classmethod
+    def behind_prefix(cls, order: Tensor, inverse: Tensor) -> Placement:
+        """For queries of all N columns, from the mask's `compaction`. M' = N + 1.
+
+        The last column of padding before a row's first real token gets a slot too, the one before all own keys, from
+        where it sees the prefix alone. A loss with shifted labels reads its logits: they predict the first real token.
+        """
+        column = torch.arange(order.shape[1], device=order.device)
+        last_padding = order[:, :1] - 1
+        slot = torch.where(column == last_padding, 0, inverse + 1)
+        return cls(torch.cat([last_padding.clamp(min=0), order], dim=1), slot)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import NAME, register
 from softprompt_kernels.models.families import check_supported, decoder_of, is_wrapper, text_config
 
-# Attribute of the model that holds the name of its previous attention.
-_PREVIOUS = "_softprompt_previous_attention"
+# Attribute of the model that holds what `prepare` changed.
+_PREVIOUS = "_softprompt_previous"
+
+
+@dataclass(frozen=True)
+class _Previous:
+    """The name of the attention, and `return_dict` of the model's and of the text model's configuration."""
+
+    attention: str
+    return_dict: tuple[bool, ...]
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -24,10 +34,11 @@ def prepare(model: PreTrainedModel) -> None:
     """
     check_supported(model)
     register()
-    for config in (model.config, model.config.get_text_config()):
+    configs = model.config, model.config.get_text_config()
+    previous = _Previous(decoder_of(model).config._attn_implementation, tuple(one.return_dict for one in configs))
+    for config in configs:
         config.return_dict = True  # with False, transformers' own models fail: they read each other's outputs by name
-    previous = decoder_of(model).config._attn_implementation
-    if previous == NAME:
+    if previous.attention == NAME:
         return
     _set_attention(model, NAME)
     setattr(model, _PREVIOUS, previous)
@@ -37,7 +48,9 @@ def release(model: PreTrainedModel) -> None:
     """Give `model` back the attention that it had before `prepare`. Does nothing if it was not prepared."""
     previous = getattr(model, _PREVIOUS, None)
     if previous is not None:
-        _set_attention(model, previous)
+        _set_attention(model, previous.attention)
+        for config, value in zip((model.config, model.config.get_text_config()), previous.return_dict, strict=True):
+            config.return_dict = value
         delattr(model, _PREVIOUS)
 
 
