@@ -3,9 +3,9 @@
     patch(model)      changes this one model in place, and nothing else in the process
     unpatch(model)    restores it
 
-A transformers model gets `prompt_attention` in each layer. A PEFT model with a prompt gets it in its base model, and its
-class becomes one that hands the prompt to the attention as a prefix that the batch shares (`peft_model.py`). Parameters,
-`state_dict`, configurations and adapter files stay as they are.
+A transformers model gets `prompt_attention` in each layer. A PEFT model with a prompt gets it in its base model, and
+its class becomes one that hands the prompt to the attention as a prefix that the batch shares (`peft_model.py`).
+Parameters, `state_dict`, configurations and adapter files stay as they are.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftMixedModel, PeftModel, PeftModelForCausalLM, PeftType
+from peft import PeftModelForCausalLM, PeftType
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,8 +43,8 @@ from softprompt_kernels.prompts.prefix import Prefix
 
 _KEY_VALUE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 _SERVED = (*_KEY_VALUE, PeftType.PROMPT_TUNING)
-# PEFT's `disable_adapter` puts these into the instance for a while, and leaves them there.
-_REPLACED = ("forward", "prepare_inputs_for_generation")
+# PEFT's `disable_adapter` puts the first two into the instance, and leaves them there.
+_REPLACED = ("forward", "prepare_inputs_for_generation", "generate")
 
 
 class SharedPromptModel(PeftModelForCausalLM):
@@ -53,6 +53,8 @@ class SharedPromptModel(PeftModelForCausalLM):
     Other packages keep references to a model's forward, accelerate for example. Each method therefore looks whether
     the model still has this class, and hands the call back to PEFT if not.
     """
+
+    base_model: Any
 
     def forward(
         self,
@@ -111,7 +113,7 @@ class SharedPromptModel(PeftModelForCausalLM):
             output = _run(self, _key_value_prefix(self), attention_mask, own, inputs | kwargs)
         else:
             if inputs_embeds is None:
-                inputs_embeds = self.word_embeddings(input_ids)
+                inputs_embeds = cast(Any, self.word_embeddings)(input_ids)
             output = _run_behind_tokens(self, inputs_embeds, attention_mask, labels, kwargs)
         return output.to_tuple() if return_dict is False else output
 
@@ -137,7 +139,8 @@ class SharedPromptModel(PeftModelForCausalLM):
         named = given.pop("inputs", None)
         input_ids = given.pop("input_ids", named)
         if not isinstance(input_ids, Tensor) or len(args) > 1:
-            raise SoftPromptError(f"input_ids: got {type(input_ids).__name__}, accepted is [B, M] int64, all else by name")
+            got = type(input_ids).__name__
+            raise SoftPromptError(f"input_ids: got {got}, accepted is [B, M] int64, and all else by name")
         given.pop("use_cache", None)
         if "generation_config" in vars(self):
             given.setdefault("generation_config", self.generation_config)
@@ -168,7 +171,7 @@ class SharedPromptModel(PeftModelForCausalLM):
 # --- patch and unpatch ------------------------------------------------------------------------------------------------
 
 
-def share_prompt(model: PeftModel | PeftMixedModel) -> None:
+def share_prompt(model: Any) -> None:
     """`patch` of a PEFT model.
 
     Raises:
@@ -185,7 +188,7 @@ def share_prompt(model: PeftModel | PeftMixedModel) -> None:
     model.__class__ = SharedPromptModel
 
 
-def unshare_prompt(model: PeftModel | PeftMixedModel) -> None:
+def unshare_prompt(model: Any) -> None:
     """`unpatch` of a PEFT model.
 
     Raises:
@@ -201,14 +204,14 @@ def unshare_prompt(model: PeftModel | PeftMixedModel) -> None:
     for name in _REPLACED:
         if vars(model).get(name) == getattr(SharedPromptModel, name).__get__(model):
             delattr(model, name)
-    model.__class__ = PeftModelForCausalLM
+    cast(Any, model).__class__ = PeftModelForCausalLM
     release(model.base_model)
 
 
-def _check(model: PeftModel | PeftMixedModel) -> None:
+def _check(model: Any) -> None:
     """Raise unless the model can be patched."""
-    configs = [config for config in model.peft_config.values()]
-    kinds = sorted({PeftType(config.peft_type).value for config in configs})
+    configs: dict[str, Any] = model.peft_config
+    kinds = sorted({PeftType(config.peft_type).value for config in configs.values()})
     if not {PeftType(kind) for kind in kinds} <= set(_SERVED):
         raise NotServedError(
             f"model: got a PEFT model of type {', '.join(kinds)}, accepted are PREFIX_TUNING, CARTRIDGE and "
@@ -219,7 +222,7 @@ def _check(model: PeftModel | PeftMixedModel) -> None:
             f"model: got a {type(model).__name__}, accepted is a PeftModelForCausalLM, which PEFT makes for "
             'task_type="CAUSAL_LM"'
         )
-    base = model.base_model
+    base: Any = model.base_model
     check_supported(base)
     if is_wrapper(base):
         raise NotServedError(
@@ -229,21 +232,20 @@ def _check(model: PeftModel | PeftMixedModel) -> None:
     config = text_config(base)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     accepted = config.num_hidden_layers, heads, heads * head_size(base), 1
-    for name, one in model.peft_config.items():
+    for name, one in configs.items():
         got = one.num_layers, one.num_attention_heads, one.token_dim, one.num_transformer_submodules
         if one.peft_type in _KEY_VALUE and got != accepted:
             raise SoftPromptError(
                 f"model: adapter {name!r} has num_layers, num_attention_heads, token_dim and num_transformer_submodules"
                 f" = {got}, accepted is {accepted}"
             )
-    for name in (*_REPLACED, "generate"):
+    for name in _REPLACED:
         replaced = vars(model).get(name)
-        function = inspect.unwrap(getattr(replaced, "__func__", replaced)) if replaced is not None else None
-        if function not in (None, getattr(PeftModelForCausalLM, name), getattr(SharedPromptModel, name)) or (
-            function is getattr(PeftModelForCausalLM, name) and function is not getattr(replaced, "__func__", None)
-        ):
+        function = getattr(replaced, "__func__", replaced)
+        known = function in (None, getattr(PeftModelForCausalLM, name))
+        if not known and inspect.unwrap(cast(Any, function)) is not getattr(SharedPromptModel, name):
             raise SoftPromptError(
-                f"model: its {name} was replaced by {_name(replaced)}, accepted is PEFT's own: call patch before the "
+                f"model: its {name} was replaced by {_name(function)}, accepted is PEFT's own: call patch before the "
                 "Trainer, the Accelerator or whatever replaced it"
             )
 
@@ -267,8 +269,8 @@ def _own_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Te
         raise SoftPromptError(f"input_ids: got {got}, accepted is [B, M] with B and M ≥ 1, or inputs_embeds [B, M, d]")
     if mask is not None and mask.shape != own.shape[:2]:
         raise SoftPromptError(
-            f"attention_mask: got shape {tuple(mask.shape)}, accepted is {tuple(own.shape[:2])}, one entry for each token "
-            "of the input"
+            f"attention_mask: got shape {tuple(mask.shape)}, accepted is {tuple(own.shape[:2])}, one entry for "
+            "each token of the input"
         )
     return own
 
@@ -291,7 +293,7 @@ def _needs_peft(
 
 
 def _run(model: Any, prefix: Prefix | None, mask: Tensor | None, own: Tensor, kwargs: dict[str, Any]) -> Any:
-    """One forward of the base model behind `prefix`, with padding `mask [B, M]`, over the tokens of `own [B, M, ...]`."""
+    """One forward of the base model behind `prefix`, for inputs of the shape of `own [B, M, ...]`, padded by `mask`."""
     base = model.base_model
     graph = torch.is_grad_enabled() and prefix is not None and prefix.layers[0][0].requires_grad
     call = Call(prefix, wants_grad=graph)
@@ -348,11 +350,12 @@ def _run_virtual_tokens(model: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Pre
 
 def _rows(model: Any) -> Tensor:
     """What PEFT's encoder of the active adapter gives for one sequence: `[k, width]`."""
-    encoder = model.prompt_encoder[model.active_adapter]
-    if model.active_peft_config.inference_mode:
-        return cast(Tensor, encoder.embedding.weight)
-    indices = model.prompt_tokens[model.active_adapter].to(encoder.embedding.weight.device)
-    return cast(Tensor, encoder(indices[None])[0])
+    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    if not config.inference_mode:
+        indices = model.prompt_tokens[model.active_adapter].to(next(encoder.parameters()).device)
+        return cast(Tensor, encoder(indices[None])[0])
+    table = encoder if config.peft_type == PeftType.CARTRIDGE else encoder.embedding
+    return cast(Tensor, table.weight)
 
 
 def _key_value_prefix(model: Any) -> Prefix:

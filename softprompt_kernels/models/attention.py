@@ -260,7 +260,9 @@ def _call_from_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Call:
     if not torch.compiler.is_compiling() and is_right_padded(mask):
         return Call(None, key_lengths=lengths)
     order, inverse = compaction(mask)
-    return Call(None, key_lengths=lengths, placement=Placement.from_compaction(order, inverse, query.shape[2]), order=order)
+    return Call(
+        None, key_lengths=lengths, placement=Placement.from_compaction(order, inverse, query.shape[2]), order=order
+    )
 
 
 def _layer_prompt(call: Call, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ class _Previous:
     """The name of the attention, and `return_dict` of the model's and of the text model's configuration."""
 
     attention: str
-    return_dict: tuple[bool, ...]
+    return_dict: tuple[bool | None, ...]
 
 
 def prepare(model: PreTrainedModel) -> None:
