@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt_kernels.integrations import patch, unpatch
     from softprompt_kernels.losses import JSDLoss, KLDivLoss, LinearKLDivLoss
     from softprompt_kernels.ops import (
         TeacherMoments,
@@ -30,8 +31,10 @@ __all__ = [
     "kl_div",
     "linear_kl_div",
     "linear_kl_div_from_moments",
+    "patch",
     "prompt_attention",
     "teacher_moments",
+    "unpatch",
 ]
 
 _MODULE_OF = {
@@ -44,6 +47,8 @@ _MODULE_OF = {
     "linear_kl_div_from_moments": "softprompt_kernels.ops",
     "prompt_attention": "softprompt_kernels.ops",
     "teacher_moments": "softprompt_kernels.ops",
+    "patch": "softprompt_kernels.integrations",
+    "unpatch": "softprompt_kernels.integrations",
     "EmbeddingPrompt": "softprompt_kernels.prompts",
     "KVPrompt": "softprompt_kernels.prompts",
     "PromptBank": "softprompt_kernels.prompts",
