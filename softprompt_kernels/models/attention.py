@@ -125,13 +125,19 @@ def attend(
         `[B, M, Hq, Dv]` contiguous, and None in place of the attention weights, which are never computed.
 
     Raises:
-        SoftPromptError: the call asks for dropout, attention weights, packed sequences or a 4-D mask, or runs under
+        SoftPromptError: the call asks for dropout, attention weights, packed sequences or a 4-D mask, the attention
+            reads in both directions, or it runs under
             re-entrant gradient checkpointing, which runs the layers without gradients.
     """
     if dropout:
         raise SoftPromptError(
             f"attention dropout: got {dropout} in training mode, accepted is 0: call model.eval(), or set the "
             "model's dropout probabilities to 0"
+        )
+    if not getattr(module, "is_causal", True):
+        raise SoftPromptError(
+            f"attn_implementation: got {NAME!r} for a {type(module).__name__} that reads in both directions, accepted "
+            "are causal decoders"
         )
     if others.get("output_attentions"):
         raise SoftPromptError("output_attentions: got True, accepted is False: the weights are never computed")

@@ -182,7 +182,10 @@ def test_other_arguments_of_forward(options, kind, pair, tokens):
         (lambda ids: {"input_ids": ids, "attention_mask": ids[:, 1:]}, r"attention_mask: got shape \(2, 4\)"),
         (lambda ids: {"input_ids": ids[:, :0]}, r"input_ids: got \(2, 0\), accepted is \[B, M\]"),
         (lambda ids: {"labels": ids}, "input_ids: got None, accepted is"),
-        (lambda ids: {"input_ids": ids.repeat(1, 13)}, "too long: 4 prompt . 65 input tokens, the model's window is 64"),
+        (
+            lambda ids: {"input_ids": ids.repeat(1, 13)},
+            "too long: 4 prompt . 65 input tokens, the model's window is 64",
+        ),
         (lambda ids: {"input_ids": ids, "adapter_names": ["default"] * 2}, "adapter_names: got some, accepted is None"),
     ],
     ids=["attentions", "mask", "empty", "nothing", "too long", "adapter names"],
