@@ -42,6 +42,10 @@ class OwnTokens(Protocol):
         """Add `key [B, Hkv, M, D]` and `value [B, Hkv, M, Dv]`; returns those of all N tokens."""
 
 
+def _no_layers() -> set[int] | None:
+    return None if torch.compiler.is_compiling() else set()
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """The prompt and the padding of one forward of the model.
@@ -58,7 +62,8 @@ class Call:
         tap: hands out queries and their results, None for none.
         own: adds the keys and values of earlier own tokens; None if there are none.
         wants_grad: whether a graph is needed; then the layers must run with gradients enabled.
-        layers: the layers that were handed this call. A model that drops it runs without its prefix.
+        layers: the layers that were handed this call. A model that drops it runs without its prefix. None in
+            `torch.compile`, which does not let a checkpointed layer write into it.
     """
 
     prefix: Prefix | None
@@ -71,7 +76,7 @@ class Call:
     tap: QueryTap | None = None
     own: OwnTokens | None = None
     wants_grad: bool = False
-    layers: set[int] = field(default_factory=set)
+    layers: set[int] | None = field(default_factory=_no_layers)
 
     def behind(self, mask: Tensor) -> Call:
         """This call with the padding of `mask [B, N]` (bool, True for a real token), for queries of all N tokens.
@@ -147,7 +152,7 @@ def attend(
     call = softprompt
     if call is None:
         call = _call_from_mask(attention_mask, query, key)
-    else:
+    elif call.layers is not None:
         call.layers.add(module.layer_idx)
     if call.wants_grad and not torch.is_grad_enabled():
         raise SoftPromptError(

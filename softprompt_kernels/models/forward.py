@@ -140,7 +140,7 @@ def run_base(model: PreTrainedModel, call: Call, positions: Tensor, **inputs: Te
 def check_complete(model: PreTrainedModel, call: Call) -> None:
     """Raise unless each layer was handed the call. One that drops it ran without the prefix, and gave wrong results."""
     count = text_config(model).num_hidden_layers
-    if len(call.layers) != count:
+    if call.layers is not None and len(call.layers) != count:
         raise NotServedError(
             f"model: {len(call.layers)} of the {count} layers of {type(model).__name__} hand the prefix on to their "
             "attention, accepted are models that pass unknown keyword arguments down to the attention function"
