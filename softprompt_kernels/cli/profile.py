@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softprompt_kernels.cli.display import show_table
+from softprompt_kernels.cli.errors import OUT_OF_MEMORY, message_of
 from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
@@ -58,11 +59,19 @@ def profile(
         raise SoftPromptError("--trace: got --cuda-profiler too; accepted is one of them, a GPU serves one profiler")
     on = _device(torch, device, backend)
     session = Session(op, shape, backend, getattr(torch, dtype), on, pass_, rounds)
-    if cuda_profiler:
-        expose_case(session)
+    summary = None
+    try:
+        if cuda_profiler:
+            expose_case(session)
+        else:
+            summary = profile_case(session, trace)
+    except (MemoryError, RuntimeError) as error:
+        if message_of(error) != OUT_OF_MEMORY:
+            raise
+        raise SoftPromptError(f"--shape: {shape!r} takes more memory than there is") from error
+    if summary is None:
         typer.echo(f"{description(session)}\nThe ranges went to the profiler around this process.")
         return
-    summary = profile_case(session, trace)
     typer.echo(description(session))
     show_table(HEADER, table(summary, rounds))
     if trace is not None:

@@ -43,6 +43,10 @@ def test_a_trace_is_written(run, tmp_path, name):
     [
         (("profile", "softmax", "--shape", "N5 V40"), "op must be one of prompt_attention"),
         (("profile", "kl_div", "--shape", "N5 V-40"), "'V-40' is no size of this op"),
+        (
+            ("profile", "kl_div", "--shape", "N2147483648 V262144"),
+            "'N2147483648 V262144' takes more memory than there is",
+        ),
         ((*ATTENTION, "--backend", "mps"), "backend must be None or one of"),
         ((*ATTENTION, "--backend", "cuda"), "backend='cuda' cannot serve this prompt_attention call"),
         (("profile", "teacher_moments", "--shape", "N5 d8 V40", "--pass", "backward"), "must be one of forward; got"),
