@@ -11,6 +11,7 @@ MODEL := .cache/SmolLM2-135M-Instruct
 BASE ?= origin/main
 BENCH ?=
 STUDY ?=
+COUNTERS ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
@@ -55,9 +56,9 @@ compile: $(VENV)/test ## compile all Triton kernels for all GPUs, without a GPU,
 	$(BIN)/softprompt doctor --compile --json runs/compile.json
 
 # The other packages are for comparison, and must not bring their own torch.
-counters: $(VENV)/test ## count bytes, FLOP and memory of the Triton kernels, against lower bounds and other packages
+counters: $(VENV)/test ## count bytes, FLOP, launches and memory of all ops and peers; a part: COUNTERS="--op kl_div"
 	$(BIN)/python -m pip install --quiet --no-deps liger-kernel flash-linear-attention fla-core einops
-	$(BIN)/python -m benchmarks.counted
+	$(BIN)/python -m benchmarks.counted $(COUNTERS)
 
 gpu: $(VENV)/test ## on a machine with a GPU: test the ops on it, and time them against other implementations
 	$(BIN)/python -m pytest -m gpu tests

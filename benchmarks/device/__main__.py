@@ -64,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def peaks(name: str) -> Gpu | None:
     """The published peaks of a device, by its name; None if they are not known."""
-    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+    words = name.replace("-", " ").split()  # whole words: a GH200 is no H200
+    return next((gpu for key, gpu in GPUS.items() if key in words), None)
 
 
 def measure(case: DeviceCase, device: Device, rounds: int) -> Record:

@@ -115,7 +115,8 @@ def test_figures_are_shares_of_the_published_peaks_of_a_known_device() -> None:
     record = {"bytes": 3.35e9, "flop": 98.9e9, "dtype": "bf16"}
     entry = {"ms": 2.0, "peak": 3 * 2**20, "error": 0.001}
     assert cells(record, entry, 1.0, peaks("NVIDIA H100 80GB HBM3")) == ["2.000", "2.00", "50%", "5%", "3", "1.0e-03"]
-    assert cells(record, entry, 1.0, peaks("Some GPU")) == ["2.000", "2.00", "", "", "3", "1.0e-03"]
+    for unknown in ("Some GPU", "NVIDIA GH200 480GB"):
+        assert cells(record, entry, 1.0, peaks(unknown)) == ["2.000", "2.00", "", "", "3", "1.0e-03"]
 
 
 def test_flop_and_bytes_of_cases() -> None:
