@@ -43,7 +43,7 @@ changed: lint ## lint, then run the tests that the changes since BASE (origin/ma
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.affected --base $(BASE) -n 2 --dist loadfile
 
 docs: $(VENV)/test ## build the documentation as a site, build/site/index.html, without a warning
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/bench $(MODEL)/config.json ## time and memory of ops and a step (15 min); a part: BENCH="-k attention"
 	$(BIN)/python -m pytest -c benchmarks/pytest.ini benchmarks --model $(MODEL) --compile \

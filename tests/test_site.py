@@ -22,10 +22,10 @@ ENVIRONMENT = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # a notice of the them
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the built site."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert not done.stdout + done.stderr
+    assert not re.search("warning|error", done.stdout + done.stderr, re.IGNORECASE), done.stderr
     return folder
 
 
