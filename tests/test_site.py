@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -81,6 +82,17 @@ def test_nothing_is_loaded_from_the_network(pages: dict[Path, Links], site: Path
             assert source.startswith("data:") or (page.parent / source).resolve().is_file(), f"{page.name}: {source}"
     for style in site.rglob("*.css"):
         assert not re.search(r"@import|url\([\"']?(https?:)?//", style.read_text(encoding="utf-8")), style.name
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))])
+def test_lists_and_tables_are_written_for_both_readers(page: Path) -> None:
+    """Code hosts take a list right behind a paragraph, and one nested by two spaces; Python-Markdown takes neither."""
+    lines = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE).splitlines()
+    for before, line in itertools.pairwise(lines):
+        if re.match(r"([-*]|\d+\.) ", line):
+            assert not before.strip() or re.match(r"([-*]|\d+\.) | {2,}", before), f"no empty line before: {line}"
+        assert not re.match(r" {1,3}([-*]|\d+\.) ", line), f"nested by less than 4 spaces: {line}"
+        assert not line.startswith("|") or not before or before.startswith("|"), f"no empty line before: {line}"
 
 
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Links], site: Path) -> None:
