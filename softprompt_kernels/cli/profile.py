@@ -29,8 +29,12 @@ def profile(
     op: Annotated[str, typer.Argument(metavar="OP", help="prompt_attention, kl_div, linear_kl_div, ...")],
     *,
     shape: Annotated[
-        str, typer.Option(help="Its sizes: 'B8 H14/2 M256 P128 D64' for attention, 'N512 d576 V49152' for losses.")
-    ],
+        str | None,
+        typer.Option(
+            help="Its sizes: 'B8 H14/2 M256 P128 D64' for attention, 'N512 d576 V49152' for losses. "
+            "Default: that of the suite quick."
+        ),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="The backend. Default: the op chooses.")] = None,
     dtype: Annotated[OpDtype, typer.Option(help="Dtype of the inputs.")] = "float32",
     device: Annotated[OpDevice, typer.Option(help="auto: cuda if there is one and the backend serves it.")] = "auto",
@@ -54,10 +58,13 @@ def profile(
     import torch
 
     from softprompt_kernels.profiling.session import Session, expose_case, profile_case
+    from softprompt_kernels.testing.cases import suite
 
     if cuda_profiler and trace is not None:
         raise SoftPromptError("--trace: got --cuda-profiler too; accepted is one of them, a GPU serves one profiler")
     on = _device(torch, device, backend)
+    if shape is None:
+        shape = next((case.shape for case in suite("quick") if case.op == op), "")
     session = Session(op, shape, backend, getattr(torch, dtype), on, pass_, rounds)
     summary = None
     try:

@@ -68,3 +68,9 @@ def test_a_gpu_that_is_not_there(run, option, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run(*ATTENTION, option)
     assert result.exit_code == 2 and "CUDA device" in result.stderr
+
+
+def test_without_a_shape_it_is_that_of_the_quick_suite(run):
+    result = run("profile", "kl_div", "--rounds", 1, "--pass", "forward")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("kl_div N64 V12288, forward, float32, 1 rounds on ")
