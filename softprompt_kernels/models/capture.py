@@ -15,6 +15,7 @@ from typing import cast, overload
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
@@ -103,7 +104,7 @@ def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | No
     return layers.close(lengths)
 
 
-Prompt = Prefix | KVPrompt | EmbeddingPrompt | PromptBank
+Prompt = Prefix | KVPrompt | EmbeddingPrompt | PromptBank | DistributedDataParallel
 
 
 @overload
@@ -114,7 +115,7 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
     """The prefix of any kind of prompt, differentiable. None (no prompt) stays None.
 
     Keys and values have the dtype of the model's embedding; the cast is done once for all layers. A `Prefix` is
-    returned unchanged.
+    returned unchanged. A prompt in DistributedDataParallel is called through it, so that its gradient is averaged.
 
     Args:
         model: a prepared model.
@@ -124,19 +125,20 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
         TypeError: `prompt` has another type.
         SoftPromptError: as `embed_prefix`.
     """
+    if prompt is None or isinstance(prompt, Prefix):
+        return prompt
     dtype = _embedding_table(model).dtype
-    match prompt:
-        case None | Prefix():
-            return prompt
+    inner = prompt.module if isinstance(prompt, DistributedDataParallel) else prompt
+    match inner:
         case KVPrompt():
-            return prompt.prefix(dtype)
+            return cast(Prefix, prompt(dtype))
         case EmbeddingPrompt():
-            return embed_prefix(model, prompt.vectors(dtype))
-        case PromptBank() if prompt.is_kv:
-            return prompt.prefix(dtype)
+            return embed_prefix(model, prompt(dtype))
+        case PromptBank() if inner.is_kv:
+            return cast(Prefix, prompt(dtype))
         case PromptBank():
-            return embed_prefix(model, *prompt.vectors(dtype))
-    raise TypeError(f"prompt: got {type(prompt).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
+            return embed_prefix(model, *prompt(dtype))
+    raise TypeError(f"prompt: got {type(inner).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
 
 
 def _real(lengths: Tensor, tokens: int) -> Tensor:

@@ -123,7 +123,7 @@ def _check_weight(weight: Tensor) -> None:
     if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         raise NotServedError(
             f"model: the weight of its head is a {type(weight).__qualname__} with layout {weight.layout}, accepted is "
-            "an ordinary dense tensor: leave the head out of the quantisation, sparsity or tensor parallelism"
+            "an ordinary dense tensor: leave the head out of the quantisation, sparsity, sharding or tensor parallelism"
         )
     if weight.is_meta:
         raise NotServedError(

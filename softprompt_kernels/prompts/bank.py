@@ -93,6 +93,10 @@ class PromptBank(nn.Module):
         rows = [cast(EmbeddingPrompt, prompt).vectors(dtype) for prompt in self.prompts]
         return torch.stack([pad(row, (0, 0, 0, self.length - row.shape[0])) for row in rows]), self.ragged_lengths()
 
+    def forward(self, dtype: torch.dtype | None = None) -> Prefix | tuple[Tensor, Tensor | None]:
+        """As `prefix` or `vectors`. DistributedDataParallel and hooks see a use of the bank only if it is called."""
+        return self.prefix(dtype) if self.is_kv else self.vectors(dtype)
+
 
 def model_shape(prompt: EmbeddingPrompt | KVPrompt) -> tuple[int, ...]:
     """The sizes that all prompts of one model share: `(L, Hkv, D, Dv)` or `(d,)`."""

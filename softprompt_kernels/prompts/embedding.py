@@ -44,7 +44,8 @@ class EmbeddingPrompt(nn.Module):
         with torch.inference_mode(False):  # a tensor made in inference mode could never be trained
             embedding = to_training_dtype(embedding)
             self.embedding = nn.Parameter(embedding[frozen_tokens:].clone())
-            self.register_buffer("frozen", embedding[:frozen_tokens].clone())
+            # An empty buffer stays out of the state: in a bank, accelerate would take all of them for one tensor.
+            self.register_buffer("frozen", embedding[:frozen_tokens].clone(), persistent=frozen_tokens > 0)
 
     @property
     def length(self) -> int:
@@ -65,6 +66,10 @@ class EmbeddingPrompt(nn.Module):
         """All k rows `[k, d]`, differentiable, in `dtype` (None: as stored, fp32)."""
         rows = self.embedding if self.frozen_tokens == 0 else torch.cat((self.frozen, self.embedding))
         return rows.to(dtype)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As `vectors`. DistributedDataParallel and hooks see a use of the prompt only if it is called."""
+        return self.vectors(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with torch.inference_mode(False):  # `to` makes new parameters

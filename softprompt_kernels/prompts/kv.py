@@ -54,8 +54,10 @@ class KVPrompt(nn.Module):
             key, value = to_training_dtype(key), to_training_dtype(value)
             self.key = nn.Parameter(key[:, :, frozen_tokens:].clone())
             self.value = nn.Parameter(value[:, :, frozen_tokens:].clone())
-            self.register_buffer("frozen_key", key[:, :, :frozen_tokens].clone())
-            self.register_buffer("frozen_value", value[:, :, :frozen_tokens].clone())
+            # Empty buffers stay out of the state: accelerate takes tensors without memory for one tensor.
+            stored = frozen_tokens > 0
+            self.register_buffer("frozen_key", key[:, :, :frozen_tokens].clone(), persistent=stored)
+            self.register_buffer("frozen_value", value[:, :, :frozen_tokens].clone(), persistent=stored)
 
     @classmethod
     def from_prefix(cls, prefix: Prefix, *, frozen_tokens: int = 1) -> KVPrompt:
@@ -113,6 +115,10 @@ class KVPrompt(nn.Module):
         key, value = self.stacked(dtype)
         # One unbind for all layers. Its backward is one stack; L indexings would give L scatters into full-size zeros.
         return Prefix.of(zip(key.unsqueeze(1).unbind(), value.unsqueeze(1).unbind(), strict=True))
+
+    def forward(self, dtype: torch.dtype | None = None) -> Prefix:
+        """As `prefix`. DistributedDataParallel and hooks see a use of the prompt only if it is called."""
+        return self.prefix(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with torch.inference_mode(False):  # `to` makes new parameters

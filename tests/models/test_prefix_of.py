@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from softprompt_kernels.models import capture, embed_prefix, prefix_of, prepare, prompted_hidden, prompted_logits
 from softprompt_kernels.prompts.bank import PromptBank
@@ -72,3 +75,21 @@ def test_a_loss_reaches_the_trainable_tokens_only(kind, model, tokens):
 def test_other_types_are_refused(model):
     with pytest.raises(TypeError, match=r"prompt: got Tensor, accepted are Prefix"):
         prefix_of(model, torch.zeros(3, 32))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("kind", ["kv", "embedding", "bank of kv", "bank of embedding"])
+def test_a_prompt_in_distributed_data_parallel_is_called_through_it(kind, model, tokens):
+    prompt = random_embedding(5) if "embedding" in kind else KVPrompt.from_prefix(capture(model, tokens(1, 6)))
+    prompt = PromptBank([prompt, prompt]) if "bank" in kind else prompt
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(prompt)
+        reduced = []
+        wrapped.register_comm_hook(None, lambda _, bucket: reduced.append(bucket) or allreduce_hook(None, bucket))
+        got = prefix_of(model, wrapped)
+        torch.testing.assert_close(got.layers, prefix_of(model, prompt).layers, atol=0, rtol=0)
+        sum(key.sum() + value.sum() for key, value in got.layers).backward()
+    finally:
+        dist.destroy_process_group()
+    assert reduced and all(parameter.grad.any() for parameter in prompt.parameters())
