@@ -50,6 +50,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "csrc/bindings/cuda": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "benchmarks/": ("tests/benchmarks",),
     "build_helper/": ("tests/build_helper",),
+    "examples/": ("tests/examples",),
     "setup.py": ("tests/build_helper",),
     "MANIFEST.in": ("tests/build_helper",),
     "pyproject.toml": ("tests/build_helper", "tests/test_workflows.py"),
