@@ -1,6 +1,5 @@
 """Tiny students and teachers, problems for the training loops, and the losses that a trainer has logged."""
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,13 +56,17 @@ def logged(trainer: Trainer, name: str = "loss") -> torch.Tensor:
     return torch.tensor([record[name] for record in trainer.state.log_history if name in record], dtype=torch.float64)
 
 
-def median_ratio(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> float:
-    """Time of `first` over that of `second`: ratio of medians of alternating rounds."""
+def time_ratio(first: Callable[[], object], second: Callable[[], object], rounds: int = 5) -> float:
+    """Time of `first` over that of `second` on one thread: the shortest of alternating rounds, to be robust to load."""
     taken: tuple[list[float], list[float]] = ([], [])
-    for index in range(rounds + 1):
-        for function, times in zip((first, second), taken, strict=True):
-            start = time.perf_counter()
-            function()
-            if index > 0:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds):
+            for function, times in zip((first, second), taken, strict=True):
+                start = time.perf_counter()
+                function()
                 times.append(time.perf_counter() - start)
-    return statistics.median(taken[0]) / statistics.median(taken[1])
+    finally:
+        torch.set_num_threads(threads)
+    return min(taken[0]) / min(taken[1])

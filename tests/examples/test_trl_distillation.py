@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from examples import trl_distillation
 from examples.trl_distillation import PromptDistillationTrainer
-from tests.examples.conftest import QUIET, logged, median_ratio
+from tests.examples.conftest import QUIET, logged, time_ratio
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids are not supported")
 PROMPTS = ["the cat", "a dog ran to the red", "no"] * 7  # more than 4 steps: TRL shuffles a resumed epoch anew
@@ -183,4 +183,4 @@ def test_the_loss_is_at_least_as_fast_as_trls_with_a_real_vocabulary() -> None:
             0
         ].mean().backward()
 
-    assert median_ratio(lambda: LinearKLDivLoss("jsd", 1.0)(student, weight, teacher).backward(), trl) < 1
+    assert time_ratio(lambda: LinearKLDivLoss("jsd", 1.0)(student, weight, teacher).backward(), trl) < 1

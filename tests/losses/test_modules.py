@@ -121,6 +121,7 @@ def test_no_state_copies_pickles_and_shows_itself(loss) -> None:
     assert not loss.state_dict() and not list(loss.parameters())
     for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), eval(repr(loss))):
         assert vars(copied).keys() == vars(loss).keys() and repr(copied) == repr(loss)
+    assert all(f"{name}={value}" in repr(loss) for name, value in (("beta", 0.3), ("ignore_index", loss.ignore_index)))
 
 
 def test_compiled_whole_under_autocast_and_with_two_backwards(hidden) -> None:
