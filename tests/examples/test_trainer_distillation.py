@@ -142,6 +142,22 @@ def test_main_distils_and_saves(folders, tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_prompt_of_peft_is_put_in_front(folders, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    prompted = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    chosen = DistillationTrainer(prompted, TrainingArguments(str(tmp_path), **QUIET), teacher=teacher)
+    ids = torch.randint(3, 300, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    loss = chosen.compute_loss(prompted, {**inputs, "labels": ids})
+    log_q = functional.log_softmax(prompted(**inputs).logits[:, 4:-1], -1).flatten(0, 1)
+    p = functional.softmax(teacher(**inputs).logits[:, :-1], -1).flatten(0, 1)
+    torch.testing.assert_close(loss, functional.kl_div(log_q, p, reduction="batchmean"), rtol=1e-4, atol=1e-6)
+    loss.backward()
+    assert prompted.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+
+
 def test_other_heads_are_refused_before_training(folders, tmp_path: Path) -> None:
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
     student.lm_head.bias = torch.nn.Parameter(torch.zeros(300))

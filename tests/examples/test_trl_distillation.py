@@ -142,6 +142,7 @@ def test_only_the_prompt_is_trained_saved_and_resumed(folders, tmp_path: Path, m
     unbroken = train(PromptDistillationTrainer, folders, tmp_path, monkeypatch, **options)
     names = [name for name, parameter in unbroken.model.named_parameters() if parameter.requires_grad]
     assert names == ["prompt_encoder.default.embedding.weight"]
+    assert unbroken.callback_handler.model is unbroken.model
     saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path).prompt_encoder.default.embedding.weight
     torch.testing.assert_close(saved, unbroken.model.prompt_encoder.default.embedding.weight)
 
