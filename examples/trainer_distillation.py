@@ -2,9 +2,10 @@
 
     python examples/trainer_distillation.py STUDENT TEACHER TEXTS OUTPUT
 
-STUDENT and TEACHER are folders of models with one vocabulary, TEXTS has one text a line. The lines that make the
-difference to a trainer with F.kl_div on logits are marked with `# changed`. Accumulation, padding, autocast, gradient
-checkpointing, torch_compile, evaluation, load_best_model_at_end and resume are the Trainer's own.
+STUDENT and TEACHER are folders of models with one vocabulary, TEXTS has one text a line. The Trainer needs accelerate.
+The lines that make the difference to a trainer with F.kl_div on logits are marked with `# changed`. Accumulation,
+padding, autocast, gradient checkpointing, torch_compile, evaluation, load_best_model_at_end and resume are the
+Trainer's own.
 """
 
 import argparse
