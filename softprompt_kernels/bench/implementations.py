@@ -23,9 +23,14 @@ def prepare(case: Case, name: str, inputs: Any, pass_: str) -> Call:
     return PEERS[name].prepare(case, inputs, pass_) if name in PEERS else case.prepare(inputs, name, pass_)
 
 
+def is_compiled(name: str) -> bool:
+    """Whether code is compiled for each size."""
+    return name in PEERS and PEERS[name].compiled
+
+
 def warm_up_case(case: Case, name: str) -> Case:
     """The case that sets up the libraries: a tiny one, or the case itself where code is compiled for each size."""
-    return case if name in PEERS and PEERS[name].compiled else case.tiny()
+    return case if is_compiled(name) else case.tiny()
 
 
 def left_out(case: Case, name: str, pass_: str, dtype: torch.dtype, device: torch.device, named: bool) -> str | None:

@@ -1,25 +1,32 @@
-"""Runs a plan: checks each implementation against float64, times all of a case in turns, and measures their memory."""
+"""Runs a plan: checks each implementation against float64, times all of a case in turns, and measures their memory.
+
+Each case is timed in two laps. Memory is measured between them, which takes seconds, and the second lap has new inputs.
+So what lasts for a while (another process, a placement of the inputs in memory) shows as a difference between the laps,
+and widens the intervals of a comparison.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
 from softprompt_kernels.bench.footprint import Footprint, measure_footprint
-from softprompt_kernels.bench.implementations import left_out, prepare
+from softprompt_kernels.bench.implementations import is_compiled, left_out, prepare
 from softprompt_kernels.bench.machine import OtherLoad
 from softprompt_kernels.bench.peers.registry import PEERS
 from softprompt_kernels.bench.plan import QUICK, Plan
-from softprompt_kernels.bench.reference import reference_of, work_of
+from softprompt_kernels.bench.reference import Reference, reference_of, work_of
 from softprompt_kernels.bench.timing import Timed, time_in_turns
 from softprompt_kernels.testing.case import BACKWARD, FORWARD, Call, Case, Results, distance
 
 CHECK_FLOP = 1e10  # of the float64 reference; larger cases are checked with fewer tokens or sequences
-SECONDS = {True: 0.5, False: 2.0}  # of timing a row, in the suite "quick" and in the others
+SECONDS = {True: 0.25, False: 1.0}  # of timing a row in a lap, in the suite "quick" and in the others
+LAPS = 2
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def measure(
     Args:
         plan: from `make_plan`.
         report: told what is measured next.
-        rounds: the number of rounds; None: as many as fit the time, at least 10.
+        rounds: the number of rounds; None: as many as fit the time, 16 to 40.
         memory: also measure memory, which starts a process for each implementation.
 
     Raises:
@@ -124,24 +131,86 @@ def measure(
     load = 0.0
     for case in plan.cases:
         report(case.name)
-        found, left, share = _measure_case(plan, case, rounds)
-        if memory:
-            report(f"{case.name}: memory")
-            found = _with_memory(plan, case, found)
-        rows += found
+        problems, left = _prepare(plan, case)
         missing += left
-        load = max(load, share)
+        footprints: dict[str, dict[str, Footprint]] = {}
+        for lap in range(LAPS):
+            if lap > 0:
+                inputs = case.inputs(plan.dtype, plan.device)
+                problems = [problem.with_inputs(inputs) for problem in problems]
+            for problem in problems:
+                load = max(load, problem.time(plan, None if rounds is None else -(-rounds // LAPS)))
+            if memory and lap == 0:
+                report(f"{case.name}: memory")
+                footprints = _footprints(plan, case, problems)
+        rows += [row for problem in problems for row in problem.rows(plan, footprints)]
     return Measured(rows, missing, load)
 
 
-def _measure_case(plan: Plan, case: Case, rounds: int | None) -> tuple[list[Row], list[LeftOut], float]:
+@dataclass(frozen=True)
+class _Problem:
+    """One pass of one case, with all that run it.
+
+    Args:
+        calls, errors, timed: by implementation.
+        checked_shape: the shape that the errors were measured at.
+    """
+
+    case: Case
+    pass_: str
+    calls: dict[str, Call]
+    errors: dict[str, float]
+    checked_shape: str
+    reference: Reference
+    timed: dict[str, Timed]
+
+    def with_inputs(self, inputs: object) -> _Problem:
+        """The same with other memory, which can be faster or slower. What is compiled stays."""
+        calls = {
+            name: call if is_compiled(name) else prepare(self.case, name, inputs, self.pass_)
+            for name, call in self.calls.items()
+        }
+        for call in calls.values():
+            call()
+        return replace(self, calls=calls)
+
+    def time(self, plan: Plan, rounds: int | None) -> float:
+        """Time all in turns; returns the share of the CPU time that other processes took."""
+        with OtherLoad() as other:
+            found = time_in_turns(
+                list(self.calls.values()),
+                self.reference.run,
+                seconds=SECONDS[plan.title == QUICK],
+                device=plan.device,
+                rounds=rounds,
+            )
+        for name, timed in zip(self.calls, found, strict=True):
+            before = self.timed.setdefault(name, Timed(timed.runs))
+            before.seconds.extend(timed.seconds)
+            before.reference_seconds.extend(timed.reference_seconds)
+        return other.share
+
+    def rows(self, plan: Plan, footprints: dict[str, dict[str, Footprint]]) -> list[Row]:
+        """The rows of the table."""
+        case, reference = self.case, self.reference
+        work = work_of(case, self.pass_, plan.dtype, reference.bound)
+        return [
+            Row(
+                case.op, case.shape, plan.dtype_name, self.pass_, name, timed, reference.name, reference.bound, work,
+                reference.work, self.errors[name], self.checked_shape, footprints.get(name, {}).get(self.pass_),
+            )
+            for name, timed in self.timed.items()
+        ]  # fmt: skip
+
+
+def _prepare(plan: Plan, case: Case) -> tuple[list[_Problem], list[LeftOut]]:
+    """All passes of a case, checked, and what was left out."""
     inputs = case.inputs(plan.dtype, plan.device)
     small = case.reduced(CHECK_FLOP)
     small_inputs = inputs if small == case else small.inputs(plan.dtype, plan.device)
     expected = small.reference(small_inputs)
-    rows: list[Row] = []
+    problems: list[_Problem] = []
     missing: list[LeftOut] = []
-    load = 0.0
     for pass_ in [pass_ for pass_ in plan.passes if pass_ in case.passes]:
         calls: dict[str, Call] = {}
         errors: dict[str, float] = {}
@@ -154,28 +223,14 @@ def _measure_case(plan: Plan, case: Case, rounds: int | None) -> tuple[list[Row]
                 calls[name]()
             else:
                 missing.append(LeftOut(case.op, case.shape, pass_, name, reason))
-        if not calls:
-            continue
-        reference = reference_of(case, pass_, plan.dtype, plan.device)
-        seconds = SECONDS[plan.title == QUICK]
-        with OtherLoad() as other:
-            times = time_in_turns(
-                list(calls.values()), reference.run, seconds=seconds, device=plan.device, rounds=rounds
-            )
-        load = max(load, other.share)
-        work = work_of(case, pass_, plan.dtype, reference.bound)
-        rows += [
-            Row(
-                case.op, case.shape, plan.dtype_name, pass_, name, timed,
-                reference.name, reference.bound, work, reference.work, errors[name], small.shape,
-            )
-            for name, timed in zip(calls, times, strict=True)
-        ]  # fmt: skip
-    return rows, missing, load
+        if calls:
+            reference = reference_of(case, pass_, plan.dtype, plan.device)
+            problems.append(_Problem(case, pass_, calls, errors, small.shape, reference, {}))
+    return problems, missing
 
 
 def _left_out(plan: Plan, case: Case, name: str, pass_: str) -> str | None:
-    if name in PEERS and PEERS[name].compiled and plan.title == QUICK and name not in plan.named:
+    if is_compiled(name) and plan.title == QUICK and name not in plan.named:
         reason = PEERS[name].left_out(case, pass_, plan.dtype, plan.device)
         return reason or f"it compiles for each size: name it with --peer {name} to measure it in this suite"
     return left_out(case, name, pass_, plan.dtype, plan.device, name in plan.named)
@@ -207,13 +262,11 @@ def _check(
     return text, apart
 
 
-def _with_memory(plan: Plan, case: Case, rows: Sequence[Row]) -> list[Row]:
-    """The rows with their footprints. A process that was killed gives none."""
-    made = {}
-    for name in dict.fromkeys(row.implementation for row in rows):
-        passes = [row.pass_ for row in rows if row.implementation == name]
-        try:
-            made[name] = measure_footprint(case, name, passes, plan.dtype, plan.device)
-        except BrokenProcessPool:
-            made[name] = {}
-    return [replace(row, footprint=made[row.implementation].get(row.pass_)) for row in rows]
+def _footprints(plan: Plan, case: Case, problems: Sequence[_Problem]) -> dict[str, dict[str, Footprint]]:
+    """By implementation and pass. A process that was killed gives none."""
+    found: dict[str, dict[str, Footprint]] = {}
+    for name in dict.fromkeys(name for problem in problems for name in problem.calls):
+        passes = [problem.pass_ for problem in problems if name in problem.calls]
+        with suppress(BrokenProcessPool):
+            found[name] = measure_footprint(case, name, passes, plan.dtype, plan.device)
+    return found

@@ -1,8 +1,9 @@
 """How much slower is one run than another: an interval for the ratio of their times, without assuming a distribution.
 
-Each run gives one number a round: the time of an entry over that of the reference workload beside it. Times on a shared
-machine are skewed and have outliers, so means and normal distributions do not describe them. The interval is that of
-Hodges and Lehmann (1963), from the rank test of Mann and Whitney (1947):
+Each run gives one number a round: the time of an entry over that of the reference workload beside it. A shared machine
+only adds to a time, so the slower half of each lap is dropped. What is left is skewed still, so means and normal
+distributions do not describe it. The interval is that of Hodges and Lehmann (1963), from the rank test of Mann and
+Whitney (1947), on the n and m numbers that are left:
 
     all n·m ratios new_j / base_i, sorted:  r_(1) ≤ r_(2) ≤ … ≤ r_(n·m)
     estimate:     their median
@@ -13,8 +14,9 @@ U is the statistic of the rank test; its distribution for equal runs is counted 
 rows) (Bonferroni), the chance that any lower limit of a whole table is above the true ratio is at most 5 %.
 
 The test takes rounds as independent. A load that lasts for many rounds breaks this, and reaches the ratio where it
-slows the entry and the reference differently. So the limits are moved apart by the `drift` of both runs, which is seen
-between the two halves of a run.
+slows the entry and the reference differently. So the limits are at least as far from the estimate as the `noise` of
+both runs, which is what remains of such a load: the difference between the laps, and how far the median is above the
+fastest round.
 """
 
 from __future__ import annotations
@@ -38,24 +40,38 @@ class Interval(NamedTuple):
 
 
 def ratio_interval(base: Sequence[float], new: Sequence[float], error_rate: float) -> Interval:
-    """The interval of new / base, each limit with the given error rate. (0, middle, inf) where rounds are too few."""
-    ratios = numpy.sort(numpy.divide.outer(numpy.asarray(new, float), numpy.asarray(base, float)).ravel())
-    count = _rank(len(base), len(new), error_rate)
+    """The interval of new / base, each limit with the given error rate. (0, middle, inf) where rounds are too few.
+
+    Args:
+        base, new: a number a round, in the order of the rounds. The two halves are the laps.
+        error_rate: of each limit.
+    """
+    one, other = fast_half(base), fast_half(new)
+    ratios = numpy.sort(numpy.divide.outer(numpy.asarray(other), numpy.asarray(one)).ravel())
+    count = _rank(len(one), len(other), error_rate)
     middle = float(numpy.median(ratios))
     if count == 0:
         return Interval(0.0, middle, math.inf)
-    apart = math.hypot(drift(base), drift(new))
+    apart = 1 + math.hypot(noise(base), noise(new))
     low, high = float(ratios[count - 1]), float(ratios[len(ratios) - count])
-    return Interval(min(low, middle / (1 + apart)), middle, max(high, middle * (1 + apart)))
+    return Interval(min(low, middle / apart), middle, max(high, middle * apart))
 
 
-def drift(values: Sequence[float]) -> float:
-    """How far the medians of the two halves of a run are apart, relative to the smaller one."""
+def fast_half(values: Sequence[float]) -> list[float]:
+    """The faster half of each lap."""
+    return [value for lap in _laps(values) for value in sorted(lap)[: (len(lap) + 1) // 2]]
+
+
+def noise(values: Sequence[float]) -> float:
+    """How far the laps are apart, or the median is above the fastest: the larger one, in the faster halves."""
+    kept = fast_half(values)
+    middles = [median(sorted(lap)[: (len(lap) + 1) // 2]) for lap in _laps(values)]
+    return max(max(middles) / min(middles), median(kept) / min(kept)) - 1
+
+
+def _laps(values: Sequence[float]) -> list[Sequence[float]]:
     half = len(values) // 2
-    if half == 0:
-        return 0.0
-    first, second = median(values[:half]), median(values[half:])
-    return abs(first - second) / min(first, second)
+    return [lap for lap in (values[:half], values[half:]) if lap]
 
 
 def _rank(rounds: int, others: int, error_rate: float) -> int:

@@ -13,7 +13,7 @@ from softprompt_kernels.bench.measure import LeftOut, Measured, Row
 from softprompt_kernels.bench.reference import GEMM
 
 LEGEND = """\
-time       median over rounds in which all implementations of a problem took turns
+time       median over rounds in which all implementations of a problem took turns, waiting for a CPU left out
 % of floor the least time that the op's GEMMs (or one pass over its memory) take at the rate that the machine
            showed beside each measurement, over the time; above 100 % where our GEMM is faster than torch.mm
 rate       GFLOP/s of the op's GEMMs, or GB/s of its inputs and results where memory is the bound

@@ -44,7 +44,7 @@ BaseFile = Annotated[
 ]
 RunFile = Annotated[Path | None, typer.Option("--run", help="Show or compare this earlier run; measure nothing.")]
 Threshold = Annotated[float, typer.Option(min=0.0, help="What change matters in a comparison; 0.1 is a tenth.")]
-Rounds = Annotated[int | None, typer.Option(min=1, help="Number of rounds. Default: by time, 10 to 40.")]
+Rounds = Annotated[int | None, typer.Option(min=1, help="Number of rounds. Default: by time, 16 to 40.")]
 Memory = Annotated[bool, typer.Option(help="Also measure memory, in a process for each implementation.")]
 List = Annotated[bool, typer.Option("--list", help="List suites, shapes, backends and peers; measure nothing.")]
 

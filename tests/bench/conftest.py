@@ -15,7 +15,7 @@ from softprompt_kernels.bench.plan import make_plan
 from softprompt_kernels.bench.record import Run, run_of
 
 SHAPES = {"prompt_attention": "B2 H4/2 M32 P16 D32", "kl_div": "N16 V2048"}
-ROUNDS = 12
+ROUNDS = 20
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,12 @@
 """What a run measures, what it leaves out and why, and that results are checked before they are timed."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +14,7 @@ import torch
 
 from softprompt_kernels.bench import footprint
 from softprompt_kernels.bench import measure as measuring
+from softprompt_kernels.bench.clock import RunClock
 from softprompt_kernels.bench.implementations import left_out
 from softprompt_kernels.bench.measure import measure
 from softprompt_kernels.bench.peers.registry import PEERS
@@ -66,7 +72,7 @@ def test_rows_hold_times_floor_and_error(run_here: Callable[..., Run]) -> None:
     rows = run.measured.rows
     assert len(rows) == 2 * 2 * 3
     for row in rows:
-        assert len(row.timed.seconds) == len(row.timed.reference_seconds) == 12
+        assert len(row.timed.seconds) == len(row.timed.reference_seconds) == 20
         assert 0 < row.error < 1e-4
         assert row.floor_seconds is not None and row.floor_seconds > 0
     assert {row.ours for row in rows if row.implementation == "eager"} == {False}
@@ -123,6 +129,28 @@ def test_memory_is_that_of_the_results_and_of_what_the_code_makes() -> None:
     assert found[FORWARD].retained < 0.3 * size < 2 * size < found[FORWARD].peak + 0.3 * size
     assert 0.8 * size < found[BOTH].retained < 1.5 * size
     assert found[BOTH].peak > 3 * size
+
+
+def test_the_clock_stands_still_while_others_have_the_cpu() -> None:
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("only Linux has /proc")
+    spinning = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spinning]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        with RunClock() as now:
+            wall, begin = time.perf_counter(), now()
+            while time.perf_counter() - wall < 1.0:
+                pass
+            counted = now() - begin
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert 0.02 < counted < 0.8
+    with RunClock() as now:
+        begin = now()
+        time.sleep(0.05)
+        assert now() - begin > 0.04  # other waits count
 
 
 def test_every_entry_has_a_reference_before_and_after_it() -> None:

@@ -7,9 +7,9 @@ import numpy
 import pytest
 
 from softprompt_kernels.bench.compare import FASTER, SAME, SLOWER, UNCLEAR, verdict_of
-from softprompt_kernels.bench.statistics import Interval, drift, ratio_interval
+from softprompt_kernels.bench.statistics import Interval, noise, ratio_interval
 
-N, M = 4, 5
+N = 6
 
 
 def noisy(generator: numpy.random.Generator, count: int, scale: float = 1.0) -> list[float]:
@@ -18,24 +18,31 @@ def noisy(generator: numpy.random.Generator, count: int, scale: float = 1.0) -> 
     return list(times * numpy.where(generator.random(count) < 0.1, 1.5, 1.0))
 
 
-def test_the_lower_limit_has_the_rank_that_counting_gives() -> None:
-    ranks = [sum(places) - N * (N - 1) // 2 for places in combinations(range(N + M), N)]
-    base, new = [1.0, 8.0, 2.0, 4.0], [27.0, 1.01, 9.0, 81.0, 3.0]
+def test_the_limits_have_the_rank_that_counting_gives() -> None:
+    places = list(combinations(range(2 * N), N))
+    ranks = [sum(chosen) - N * (N - 1) // 2 for chosen in places]
+    base, new = [1.0 + 0.1 * i for i in range(N)], [2.05 + 0.1 * i for i in range(N)]
+    slow = [9.0] * (N // 2)
     ratios = sorted(one / other for one in new for other in base)
-    for error_rate in (0.01, 0.05, 0.2):
-        count = max(k for k in range(N * M) if sum(rank < k for rank in ranks) / len(ranks) <= error_rate)
+    for error_rate in (0.002, 0.01, 0.05):
+        count = max(k for k in range(N * N) if sum(rank < k for rank in ranks) / len(ranks) <= error_rate)
         assert count > 0
-        apart = math.hypot(drift(base), drift(new))
+        # Two laps, each with a slow half, which is dropped. The laps are mixed, so that they do not differ.
+        laps = [[*values[::2], *slow, *values[1::2], *slow] for values in (base, new)]
+        apart = 1 + math.hypot(*map(noise, laps))
         middle = float(numpy.median(ratios))
-        found = ratio_interval(base, new, error_rate)
-        assert found.low == pytest.approx(min(ratios[count - 1], middle / (1 + apart)))
-        assert found.high == pytest.approx(max(ratios[-count], middle * (1 + apart)))
+        found = ratio_interval(*laps, error_rate)
+        assert found.middle == pytest.approx(middle)
+        assert found.low == pytest.approx(min(ratios[count - 1], middle / apart))
+        assert found.high == pytest.approx(max(ratios[-count], middle * apart))
+    assert ratios[count - 1] > middle / apart  # of the last error rate: the test above sees both limits
+    assert ratio_interval(*laps, 0.002).low == pytest.approx(ratios[0], rel=0.2)
 
 
 def test_limits_hold_as_often_as_they_say() -> None:
     generator = numpy.random.default_rng(0)
     trials, error_rate = 400, 0.05
-    found = [ratio_interval(noisy(generator, 15), noisy(generator, 15, 1.3), error_rate) for _ in range(trials)]
+    found = [ratio_interval(noisy(generator, 30), noisy(generator, 30, 1.3), error_rate) for _ in range(trials)]
     assert sum(one.low > 1.3 for one in found) <= 1.5 * error_rate * trials
     assert sum(one.high < 1.3 for one in found) <= 1.5 * error_rate * trials
 
@@ -43,8 +50,8 @@ def test_limits_hold_as_often_as_they_say() -> None:
 def test_a_fifth_is_told_from_noise_and_noise_is_not_flagged() -> None:
     generator = numpy.random.default_rng(1)
     rate = 0.05 / 50
-    slow = [verdict_of(ratio_interval(noisy(generator, 20), noisy(generator, 20, 1.2), rate), 0.1) for _ in range(100)]
-    same = [verdict_of(ratio_interval(noisy(generator, 20), noisy(generator, 20), rate), 0.1) for _ in range(100)]
+    slow = [verdict_of(ratio_interval(noisy(generator, 24), noisy(generator, 24, 1.2), rate), 0.1) for _ in range(100)]
+    same = [verdict_of(ratio_interval(noisy(generator, 24), noisy(generator, 24), rate), 0.1) for _ in range(100)]
     assert slow.count(SLOWER) >= 90
     assert SLOWER not in same
     assert FASTER not in same
@@ -56,12 +63,20 @@ def test_too_few_rounds_say_nothing() -> None:
     assert verdict_of(found, 0.1) == UNCLEAR
 
 
-def test_a_run_that_drifts_widens_the_interval() -> None:
-    steady, drifting = [1.0] * 20, [1.0] * 10 + [1.3] * 10
-    assert drift(steady) == 0
-    assert drift(drifting) == pytest.approx(0.3)
+def test_a_noisy_run_widens_the_interval() -> None:
+    steady, drifting, uneven = [1.0] * 20, [1.0] * 10 + [1.3] * 10, [1.0, 1.2, 1.2, 1.2] * 5
+    assert noise(steady) == 0
+    assert noise(drifting) == pytest.approx(0.3)
+    assert noise(uneven) == pytest.approx(0.2)
     assert verdict_of(ratio_interval(steady, [1.25] * 20, 0.01), 0.1) == SLOWER
     assert verdict_of(ratio_interval(drifting, [1.45] * 20, 0.01), 0.1) == UNCLEAR
+    assert verdict_of(ratio_interval(uneven, [1.3] * 20, 0.01), 0.1) == UNCLEAR
+
+
+def test_rounds_that_another_process_slowed_are_dropped() -> None:
+    clean = [1.0, 1.01, 1.02, 1.0] * 5
+    hit = [1.0, 5.0, 1.01, 7.0, 1.02] * 4
+    assert verdict_of(ratio_interval(clean, hit, 0.01), 0.1) == SAME
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_plots_of_a_size_that_grows(run, tmp_path: Path) -> None:
 
 
 def test_a_slowed_kernel_gives_exit_code_1(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, new, arguments = tmp_path / "base.json", tmp_path / "new.json", ("--pass", "forward", "--rounds", "12")
+    base, new, arguments = tmp_path / "base.json", tmp_path / "new.json", ("--pass", "forward", "--rounds", "20")
     assert run(*SMALL, *arguments, "--json", base).exit_code == 0
     prepare = measuring.prepare
 
