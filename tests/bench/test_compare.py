@@ -47,7 +47,7 @@ def test_a_run_is_read_back_as_it_was_written(runs: list[Run], tmp_path: Path) -
 def test_pytest_benchmark_compares_two_files(runs: list[Run], tmp_path: Path) -> None:
     for number in (1, 2):
         write(runs[number], tmp_path / f"{number}.json")
-    command = [sys.executable, "-m", "pytest_benchmark.cli", "--storage", str(tmp_path), "compare"]
+    command = [sys.executable, "-m", "pytest_benchmark", "--storage", str(tmp_path), "compare"]
     files = [str(tmp_path / "1.json"), str(tmp_path / "2.json")]
     done = subprocess.run(
         [*command, *files, "--columns=median,rounds", "--group-by=fullname"], capture_output=True, text=True
