@@ -201,9 +201,6 @@ def unshare_prompt(model: Any) -> None:
             f"model: its class became {type(model).__name__} after patch, accepted is the patched model itself: call "
             "unpatch before what changed it"
         )
-    for name in _REPLACED:
-        if vars(model).get(name) == getattr(SharedPromptModel, name).__get__(model):
-            delattr(model, name)
     cast(Any, model).__class__ = PeftModelForCausalLM
     release(model.base_model)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 
 from softprompt_kernels import patch
 from softprompt_kernels.errors import SoftPromptError
@@ -9,6 +10,7 @@ from softprompt_kernels.errors import SoftPromptError
 TEN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "gpt_oss")
 NO_WINDOW = ("llama", "qwen3", "gpt2", "gpt_neox")  # the windows of the other tiny models are shorter than a batch
 K = 4
+PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 8}
 
 
 def batch(tokens, mask=None):
@@ -83,13 +85,17 @@ def test_frozen_tokens_of_a_cartridge(pair, tokens, assert_same_step):
 
 
 def test_prefix_projection(pair, tokens, assert_same_step):
-    assert_same_step(*pair("PREFIX_TUNING", prefix_projection=True, encoder_hidden_size=8), **batch(tokens))
+    assert_same_step(*pair("PREFIX_TUNING", **PROJECTION), **batch(tokens))
 
 
-def test_a_loaded_adapter_in_inference_mode(kind, pair, build, tokens, tmp_path):
-    from peft import PeftModel
-
-    model, patched = pair(kind)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PREFIX_TUNING", {}), ("PREFIX_TUNING", PROJECTION), ("CARTRIDGE", {}), ("PROMPT_TUNING", {})],
+    ids=["prefix", "projection", "cartridge", "prompt"],
+)
+def test_a_loaded_adapter_in_inference_mode(kind, options, pair, build, tokens, tmp_path):
+    """PEFT saves what a projection gives, and loads it without the projection."""
+    model, patched = pair(kind, **options)
     patched.save_pretrained(tmp_path)
     loaded = patch(PeftModel.from_pretrained(build("llama"), tmp_path))
     assert loaded.active_peft_config.inference_mode

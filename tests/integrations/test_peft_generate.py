@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
+from softprompt_kernels import unpatch
 from softprompt_kernels.errors import SoftPromptError
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -24,6 +26,8 @@ def test_arguments_of_pefts_generate(pair, tokens):
     model.generation_config.max_new_tokens = patched.generation_config.max_new_tokens = 3
     assert torch.equal(patched.generate(ids), model.generate(ids))
     assert patched.generate(ids).shape == (1, 8)
+    patched.generation_config = GenerationConfig(max_new_tokens=2, pad_token_id=0)  # PEFT gives it to the inner model
+    assert patched.generate(ids).shape == (1, 7)
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -39,8 +43,6 @@ def test_left_padded_rows_equal_rows_alone(family, with_mask, kind, pair, tokens
 
 
 def test_after_unpatch_it_is_pefts(kind, pair, tokens):
-    from softprompt_kernels import unpatch
-
     model, patched = pair(kind)
     generate = patched.generate
     unpatch(patched)
