@@ -1,7 +1,7 @@
 """Tiny models of transformers, with prompts of PEFT."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,10 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels import patch
-from tests.models.conftest import _one_thread, build, families, padded, tokens  # noqa: F401
+from tests.models.conftest import build, padded, tokens  # noqa: F401
 
 K = 4
 KINDS = {"PREFIX_TUNING": PrefixTuningConfig, "CARTRIDGE": CartridgeConfig, "PROMPT_TUNING": PromptTuningConfig}
+
+Pair = tuple[PeftModelForCausalLM, PeftModelForCausalLM]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads are slower at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=KINDS)
@@ -40,10 +51,10 @@ def with_prompt() -> Callable[..., PeftModelForCausalLM]:
 
 
 @pytest.fixture
-def pair(build: Callable[..., PreTrainedModel]) -> Callable[..., tuple[PeftModelForCausalLM, PeftModelForCausalLM]]:  # noqa: F811
+def pair(build: Callable[..., PreTrainedModel]) -> Callable[..., Pair]:  # noqa: F811
     """`pair(kind, family, **options)`: one model twice, as PEFT made it and patched."""
 
-    def make(kind: str, family: str = "llama", **options: object) -> tuple[PeftModelForCausalLM, PeftModelForCausalLM]:
+    def make(kind: str, family: str = "llama", **options: object) -> Pair:
         model = _with_prompt(build(family), kind, **options)
         return model, patch(copy.deepcopy(model))
 
