@@ -5,7 +5,8 @@ rules, each of which `faults` checks:
 
 1. There is a docstring, and the file that defines the name opens with what it is for.
 2. Each argument (field, for a dataclass) has an entry in `Args:` or stands in backticks in the text, and no entry is of
-   an argument that does not exist. "Arguments as in `name`" and ": see `name`" take them from there.
+   an argument that does not exist. "Arguments as in `name`", "As `name`"
+   and ": see `name`" take them from there.
 3. A tensor has a shape in brackets, or that of another argument, or is a scalar, in its entry or as `name [..]` in the
    text. So has a tensor that is returned.
 4. What takes tensors names a dtype. A tensor of integers (ids, indices, lengths, labels, masks) does so in its entry.
@@ -94,7 +95,7 @@ def of_one(thing: Any) -> Iterator[str]:
     text, entries, sections = parts(doc)
     taken = arguments(thing)
     known = dict(entries)
-    for name in re.findall(r"(?:[Aa]rguments(?: and errors)? as in|: see) `([\w.]+)`", doc):
+    for name in re.findall(r"(?:^As|[Aa]rguments(?: and errors)? as in|: see) `([\w.]+)`", doc):
         there, entries_there, sections_there = parts(inspect.getdoc(named(thing, name)) or "")
         text, known, sections = f"{text} {there}", entries_there | known, sections_there | sections
         doc = f"{doc} {inspect.getdoc(named(thing, name))}"
@@ -219,11 +220,14 @@ def resolved(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def named(thing: Any, name: str) -> Any:
-    """What a docstring refers to: a name of its module or of the package's public names, or a full path."""
+    """What a docstring refers to: a name of its class, of its module or of the public names, or a full path."""
     if name.startswith("softprompt_kernels."):
         path, _, name = name.rpartition(".")
         return getattr(importlib.import_module(path), name)
     module = inspect.getmodule(inspect.unwrap(thing))
+    owner = getattr(module, thing.__qualname__.partition(".")[0], None)
+    if inspect.isclass(owner) and hasattr(owner, name):
+        return function_of(vars(owner)[name]) or getattr(owner, name)
     first, _, attribute = name.partition(".")
     everything = {key: value for package in PACKAGES for key, value in public_names(package).items()}
     found = getattr(module, first, None) or everything[first]

@@ -4,7 +4,9 @@
 |---|---|
 | `python` | runs, in one namespace a page |
 | `console`, `softprompt ...` | runs, with small numbers (`FAST`) on a tiny random model |
-| `console`, `python examples/NAME.py` | a test in `tests/examples` imports that file and runs it |
+| `console`, `python ... examples.NAME` | a test in `tests/examples` imports that file and runs it |
+| `console`, `python -m pytest_benchmark` | runs, in a process of its own |
+| `console`, `pip install` of this package | names extras that there are; `tests/build_helper` installs it |
 | `console`, `make TARGET` | CI runs the target, or `NOT_IN_CI` says why not |
 | `console`, the rest | `ELSEWHERE` says where it runs |
 | `json`, `yaml`, `toml` | can be read |
@@ -16,6 +18,8 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,10 +43,15 @@ FAST = {  # options that make a command small, if the page has not set them
     "evaluate": {"--new-tokens": "4"},
     "generate": {"--max-new-tokens": "8"},
 }
+SMALL = {  # a shape of each op in place of a suite of `softprompt bench`
+    "kl_div": "N8 V64",
+    "linear_kl_div": "N8 d16 V64",
+    "linear_kl_div_from_moments": "N8 d16 V64",
+    "teacher_moments": "N8 d16 V64",
+    "prompt_attention": "B2 H4/2 M8 P8 D16",
+}
 ELSEWHERE = {
-    'pip install ".[demo,peft]"': "tests/test_docs.py and tests/build_helper install the package",
     "python demo/fetch_model.py --out my-model": "it fetches 98 MB; a tiny model stands in its place",
-    "pip install .": "tests/test_docs.py and tests/build_helper install the package",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
 }
@@ -86,6 +95,9 @@ FILES: dict[str, dict[str, str | None]] = {
     },
 }
 MODELS = (".cache/SmolLM2-135M-Instruct", "my-model")  # paths that lead to the tiny model
+INSTALL = re.compile(r"""pip install ['"]?(?:\.|softprompt-kernels)(?:\[([\w,]+)\])?['"]?""")
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+STARTED = ("softprompt ", "python -m pytest_benchmark")
 DATA: dict[str, Callable[[str], Any]] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
 PLAIN = ("", "text")
 BLOCK = re.compile(r"^( *)(```+)(\w*)[^\n]*\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -111,7 +123,7 @@ def commands(page: Path) -> Iterator[str]:
 
 def runs_here(language: str, block: str) -> bool:
     return language == "python" or (
-        language == "console" and re.search(r"^softprompt ", block, re.MULTILINE) is not None
+        language == "console" and any(line.startswith(STARTED) for line in block.splitlines())
     )
 
 
@@ -151,15 +163,34 @@ def run(page: Path, namespace: dict[str, object]) -> None:
             exec(compile(block, page.name, "exec"), namespace)
         elif language == "console":
             for line in block.splitlines():
-                if line.startswith("softprompt "):
-                    result = CliRunner().invoke(app, fast(shlex.split(line, comments=True)[1:]))
-                    assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+                program, *arguments = shlex.split(line, comments=True) or [""]
+                if program == "softprompt":
+                    result = CliRunner().invoke(app, fast(arguments))
+                    slower = result.exit_code == 1 and "--compare" in arguments and "generate" not in arguments
+                    assert result.exit_code == 0 or slower, f"{line}\n{result.output}\n{result.exception!r}"
+                elif line.startswith(STARTED):
+                    subprocess.run([sys.executable, *arguments], check=True, timeout=100)
 
 
 def fast(arguments: list[str]) -> list[str]:
     """The arguments of a command, with the options that make it small."""
-    options = FAST.get(arguments[0], {})
+    options = dict(FAST.get(arguments[0], {}))
+    if arguments[0] == "bench" and not {"--run", "--list"} & set(arguments):
+        arguments = [*without(arguments, "--peer", "compile"), "--no-memory"]
+        options |= {"--rounds": "5", "--peer": "none"}
+        if "--shape" not in arguments:
+            arguments = without(arguments, "--suite")
+            options["--op"] = arguments[arguments.index("--op") + 1] if "--op" in arguments else "kl_div"
+            options["--shape"] = SMALL[options["--op"]]
     return arguments + [part for name, value in options.items() if name not in arguments for part in (name, value)]
+
+
+def without(arguments: list[str], option: str, value: str | None = None) -> list[str]:
+    """The arguments without an option that has this value, or any."""
+    for at, argument in enumerate(arguments[:-1]):
+        if argument == option and value in (None, arguments[at + 1]):
+            return arguments[:at] + arguments[at + 2 :]
+    return arguments
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -180,9 +211,11 @@ def test_every_other_command_is_run_somewhere(page: Path) -> None:
     for line in commands(page):
         if line.startswith("make "):
             assert line.split()[1] in CI_TARGETS | NOT_IN_CI.keys(), line
-        elif found := re.match(r"python examples/(\w+)\.py", line):
+        elif found := re.match(r"python .*\bexamples[./](\w+)", line):
             assert f"examples.{found[1]}" in imported_examples(), line
-        elif not line.startswith("softprompt "):
+        elif found := INSTALL.fullmatch(line):
+            assert set(filter(None, (found[1] or "").split(","))) <= EXTRAS, line
+        elif not line.startswith(STARTED):
             assert line in ELSEWHERE, f"{name_of(page)}: where is this run? {line}"
 
 
