@@ -64,6 +64,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator
 
     paths = []
     for curve in curves(rows):
@@ -75,6 +76,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             time.plot(sizes, [1e3 * row.seconds for _, row in points], **style)
             if all(row.footprint is not None for _, row in points):
                 memory.plot(sizes, [row.footprint.peak / 2**20 for _, row in points if row.footprint], **style)
+        shown = sorted({size for points in curve.rows.values() for size, _ in points})
         floors = _floors(curve)
         if floors:
             grey = {"color": "grey", "linestyle": "--", "linewidth": 1, "label": "floor"}
@@ -82,6 +84,10 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             memory.plot([size for size, *_ in floors], [bytes_ / 2**20 for *_, bytes_ in floors], **grey)
         for panel, label in ((time, "time, ms"), (memory, "peak memory above the inputs, MiB")):
             panel.set(xscale="log", yscale="log", xlabel=AXES[curve.letter], ylabel=label)
+            panel.set_xticks(shown, [str(size) for size in shown])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
             panel.grid(True, which="major", linewidth=0.3)
             panel.legend(fontsize=8)
         figure.suptitle(f"{curve.op}, {curve.pass_}, {curve.dtype}, {curve.fixed}", fontsize=10)

@@ -32,7 +32,10 @@ def tables(measured: Measured) -> RenderableType:
         parts += [Text(f"  {line}") for line in _left_out(measured.left_out)]
     if measured.other_load > BUSY:
         parts.append(
-            Text(f"\nOther processes took up to {measured.other_load:.0%} of the CPU time: the times are too long.")
+            Text(
+                f"\nOther processes took up to {measured.other_load:.0%} of the CPU time. Caches and memory are "
+                "shared, so the times are too long."
+            )
         )
     return Group(*parts)
 

@@ -24,7 +24,7 @@ def test_the_limits_have_the_rank_that_counting_gives() -> None:
     base, new = [1.0 + 0.1 * i for i in range(N)], [2.05 + 0.1 * i for i in range(N)]
     slow = [9.0] * (N // 2)
     ratios = sorted(one / other for one in new for other in base)
-    for error_rate in (0.002, 0.01, 0.05):
+    for error_rate in (0.4, 0.002, 0.01, 0.05):
         count = max(k for k in range(N * N) if sum(rank < k for rank in ranks) / len(ranks) <= error_rate)
         assert count > 0
         # Two laps, each with a slow half, which is dropped. The laps are mixed, so that they do not differ.
