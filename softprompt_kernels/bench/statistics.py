@@ -48,7 +48,7 @@ def ratio_interval(base: Sequence[float], new: Sequence[float], error_rate: floa
     """
     one, other = fast_half(base), fast_half(new)
     ratios = numpy.sort(numpy.divide.outer(numpy.asarray(other), numpy.asarray(one)).ravel())
-    count = _rank(len(one), len(other), error_rate)
+    count = rank_of_limit(len(one), len(other), error_rate)
     middle = float(numpy.median(ratios))
     if count == 0:
         return Interval(0.0, middle, math.inf)
@@ -74,7 +74,7 @@ def _laps(values: Sequence[float]) -> list[Sequence[float]]:
     return [lap for lap in (values[:half], values[half:]) if lap]
 
 
-def _rank(rounds: int, others: int, error_rate: float) -> int:
+def rank_of_limit(rounds: int, others: int, error_rate: float) -> int:
     """The largest k with P(U < k) ≤ error_rate; 0 if there is none."""
     counts = numpy.array([1.0])
     # The generating function of U, ∏ (1 − q^(others + i)) / (1 − q^i), a factor at a time.

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from softprompt_kernels.bench.compare import FASTER, SAME, SLOWER, UNCLEAR, verdict_of
-from softprompt_kernels.bench.statistics import Interval, noise, ratio_interval
+from softprompt_kernels.bench.statistics import Interval, noise, rank_of_limit, ratio_interval
 
 N = 6
 
@@ -18,13 +18,22 @@ def noisy(generator: numpy.random.Generator, count: int, scale: float = 1.0) -> 
     return list(times * numpy.where(generator.random(count) < 0.1, 1.5, 1.0))
 
 
+@pytest.mark.parametrize(("rounds", "others"), [(3, 4), (4, 3), (6, 6), (1, 8)])
+def test_the_distribution_of_the_rank_test_is_counted(rounds: int, others: int) -> None:
+    places = list(combinations(range(rounds + others), rounds))
+    ranks = [sum(chosen) - rounds * (rounds - 1) // 2 for chosen in places]
+    for error_rate in (0.001, 0.05, 0.3, 0.5, 0.9):
+        fitting = [k for k in range(rounds * others + 1) if sum(r < k for r in ranks) / len(ranks) <= error_rate]
+        assert rank_of_limit(rounds, others, error_rate) == max(fitting)
+
+
 def test_the_limits_have_the_rank_that_counting_gives() -> None:
     places = list(combinations(range(2 * N), N))
     ranks = [sum(chosen) - N * (N - 1) // 2 for chosen in places]
     base, new = [1.0 + 0.1 * i for i in range(N)], [2.05 + 0.1 * i for i in range(N)]
     slow = [9.0] * (N // 2)
     ratios = sorted(one / other for one in new for other in base)
-    for error_rate in (0.4, 0.002, 0.01, 0.05):
+    for error_rate in (0.002, 0.01, 0.05):
         count = max(k for k in range(N * N) if sum(rank < k for rank in ranks) / len(ranks) <= error_rate)
         assert count > 0
         # Two laps, each with a slow half, which is dropped. The laps are mixed, so that they do not differ.
