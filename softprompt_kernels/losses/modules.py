@@ -25,11 +25,12 @@ class KLDivLoss(nn.KLDivLoss):
     Args:
         size_average, reduce, reduction, log_target: as in `functional.kl_div`, which says when the swap pays.
 
-    Liger's `eps` is not needed: a target of 0 contributes 0.
+    Liger's `eps` is not needed: a target of 0 contributes 0. The divergence is that of Kullback and Leibler (1951), see
+    docs/maths.md.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` and `target`, two tensors of one shape: see `functional.kl_div`."""
+        """The loss of `input [N, V]` and `target`, two tensors of one shape (any other will do): see `functional.kl_div`."""
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
     def extra_repr(self) -> str:
@@ -42,6 +43,8 @@ class JSDLoss(nn.Module):
     Args:
         beta: the teacher's share of the mixture, in [1e-4, 1 − 1e-4]; 0 is KL(t‖s), 1 is KL(s‖t).
         ignore_index: tokens with this label do not count.
+
+    Value and gradient are derived in docs/maths.md.
 
     Raises:
         ValueError: beta is out of range.
@@ -89,6 +92,8 @@ class LinearKLDivLoss(nn.Module):
         valid_vocab: only the first `valid_vocab` rows of the weights count.
         chunk_tokens: tokens whose logits exist at a time. None: as many as fit the workspace.
         backend: the name of a backend; None chooses one.
+
+    How value and gradient come from hidden states, and what they cost in GEMMs: docs/maths.md.
 
     Raises:
         ValueError: an option is out of range.
