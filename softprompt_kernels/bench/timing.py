@@ -66,7 +66,6 @@ def time_in_turns(
         one record a call.
     """
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         with RunClock() as now:

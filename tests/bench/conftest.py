@@ -7,16 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("psutil")
-pytest.importorskip("pytest_benchmark")
-
 from softprompt_kernels.bench import measure as measuring
 from softprompt_kernels.bench.measure import Measured
 from softprompt_kernels.bench.plan import make_plan
 from softprompt_kernels.bench.record import Run, run_of
+from softprompt_kernels.kernels.cpu import native
 
 SHAPES = {"prompt_attention": "B2 H4/2 M32 P16 D32", "kl_div": "N16 V2048"}
-ROUNDS = 20
+ROUNDS = 16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def needs_the_cpu_backend() -> None:
+    if reason := native.missing():
+        pytest.skip(f"the cpu backend: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_rows_hold_times_floor_and_error(run_here: Callable[..., Run]) -> None:
     rows = run.measured.rows
     assert len(rows) == 2 * 2 * 3
     for row in rows:
-        assert len(row.timed.seconds) == len(row.timed.reference_seconds) == 20
+        assert len(row.timed.seconds) == len(row.timed.reference_seconds) == 16
         assert 0 < row.error < 1e-4
         assert row.floor_seconds is not None and row.floor_seconds > 0
     assert {row.ours for row in rows if row.implementation == "eager"} == {False}

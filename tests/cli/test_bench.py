@@ -14,9 +14,16 @@ pytest.importorskip("psutil")
 pytest.importorskip("pytest_benchmark")
 
 from softprompt_kernels.bench import measure as measuring
+from softprompt_kernels.kernels.cpu import native
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("bench", "--op", "kl_div", "--shape", "N16 V2048", "--backend", "cpu", "--peer", "none", "--no-memory")
+
+
+@pytest.fixture(autouse=True)
+def needs_the_cpu_backend() -> None:
+    if reason := native.missing():
+        pytest.skip(f"the cpu backend: {reason}")
 
 
 @pytest.fixture
