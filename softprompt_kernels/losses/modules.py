@@ -30,7 +30,15 @@ class KLDivLoss(nn.KLDivLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input [N, V]` and `target`, two tensors of one shape (any other will do): see `functional.kl_div`."""
+        """The loss, as `functional.kl_div` gives it.
+
+        Args:
+            input: `[N, V]` or any other shape, log-probabilities. Differentiable.
+            target: of input's shape, probabilities, or their logarithms with `log_target`. Differentiable.
+
+        Returns:
+            A scalar, or with reduction "none" a tensor of input's shape, in PyTorch's dtype.
+        """
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
     def extra_repr(self) -> str:
