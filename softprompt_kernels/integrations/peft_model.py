@@ -157,11 +157,13 @@ class SharedPromptModel(PeftModelForCausalLM):
     def disable_adapter(self) -> Iterator[None]:
         """PEFT's: inside, the base model runs without the prompt."""
         before = {name: vars(self)[name] for name in _REPLACED if name in vars(self)}
-        with super().disable_adapter():
-            yield
-        for name in _REPLACED:
-            vars(self).pop(name, None)
-        vars(self).update(before)
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            for name in _REPLACED:
+                vars(self).pop(name, None)
+            vars(self).update(before)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         register()  # a model that was pickled may be the first one of its process
@@ -220,6 +222,11 @@ def _check(model: Any) -> None:
             'task_type="CAUSAL_LM"'
         )
     base: Any = model.base_model
+    if not isinstance(base, PreTrainedModel):
+        raise NotServedError(
+            f"model: got a prompt on a {type(base).__name__}, accepted is one on a transformers PreTrainedModel: merge "
+            "the inner adapter into its model"
+        )
     check_supported(base)
     if is_wrapper(base):
         raise NotServedError(
@@ -261,15 +268,20 @@ def _own_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, mask: Te
         SoftPromptError: there are none, or the mask is not `[B, M]`.
     """
     own = input_ids if inputs_embeds is None else inputs_embeds
-    if own is None or own.dim() < 2 or own.numel() == 0:
-        got = None if own is None else tuple(own.shape)
-        raise SoftPromptError(f"input_ids: got {got}, accepted is [B, M] with B and M ≥ 1, or inputs_embeds [B, M, d]")
-    if mask is not None and mask.shape != own.shape[:2]:
+    if not isinstance(own, Tensor) or own.dim() < 2 or own.numel() == 0:
         raise SoftPromptError(
-            f"attention_mask: got shape {tuple(mask.shape)}, accepted is {tuple(own.shape[:2])}, one entry for "
-            "each token of the input"
+            f"input_ids: got {_shape(own)}, accepted is [B, M] with B and M ≥ 1, or inputs_embeds [B, M, d]"
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != own.shape[:2]):
+        raise SoftPromptError(
+            f"attention_mask: got {_shape(mask)}, accepted is shape {tuple(own.shape[:2])}, one entry for each token "
+            "of the input"
         )
     return own
+
+
+def _shape(given: object) -> str:
+    return f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"{type(given).__name__}"
 
 
 def _needs_peft(
@@ -319,7 +331,7 @@ def _run_behind_tokens(
         return output
     logits, loss = torch.cat([first.expand(batch, -1, -1), output.logits], dim=1), None
     if labels is not None:
-        labels = torch.cat([labels.new_full((batch, prefix.length), -100), labels], dim=1)
+        labels = torch.cat([labels.new_full((batch, prefix.length), -100, dtype=torch.int64), labels], dim=1)
         loss = base.loss_function(logits=logits, labels=labels, vocab_size=text_config(base).vocab_size, **kwargs)
     return type(output)(**{**output, "loss": loss, "logits": logits})
 

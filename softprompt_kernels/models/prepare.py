@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -35,12 +35,15 @@ def prepare(model: PreTrainedModel) -> None:
     check_supported(model)
     register()
     configs = model.config, model.config.get_text_config()
-    previous = _Previous(decoder_of(model).config._attn_implementation, tuple(one.return_dict for one in configs))
+    attention, previous = decoder_of(model).config._attn_implementation, getattr(model, _PREVIOUS, None)
+    if previous is None:
+        previous = _Previous(attention, tuple(one.return_dict for one in configs))
+    elif attention != NAME:  # another one was set since then
+        previous = replace(previous, attention=attention)
     for config in configs:
         config.return_dict = True  # with False, transformers' own models fail: they read each other's outputs by name
-    if previous.attention == NAME:
-        return
-    _set_attention(model, NAME)
+    if attention != NAME:
+        _set_attention(model, NAME)
     setattr(model, _PREVIOUS, previous)
 
 

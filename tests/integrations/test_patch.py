@@ -137,9 +137,17 @@ def test_what_a_patched_model_saves_loads_without_us(kind, build, with_prompt, t
 
 
 def test_a_configuration_with_tuples_gets_them_back(build):
+    register()
     model = build("llama", return_dict=False)
-    assert patch(model).config.return_dict
+    for attention in ("sdpa", "softprompt", "eager"):
+        model.set_attn_implementation(attention)
+        assert patch(patch(model)).config.return_dict
+        assert not unpatch(model).config.return_dict
+        assert model.config._attn_implementation == attention
+    patch(model).set_attn_implementation("eager")
+    patch(model)
     assert not unpatch(model).config.return_dict
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -223,6 +231,10 @@ def _lora(build):
     return get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
 
 
+def _on_lora(build):
+    return get_peft_model(_lora(build), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **_SIZES))
+
+
 def _p_tuning(build):
     return get_peft_model(build("llama"), PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
@@ -255,8 +267,10 @@ def _encoder_decoder(build):
     return get_peft_model(base, PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4))
 
 
+_SIZES = {"num_layers": 2, "num_attention_heads": 2, "token_dim": 16}
 REFUSED = {
     _lora: r"type LORA, accepted are PREFIX_TUNING, CARTRIDGE and PROMPT_TUNING; patch\(model.get_base_model\(\)\)",
+    _on_lora: "got a prompt on a PeftModelForCausalLM, accepted is one on a transformers PreTrainedModel: merge",
     _p_tuning: "type P_TUNING, accepted are PREFIX_TUNING, CARTRIDGE and PROMPT_TUNING",
     _other_task: 'got a PeftModelForFeatureExtraction, accepted is a PeftModelForCausalLM, .* task_type="CAUSAL_LM"',
     _other_heads: r"adapter 'default' has .* = \(2, 4, 16, 1\), accepted is \(2, 2, 16, 1\)",

@@ -66,6 +66,12 @@ def test_a_loss_over_a_given_number_of_tokens(kind, pair, tokens, assert_same_st
     assert_same_step(*pair(kind), **batch(tokens), num_items_in_batch=torch.tensor(50))
 
 
+def test_labels_of_32_bits_for_prompt_tuning(pair, tokens, assert_same_step):
+    """PEFT's prompt tuning takes them."""
+    ids = tokens(2, 5)
+    assert_same_step(*pair("PROMPT_TUNING"), input_ids=ids, labels=ids.int())
+
+
 def test_one_virtual_token(kind, pair, tokens, assert_same_step):
     options = {"num_frozen_tokens": 0} if kind == "CARTRIDGE" else {}
     assert_same_step(*pair(kind, num_virtual_tokens=1, **options), **batch(tokens))
@@ -132,6 +138,15 @@ def test_without_the_adapter_it_is_the_base_model(kind, pair, tokens):
     torch.testing.assert_close(patched(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_an_error_inside_disable_adapter_leaves_nothing_behind(kind, pair, tokens):
+    _, patched = pair(kind)
+    before, logits = dict(vars(patched)), patched(tokens(2, 5)).logits
+    with pytest.raises(KeyError), patched.disable_adapter():
+        raise KeyError
+    assert vars(patched).keys() == before.keys()
+    assert torch.equal(patched(tokens(2, 5)).logits, logits)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant, kind, pair, tokens, assert_same_step):
     model, patched = pair(kind)
@@ -186,15 +201,20 @@ def test_other_arguments_of_forward(options, kind, pair, tokens):
     [
         (lambda ids: {"input_ids": ids, "output_attentions": True}, "output_attentions: got True, accepted is False"),
         (lambda ids: {"input_ids": ids, "attention_mask": ids[:, 1:]}, r"attention_mask: got shape \(2, 4\)"),
-        (lambda ids: {"input_ids": ids[:, :0]}, r"input_ids: got \(2, 0\), accepted is \[B, M\]"),
-        (lambda ids: {"labels": ids}, "input_ids: got None, accepted is"),
+        (
+            lambda ids: {"input_ids": ids, "attention_mask": {"full_attention": None}},
+            r"attention_mask: got dict, accepted is shape \(2, 5\)",
+        ),
+        (lambda ids: {"input_ids": ids[:, :0]}, r"input_ids: got shape \(2, 0\), accepted is \[B, M\]"),
+        (lambda ids: {"input_ids": ids.tolist()}, r"input_ids: got list, accepted is \[B, M\]"),
+        (lambda ids: {"labels": ids}, "input_ids: got NoneType, accepted is"),
         (
             lambda ids: {"input_ids": ids.repeat(1, 13)},
             "too long: 4 prompt . 65 input tokens, the model's window is 64",
         ),
         (lambda ids: {"input_ids": ids, "adapter_names": ["default"] * 2}, "adapter_names: got some, accepted is None"),
     ],
-    ids=["attentions", "mask", "empty", "nothing", "too long", "adapter names"],
+    ids=["attentions", "mask", "masks", "empty", "list", "nothing", "too long", "adapter names"],
 )
 def test_inputs_that_cannot_be_served_are_refused(inputs, message, pair, tokens):
     _, model = pair("PREFIX_TUNING")
