@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as torch_functional
 
 BLOCK = 2**19  # elements: an fp32 block takes 2 MiB
@@ -51,8 +52,8 @@ def kl_div(
     It spares temporaries of the input's size. Where these are fresh memory (with glibc, above 32 MiB), forward and
     backward together take .4 to .6 of PyTorch's time on one thread. Where the allocator has them at hand, they take the
     same time. All else is passed to PyTorch's function: "none", small tensors, a target that needs a gradient,
-    broadcasting, mixed dtypes, the deprecated arguments, autocast, tensor subclasses, other devices, and compiled code,
-    in which PyTorch fuses the passes itself.
+    broadcasting, mixed dtypes, the deprecated arguments, autocast, forward-mode derivatives, tensor subclasses, other
+    devices, and compiled code, in which PyTorch fuses the passes itself.
 
     What pays more: `kl_div(log_softmax(s), softmax(t))` is `softprompt_kernels.kl_div(s, t)`, 2 to 10 times as fast on
     one thread, and exact near 0, where the rounding of log_softmax alone is 1e-6. `linear_kl_div` takes hidden states
@@ -79,6 +80,7 @@ def _in_blocks(input: Tensor, target: Tensor, reduction: str) -> bool:
         and input.numel() > BLOCK  # with a smaller one, nothing is gained
         and not target.requires_grad
         and not torch.is_autocast_enabled("cpu")  # autocast chooses the dtype of PyTorch's function
+        and getattr(forward_ad, "_current_level", -1) < 0  # `_BlockSum` has no forward-mode derivative
     )
 
 

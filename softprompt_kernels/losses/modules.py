@@ -9,12 +9,13 @@ and TRL. A temperature T divides the logits and multiplies the loss by T²; Lige
 The modules have no state, so they can be copied, pickled and shared among models.
 """
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from softprompt_kernels.losses import functional
-from softprompt_kernels.ops import TeacherMoments, kl_div, linear_kl_div, linear_kl_div_from_moments
-from softprompt_kernels.ops.checks import positive
+from softprompt_kernels.ops import TeacherMoments, checks, kl_div, linear_kl_div, linear_kl_div_from_moments
 from softprompt_kernels.ops.kl_div import check_divergence
 from softprompt_kernels.ops.reduction import check_reduction
 
@@ -56,11 +57,12 @@ class JSDLoss(nn.Module):
 
     Raises:
         ValueError: beta is out of range.
+        TypeError: ignore_index is no integer.
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
         super().__init__()
-        self.beta, self.ignore_index = float(beta), ignore_index
+        self.beta, self.ignore_index = float(beta), _integer(ignore_index)
         check_divergence(*_named("jsd", beta), 1.0)
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
@@ -80,7 +82,7 @@ class JSDLoss(nn.Module):
             ValueError, TypeError: naming the argument, what it got and what it accepts.
         """
         divergence, beta = _named("jsd", self.beta)
-        weights = _counted(shift_labels, self.ignore_index)
+        weights = _counted(shift_labels, self.ignore_index, log_q)
         return kl_div(log_q, log_p, divergence=divergence, beta=beta, weights=weights)
 
     def extra_repr(self) -> str:
@@ -105,6 +107,7 @@ class LinearKLDivLoss(nn.Module):
 
     Raises:
         ValueError: an option is out of range.
+        TypeError: ignore_index is no integer.
     """
 
     def __init__(
@@ -124,8 +127,8 @@ class LinearKLDivLoss(nn.Module):
         super().__init__()
         check_divergence(*_named(divergence, beta), temperature)
         check_reduction(reduction)
-        positive("softcap", softcap)
-        self.divergence, self.beta, self.ignore_index = divergence, beta, ignore_index
+        checks.positive("softcap", softcap)
+        self.divergence, self.beta, self.ignore_index = divergence, beta, _integer(ignore_index)
         self.temperature, self.reduction = temperature, reduction
         self.softcap, self.logit_scale, self.valid_vocab = softcap, logit_scale, valid_vocab
         self.chunk_tokens, self.backend = chunk_tokens, backend
@@ -160,7 +163,7 @@ class LinearKLDivLoss(nn.Module):
             ValueError, TypeError: naming the argument, what it got and what it accepts.
             RuntimeError: on a second derivative, or when a weight was changed in place before the backward.
         """
-        weights = _both(_counted(shift_labels, self.ignore_index), weights)
+        weights = _both(_counted(shift_labels, self.ignore_index, student_input), weights)
         if isinstance(teacher_input, TeacherMoments):
             self._check_moments(teacher_weight)
             return linear_kl_div_from_moments(
@@ -219,13 +222,25 @@ def _named(divergence: str, beta: float) -> tuple[str, float]:
     return divergence, float(beta)
 
 
-def _counted(labels: Tensor | None, ignore_index: int) -> Tensor | None:
-    """1 for tokens that count, 0 for ignored ones."""
+def _integer(ignore_index: int) -> int:
+    try:
+        return operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"ignore_index must be an integer; got {type(ignore_index).__name__}") from None
+
+
+def _counted(labels: Tensor | None, ignore_index: int, tokens: Tensor) -> Tensor | None:
+    """1 for tokens that count, 0 for ignored ones. `tokens [..., d or V]` are those that the labels are of."""
     if labels is None:
         return None
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"shift_labels must be None or int32 or int64; got {got}")
+    if isinstance(tokens, Tensor):  # else the op says what it is
+        if labels.numel() != tokens.shape[:-1].numel():
+            count = tokens.shape[:-1].numel()
+            raise ValueError(f"shift_labels must have N = {count} elements; got shape {list(labels.shape)}")
+        checks.device("shift_labels", labels, tokens.device)
     return labels.reshape(-1) != ignore_index
 
 
@@ -233,6 +248,8 @@ def _both(counted: Tensor | None, weights: Tensor | None) -> Tensor | None:
     """Weights of the tokens, 0 for ignored ones whatever their weight."""
     if counted is None or weights is None:
         return weights if counted is None else counted
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be None or a tensor; got {type(weights).__name__}")
     if weights.numel() != counted.numel():
         raise ValueError(f"weights must have the {counted.numel()} elements of shift_labels; got {weights.numel()}")
     return torch.where(counted, weights.reshape(-1), 0)

@@ -112,6 +112,20 @@ def test_first_and_second_derivatives(log_target) -> None:
     torch.testing.assert_close(per_sample[1], torch.func.grad(loss)(x.detach() + 1))
 
 
+@pytest.mark.parametrize("log_target", [False, True])
+def test_forward_mode_derivatives_are_pytorchs(log_target) -> None:
+    x, t = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    results = []
+    for function in (functional.kl_div, torch_functional.kl_div):
+
+        def loss(x, t, function=function):
+            return function(x**2, t, reduction="batchmean", log_target=log_target)
+
+        tangents = torch.func.jvp(loss, (x, t), (torch.ones_like(x), torch.ones_like(t)))
+        results.append((*tangents, torch.func.hessian(loss)(x, t)))
+    torch.testing.assert_close(*results)
+
+
 def test_a_target_that_needs_a_gradient_gets_pytorchs() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     t = (torch.rand(3, 4, dtype=torch.float64) + 0.1).requires_grad_()

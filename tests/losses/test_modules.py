@@ -180,18 +180,26 @@ def test_wrong_calls_are_named(hidden) -> None:
     moments = teacher_moments(student, weight)
     for loss, arguments, error, message in (
         (LinearKLDivLoss(), (student, weight, teacher, teacher_weight, labels.double()), TypeError, "shift_labels"),
-        (LinearKLDivLoss(), (student, weight, teacher, teacher_weight, labels[1:]), ValueError, "N = 12"),
+        (LinearKLDivLoss(), (student, weight, teacher, teacher_weight, labels[1:]), ValueError, "shift_labels .*= 12"),
         (LinearKLDivLoss(), (student, weight, teacher), ValueError, "weight must have shape"),
         (LinearKLDivLoss(), (student, weight.detach(), moments, teacher_weight), ValueError, "teacher_weight must"),
         (LinearKLDivLoss("reverse"), (student, weight.detach(), moments), ValueError, "teacher_input must be hidden"),
         (LinearKLDivLoss(softcap=2.0), (student, weight.detach(), moments), ValueError, "teacher_input must be hidden"),
         (JSDLoss(), (student, teacher), ValueError, "valid_vocab"),
         (JSDLoss(), (student, student, [1, 2]), TypeError, "shift_labels .* list"),
+        (JSDLoss(), (student, student, labels[1:]), ValueError, "shift_labels must have N = 12"),
+        (JSDLoss(), (student, student, labels.to("meta")), ValueError, "shift_labels must be on cpu"),
+        (JSDLoss(), ([1.0], student, labels), TypeError, "student_logits must be a tensor"),
     ):
         with pytest.raises(error, match=message):
             loss(*arguments)
     with pytest.raises(ValueError, match="weights must have the 12 elements"):
         LinearKLDivLoss()(student, weight, teacher, teacher_weight, labels, weights=torch.ones(3))
+    with pytest.raises(TypeError, match="weights must be None or a tensor; got list"):
+        LinearKLDivLoss()(student, weight, teacher, teacher_weight, labels, weights=[1.0] * 12)
+    for make in (JSDLoss, LinearKLDivLoss):
+        with pytest.raises(TypeError, match="ignore_index must be an integer; got NoneType"):
+            make(ignore_index=None)
 
 
 def test_trains_like_the_op_inside_a_module() -> None:
