@@ -14,21 +14,24 @@ The trainer sets that, and hands over the head, if the loss is a `ChunkedLossWra
 
     trainer.loss_fn.watch(trainer.model_parts[0], teacher)    # once both models are made
 
-The teacher reads what the student reads, by a hook before the student's forward. Not for pipeline, tensor or context
-parallelism.
+The teacher reads what the student reads, by a hook before the student's forward. Both heads must be linear, without a
+bias, a softcap or a scale behind them. Not for pipeline, tensor or context parallelism. Under FSDP2 the gradient of the
+head is summed over the ranks, as torchtitan's trainer sums all gradients.
 
     python examples/torchtitan_loss.py STUDENT TEACHER     trains a few steps in the trainer's order of calls
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels import LinearKLDivLoss
+from softprompt_kernels.models import head_of
 
 
 class DistillationLoss:
@@ -37,15 +40,17 @@ class DistillationLoss:
     def __init__(self) -> None:
         self.loss = LinearKLDivLoss(reduction="sum", ignore_index=-100)
         self.lm_head: nn.Module | None = None
-        self.teacher: nn.Module | None = None
+        self.teacher: Any = None
         self.teacher_hidden: Tensor | None = None
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
         """The trainer calls it with the student's head."""
+        _check(lm_head)
         self.lm_head = lm_head
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
+    def watch(self, student: nn.Module, teacher: Any) -> None:
         """From now on, `teacher` reads each input of `student` before the student does."""
+        _check(teacher.lm_head)
         self.teacher = teacher.eval().requires_grad_(False)
         teacher._skip_lm_head = True
         student.register_forward_pre_hook(self._ask_teacher, with_kwargs=True)
@@ -61,13 +66,26 @@ class DistillationLoss:
         if self.lm_head is None or self.teacher_hidden is None:
             raise ValueError("set_lm_head and watch must be called before the first step")
         hidden, self.teacher_hidden = self.teacher_hidden, None
-        loss = self.loss(pred, _whole(self.lm_head.weight), hidden, _whole(self.teacher.lm_head.weight), labels)
+        loss = self.loss(pred, _whole(self.lm_head), hidden, _whole(self.teacher.lm_head), labels)
         return (loss if global_valid_tokens is None else loss / global_valid_tokens), {}
 
 
-def _whole(weight: Tensor) -> Tensor:
-    """The weight itself; under FSDP2, gathered, with its gradient scattered again."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+def _check(head: nn.Module) -> None:
+    """Raise unless `head` is linear and has no parameter but its weight: no bias, no adapter."""
+    names = [name for name, _ in head.named_parameters()]
+    if not isinstance(head, nn.Linear) or names != ["weight"] or head.weight.dim() != 2:
+        raise ValueError(
+            f"lm_head: got a {type(head).__name__} with parameters {names}, accepted is nn.Linear with a weight "
+            "[V, d] alone"
+        )
+
+
+def _whole(head: nn.Module) -> Tensor:
+    """The weight of a head; under FSDP2, gathered, and its gradient is summed over the ranks and scattered again."""
+    weight = cast(Tensor, head.weight)
+    if isinstance(weight, DTensor):
+        return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    return weight
 
 
 class Decoder(nn.Module):
@@ -75,7 +93,12 @@ class Decoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model, self.lm_head, self._skip_lm_head = model.get_decoder(), model.lm_head, False
+        head, self.lm_head = head_of(model), cast(nn.Module, model.get_output_embeddings())
+        if (head.softcap, head.logit_scale) != (None, 1.0):
+            raise ValueError(
+                f"model: its logits have softcap {head.softcap} and scale {head.logit_scale}, accepted is neither"
+            )
+        self.model, self._skip_lm_head = cast(nn.Module, model.get_decoder()), False
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model(tokens, use_cache=False).last_hidden_state
@@ -90,7 +113,7 @@ def main(student: str | Path, teacher: str | Path, steps: int = 5) -> list[float
     loss_fn.watch(model, teacher_model)
     model._skip_lm_head = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.randint(0, model.lm_head.weight.shape[0], (4, 33), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, _whole(model.lm_head).shape[0], (4, 33), generator=torch.Generator().manual_seed(0))
     labels = tokens[:, 1:].clone()
     labels[0, :9] = -100
     losses = []

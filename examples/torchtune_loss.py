@@ -20,12 +20,14 @@ The values are KL divergences. torchtune's is a cross-entropy: larger by the tea
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels import LinearKLDivLoss, kl_div
+from softprompt_kernels.models import head_of
 
 
 class ForwardKLLoss(nn.Module):
@@ -45,36 +47,59 @@ class ForwardKLLoss(nn.Module):
     ) -> Tensor:
         counted = labels != self.ignore_index
         if isinstance(student_logits, Tensor):
-            student_logits, teacher_logits, parts = [student_logits], [teacher_logits], [counted]
+            total = kl_div(student_logits, torch.as_tensor(teacher_logits), weights=counted, reduction="sum")
         else:
             parts = counted.split([chunk.shape[1] for chunk in student_logits], dim=1)
-        total = sum(
-            kl_div(student, teacher, weights=part, reduction="sum")
-            for student, teacher, part in zip(student_logits, teacher_logits, parts, strict=True)
-        )
+            chunks = zip(student_logits, teacher_logits, parts, strict=True)
+            total = torch.stack([kl_div(s, t, weights=part, reduction="sum") for s, t, part in chunks]).sum()
         return total / counted.sum().clamp(min=1) if normalize else total
 
 
 class LinearForwardKLLoss(nn.Module):
-    """Takes the hidden states of both models, `[B, L, d]`, and labels `[B, L]`. The logits never exist all at once."""
+    """Takes the hidden states of both models, `[B, L, d]`, and labels `[B, L]`. The logits never exist all at once.
 
-    def __init__(self, ignore_index: int = -100) -> None:
+    The output layers of both must be linear and without a bias. What a model does with their logits is not seen here:
+    `softcap` and `logit_scale` must say it, and are for both models.
+    """
+
+    def __init__(self, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0) -> None:
         super().__init__()
-        self.loss = LinearKLDivLoss(ignore_index=ignore_index)
+        self.loss = LinearKLDivLoss(ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale)
         self.ignore_index = ignore_index
-        self.heads: tuple[nn.Module, nn.Module] = ()  # type: ignore[assignment]
+        self.heads: tuple[Any, ...] = ()  # a tuple, so they are no submodules of the loss
 
-    def set_model_output(self, model: nn.Module, teacher: nn.Module) -> None:
+    def set_model_output(self, model: Any, teacher: Any) -> None:
         """Both models return hidden states from now on, and their output layers are read here."""
         for one in (model, teacher):
+            output_weight(one.output)  # refuses what cannot be served before the first step
+        for one in (model, teacher):
             one.skip_output_layer = True
-        self.heads = (model.output, teacher.output)  # a tuple, so they are no submodules of the loss
+        self.heads = (model.output, teacher.output)
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> Tensor:
         if not self.heads:
             raise ValueError("set_model_output must be called with both models before the loss")
-        student, teacher = (getattr(head, "tied_module", head).weight for head in self.heads)  # torchtune's TiedLinear
-        return self.loss(student_hidden, student, teacher_hidden, teacher, labels)
+        student, teacher = (output_weight(head) for head in self.heads)
+        loss: Tensor = self.loss(student_hidden, student, teacher_hidden, teacher, labels)
+        return loss
+
+
+def output_weight(head: Any) -> Tensor:
+    """The weight `[V, d]` of an output layer that has no other parameter: nn.Linear, or torchtune's TiedLinear."""
+    tied = getattr(head, "tied_module", None)  # TiedLinear reads its weight alone
+    names = [] if tied is not None else [name for name, _ in head.named_parameters()]
+    if tied is None and not (isinstance(head, nn.Linear) and names == ["weight"]):
+        raise ValueError(
+            f"output: got a {type(head).__name__} with parameters {names}, accepted are nn.Linear with a weight alone "
+            "and TiedLinear: use ForwardKLLoss, which takes logits"
+        )
+    weight: Tensor = (head if tied is None else tied).weight
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"output: got a weight of type {type(weight).__name__}, accepted is an ordinary tensor, not in shards "
+            "and not quantised: use ForwardKLLoss, which takes logits"
+        )
+    return weight
 
 
 class Decoder(nn.Module):
@@ -82,7 +107,12 @@ class Decoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model, self.output, self.skip_output_layer = model.get_decoder(), model.lm_head, False
+        head, self.output = head_of(model), cast(nn.Module, model.get_output_embeddings())
+        if (head.softcap, head.logit_scale) != (None, 1.0):
+            raise ValueError(
+                f"model: its logits have softcap {head.softcap} and scale {head.logit_scale}, accepted is neither"
+            )
+        self.model, self.skip_output_layer = cast(nn.Module, model.get_decoder()), False
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model(tokens, use_cache=False).last_hidden_state
@@ -92,11 +122,11 @@ class Decoder(nn.Module):
 def main(student: str | Path, teacher: str | Path, steps: int = 5, hidden: bool = True) -> list[float]:
     """The losses of some steps on random tokens, called as in torchtune's recipe."""
     model, teacher_model = (Decoder(AutoModelForCausalLM.from_pretrained(folder)) for folder in (student, teacher))
-    loss_fn = LinearForwardKLLoss() if hidden else ForwardKLLoss()
+    loss_fn: Any = LinearForwardKLLoss() if hidden else ForwardKLLoss()
     if hidden:
         loss_fn.set_model_output(model, teacher_model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.randint(0, model.output.weight.shape[0], (4, 32), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, output_weight(model.output).shape[0], (4, 32), generator=torch.Generator().manual_seed(0))
     ignored = torch.full((4, 1), loss_fn.ignore_index)
     labels = torch.hstack([tokens[:, 1:], ignored])  # shifted, as the recipe does it
     losses = []

@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from examples import distributed_loop, plain_loop
+from examples import distributed_loop, plain_loop, torchtitan_loss
 from softprompt_kernels.prompts import EmbeddingPrompt
 from tests.examples.loop_problems import Problem, end_if_stuck, read_problem
 
@@ -33,6 +34,7 @@ def main() -> None:
     train("embedding", problem, EmbeddingPrompt(problem.model.get_input_embeddings()(problem.text[0, :8])))
     results["wrapped"] = train_wrapped(problem)
     results["refused"] = refusals(problem)
+    results["head"] = head_gradient(problem)
     for name, tied in (("sharded", False), ("tied", True)):
         sharded = read_problem(model_folder)
         plain_loop.prepare(sharded.model)
@@ -73,6 +75,28 @@ def train_wrapped(problem: Problem) -> tuple[list[float], torch.Tensor]:
         dist.all_reduce(total)
         losses.append(float(total))
     return losses, torch.cat([parameter.detach().flatten() for parameter in inner.parameters()])
+
+
+def head_gradient(problem: Problem) -> torch.Tensor:
+    """Of torchtitan's loss, where each rank has two of four sequences, and the head is in shards."""
+    model, teacher = (torchtitan_loss.Decoder(copy.deepcopy(problem.plain)) for _ in range(2))
+    fully_shard(model.lm_head.requires_grad_(True))
+    first = 2 * dist.get_rank()
+    torchtitan_loss_of(model, teacher, problem, slice(first, first + 2)).backward()
+    return model.lm_head.weight.grad.full_tensor()
+
+
+def torchtitan_loss_of(model: torch.nn.Module, teacher: torch.nn.Module, problem: Problem, rows: slice) -> torch.Tensor:
+    """For some of four sequences of 15 tokens, the first two with 5 labels less, as a part of the mean over all."""
+    loss = torchtitan_loss.DistillationLoss()
+    loss.set_lm_head(model.lm_head)
+    loss.watch(model, teacher)
+    teacher.model.register_forward_hook(lambda _, __, output: setattr(output, "last_hidden_state", output[0] + 1))
+    model._skip_lm_head = True
+    ids = problem.text[0].view(4, 15)
+    labels = ids.clone()
+    labels[:2, :5] = -100
+    return loss(model(ids[rows]), labels[rows], (labels != -100).sum())[0]
 
 
 def refusals(problem: Problem) -> list[str]:

@@ -2,12 +2,13 @@
 
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from examples import torchtitan_loss, torchtune_loss
 from tests.examples.conftest import time_ratio
@@ -90,12 +91,70 @@ def test_a_tied_output_layer_of_torchtune(folders) -> None:
     assert not list(loss.parameters()) and not loss.state_dict()
 
 
+def test_a_quantised_or_sharded_weight_is_refused_by_torchtunes() -> None:
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    head = torch.nn.Linear(4, 9, bias=False)
+    head.weight = Quantised(head.weight.detach())
+    with pytest.raises(ValueError, match="output: got a weight of type Quantised, accepted is an ordinary tensor"):
+        torchtune_loss.output_weight(head)
+
+
 def test_a_loss_that_was_not_set_up_says_so() -> None:
     hidden = torch.randn(1, 2, 4)
     with pytest.raises(ValueError, match="set_model_output must be called"):
         torchtune_loss.LinearForwardKLLoss()(hidden, hidden, torch.zeros(1, 2).long())
     with pytest.raises(ValueError, match="set_lm_head and watch must be called"):
         torchtitan_loss.DistillationLoss()(hidden, torch.zeros(1, 2).long())
+
+
+def test_a_softcap_and_a_scale_are_served_by_name() -> None:
+    states = torch.randn(2, 1, 6, 8, dtype=torch.float64)
+    head, labels = torch.nn.Linear(8, 50, bias=False).double(), torch.tensor([[1, -100, 3, 4, -100, 0]])
+    linear = torchtune_loss.LinearForwardKLLoss(softcap=2.0, logit_scale=0.5)
+    linear.heads = (head, head)
+    student, teacher = (2.0 * torch.tanh(head(state) * 0.5 / 2.0) for state in states)
+    expected = torchtune_loss.ForwardKLLoss()(student, teacher, labels)
+    torch.testing.assert_close(linear(*states, labels), expected)
+
+
+class Adapted(torch.nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 9, bias=False)
+        self.adapter = torch.nn.Linear(4, 9, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [
+        (torch.nn.Linear(4, 9), r"Linear with parameters \['weight', 'bias'\]"),
+        (Adapted(), r"Adapted with parameters \['weight', 'adapter.weight'\]"),
+        (torch.nn.Embedding(9, 4), r"Embedding with parameters \['weight'\]"),
+    ],
+    ids=["bias", "adapter", "other"],
+)
+def test_other_heads_are_refused_before_the_first_step(head, got) -> None:
+    plain, other = (types.SimpleNamespace(output=one, lm_head=one) for one in (torch.nn.Linear(4, 9, bias=False), head))
+    linear = torchtune_loss.LinearForwardKLLoss()
+    for pair in ((plain, other), (other, plain)):
+        with pytest.raises(ValueError, match=f"output: got a {got}, accepted are nn.Linear with a weight alone"):
+            linear.set_model_output(*pair)
+    assert not hasattr(plain, "skip_output_layer")
+    with pytest.raises(ValueError, match=f"lm_head: got a {got}, accepted is nn.Linear with a weight"):
+        torchtitan_loss.DistillationLoss().set_lm_head(head)
+    with pytest.raises(ValueError, match=f"lm_head: got a {got}, accepted is nn.Linear with a weight"):
+        torchtitan_loss.DistillationLoss().watch(torch.nn.Identity(), other)
+
+
+@pytest.mark.parametrize("recipe", [torchtune_loss, torchtitan_loss], ids=["torchtune", "torchtitan"])
+def test_a_transformers_model_with_a_softcap_is_refused(recipe) -> None:
+    config = Gemma2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"logits have softcap 30.0 and scale 1.0, accepted is neither"):
+        recipe.Decoder(Gemma2ForCausalLM(config))
 
 
 @pytest.mark.parametrize("recipe", [torchtune_loss, torchtitan_loss], ids=["torchtune", "torchtitan"])

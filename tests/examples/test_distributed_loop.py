@@ -1,5 +1,6 @@
 """The distributed loop gives on two ranks what it gives on one, with a whole model and with one in shards (FSDP2)."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import head_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
+from tests.examples.distributed_ranks import torchtitan_loss_of
 from tests.examples.loop_problems import PlainLoss, speedup, start
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -100,6 +102,16 @@ def test_each_rank_holds_half_of_the_layers(two_ranks, problem) -> None:
 
 def test_a_prompt_in_distributed_data_parallel_gives_the_same(two_ranks, problem, one_rank) -> None:
     check_same(two_ranks["wrapped"], run(problem, epochs=1))
+
+
+def test_torchtitans_head_in_shards_gets_the_gradient_of_all_ranks(two_ranks, problem) -> None:
+    from examples import torchtitan_loss
+
+    model, teacher = (torchtitan_loss.Decoder(copy.deepcopy(problem.plain)) for _ in range(2))
+    model.lm_head.requires_grad_(True)
+    torchtitan_loss_of(model, teacher, problem, slice(None)).backward()
+    assert model.lm_head.weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(two_ranks["head"], model.lm_head.weight.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_ranks_with_different_data_are_refused(two_ranks) -> None:
