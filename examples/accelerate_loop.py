@@ -12,20 +12,20 @@ by the number of processes and of accumulated batches. The loop undoes that and 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from examples.distributed_loop import teach_together
 from examples.plain_loop import (
     PADDING,
     Example,
+    Prompt,
     arguments,
     collate,
     first_tokens,
@@ -83,7 +83,7 @@ def save_state(accelerator: Accelerator, folder: Path) -> None:
 def train(
     accelerator: Accelerator,
     model: PreTrainedModel,
-    prompt: nn.Module,
+    prompt: Prompt,
     examples: Sequence[Example],
     moments: TeacherMoments,
     *,
@@ -98,7 +98,8 @@ def train(
     A batch is `batch_size` examples a process. If the folder `checkpoint` exists, the training goes on from there.
     accelerate repeats some examples where the batches cannot be divided among the processes.
     """
-    loader = DataLoader(examples, batch_size, shuffle=True, collate_fn=collate)
+    dataset = cast(Dataset[Example], examples)  # a DataLoader takes any sequence
+    loader: Any = DataLoader(dataset, batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(prompt.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     wrapped, optimizer, loader = accelerator.prepare(prompt, optimizer, loader)
     progress = Progress()

@@ -13,19 +13,20 @@ FSDP2 gathers one layer at a time. The head stays whole on each rank, because th
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from examples.plain_loop import (
     PADDING,
     Example,
+    Prompt,
     arguments,
     collate,
     first_tokens,
@@ -43,9 +44,10 @@ from softprompt_kernels.prompts import save
 def shard(model: PreTrainedModel) -> None:
     """Shard the layers of a frozen model over the ranks, in place. The head and an embedding tied to it stay whole."""
     decoder, mesh = model.get_decoder(), dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
+    head = cast(nn.Parameter, head_of(model).weight)
     for layer in [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(decoder, mesh=mesh, ignored_params={head_of(model).weight})  # not the model: its head is read
+    fully_shard(decoder, mesh=mesh, ignored_params={head})  # not the model: its head is read
 
 
 def gathered(value: Any) -> list[Any]:
@@ -69,23 +71,25 @@ def teach_together(model: PreTrainedModel, text: Tensor, sequences: Sequence[Ten
     share = [sequences[index % len(sequences)] for index in range(rank * count, (rank + 1) * count)]
     part = teach(model, text, share)
     tokens = sum(len(ids) for ids in sequences)
-    mean, entropy, bias_mean = (
-        None if tensor is None else torch.cat([other.to(tensor.device) for other in gathered(tensor)])[:tokens]
-        for tensor in (part.mean, part.entropy, part.bias_mean)
-    )
-    return replace(part, mean=mean, entropy=entropy, bias_mean=bias_mean)
+    whole: dict[str, Any] = {
+        name: torch.cat([other.to(tensor.device) for other in gathered(tensor)])[:tokens]
+        for name in ("mean", "entropy", "bias_mean")
+        if (tensor := getattr(part, name)) is not None
+    }
+    return replace(part, **whole)
 
 
 def reduce_gradients(parameters: Iterable[Tensor], tokens: Tensor) -> None:
     """From gradients of sums to the gradient of the mean over the tokens of all ranks."""
     for parameter in parameters:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= tokens
+        gradient = cast(Tensor, parameter.grad)
+        dist.all_reduce(gradient)
+        gradient /= tokens
 
 
 def train(
     model: PreTrainedModel,
-    prompt: nn.Module,
+    prompt: Prompt,
     examples: Sequence[Example],
     moments: TeacherMoments,
     *,
@@ -100,8 +104,9 @@ def train(
     check_same("examples, epochs and batch_size", (len(examples), epochs, batch_size))
     for tensor in prompt.state_dict().values():
         dist.broadcast(tensor, src=0)
-    sampler = DistributedSampler(examples, drop_last=True)
-    loader = DataLoader(examples, batch_size, sampler=sampler, collate_fn=collate)
+    dataset = cast(Dataset[Example], examples)  # a DataLoader takes any sequence
+    sampler: DistributedSampler[Example] = DistributedSampler(dataset, drop_last=True)
+    loader = DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate)
     optimizer = torch.optim.AdamW(prompt.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     for epoch in range(epochs):

@@ -86,7 +86,8 @@ def make_trainer(prompt: PromptArguments, arguments: TrainingArguments) -> Train
 
 def main(argv: list[str] | None = None) -> Trainer:
     """Train, keep the best prompt, and save it."""
-    parser: Any = HfArgumentParser((PromptArguments, TrainingArguments))
+    kinds: Any = (PromptArguments, TrainingArguments)
+    parser: Any = HfArgumentParser(kinds)
     parser.set_defaults(
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -11,18 +11,21 @@ linear. A step runs the student and 2 GEMMs with the head, and stores no logits.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from softprompt_kernels import KVPrompt, TeacherMoments, linear_kl_div_from_moments, teacher_moments
 from softprompt_kernels.models import Head, capture, head_of, prefix_of, prepare, prompted_hidden
-from softprompt_kernels.prompts import save
+from softprompt_kernels.prompts import EmbeddingPrompt, save
 
 Example = tuple[Tensor, Tensor]  # token ids [M], and where their moments are in the table, [M]; a batch: [B, M]
+Prompt = KVPrompt | EmbeddingPrompt | DistributedDataParallel
 PADDING = -1  # in place of such a row
 
 
@@ -56,10 +59,10 @@ def numbered(sequences: Sequence[Tensor]) -> list[Example]:
 def collate(examples: Sequence[Example]) -> Example:
     """A batch: ids and rows, both `[B, M]`, padded on the right."""
     ids, rows = zip(*examples, strict=True)
-    return pad_sequence(ids, batch_first=True), pad_sequence(rows, batch_first=True, padding_value=PADDING)
+    return pad_sequence(list(ids), batch_first=True), pad_sequence(list(rows), batch_first=True, padding_value=PADDING)
 
 
-def loss_sum(model: PreTrainedModel, prompt: nn.Module, moments: TeacherMoments, batch: Example) -> Tensor:
+def loss_sum(model: PreTrainedModel, prompt: Prompt, moments: TeacherMoments, batch: Example) -> Tensor:
     """The KL of a batch, summed over its tokens."""
     ids, rows = batch
     real, head = rows != PADDING, linear_head(model)
@@ -76,7 +79,7 @@ def loss_sum(model: PreTrainedModel, prompt: nn.Module, moments: TeacherMoments,
 
 def train(
     model: PreTrainedModel,
-    prompt: nn.Module,
+    prompt: Prompt,
     examples: Sequence[Example],
     moments: TeacherMoments,
     *,
@@ -86,7 +89,8 @@ def train(
     learning_rate: float = 2e-2,
 ) -> list[float]:
     """Train `prompt` in place, `accumulate` batches a step. Returns the mean loss of each step, in nats per token."""
-    loader = DataLoader(examples, batch_size, shuffle=True, collate_fn=collate)
+    dataset = cast(Dataset[Example], examples)  # a DataLoader takes any sequence
+    loader = DataLoader(dataset, batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(prompt.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses = []
     for _ in range(epochs):

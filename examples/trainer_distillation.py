@@ -85,7 +85,7 @@ def main(student: str | Path, teacher: str | Path, texts: list[str], output: str
     held_out = max(1, len(rows) // 10)
     trainer = DistillationTrainer(
         AutoModelForCausalLM.from_pretrained(student),
-        TrainingArguments(output, **options),
+        TrainingArguments(str(output), **options),
         teacher=AutoModelForCausalLM.from_pretrained(teacher),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),  # labels: −100 at padding
         train_dataset=rows[held_out:],

@@ -48,7 +48,7 @@ class PromptDistillationTrainer(DistillationTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if self.model.training and inputs.get("num_items_in_batch") is not None:  # tokens of all accumulated batches
+        if model.training and inputs.get("num_items_in_batch") is not None:  # tokens of all accumulated batches
             num_items_in_batch = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
         answers = inputs["completion_ids"].shape[1]
         tokens = {

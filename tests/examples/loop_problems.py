@@ -3,11 +3,9 @@
 import copy
 import faulthandler
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,14 +77,3 @@ def start(script: Path, *arguments: object, ranks: int = 2) -> None:
 def end_if_stuck() -> None:
     """Ends this rank after a time, with a traceback. torchrun then ends the others, and itself."""
     faulthandler.dump_traceback_later(RANK_SECONDS, exit=True)
-
-
-def speedup(ours: Callable[[], object], plain: Callable[[], object], rounds: int = 5) -> float:
-    """Time of the second over that of the first, medians of alternating rounds after one that warms up."""
-    times: dict[Callable[[], object], list[float]] = {ours: [], plain: []}
-    for _ in range(rounds + 1):
-        for call, taken in times.items():
-            begin = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(times[plain][1:]) / statistics.median(times[ours][1:])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
-from tests.examples.loop_problems import PlainLoss, speedup, start
+from tests.examples.conftest import time_ratio
+from tests.examples.loop_problems import PlainLoss, start
 
 pytest.importorskip("accelerate")
 WORDS = "the cat sat on the mat and the dog ran to the red house " * 3
@@ -132,7 +133,7 @@ def test_a_step_is_no_slower_than_plain_transformers(larger_problem, monkeypatch
             patch.setattr(accelerate_loop, "loss_sum", plain_loss)
             train()
 
-    assert speedup(train, train_plain) > 0.9  # about 1.8 is usual
+    assert time_ratio(train, train_plain) < 1  # about .55 is usual
 
 
 def test_command_line(tiny_model_folder: Path, problem, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models import head_of
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
+from tests.examples.conftest import time_ratio
 from tests.examples.distributed_ranks import torchtitan_loss_of
-from tests.examples.loop_problems import PlainLoss, speedup, start
+from tests.examples.loop_problems import PlainLoss, start
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -153,4 +154,4 @@ def test_a_step_is_no_slower_than_plain_transformers(larger_problem, one_rank, m
             patch.setattr(distributed_loop, "loss_sum", plain_loss)
             train()
 
-    assert speedup(train, train_plain) > 0.9  # about 1.8 is usual
+    assert time_ratio(train, train_plain) < 1  # about .55 is usual

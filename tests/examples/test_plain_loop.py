@@ -11,7 +11,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, load
-from tests.examples.loop_problems import PlainLoss, speedup
+from tests.examples.conftest import time_ratio
+from tests.examples.loop_problems import PlainLoss
 
 
 def run(problem, prompt=None, compile_layers=False, **options) -> tuple[list[float], Tensor]:
@@ -120,7 +121,7 @@ def test_a_step_is_no_slower_than_plain_transformers(larger_problem, monkeypatch
             patch.setattr(plain_loop, "loss_sum", plain_loss)
             train()
 
-    assert speedup(train, train_plain) > 0.9  # 1.8 on a quiet machine
+    assert time_ratio(train, train_plain) < 1  # .55 on a quiet machine
     assert plain_loop.loss_sum is loss_sum
 
 
