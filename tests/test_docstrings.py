@@ -1,7 +1,7 @@
 """Every public name says what it takes, what it gives, what it raises and where it comes from.
 
-Public is what `__all__` of a package has, and the methods and properties of such classes without an underscore. The
-rules, each of which `faults` checks:
+Public is what `__all__` of these packages and modules has, and the methods and properties of such classes without an
+underscore. A method that overrides another one may leave the docstring to it. The rules, each of which `faults` checks:
 
 1. There is a docstring, and the file that defines the name opens with what it is for.
 2. Each argument (field, for a dataclass) has an entry in `Args:` or stands in backticks in the text, and no entry is of
@@ -29,8 +29,8 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("ops", "losses", "prompts", "models", "compress", "integrations", "testing", "bench", "profiling")
-COMPUTE = ("ops", "losses")  # packages of formulas
+PACKAGES = ("ops", "losses", "losses.functional", "prompts", "models", "compress", "integrations", "testing.cases")
+COMPUTE = ("ops", "losses", "losses.functional")  # packages of formulas
 DTYPE = re.compile(r"dtype|fp32|fp16|bf16|float(16|32|64)|int(32|64)|bool|integer|non-zero|floating")
 INTEGERS = re.compile(r"(^|_)(ids|index|indices|lengths|labels|mask|seqlens)$")
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalar\b|'s shape\b")
@@ -46,7 +46,7 @@ NUMBER = re.compile(r"^(int|float)( \| None)?$")
 
 def public_names(package: str) -> dict[str, Any]:
     module = importlib.import_module(f"softprompt_kernels.{package}")
-    return {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+    return {name: getattr(module, name) for name in module.__all__}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -72,8 +72,14 @@ def faults(thing: Any, computes: bool = False) -> Iterator[str]:
     if inspect.isclass(thing):
         for name, member in vars(thing).items():
             function = function_of(member)
-            if not name.startswith("_") and function is not None and name != "extra_repr":
+            if not name.startswith("_") and function is not None and not left_to_base(thing, name, function):
                 yield from (f"{name}: {fault}" for fault in of_one(function))
+
+
+def left_to_base(owner: type, name: str, function: Callable[..., Any]) -> bool:
+    """Whether a method has no docstring because it overrides one that a base explains."""
+    bases = (vars(base).get(name) for base in owner.__mro__[1:])
+    return not function.__doc__ and any((getattr(base, "__doc__", None) or "").strip() for base in bases)
 
 
 def function_of(member: Any) -> Callable[..., Any] | None:
@@ -229,7 +235,7 @@ def named(thing: Any, name: str) -> Any:
     if inspect.isclass(owner) and hasattr(owner, name):
         return function_of(vars(owner)[name]) or getattr(owner, name)
     first, _, attribute = name.partition(".")
-    everything = {key: value for package in PACKAGES for key, value in public_names(package).items()}
+    everything = {key: value for package in reversed(PACKAGES) for key, value in public_names(package).items()}
     found = getattr(module, first, None) or everything[first]
     return getattr(found, attribute) if attribute else found
 

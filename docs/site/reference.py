@@ -1,14 +1,16 @@
-"""Hook of mkdocs: pages of the API reference, one a package, with every name of the package's `__all__`.
+"""Hook of mkdocs: pages of the API reference, one a package or module, with every name of its `__all__`.
 
-The names are read from the source, so that a new one appears by itself and the package need not be built. A package
-without `__all__` has no page. What a name does is in its docstring, which mkdocstrings puts in its place.
+The names are read from the source, so that a new one appears by itself and the package need not be built. What a name
+does is in its docstring, which mkdocstrings puts in its place.
 """
 
 import ast
 import re
+import textwrap
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -17,19 +19,18 @@ PACKAGE = Path(__file__).parents[2] / "softprompt_kernels"
 ROOMS = (
     "ops",
     "losses",
+    "losses.functional",
     "prompts",
     "models",
-    "compress",
     "integrations",
-    "testing",
-    "bench",
-    "profiling",
+    "compress",
+    "testing.cases",
     "errors",
 )
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = {room: page for room in ROOMS if (page := page_of(room))}
+    pages = {room: page_of(room) for room in ROOMS}
     for room, page in pages.items():
         files.append(File.generated(config, f"reference/{room}.md", content=page))
     files.append(File.generated(config, "reference/index.md", content=front_page(pages)))
@@ -51,21 +52,30 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def page_of(room: str) -> str:
-    """The page of one package or module; "" where nothing is public."""
+    """The page of one package or module."""
     names, summary = public(room)
-    title = f"# softprompt_kernels.{room}\n\n{summary}\n"
-    return title + "".join(f"\n::: {path}\n" for path in names.values()) if names else ""
+    if not names:
+        raise PluginError(f"softprompt_kernels.{room} has no public name")
+    title = f"# softprompt_kernels.{room}\n\n{as_markdown(summary)}\n"
+    return title + "".join(f"\n::: {path}\n" for path in names.values())
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring with its indented formulas and its sessions of Python as blocks of code."""
+    blocks = [
+        f"```text\n{textwrap.dedent(block)}\n```" if re.match(r" {4}|>>>", block) else block
+        for block in docstring.split("\n\n")
+    ]
+    return "\n\n".join(blocks)
 
 
 def public(room: str) -> tuple[dict[str, str], str]:
     """From each public name of a package to the path of its definition, and the docstring of the package.
 
-    Public is what `__all__` has; in a module that is no package, each class and function without an underscore.
+    Public is what `__all__` has; without it, each class and function without an underscore.
     """
-    folder = PACKAGE / room
+    folder = PACKAGE / room.replace(".", "/")
     source = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
-    if not source.exists():
-        return {}, ""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     module = f"softprompt_kernels.{room}" if room else "softprompt_kernels"
     origin = {
@@ -74,12 +84,11 @@ def public(room: str) -> tuple[dict[str, str], str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    names: list[str] = []
+    named = (node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+    names = [node.name for node in named if not node.name.startswith("_")]
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names = ast.literal_eval(node.value)
-        elif not folder.is_dir() and isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
-            names.append(node.name)
     return {name: origin.get(name, f"{module}.{name}") for name in names}, ast.get_docstring(tree) or ""
 
 
@@ -96,7 +105,7 @@ def front_page(pages: dict[str, str]) -> str:
 Every public name, from its docstring. Names with a leading underscore, and modules that are not listed here, may change
 without notice.
 
-| package | what it has |
+| package or module | what it has |
 |---|---|
 {NEWLINE.join(rows)}
 

@@ -1,4 +1,4 @@
-"""The ops with the signatures of PyTorch's losses: `nn.Module`s and functions."""
+"""The ops as modules, with the signatures of PyTorch's and Liger's losses."""
 
 from softprompt_kernels.losses.modules import JSDLoss, KLDivLoss, LinearKLDivLoss
 

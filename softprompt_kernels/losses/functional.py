@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as torch_functional
 
 BLOCK = 2**19  # elements: an fp32 block takes 2 MiB
+__all__ = ["kl_div"]
+
 _SERVED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,8 +33,11 @@ def kl_div(
 ) -> Tensor:
     """Pointwise `t · (log t − input)`, reduced: the arguments and the meaning of `torch.nn.functional.kl_div`.
 
+    Formula and gradient are at the head of losses/functional.py.
+
     Args:
-        input: logarithms of the student's probabilities, any shape. They need not be normalised. Differentiable.
+        input: logarithms of the student's probabilities, `[N, V]` or any other shape. They need not be normalised.
+            Differentiable.
         target: the teacher's probabilities, or their logarithms with `log_target`, in input's shape. Differentiable.
         size_average, reduce: deprecated in PyTorch, with the meaning that it gives them.
         reduction: "none" (each element), "sum", "batchmean" (the sum over input.shape[0]), or "mean": over the number

@@ -50,7 +50,7 @@ class JSDLoss(nn.Module):
     """Generalised Jensen-Shannon divergence, β KL(t‖m) + (1−β) KL(s‖m), m = β p_t + (1−β) p_s; mean over the tokens.
 
     Args:
-        beta: the teacher's share of the mixture, in [1e-4, 1 − 1e-4]; 0 is KL(t‖s), 1 is KL(s‖t).
+        beta: the teacher's share of the mixture, in [1e-4, 1 − 1e-4], or 0 for KL(t‖s), or 1 for KL(s‖t).
         ignore_index: tokens with this label do not count.
 
     Value and gradient are derived in docs/maths.md.

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from softprompt_kernels.testing.shapes import parse_shape, show_shape
 
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+FORWARD = "forward"
+BACKWARD = "backward"
+BOTH = "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
 
 Results = tuple[Tensor, ...]
@@ -45,7 +47,10 @@ class Case(ABC):
 
     @classmethod
     def from_shape(cls, shape: str) -> Self:
-        """The case of a shape such as "B8 H14/2 M256 P128 D64".
+        """The case of a shape.
+
+        Args:
+            shape: such as "B8 H14/2 M256 P128 D64"; the sizes are those of `letters`, in any order.
 
         Raises:
             ValueError: a size is missing, unknown or out of range.
@@ -70,7 +75,13 @@ class Case(ABC):
 
     @abstractmethod
     def inputs(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0) -> Any:
-        """The inputs, a named tuple of tensors. They depend on the seed and the dtype, not on the device."""
+        """The inputs, a named tuple of tensors. They do not depend on the device.
+
+        Args:
+            dtype: of all tensors of floating-point numbers.
+            device: where they are put.
+            seed: of the random numbers.
+        """
 
     @abstractmethod
     def forward(self, inputs: Any, backend: str | None = None) -> Callable[[], Tensor | Results]:
@@ -83,27 +94,53 @@ class Case(ABC):
 
     @abstractmethod
     def sources(self, inputs: Any) -> tuple[Tensor, ...]:
-        """The inputs that get a gradient."""
+        """The inputs that get a gradient, `[..]` each.
+
+        Args:
+            inputs: from `inputs`.
+        """
 
     @abstractmethod
     def grad_out(self, inputs: Any) -> Tensor | None:
-        """The gradient of the op's result that the backward starts from; None for a scalar loss."""
+        """The gradient that the backward starts from, in the result's shape and dtype; None for a loss.
+
+        Args:
+            inputs: from `inputs`.
+        """
 
     @abstractmethod
     def flop(self, pass_: str | None = None) -> float:
-        """FLOP of the GEMMs that the op cannot do without. 0 where it has none."""
+        """FLOP of the GEMMs that the op cannot do without. 0 where it has none.
+
+        Args:
+            pass_: one of `passes`; None: the last of them.
+        """
 
     @abstractmethod
     def bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes that must be read and written at least: each input and each result once a pass."""
+        """Bytes that must be read and written at least: each input and each result once a pass.
+
+        Args:
+            pass_: one of `passes`; None: the last of them.
+            dtype: of the inputs.
+        """
 
     @abstractmethod
     def result_bytes(self, pass_: str | None = None, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of the results, which no implementation can do without."""
+        """Bytes of the results, which no implementation can do without.
+
+        Args:
+            pass_: one of `passes`; None: the last of them.
+            dtype: of the inputs.
+        """
 
     @abstractmethod
     def tolerance(self, dtype: torch.dtype) -> float:
-        """The largest accepted ‖result − reference‖ / ‖reference‖ of each result."""
+        """The largest accepted ‖result − reference‖ / ‖reference‖ of each result.
+
+        Args:
+            dtype: of the inputs: float64, float32, float16 or bfloat16.
+        """
 
     @abstractmethod
     def tiny(self) -> Self:
@@ -132,19 +169,30 @@ class Case(ABC):
         return as_pass(self.forward(inputs, backend), self.sources(inputs), self.grad_out(inputs), pass_)
 
     def run(self, inputs: Any, backend: str | None = None, pass_: str | None = None) -> Results:
-        """Run one pass once; see `prepare`."""
+        """Run one pass once. Arguments and errors as in `prepare`."""
         return self.prepare(inputs, backend, pass_)()
 
     def reference(self, inputs: Any, pass_: str | None = None) -> Results:
         """The results of a pass in float64, by the backend `reference`.
 
         Makes all scores, or all logits, in float64; see `reduced`.
+
+        Args:
+            inputs: from `inputs`, of any dtype.
+            pass_: one of `passes`; None: the last of them.
         """
         exact = type(inputs)(*(_exact(tensor) for tensor in inputs))
         return self.run(exact, "reference", pass_)
 
     def check_pass(self, pass_: str | None) -> str:
-        """The pass; None is the last of `passes`. Raises ValueError for one that the op does not have."""
+        """The name of the pass.
+
+        Args:
+            pass_: one of `passes`; None: the last of them.
+
+        Raises:
+            ValueError: the op does not have this pass.
+        """
         pass_ = self.passes[-1] if pass_ is None else pass_
         if pass_ not in self.passes:
             raise ValueError(f"pass of {self.op} must be one of {', '.join(self.passes)}; got {pass_!r}")
@@ -165,8 +213,8 @@ def as_pass(
 
     Args:
         forward: returns out or a scalar loss, with a graph where gradients are on; for "forward" alone also a tuple.
-        sources: the tensors that get a gradient.
-        grad_out: the gradient of what `forward` returns; None for a scalar.
+        sources: the tensors that get a gradient, `[..]` of any dtype.
+        grad_out: the gradient of what `forward` returns, in its shape and dtype; None for a scalar.
         pass_: "forward", "backward" (runs `forward` here, once) or "forward+backward".
     """
     if pass_ == FORWARD:
@@ -193,7 +241,12 @@ def _one(found: Tensor | Results) -> Tensor:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64; infinite where a value is not finite."""
+    """‖found − expected‖ / ‖expected‖ in float64; infinite where a value is not finite.
+
+    Args:
+        found: a result, `[..]` of any dtype.
+        expected: its reference, in found's shape.
+    """
     found, expected = found.detach().double(), expected.detach().double()
     apart = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
     return apart if apart < float("inf") else float("inf")

@@ -89,6 +89,9 @@ SUITES = ("quick", *MODELS, "scaling")
 def suite(name: str) -> Sequence[Case]:
     """The cases of a suite.
 
+    Args:
+        name: one of `SUITES`.
+
     Raises:
         ValueError: there is no suite of this name.
     """
