@@ -3,8 +3,8 @@
     python examples/trl_distillation.py STUDENT TEACHER PROMPTS OUTPUT
 
 STUDENT and TEACHER are folders of models with one vocabulary (they may be one), PROMPTS has one prompt a line. The
-student answers the prompts, and its distribution is pulled to the teacher's on its own answers. Install it with
-`pip install "softprompt-kernels[trl]"`.
+student answers the prompts, and its distribution is pulled to the teacher's on its own answers. It needs TRL and
+PEFT: `pip install ".[trl]"` in a checkout.
 
 TRL refuses PEFT's prompts, because its loss calls the decoder and so goes past `PeftModel.forward`, which puts the
 prompt in front. This subclass gives TRL the bare model, adds the prompt afterwards, and calls the whole model in the

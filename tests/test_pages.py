@@ -6,7 +6,7 @@
 | `console`, `softprompt ...` | runs, with small numbers (`FAST`) on a tiny random model |
 | `console`, `python ... examples.NAME` | a test in `tests/examples` imports that file and runs it |
 | `console`, `python -m pytest_benchmark` | runs, in a process of its own |
-| `console`, `pip install` of this package | names extras that there are; `tests/build_helper` installs it |
+| `console`, `pip install .` | names extras that there are; `tests/build_helper` installs it |
 | `console`, `make TARGET` | CI runs the target, or `NOT_IN_CI` says why not |
 | `console`, the rest | `ELSEWHERE` says where it runs |
 | `json`, `yaml`, `toml` | can be read |
@@ -95,7 +95,7 @@ FILES: dict[str, dict[str, str | None]] = {
     },
 }
 MODELS = (".cache/SmolLM2-135M-Instruct", "my-model")  # paths that lead to the tiny model
-INSTALL = re.compile(r"""pip install ['"]?(?:\.|softprompt-kernels)(?:\[([\w,]+)\])?['"]?""")
+INSTALL = re.compile(r"""pip install ['"]?\.(?:\[([\w,]+)\])?['"]?""")
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 STARTED = ("softprompt ", "python -m pytest_benchmark")
 DATA: dict[str, Callable[[str], Any]] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}

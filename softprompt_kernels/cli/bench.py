@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from softprompt_kernels.bench.plan import Plan
     from softprompt_kernels.bench.record import Run
 
-EXTRA = ("psutil", "pytest_benchmark")
+NEEDED = {"psutil": "psutil", "pytest_benchmark": "pytest-benchmark"}  # by the name of the module
 
 Suite = Annotated[
     str | None, typer.Option(help="quick (default), smollm2, qwen3, llama3, gemma3 or scaling. See --list.")
@@ -72,10 +72,8 @@ def bench(
 
     Results are checked against float64 before they are timed. All implementations of a problem take turns.
     """
-    if missing := [name for name in EXTRA if importlib.util.find_spec(name) is None]:
-        raise SoftPromptError(
-            f"bench needs {' and '.join(missing)}, which are not installed: pip install 'softprompt-kernels[bench]'"
-        )
+    if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
+        raise SoftPromptError(f"bench needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from softprompt_kernels.bench import compare as comparing
     from softprompt_kernels.bench import record
     from softprompt_kernels.bench.plan import make_plan

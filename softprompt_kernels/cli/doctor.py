@@ -128,7 +128,7 @@ def _package(requirement: object, extra: str | None) -> Finding:
 
     assert isinstance(requirement, Requirement)
     name, bound = requirement.name, requirement.specifier
-    command = f'pip install "{DISTRIBUTION}[{extra}]"' if extra else f'pip install "{name}{bound}"'
+    command = f'pip install "{name}{bound}"'
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -42,5 +42,5 @@ PEFT = Peer(
     "PEFT's prefix tuning",
     {"prompt_attention": attention},
     package="peft",
-    install="'softprompt-kernels[peft]'",
+    install="peft",
 )
