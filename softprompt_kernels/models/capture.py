@@ -131,14 +131,19 @@ def prefix_of(model: PreTrainedModel, prompt: Prompt | None) -> Prefix | None:
     inner = prompt.module if isinstance(prompt, DistributedDataParallel) else prompt
     match inner:
         case KVPrompt():
-            return cast(Prefix, prompt(dtype))
+            return _in_dtype(prompt(dtype), dtype)
         case EmbeddingPrompt():
             return embed_prefix(model, prompt(dtype))
         case PromptBank() if inner.is_kv:
-            return cast(Prefix, prompt(dtype))
+            return _in_dtype(prompt(dtype), dtype)
         case PromptBank():
             return embed_prefix(model, *prompt(dtype))
     raise TypeError(f"prompt: got {type(inner).__name__}, accepted are Prefix, KVPrompt, EmbeddingPrompt, PromptBank")
+
+
+def _in_dtype(prefix: Prefix, dtype: torch.dtype) -> Prefix:
+    """The prefix in the dtype that was asked for. Mixed precision of accelerate returns fp32 whatever that was."""
+    return prefix if prefix.dtype == dtype else prefix.to(dtype=dtype)
 
 
 def _real(lengths: Tensor, tokens: int) -> Tensor:

@@ -106,6 +106,10 @@ class Prefix:
         lengths = self.lengths if self.lengths is None or device is None else self.lengths.to(device)
         return Prefix(layers, lengths)
 
+    def float(self) -> Prefix:
+        """Keys and values in fp32. Mixed precision of accelerate calls it, as it does for a module's 16-bit tensors."""
+        return self.to(dtype=torch.float32)
+
     def slice(self, start: int, stop: int) -> Prefix:
         """Tokens `start` to `stop − 1` of every row, as views.
 

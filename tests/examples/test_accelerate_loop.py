@@ -56,6 +56,21 @@ def test_losses_are_those_of_plain_transformers(precision, tolerance, problem, m
     assert losses == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["kv", "embedding"])
+def test_a_model_of_16_bits_under_mixed_precision(kind, problem) -> None:
+    from examples import plain_loop
+
+    problem = problem._replace(model=problem.model.bfloat16())
+    model, text, sequences, _ = problem
+    prompt = plain_loop.first_tokens(model, text, 8)
+    if kind == "embedding":
+        prompt = EmbeddingPrompt(model.get_input_embeddings()(text[0, :8]))
+    examples, moments = plain_loop.numbered(sequences), plain_loop.teach(model, text, sequences)
+    expected = plain_loop.train(model, copy.deepcopy(prompt), examples, moments, epochs=3, batch_size=8)
+    losses, _ = run(problem, prompt, accumulate=1, batch_size=8, precision="bf16", epochs=3)
+    assert losses == pytest.approx(expected, rel=5e-3)
+
+
 def test_losses_are_those_of_the_plain_loop(problem) -> None:
     """One batch of all examples a step: the order plays no part, the number of tokens does."""
     from examples import plain_loop

@@ -42,6 +42,13 @@ def test_to_converts_keys_and_values_but_keeps_lengths_int64() -> None:
     assert moved.device.type == "meta" and moved.lengths is not None and moved.lengths.device.type == "meta"
 
 
+def test_float_is_fp32() -> None:
+    key = torch.randn(1, 2, 3, 4)
+    prefix = Prefix.of([(key.bfloat16(), key.bfloat16())])
+    assert prefix.float().dtype == torch.float32
+    assert torch.equal(prefix.float().layers[0][1], key.bfloat16().float())
+
+
 def test_slice_keeps_the_tokens_and_clamps_the_lengths() -> None:
     bank = prefix(lengths=[1, 4])
     part = bank.slice(2, 5)
