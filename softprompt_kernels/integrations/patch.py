@@ -23,8 +23,10 @@ Model = TypeVar("Model")
 def patch(model: Model) -> Model:
     """Make `model` use the package's attention, and a PEFT prompt as a prefix that the batch shares.
 
-    Logits, losses and gradients stay those of the unpatched model within rounding. A second call changes nothing. Call
-    it before the model is compiled or wrapped (`torch.compile`, DDP, FSDP2), and before an optimiser or a Trainer.
+    Losses, gradients and the logits of real tokens stay those of the unpatched model within rounding. Logits at padding
+    do not, so give −100 to labels that they predict; a row's first token behind a prompt may keep its label. A second
+    call changes nothing. Call it before the model is compiled or wrapped (`torch.compile`, DDP, FSDP2), and before an
+    optimiser or a Trainer.
 
     Args:
         model: a transformers model of a served family, or a `peft.PeftModelForCausalLM` around one, with adapters of

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, TrainingArguments
 
 from examples import trainer_distillation
@@ -156,6 +158,23 @@ def test_a_prompt_of_peft_is_put_in_front(folders, tmp_path: Path) -> None:
     torch.testing.assert_close(loss, functional.kl_div(log_q, p, reduction="batchmean"), rtol=1e-4, atol=1e-6)
     loss.backward()
     assert prompted.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_a_model_in_distributed_data_parallel_gives_the_same_gradients(folders, tmp_path: Path) -> None:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
+    chosen = DistillationTrainer(student, TrainingArguments(str(tmp_path), **QUIET), teacher=teacher)
+    ids = torch.randint(3, 300, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    chosen.compute_loss(student, dict(inputs)).backward()
+    expected = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        chosen.compute_loss(DistributedDataParallel(student), dict(inputs)).backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close([parameter.grad for parameter in student.parameters()], expected)
 
 
 def test_other_heads_are_refused_before_training(folders, tmp_path: Path) -> None:

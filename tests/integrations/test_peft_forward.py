@@ -39,6 +39,31 @@ def test_same_step_with_left_padding(family, kind, pair, tokens, assert_same_ste
     assert_same_step(*pair(kind, family), **batch(tokens, padding("left")))
 
 
+def gap():
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 2:4] = mask[2, 0] = mask[2, 5] = 0
+    return mask
+
+
+@pytest.mark.parametrize("family", NO_WINDOW)
+def test_same_step_with_padding_between_tokens(family, kind, pair, tokens, assert_same_step):
+    """The first token behind the gap is predicted by padding, and has no label."""
+    inputs = batch(tokens, gap())
+    inputs["labels"][1, 4] = inputs["labels"][2, 6] = -100
+    assert_same_step(*pair(kind, family), **inputs)
+
+
+@pytest.mark.parametrize("mask", [padding("left"), padding("right"), gap()], ids=["left", "right", "gap"])
+@pytest.mark.parametrize("family", NO_WINDOW)
+def test_same_step_of_a_transformers_model(family, mask, build, tokens, assert_same_step):
+    models = [build(family).requires_grad_(True) for _ in range(2)]
+    patch(models[1])
+    inputs = batch(tokens, mask)
+    behind_padding = torch.nn.functional.pad(mask, (1, 0))[:, :-1] == 0
+    inputs["labels"].masked_fill_(behind_padding, -100)
+    assert_same_step(*models, **inputs)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_stands_at_padding_changes_nothing(family, side, kind, pair, tokens):
