@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,9 +39,33 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(PRELOADED)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+        _start_fork_server()
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _start_fork_server() -> None:
+    """Start the fork server, once, with this process's search path.
+
+    By itself it would look for modules in the working folder first, and in a checkout of this package find another one
+    than the one that is installed.
+    """
+    from multiprocessing import forkserver
+
+    path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)
+    settings = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class PeakResident:

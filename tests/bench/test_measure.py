@@ -26,6 +26,7 @@ from softprompt_kernels.bench.timing import time_in_turns
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.testing.cases import BACKWARD, BOTH, FORWARD, OPS, case, distance
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SHAPES = {"prompt_attention": "B2 H4/2 M8 P4 D16", "kl_div": "N8 V64"}
 EAGER_PEERS = [name for name, peer in PEERS.items() if not peer.compiled]
@@ -129,6 +130,25 @@ def test_memory_is_that_of_the_results_and_of_what_the_code_makes() -> None:
     assert found[FORWARD].retained < 0.3 * size < 2 * size < found[FORWARD].peak + 0.3 * size
     assert 0.8 * size < found[BOTH].retained < 1.5 * size
     assert found[BOTH].peak > 3 * size
+
+
+def test_memory_is_measured_of_the_package_that_runs(tmp_path: Path) -> None:
+    """A checkout that is the working folder is not imported in its place."""
+    for name in ("softprompt_kernels", "softprompt_kernels/ops"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "elsewhere" / "script.py"
+    script.write_text(
+        "from softprompt_kernels.bench.memory import in_fresh_process\n"
+        "if __name__ == '__main__':\n"
+        "    print(in_fresh_process(eval, '__import__(\"softprompt_kernels.ops\").__file__'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONSAFEPATH", None)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == str(ROOT / "softprompt_kernels" / "__init__.py"), done.stderr
 
 
 def test_the_clock_stands_still_while_others_have_the_cpu() -> None:
