@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -87,7 +88,7 @@ def message_of(error: Exception) -> str | None:
     if isinstance(error, UnicodeEncodeError):  # a path of other bytes, or one that the terminal's encoding lacks
         return f"{error.object!a} cannot be written in {error.encoding}"
     if isinstance(error, ValueError) and text.startswith("backend"):
-        return f"SOFTPROMPT_BACKEND: {text}"  # no command has an option for the backend
+        return f"SOFTPROMPT_BACKEND: {text}" if os.environ.get("SOFTPROMPT_BACKEND") else text
     return None
 
 
