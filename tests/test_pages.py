@@ -95,7 +95,7 @@ FILES: dict[str, dict[str, str | None]] = {
     },
 }
 MODELS = (".cache/SmolLM2-135M-Instruct", "my-model")  # paths that lead to the tiny model
-INSTALL = re.compile(r"""pip install ['"]?\.(?:\[([\w,]+)\])?['"]?""")
+INSTALL = re.compile(r"""pip install (?:--editable )?['"]?\.(?:\[([\w,]+)\])?['"]?""")
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 STARTED = ("softprompt ", "python -m pytest_benchmark")
 DATA: dict[str, Callable[[str], Any]] = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}
