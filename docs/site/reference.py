@@ -61,7 +61,7 @@ def page_of(room: str) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    """A docstring with its indented formulas and its sessions of Python as blocks of code."""
+    """A docstring with its indented formulas and its examples of Python as blocks of code."""
     blocks = [
         f"```text\n{textwrap.dedent(block)}\n```" if re.match(r" {4}|>>>", block) else block
         for block in docstring.split("\n\n")
