@@ -41,6 +41,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/losses/": ("tests/losses", "tests/examples"),
     "softprompt_kernels/ops/": (*OPS, "tests/kernels", "tests/losses", "tests/models", *PEERS),
     "softprompt_kernels/kernels/": ("tests/kernels", *OPS),
+    "softprompt_kernels/kernels/ranges.py": ("tests/profiling", "tests/kernels", *OPS),
     "softprompt_kernels/kernels/cpu/": ("tests/kernels/cpu", *OPS),
     "softprompt_kernels/kernels/cuda/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "softprompt_kernels/kernels/triton/": ("tests/kernels/triton", "tests/benchmarks", *OPS),
