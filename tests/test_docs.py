@@ -45,7 +45,7 @@ def test_every_command_is_of_a_known_kind() -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     """Paths in code spans that start with a folder of the repository, and Python blocks of CONTRIBUTING aside."""
     for span in code_spans(page):
-        if re.fullmatch(r"(softprompt_kernels|csrc|tests|benchmarks|docs|demo)/[\w./-]+", span):
+        if re.fullmatch(r"(softprompt_kernels|csrc|tests|benchmarks|examples|docs|demo)/[\w./-]+", span):
             assert (ROOT / span).exists(), f"{page.name}: {span}"
 
 
