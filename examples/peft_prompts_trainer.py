@@ -75,13 +75,16 @@ def make_trainer(prompt: PromptArguments, arguments: TrainingArguments) -> Train
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     train, held_out = read(prompt, tokenizer)
-    return Trainer(
+    trainer = Trainer(
         model=make_model(prompt),
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("fsdp: got True, accepted is False (DDP): PEFT cannot save a prompt that is in shards")
+    return trainer
 
 
 def main(argv: list[str] | None = None) -> Trainer:

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels import LinearKLDivLoss, kl_div
@@ -79,7 +80,7 @@ class LinearForwardKLLoss(nn.Module):
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> Tensor:
         if not self.heads:
             raise ValueError("set_model_output must be called with both models before the loss")
-        student, teacher = (output_weight(head) for head in self.heads)
+        student, teacher = (_whole(output_weight(head)) for head in self.heads)
         loss: Tensor = self.loss(student_hidden, student, teacher_hidden, teacher, labels)
         return loss
 
@@ -94,12 +95,23 @@ def output_weight(head: Any) -> Tensor:
             "and TiedLinear: use ForwardKLLoss, which takes logits"
         )
     weight: Tensor = (head if tied is None else tied).weight
-    if type(weight) not in (Tensor, nn.Parameter):
+    if type(weight) not in (Tensor, nn.Parameter, DTensor):
         raise ValueError(
-            f"output: got a weight of type {type(weight).__name__}, accepted is an ordinary tensor, not in shards "
-            "and not quantised: use ForwardKLLoss, which takes logits"
+            f"output: got a weight of type {type(weight).__name__}, accepted is an ordinary tensor or the shards of "
+            "FSDP2, not quantised: use ForwardKLLoss, which takes logits"
         )
     return weight
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight itself; under FSDP2, gathered. Its gradient is the mean over the ranks, as FSDP2 takes it."""
+    if not isinstance(weight, DTensor):
+        return weight
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 class Decoder(nn.Module):

@@ -32,6 +32,8 @@ class DistillationTrainer(Trainer):
 
     def __init__(self, *arguments: Any, teacher: PreTrainedModel, temperature: float = 1.0, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp: got True, accepted is False (DDP): it shards the head, whose weight the loss reads")
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.temperature = temperature
         self.heads()  # refuses what cannot be served before the first step

@@ -91,6 +91,9 @@ def main() -> None:
     torch.set_num_threads(1)
     student, teacher, folder = (Path(argument) for argument in sys.argv[1:])
     dist.init_process_group("gloo")
+    from tests.examples import sharded_ranks
+    from tests.examples.sharded_ranks import both, refused
+
     results: dict[str, Run] = {}
     for kind in KINDS:
         results[kind] = train_prompt(student, folder / kind, kind)
@@ -102,8 +105,26 @@ def main() -> None:
     dist.barrier()
     results["resumed"] = train_prompt(student, stopped, "PREFIX_TUNING", resume=True)
     results["distilled"] = distil(student, teacher, folder / "distilled", gradient_accumulation_steps=2)
+    sharded = {kind: both(sharded_ranks.train_prompt, student, kind) for kind in KINDS}
+    for name, train in (("torchtitan", sharded_ranks.train_titan), ("torchtune", sharded_ranks.train_tune)):
+        sharded[name] = both(train, student, teacher)
+    fsdp = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    (folder / f"fsdp{dist.get_rank()}.json").write_text(json.dumps(fsdp["fsdp_config"]))
+    said = [
+        refused(lambda: distil(student, teacher, folder / "refused", **fsdp)),
+        refused(
+            lambda: train_prompt(
+                student,
+                folder / "refused",
+                KINDS[0],
+                fsdp="full_shard",
+                fsdp_config=folder / f"fsdp{dist.get_rank()}.json",
+            )
+        ),
+    ]
     if dist.get_rank() == 0:
-        torch.save({name: tuple(run) for name, run in results.items()}, folder / "results.pt")
+        runs = {name: tuple(run) for name, run in results.items()}
+        torch.save({**runs, "sharded": sharded, "refused": said}, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -65,3 +65,18 @@ def test_distillation_with_accumulated_batches(two_ranks, folders, tmp_path: Pat
     expected = recipe_ranks.distil(*folders, tmp_path, gradient_accumulation_steps=2)
     assert len(expected.log["loss"]) == 4
     check_same(two_ranks["distilled"], expected)
+
+
+@pytest.mark.parametrize("name", [*KINDS, "torchtitan", "torchtune"])
+def test_models_in_shards(name, two_ranks) -> None:
+    """Trained prompts on a sharded base, and students whose loss gathers the weight of a sharded head."""
+    (losses, weights), (expected, whole) = two_ranks["sharded"][name]
+    assert losses == pytest.approx(expected, rel=1e-6) and expected[-1] < expected[0]
+    assert weights.keys() == whole.keys()
+    for weight, value in whole.items():
+        assert (weights[weight] - value).norm() <= 1e-6 * value.norm(), weight
+
+
+def test_the_trainers_fsdp_is_refused_before_any_work(two_ranks) -> None:
+    for said, reason in zip(two_ranks["refused"], ("it shards the head", "PEFT cannot save a prompt"), strict=True):
+        assert said.startswith("fsdp: got True, accepted is False (DDP): " + reason)
