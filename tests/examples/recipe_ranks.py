@@ -4,6 +4,7 @@ The test runs the same functions in its own process. The batches of a step are t
 process or 2 texts of each of 2 ranks. The texts have different lengths, so that no two ranks have as many tokens.
 """
 
+import importlib.util
 import json
 import os
 import random
@@ -20,7 +21,11 @@ from transformers import Trainer
 from tests.examples.loop_problems import end_if_stuck
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-KINDS = ("PREFIX_TUNING", "CARTRIDGE", "PROMPT_TUNING")
+KINDS: dict[str, dict[str, Any]] = {
+    "PREFIX_TUNING": {},
+    "CARTRIDGE": {"greater_is_better": True},  # a larger loss: the best prompt is not the last
+    "PROMPT_TUNING": {"gradient_accumulation_steps": 2},
+}
 COMMON = {
     "per_device_train_batch_size": 4 // RANKS,
     "per_device_eval_batch_size": 2 // RANKS,
@@ -67,7 +72,7 @@ def train_prompt(student: Path, folder: Path, kind: str, **options: Any) -> Run:
         dist.barrier()
     given = {
         "model": student, "data": data, "kind": kind, "tokens": 5, "output_dir": folder, "use_cpu": True,
-        "disable_tqdm": True, "num_train_epochs": 2, "learning_rate": 0.05, **COMMON, **options,
+        "disable_tqdm": True, "num_train_epochs": 2, "learning_rate": 0.05, **COMMON, **KINDS[kind], **options,
     }  # fmt: skip
     torch.manual_seed(0)
     return result(
@@ -86,6 +91,23 @@ def distil(student: Path, teacher: Path, folder: Path, **options: Any) -> Run:
     return result(trainer_distillation.main(student, teacher, texts(), folder, **given))
 
 
+def distil_with_trl(student: Path, teacher: Path, folder: Path, **options: Any) -> Run:
+    """`examples/trl_distillation.py`, for 2 steps. It takes the likeliest tokens, which no seed of a rank changes.
+
+    The texts have one length, since PEFT counts padding on the left as positions.
+    """
+    from examples import trl_distillation
+
+    given = {
+        **{name: value for name, value in COMMON.items() if "_batch_size" in name},
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
+        "max_steps": 2, "learning_rate": 3e-2, "bf16": False, "max_completion_length": 8, "top_k": 1,
+        "gradient_accumulation_steps": 2, "dataloader_pin_memory": False, **options,
+    }  # fmt: skip
+    prompts = ["the cat", "one dog", "red hat", "no more"] * 5
+    return result(trl_distillation.main(student, teacher, prompts, folder, 4, **given))
+
+
 def main() -> None:
     end_if_stuck()
     torch.set_num_threads(1)
@@ -97,8 +119,6 @@ def main() -> None:
     results: dict[str, Run] = {}
     for kind in KINDS:
         results[kind] = train_prompt(student, folder / kind, kind)
-    results["best"] = train_prompt(student, folder / "best", "CARTRIDGE", greater_is_better=True)
-    results["accumulated"] = train_prompt(student, folder / "sums", "PREFIX_TUNING", gradient_accumulation_steps=2)
     stopped = folder / "PREFIX_TUNING-stopped"
     if dist.get_rank() == 0:
         shutil.copytree(folder / "PREFIX_TUNING/checkpoint-4", stopped / "checkpoint-4")
@@ -116,12 +136,15 @@ def main() -> None:
             lambda: train_prompt(
                 student,
                 folder / "refused",
-                KINDS[0],
+                "PREFIX_TUNING",
                 fsdp="full_shard",
                 fsdp_config=folder / f"fsdp{dist.get_rank()}.json",
             )
         ),
     ]
+    if importlib.util.find_spec("trl"):
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        results["trl"] = distil_with_trl(student, teacher, folder / "trl", **compiled)
     if dist.get_rank() == 0:
         runs = {name: tuple(run) for name, run in results.items()}
         torch.save({**runs, "sharded": sharded, "refused": said}, folder / "results.pt")
