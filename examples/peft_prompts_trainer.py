@@ -65,6 +65,8 @@ def read(prompt: PromptArguments, tokenizer: Any) -> tuple[list[Any], list[Any]]
     lines = prompt.data.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines if line.strip()]
     rows = [tokenizer(text, truncation=True, max_length=prompt.max_length) for text in texts]
+    if len(rows) < 2:
+        raise ValueError(f"data: got {len(rows)} texts, accepted are 2 or more: a tenth is held out")
     held_out = max(1, len(rows) // 10)
     return rows[:-held_out], rows[-held_out:]
 

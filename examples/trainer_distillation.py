@@ -84,6 +84,8 @@ def main(student: str | Path, teacher: str | Path, texts: list[str], output: str
     """Distils and saves. `options` are TrainingArguments."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     rows = [{"input_ids": tokenizer(text, truncation=True, max_length=512)["input_ids"]} for text in texts]
+    if len(rows) < 2:
+        raise ValueError(f"texts: got {len(rows)}, accepted are 2 or more: a tenth is held out")
     held_out = max(1, len(rows) // 10)
     trainer = DistillationTrainer(
         AutoModelForCausalLM.from_pretrained(student),

@@ -93,6 +93,8 @@ def main(
     **options: Any,
 ) -> PromptDistillationTrainer:
     """Trains a prompt and saves it as a PEFT adapter. `options` are those of DistillationConfig."""
+    if len(prompts) < 2:
+        raise ValueError(f"prompts: got {len(prompts)}, accepted are 2 or more: a tenth is held out")
     held_out = max(1, len(prompts) // 10)
     trainer = PromptDistillationTrainer(
         AutoModelForCausalLM.from_pretrained(student),

@@ -100,3 +100,9 @@ def test_the_best_prompt_is_kept(kind, run):
     evaluations = losses(trainer, "eval_loss")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluations), abs=ROUNDING)
     assert trainer.state.best_model_checkpoint is not None
+
+
+def test_too_few_texts_are_refused(tiny_model_folder, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "lake"}\n')
+    with pytest.raises(ValueError, match="data: got 1 texts, accepted are 2 or more"):
+        recipe.main([f"--model={tiny_model_folder}", f"--data={tmp_path}/texts.jsonl", f"--output_dir={tmp_path}"])

@@ -182,3 +182,8 @@ def test_other_heads_are_refused_before_training(folders, tmp_path: Path) -> Non
     student.lm_head.bias = torch.nn.Parameter(torch.zeros(300))
     with pytest.raises(ValueError, match="heads without a bias"):
         DistillationTrainer(student, TrainingArguments(str(tmp_path), **QUIET), teacher=teacher)
+
+
+def test_too_few_texts_are_refused(folders, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="texts: got 1, accepted are 2 or more"):
+        trainer_distillation.main(*folders, ["the cat"], tmp_path)

@@ -185,3 +185,8 @@ def test_the_loss_is_at_least_as_fast_as_trls_with_a_real_vocabulary() -> None:
         ].mean().backward()
 
     assert time_ratio(lambda: LinearKLDivLoss("jsd", 1.0)(student, weight, teacher).backward(), trl) < 1
+
+
+def test_too_few_prompts_are_refused(folders, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prompts: got 1, accepted are 2 or more"):
+        trl_distillation.main(*folders, ["the cat"], tmp_path)
