@@ -85,7 +85,7 @@ def _work(case: Case, pass_: str, dtype: torch.dtype, parts: Name) -> tuple[floa
     if parts.backend == STORED:
         return None, None
     of_call = parts.call.rpartition(".")[2]
-    if case.op in STORES_GRADIENT and pass_ != FORWARD:
+    if case.function in STORES_GRADIENT and pass_ != FORWARD:
         of_call = BOTH
     assert of_call in PASSES
     return case.flop(of_call) or None, case.bytes(of_call, dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from softprompt_kernels.ops import prompt_attention
 from softprompt_kernels.testing.case import BACKWARD, BOTH, FORWARD, Case
 
+GRAD_OUT_SEED = 0x6F757431  # none of the small seeds that inputs are made with: it must differ from the query
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
@@ -87,7 +88,8 @@ class PromptAttentionCase(Case):
     def grad_out(self, inputs: AttentionInputs) -> Tensor:
         query = inputs.query
         batch, heads, queries, size = query.shape
-        made = torch.randn(batch, queries, heads, size, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+        generator = torch.Generator().manual_seed(GRAD_OUT_SEED)
+        made = torch.randn(batch, queries, heads, size, generator=generator).transpose(1, 2)
         return made.to(query.device, query.dtype)
 
     def flop(self, pass_: str | None = None) -> float:
@@ -117,7 +119,7 @@ class PromptAttentionCase(Case):
 
     def tiny(self) -> Self:
         prompt = min(self.prompt, 4 if self.prompt <= self.queries else 12)
-        return replace(self, batch=2, queries=min(self.queries, 6), prompt=prompt, size=16)
+        return replace(self, batch=2, queries=min(self.queries, 6), prompt=prompt)  # some backends serve few head sizes
 
     def reduced(self, flop: float) -> Self:
         return replace(self, batch=max(1, min(self.batch, int(flop * self.batch / self.flop()))))

@@ -37,13 +37,18 @@ class Case(ABC):
     """One problem of one op. Equal cases have equal inputs; a case can be pickled."""
 
     op: ClassVar[str]
-    """The name of the op, as in `softprompt_kernels`."""
+    """The name of the problem: that of the op, or of a loss that an op has as a special case."""
     passes: ClassVar[tuple[str, ...]] = PASSES
     """The passes that the op has."""
     letters: ClassVar[tuple[str, ...]]
     """The sizes of a shape, in the order of its text."""
     result_names: ClassVar[tuple[str, ...]]
     """The names of the results of "forward+backward" (of "forward" for an op without a gradient)."""
+
+    @property
+    def function(self) -> str:
+        """The op that computes it, as in `softprompt_kernels`. It is `op`, except for `linear_cross_entropy`."""
+        return self.op
 
     @classmethod
     def from_shape(cls, shape: str) -> Self:

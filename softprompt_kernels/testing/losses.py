@@ -162,9 +162,10 @@ class _HeadCase(_LossCase):
         weight = torch.randn(self.vocab, self.size, generator=generator).mul_(3 / self.size**0.5)
         teacher = torch.randn(self.tokens, self.size, generator=generator)
         student = teacher + 0.1 * torch.randn(self.tokens, self.size, generator=generator)
-        return self._inputs(*(tensor.to(device, dtype) for tensor in (student, teacher, weight)))
+        made = (tensor.to(device, dtype) for tensor in (student, teacher, weight))
+        return self._inputs(*made, generator)
 
-    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Any:
+    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor, generator: torch.Generator) -> Any:
         return HeadInputs(student.requires_grad_(), teacher, weight)
 
     def flop(self, pass_: str | None = None) -> float:
@@ -230,8 +231,12 @@ class LinearCrossEntropyCase(_HeadCase):
     op: ClassVar[str] = "linear_cross_entropy"
     gemms: ClassVar[dict[str, int]] = {FORWARD: 1, BACKWARD: 1, BOTH: 2}
 
-    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor) -> LabelInputs:
-        labels = torch.randint(self.vocab, (self.tokens,), generator=torch.Generator().manual_seed(1))
+    @property
+    def function(self) -> str:
+        return LinearKlDivFromMomentsCase.op
+
+    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor, generator: torch.Generator) -> LabelInputs:
+        labels = torch.randint(self.vocab, (self.tokens,), generator=generator)
         return LabelInputs(student.requires_grad_(), weight, labels.to(student.device))
 
     def forward(self, inputs: LabelInputs, backend: str | None = None) -> Callable[[], Tensor]:
@@ -260,7 +265,7 @@ class TeacherMomentsCase(_HeadCase):
     result_names: ClassVar[tuple[str, ...]] = ("mean", "entropy")
     gemms: ClassVar[dict[str, int]] = {FORWARD: 2}
 
-    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor) -> TeacherInputs:
+    def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor, generator: torch.Generator) -> TeacherInputs:
         return TeacherInputs(teacher, weight)
 
     def forward(self, inputs: TeacherInputs, backend: str | None = None) -> Callable[[], tuple[Tensor, Tensor]]:
