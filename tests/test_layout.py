@@ -26,6 +26,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("losses", "testing"),
         ("ops",),
         ("kernels",),
+        ("output_file",),
         ("errors",),
     ),
     "softprompt_kernels/compress": (

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from softprompt_kernels.bench.measure import Row
-from softprompt_kernels.bench.record import Run
+from softprompt_kernels.bench.plan import Plan
+from softprompt_kernels.bench.record import Run, machine_of
 from softprompt_kernels.bench.statistics import ERROR_RATE, Interval, ratio_interval
 from softprompt_kernels.bench.table import milliseconds
 from softprompt_kernels.errors import SoftPromptError
 
 SLOWER, FASTER, SAME, UNCLEAR = "slower", "faster", "same", "unclear"
+NO_ROW = "the runs have no row in common: op, shape, dtype, pass and implementation must be equal"
 STYLES = {SLOWER: "bold red", FASTER: "green", SAME: None, UNCLEAR: "yellow"}
 
 
@@ -68,29 +71,54 @@ def compare(base: Run, new: Run, threshold: float) -> Comparison:
     Raises:
         SoftPromptError: the runs are of different machines or suites, or have no row in common.
     """
-    different = [
-        f"{name} {base.machine.get(name)!r} and {new.machine.get(name)!r}"
-        for name in dict.fromkeys([*base.machine, *new.machine])
-        if base.machine.get(name) != new.machine.get(name)
-    ]
-    if different:
-        raise SoftPromptError(
-            f"the runs are of different machines or installations ({'; '.join(different)}): their times cannot be "
-            f"compared; measure both on the same one"
-        )
-    if base.title != new.title:
-        raise SoftPromptError(f"the runs are of different suites: {base.title!r} and {new.title!r}")
+    _check_same(base, new.title, new.machine)
     before = {row.key: row for row in base.measured.rows}
     after = {row.key: row for row in new.measured.rows}
     both = [key for key in before if key in after]
     if not both:
-        raise SoftPromptError("the runs have no row in common: op, shape, dtype, pass and implementation must be equal")
+        raise SoftPromptError(NO_ROW)
     differences = [_difference(before[key], after[key], threshold, ERROR_RATE / len(both)) for key in both]
     return Comparison(
         differences,
         [row for key, row in before.items() if key not in after],
         [row for key, row in after.items() if key not in before],
     )
+
+
+def check_plan(base: Run, plan: Plan) -> None:
+    """Check before a run that it can be compared with an earlier one.
+
+    Args:
+        base: the earlier run.
+        plan: of the run to come, on this machine.
+
+    Raises:
+        SoftPromptError: as `compare`.
+    """
+    _check_same(base, plan.title, machine_of(plan))
+    problems = {
+        (case.op, case.shape, plan.dtype_name, pass_, name)
+        for case in plan.cases
+        for pass_ in plan.passes
+        for name in (*plan.backends, *plan.peers)
+    }
+    if not any(row.key in problems for row in base.measured.rows):
+        raise SoftPromptError(NO_ROW)
+
+
+def _check_same(base: Run, title: str, machine: dict[str, Any]) -> None:
+    different = [
+        f"{name} {base.machine.get(name)!r} and {machine.get(name)!r}"
+        for name in dict.fromkeys([*base.machine, *machine])
+        if base.machine.get(name) != machine.get(name)
+    ]
+    if different:
+        raise SoftPromptError(
+            f"the runs are of different machines or installations ({'; '.join(different)}): their times cannot be "
+            f"compared; measure both on the same one"
+        )
+    if base.title != title:
+        raise SoftPromptError(f"the runs are of different suites: {base.title!r} and {title!r}")
 
 
 def _difference(base: Row, new: Row, threshold: float, error_rate: float) -> Difference:

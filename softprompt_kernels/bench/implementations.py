@@ -50,5 +50,10 @@ def left_out(case: Case, name: str, pass_: str, dtype: torch.dtype, device: torc
     try:
         tiny.run(tiny.inputs(dtype, device), name, pass_)
     except ValueError as error:
-        return str(error).partition(f": {name}: ")[2].partition(". Backends that can")[0] or str(error)
+        return refusal(name, error)
     return None
+
+
+def refusal(name: str, error: ValueError) -> str:
+    """Why a backend does not serve a call, from the error of the op."""
+    return str(error).partition(f": {name}: ")[2].partition(". Backends that can")[0] or str(error)

@@ -1,27 +1,27 @@
 """Runs a plan: checks each implementation against float64, times all of a case in turns, and measures their memory.
 
-Each case is timed in two laps. Memory is measured between them, which takes seconds, and the second lap has new inputs.
-So what lasts for a while (another process, a placement of the inputs in memory) shows as a difference between the laps,
-and widens the intervals of a comparison.
+Each case is timed in two laps. Memory is measured between them, which takes seconds. The second lap has the same inputs
+in other memory. So what lasts for a while (another process, a placement of the inputs in memory) shows as a difference
+between the laps, and widens the intervals of a comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
 from softprompt_kernels.bench.footprint import Footprint, measure_footprint
-from softprompt_kernels.bench.implementations import is_compiled, left_out, prepare
+from softprompt_kernels.bench.implementations import is_compiled, left_out, prepare, refusal
 from softprompt_kernels.bench.machine import OtherLoad
 from softprompt_kernels.bench.peers.registry import PEERS
 from softprompt_kernels.bench.plan import QUICK, Plan
 from softprompt_kernels.bench.reference import Reference, reference_of, work_of
 from softprompt_kernels.bench.timing import Timed, time_in_turns
+from softprompt_kernels.errors import is_out_of_memory
 from softprompt_kernels.testing.case import BACKWARD, FORWARD, Call, Case, Results, distance
 
 CHECK_FLOP = 1e10  # of the float64 reference; larger cases are checked with fewer tokens or sequences
@@ -219,9 +219,14 @@ def _prepare(plan: Plan, case: Case) -> tuple[list[_Problem], list[LeftOut]]:
             if reason is None:
                 reason, error = _check(small, name, small_inputs, pass_, _of_pass(expected, small, pass_), plan.dtype)
             if reason is None:
-                errors[name], calls[name] = error, prepare(case, name, inputs, pass_)
-                calls[name]()
-            else:
+                try:
+                    call = prepare(case, name, inputs, pass_)
+                    call()
+                except Exception as failed:
+                    reason = _failure(name, failed)
+                else:
+                    errors[name], calls[name] = error, call
+            if reason is not None:
                 missing.append(LeftOut(case.op, case.shape, pass_, name, reason))
         if calls:
             reference = reference_of(case, pass_, plan.dtype, plan.device)
@@ -250,9 +255,9 @@ def _check(
     try:
         found = prepare(case, name, inputs, pass_)()
     except Exception as error:
-        if name not in PEERS:
-            raise
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}", 0.0
+        return _failure(name, error), 0.0
+    if [one.shape for one in found] != [other.shape for other in expected]:
+        return "its results have other shapes", 0.0
     apart = max(distance(one, other) for one, other in zip(found, expected, strict=True))
     if apart <= case.tolerance(dtype):
         return None, apart
@@ -262,11 +267,24 @@ def _check(
     return text, apart
 
 
+def _failure(name: str, error: Exception) -> str:
+    """Why an implementation that raised is left out. An error of a backend, other than a refusal, is raised again."""
+    if name not in PEERS:
+        if type(error) is ValueError:
+            return refusal(name, error)
+        raise error
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def _footprints(plan: Plan, case: Case, problems: Sequence[_Problem]) -> dict[str, dict[str, Footprint]]:
-    """By implementation and pass. A process that was killed gives none."""
+    """By implementation and pass. A process that was killed, or that found no memory, gives none."""
     found: dict[str, dict[str, Footprint]] = {}
     for name in dict.fromkeys(name for problem in problems for name in problem.calls):
         passes = [problem.pass_ for problem in problems if name in problem.calls]
-        with suppress(BrokenProcessPool):
+        try:
             found[name] = measure_footprint(case, name, passes, plan.dtype, plan.device)
+        except (BrokenProcessPool, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+                raise
     return found

@@ -6,9 +6,11 @@ rate, in the right one the bytes of the results.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 from softprompt_kernels.bench.measure import Row
 from softprompt_kernels.bench.plan import DTYPES
@@ -60,15 +62,14 @@ def _points(rows: dict[str, list[tuple[int, Row]]]) -> int:
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Write one PNG for each curve into a folder; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullLocator
+    with patch.dict(os.environ, MPLBACKEND="Agg"):  # the shell of a notebook may name a backend that is not there
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import NullLocator
 
     paths = []
     for curve in curves(rows):
-        figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        time, memory = figure.subplots(1, 2)
         for name, points in curve.rows.items():
             sizes = [size for size, _ in points]
             ours = points[0][1].ours
@@ -93,7 +94,6 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         figure.suptitle(f"{curve.op}, {curve.pass_}, {curve.dtype}, {curve.fixed}", fontsize=10)
         name = f"{curve.op}-{curve.pass_.replace('+', '-')}-{curve.dtype}-{curve.letter}.png"
         figure.savefig(folder / name, dpi=120)
-        pyplot.close(figure)
         paths.append(folder / name)
     return paths
 

@@ -8,8 +8,7 @@ softprompt                   the machine, the title and what was left out
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Any
 from softprompt_kernels.bench import machine
 from softprompt_kernels.bench.footprint import Footprint
 from softprompt_kernels.bench.measure import LeftOut, Measured, Row
-from softprompt_kernels.bench.plan import Plan
+from softprompt_kernels.bench.plan import DTYPES, Plan
 from softprompt_kernels.bench.timing import Timed
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import written_when_complete
+from softprompt_kernels.testing.cases import case
 
 VERSION = 1
 HOW = "a run is written by softprompt bench --json"
@@ -43,29 +44,25 @@ class Run:
 
 def run_of(plan: Plan, measured: Measured) -> Run:
     """The run of a plan on this machine."""
+    return Run(plan.title, machine_of(plan), measured)
+
+
+def machine_of(plan: Plan) -> dict[str, Any]:
+    """What has to be equal for a comparison with a run of a plan here."""
     facts = {name: value for name, value in machine.facts().items() if name != "backends"}
     if plan.device.type == "cuda":
         import torch
 
         facts["gpu"] = torch.cuda.get_device_name(plan.device)
-    return Run(plan.title, facts, measured)
+    return facts
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raises SoftPromptError if a file cannot be written at a path."""
-    if path.is_dir():
-        raise SoftPromptError(f"{option}: {path} is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise SoftPromptError(f"{option}: cannot write {path.name}: {path.parent} is not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise SoftPromptError(f"{option}: cannot write in {path.parent}: {error.strerror}") from None
+def write(option: str, run: Run, path: Path) -> None:
+    """Write a run.
 
-
-def write(run: Run, path: Path) -> None:
-    """Write a run."""
+    Raises:
+        SoftPromptError: the file cannot be written.
+    """
     document = {
         "machine_info": _machine_info(run.machine),
         "commit_info": {},
@@ -80,9 +77,9 @@ def write(run: Run, path: Path) -> None:
             "left_out": [asdict(one) for one in run.measured.left_out],
         },
     }
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with written_when_complete(option, path) as file:
+        assert file is not None
+        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def read(option: str, path: Path) -> Run:
@@ -107,9 +104,11 @@ def read(option: str, path: Path) -> Run:
     try:
         rows = [_row(benchmark) for benchmark in document["benchmarks"]]
         missing = [LeftOut(**one) for one in head["left_out"]]
-        return Run(head["title"], head["machine"], Measured(rows, missing, head["other_load"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SoftPromptError(f"{option}: {path} lacks a field of a run ({error!r}); {HOW}") from None
+        return Run(str(head["title"]), dict(head["machine"]), Measured(rows, missing, float(head["other_load"])))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SoftPromptError(
+            f"{option}: {path} lacks a field of a run, or has a wrong one ({error!r}); {HOW}"
+        ) from None
 
 
 def _benchmark(row: Row) -> dict[str, Any]:
@@ -142,7 +141,12 @@ def _row(benchmark: dict[str, Any]) -> Row:
     if not timed.seconds or len(timed.seconds) != len(timed.reference_seconds):
         raise ValueError("rounds")
     footprint = info.pop("footprint")
-    return Row(**info, timed=timed, footprint=footprint and Footprint(**footprint))
+    row = Row(**info, timed=timed, footprint=footprint and Footprint(**footprint))
+    case(row.op, row.shape).check_pass(row.pass_)
+    numbers = [*timed.seconds, *timed.reference_seconds, row.work, row.reference_work]
+    if row.dtype not in DTYPES or not all(0 < number < math.inf for number in numbers) or not row.error >= 0:
+        raise ValueError("times, work, error or dtype")
+    return row
 
 
 def _machine_info(facts: dict[str, Any]) -> dict[str, Any]:

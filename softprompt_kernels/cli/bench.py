@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
+from softprompt_kernels.output_file import check_output
 
 if TYPE_CHECKING:
     from softprompt_kernels.bench.plan import Plan
@@ -35,8 +36,8 @@ Passes = Annotated[
     list[str] | None,
     typer.Option("--pass", help="forward, backward or forward+backward. Default: the first and the last."),
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="auto (default), cpu or cuda.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the run, with every round, to this JSON file.")]
 Plots = Annotated[Path | None, typer.Option(help="Draw time and memory against N, P, B and V into this folder.")]
 BaseFile = Annotated[
@@ -57,8 +58,8 @@ def bench(
     backend: Backends = None,
     peer: Peers = None,
     pass_: Passes = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    dtype: Dtype = None,
+    device: Device = None,
     json: JsonFile = None,
     plots: Plots = None,
     compare: BaseFile = None,
@@ -79,28 +80,36 @@ def bench(
     from softprompt_kernels.bench.plan import make_plan
     from softprompt_kernels.bench.table import console, tables
 
-    plan = make_plan(suite, op or (), shape or (), backend or (), peer or (), pass_ or (), dtype, device)
+    chosen = {
+        "--suite": suite, "--op": op, "--shape": shape, "--backend": backend, "--peer": peer, "--pass": pass_,
+        "--dtype": dtype, "--device": device, "--json": json, "--rounds": rounds, "--no-memory": not memory,
+    }  # fmt: skip
+    if run is not None and (given := [name for name, value in chosen.items() if value]):
+        raise SoftPromptError(f"--run: shows an earlier run as it is, and takes no {', '.join(given)}")
+    plan = make_plan(
+        suite, op or (), shape or (), backend or (), peer or (), pass_ or (), dtype or "float32", device or "auto"
+    )
     if list_:
         _list(plan)
         return
     base = None if compare is None else record.read("--compare", compare)
     if json is not None:
-        record.check_writable("--json", json)
+        check_output("--json", json)
     if plots is not None:
         if plots.exists() and not plots.is_dir():
             raise SoftPromptError(f"--plots: {plots} is not a folder")
-        record.check_writable("--plots", plots / "plot.png" if plots.exists() else plots)
-    if run is not None and (suite or op or json):
-        raise SoftPromptError("--run: shows an earlier run, and takes no --suite, --op or --json")
-    given = record.read("--run", run) if run is not None else _measure(plan, rounds, memory)
+        check_output("--plots", plots / "plot.png" if plots.exists() else plots)
+    if base is not None and run is None:
+        comparing.check_plan(base, plan)
+    result = record.read("--run", run) if run is not None else _measure(plan, rounds, memory)
     if json is not None:
-        record.write(given, json)
+        record.write("--json", result, json)
     if base is None or run is None:
-        console().print(tables(given.measured))
+        console().print(tables(result.measured))
     if plots is not None:
-        _draw(given, plots)
+        _draw(result, plots)
     if base is not None:
-        found = comparing.compare(base, given, threshold)
+        found = comparing.compare(base, result, threshold)
         console().print(comparing.comparison_table(found, threshold))
         if found.slower:
             raise typer.Exit(1)
@@ -114,8 +123,13 @@ def _measure(plan: Plan, rounds: int | None, memory: bool) -> Run:
     from softprompt_kernels.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    with Console(stderr=True).status("") as status:
-        measured = measure(plan, status.update, rounds, memory)
+    try:
+        with Console(stderr=True).status("") as status:
+            measured = measure(plan, status.update, rounds, memory)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SoftPromptError("out of memory; a smaller --suite or --shape, or fewer --peer, needs less") from error
     if not measured.rows:
         reasons = "; ".join(f"{one.implementation}: {one.reason}" for one in measured.left_out)
         raise SoftPromptError(f"nothing can be measured here: {reasons}")

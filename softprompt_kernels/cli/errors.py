@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
 OUT_OF_MEMORY = (
@@ -81,7 +81,7 @@ def message_of(error: Exception) -> str | None:
         return text
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else text
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file is truncated or damaged ({text})"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.cli.errors import OUT_OF_MEMORY, message_of
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 
 if TYPE_CHECKING:
     from softprompt_kernels.profiling.session import Session
@@ -73,7 +72,7 @@ def profile(
         else:
             summary = profile_case(session, trace)
     except (MemoryError, RuntimeError) as error:
-        if message_of(error) != OUT_OF_MEMORY:
+        if not is_out_of_memory(error):
             raise
         raise SoftPromptError(f"--shape: {shape!r} takes more memory than there is") from error
     if summary is None:

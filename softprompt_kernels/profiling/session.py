@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.kernels.ranges import named_range, nvtx_ranges
 from softprompt_kernels.ops.dispatch import check_backend
+from softprompt_kernels.output_file import written_when_complete
 from softprompt_kernels.profiling.names import REGION, ROUND
 from softprompt_kernels.profiling.summary import Summary, summarise
-from softprompt_kernels.profiling.trace_file import written_when_complete
 from softprompt_kernels.testing.case import Call
 from softprompt_kernels.testing.cases import case
 
@@ -79,7 +79,7 @@ def profile_case(session: Session, trace: Path | None = None) -> Summary:
     Raises:
         SoftPromptError: the trace cannot be written there, or the backend cannot serve the case. Before anything runs.
     """
-    with written_when_complete(trace) as file:
+    with written_when_complete("trace", trace) as file:
         call = _warm(session)
         activities = [ProfilerActivity.CPU]
         if session.device.type == "cuda":

@@ -24,6 +24,7 @@ from softprompt_kernels.bench.reference import GEMM, MEMORY, bound_of, reference
 from softprompt_kernels.bench.table import console, tables
 from softprompt_kernels.bench.timing import time_in_turns
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.kernels.cuda import native as cuda_native
 from softprompt_kernels.testing.cases import BACKWARD, BOTH, FORWARD, OPS, case, distance
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,32 @@ def test_a_peer_that_fails_is_left_out_with_its_error(monkeypatch: pytest.Monkey
     monkeypatch.setitem(PEERS["eager"].forwards, "kl_div", fail)
     plan = make_plan(ops=["kl_div"], shapes=["N8 V64"], backends=["cpu"], peers=["eager"], passes=[FORWARD])
     assert measure(plan, rounds=1, memory=False).left_out[0].reason == "NotImplementedError: no such kernel"
+
+
+def test_a_peer_that_fails_at_the_full_size_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = measuring.prepare
+
+    def fail(one: Any, name: str, inputs: Any, pass_: str) -> Callable[[], Any]:
+        if name == "eager" and one.tokens > 8:
+            raise RuntimeError("can't allocate memory")
+        return prepare(one, name, inputs, pass_)
+
+    monkeypatch.setattr(measuring, "prepare", fail)
+    monkeypatch.setattr(measuring, "CHECK_FLOP", 50.0 * 8 * 64)
+    plan = make_plan(ops=["kl_div"], shapes=["N16 V64"], backends=["cpu"], peers=["eager"], passes=[FORWARD])
+    found = measure(plan, rounds=1, memory=False)
+    assert [row.implementation for row in found.rows] == ["cpu"]
+    assert [one.reason for one in found.left_out] == ["RuntimeError: can't allocate memory"]
+
+
+@pytest.mark.parametrize("size", [64, 80])
+def test_a_backend_is_asked_for_the_head_size_of_the_case(size: int) -> None:
+    """simt serves the head sizes of the CUDA kernels: 64, 96 and 128."""
+    if reason := cuda_native.HOST.missing():
+        pytest.skip(f"the simt backend: {reason}")
+    one = case("prompt_attention", f"B1 H2/1 M8 P4 D{size}")
+    refused = left_out(one, "simt", FORWARD, torch.float16, CPU, named=True)
+    assert refused is None if size == 64 else f"are {size} and {size}" in str(refused)
 
 
 def test_memory_is_that_of_the_results_and_of_what_the_code_makes() -> None:

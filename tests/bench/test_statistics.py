@@ -66,6 +66,27 @@ def test_a_fifth_is_told_from_noise_and_noise_is_not_flagged() -> None:
     assert FASTER not in same
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "exponential", "heavy"])
+def test_limits_hold_for_other_distributions_and_more_rounds_say_more(kind: str) -> None:
+    generator = numpy.random.default_rng(2)
+
+    def times(count: int, scale: float = 1.0) -> list[float]:
+        spread = {
+            "symmetric": numpy.exp(0.05 * generator.standard_normal(count)),
+            "exponential": 1 + generator.exponential(0.1, count),
+            "heavy": 1 + 0.1 * generator.pareto(1.5, count),
+        }
+        return list(scale * spread[kind])
+
+    trials = 200
+    for rounds, least in ((16, 0.6), (40, 0.8)):
+        same = [ratio_interval(times(rounds), times(rounds), 0.05) for _ in range(trials)]
+        assert sum(one.low > 1 for one in same) <= 0.05 * trials
+        assert sum(one.high < 1 for one in same) <= 0.05 * trials
+        slow = [verdict_of(ratio_interval(times(rounds), times(rounds, 1.2), 0.05 / 14), 0.1) for _ in range(trials)]
+        assert slow.count(SLOWER) >= least * trials
+
+
 def test_too_few_rounds_say_nothing() -> None:
     found = ratio_interval([1.0, 1.0, 1.0], [9.0, 9.0, 9.0], 0.001)
     assert found == Interval(0.0, 9.0, math.inf)

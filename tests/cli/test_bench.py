@@ -1,9 +1,11 @@
 """`softprompt bench`: the table, the files, the comparison, and what is refused before any measuring."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ pytest.importorskip("psutil")
 pytest.importorskip("pytest_benchmark")
 
 from softprompt_kernels.bench import measure as measuring
+from softprompt_kernels.bench import record
+from softprompt_kernels.bench.measure import Measured, Row
+from softprompt_kernels.bench.plan import make_plan
+from softprompt_kernels.bench.timing import Timed
 from softprompt_kernels.kernels.cpu import native
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +94,8 @@ def test_files_are_checked_before_measuring(run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for option, path, said in [
         ("--json", tmp_path / "no" / "a.json", "is not a folder"),
-        ("--json", tmp_path, "is a folder; give the name of a file"),
+        ("--json", "/dev/null", "is a device or a pipe; accepted is a file"),
+        ("--json", tmp_path, "which is a folder; accepted is a file"),
         ("--plots", tmp_path / "file", "is not a folder"),
         ("--plots", tmp_path / "no" / "plots", "is not a folder"),
         ("--compare", tmp_path / "broken.json", "is truncated or no JSON"),
@@ -106,11 +113,61 @@ def test_unknown_names_and_what_does_not_fit_are_refused(run) -> None:
         (["--suite", "gpt5"], "--suite: got 'gpt5', accepted is quick,"),
         (["--op", "softmax"], "--op: got 'softmax', accepted is prompt_attention,"),
         (["--shape", "N5"], "--shape: needs exactly one --op"),
-        (["--run", "a.json", "--suite", "quick"], "--run: shows an earlier run"),
+        (["--run", "a.json", "--suite", "quick"], "--run: shows an earlier run as it is, and takes no --suite"),
+        (["--run", "a.json", "--backend", "cpu", "--no-memory"], "takes no --backend, --no-memory"),
+        (["--run", "a.json", "--dtype", "float32", "--rounds", "3"], "takes no --dtype, --rounds"),
+        (["--threshold", "nan"], "Invalid value for '--threshold'"),
     ]:
         result = run("bench", *arguments)
         assert result.exit_code == 2
         assert said in " ".join(result.stderr.split()), result.stderr
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_a_run_that_cannot_be_compared_is_refused_before_measuring(run, tmp_path: Path) -> None:
+    """The earlier run is edited: of another machine, of another suite, or of another op."""
+    base, edited = tmp_path / "base.json", tmp_path / "edited.json"
+    base.write_text(json.dumps(small_run()))
+    for head, row, said in [
+        ({"machine": {"processor": "another"}}, {}, "of different machines or installations (processor"),
+        ({"title": "quick"}, {}, "the runs are of different suites: 'quick' and 'own'"),
+        ({}, {"dtype": "bfloat16"}, "the runs have no row in common"),
+    ]:
+        document = json.loads(base.read_text())
+        document["softprompt"] |= {
+            name: document["softprompt"][name] | value if name == "machine" else value for name, value in head.items()
+        }
+        document["benchmarks"][0]["extra_info"] |= row
+        edited.write_text(json.dumps(document))
+        result = run(*SMALL, "--compare", edited)
+        assert result.exit_code == 2
+        assert said in " ".join(result.stderr.split()), result.stderr
+
+
+def small_run() -> dict[str, Any]:
+    """The file of a run of one row on this machine."""
+    plan = make_plan(ops=["kl_div"], shapes=["N16 V2048"], backends=["cpu"], peers=["none"])
+    timed = Timed(1, [1.0] * 16, [1.0] * 16)
+    row = Row("kl_div", "N16 V2048", "float32", "forward", "cpu", timed, "pass", "memory", 1.0, 1.0, 0.0, "N16 V2048")
+    with tempfile.TemporaryDirectory() as folder:
+        record.write("--json", record.run_of(plan, Measured([row], [], 0.0)), Path(folder) / "run.json")
+        return json.loads((Path(folder) / "run.json").read_text())
+
+
+@pytest.mark.parametrize("shape", ["N2147483648 V262144", "N2147483648 V2147483648"])
+def test_a_shape_that_no_memory_holds_is_said(run, shape: str) -> None:
+    result = run("bench", "--op", "kl_div", "--shape", shape, "--peer", "none", "--no-memory")
+    assert result.exit_code == 2
+    assert "out of memory; a smaller --suite or --shape" in " ".join(result.stderr.split())
+
+
+def test_plots_do_not_depend_on_the_display_of_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(small_run()))
+    program = "from softprompt_kernels.cli.app import main; main(['bench', '--run', 'run.json', '--plots', 'plots'])"
+    environment = {**os.environ, "MPLBACKEND": "module://not_there", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_to_measure_is_said(run) -> None:

@@ -44,6 +44,10 @@ def test_a_trace_is_written(run, tmp_path, name):
         (("profile", "softmax", "--shape", "N5 V40"), "op must be one of prompt_attention"),
         (("profile", "kl_div", "--shape", "N5 V-40"), "'V-40' is no size of this op"),
         (
+            ("profile", "kl_div", "--shape", "N2147483648 V2147483648"),
+            "'N2147483648 V2147483648' takes more memory than there is",
+        ),
+        (
             ("profile", "kl_div", "--shape", "N2147483648 V262144"),
             "'N2147483648 V262144' takes more memory than there is",
         ),
@@ -52,6 +56,7 @@ def test_a_trace_is_written(run, tmp_path, name):
         (("profile", "teacher_moments", "--shape", "N5 d8 V40", "--pass", "backward"), "must be one of forward; got"),
         ((*ATTENTION, "--trace", "{folder}"), "which is a folder; accepted is a file"),
         ((*ATTENTION, "--trace", "{folder}/missing/trace.json"), "missing is not a folder"),
+        ((*ATTENTION, "--trace", "/dev/null"), "which is a device or a pipe; accepted is a file"),
         ((*ATTENTION, "--trace", "/proc/trace.json"), "/proc cannot be written to"),
         ((*ATTENTION, "--trace", "{folder}/trace.json", "--cuda-profiler"), "--trace: got --cuda-profiler too"),
     ],

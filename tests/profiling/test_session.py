@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import written_when_complete
 from softprompt_kernels.profiling.names import REGION, ROUND
 from softprompt_kernels.profiling.session import Session, expose_case, profile_case
-from softprompt_kernels.profiling.trace_file import written_when_complete
 
 CALLS = {
     "prompt_attention": ("B2 H4/2 M5 P3 D16", ("forward", "backward")),
@@ -58,6 +58,14 @@ def test_a_stored_gradient_counts_where_it_is_computed(pass_, expected):
     assert found == expected
     gemms = [row.flop for row in summary.rows if row.parts.kernel == "gemm"]
     assert sum(gemms) == 2 * unit * (expected.get("linear_kl_div.forward") or 0)
+
+
+def test_labels_alone_have_the_work_of_both_passes_in_the_forward():
+    session = Session("linear_cross_entropy", "N5 d8 V40", "composed", rounds=2)
+    assert session.case.function == "linear_kl_div_from_moments"
+    call = profile_case(session).rows[0]
+    assert call.parts.call == "linear_kl_div_from_moments.forward"
+    assert (call.flop, call.bytes) == (2 * session.case.flop(), 2 * session.case.bytes())
 
 
 def test_work_of_a_call_is_that_of_its_case():
@@ -130,11 +138,11 @@ def test_a_backend_that_cannot_serve_the_case_is_refused_and_leaves_no_file(tmp_
 def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
     target = tmp_path / "trace.json"
     target.write_text("old")
-    with pytest.raises(KeyError), written_when_complete(target) as file:
+    with pytest.raises(KeyError), written_when_complete("trace", target) as file:
         file.write_text("half")
         raise KeyError
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["trace.json"]
-    with written_when_complete(target) as file:
+    with written_when_complete("trace", target) as file:
         assert file.name.endswith("trace.json") and file.parent == tmp_path
         file.write_text("new")
     assert target.read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["trace.json"]

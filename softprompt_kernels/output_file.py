@@ -1,0 +1,67 @@
+"""Files that a command writes: checked before the work, and there only when they are complete."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from softprompt_kernels.errors import SoftPromptError
+
+
+def check_output(option: str, target: Path) -> None:
+    """Check that a file can be written, without writing it.
+
+    Args:
+        option: the option or argument that names the file, for the message.
+        target: the file; it may exist.
+
+    Raises:
+        SoftPromptError: the target is a folder or a device, or its folder is missing or cannot be written to.
+    """
+    if target.is_dir():
+        raise SoftPromptError(
+            f"{option}: got {target}, which is a folder; accepted is a file such as {target / 'new.json'}"
+        )
+    if target.exists() and not target.is_file():
+        raise SoftPromptError(f"{option}: got {target}, which is a device or a pipe; accepted is a file")
+    if not target.parent.is_dir():
+        raise SoftPromptError(f"{option}: got {target}, but {target.parent} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise SoftPromptError(f"{option}: {target.parent} cannot be written to ({error.strerror})") from error
+
+
+@contextmanager
+def written_when_complete(option: str, target: Path | None) -> Iterator[Path | None]:
+    """A temporary file beside the target, renamed to it at the end, or removed after an exception.
+
+    Its name ends as the target's does. None: no file.
+
+    Raises:
+        SoftPromptError: as `check_output`, before the body runs.
+    """
+    if target is None:
+        yield None
+        return
+    check_output(option, target)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=f"-{target.name}")
+    temporary = Path(name)
+    try:
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.close(descriptor)
+        yield temporary
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
