@@ -177,7 +177,7 @@ def fast(arguments: list[str]) -> list[str]:
     options = dict(FAST.get(arguments[0], {}))
     if arguments[0] == "bench" and not {"--run", "--list"} & set(arguments):
         arguments = [*without(arguments, "--peer", "compile"), "--no-memory"]
-        options |= {"--rounds": "5", "--peer": "none"}
+        options |= {"--rounds": "2", "--peer": "none"}
         if "--shape" not in arguments:
             arguments = without(arguments, "--suite")
             options["--op"] = arguments[arguments.index("--op") + 1] if "--op" in arguments else "kl_div"

@@ -13,7 +13,8 @@ Rates are dense peaks that the maker published. Real kernels reach 60 to 90 % of
 | MI300X | AMD Instinct MI300X data sheet, without sparsity |
 
 The datasheets do not tell the exponentials: 16 a clock and multiprocessor (NVIDIA, CUDA C++ Programming Guide, table of
-arithmetic throughput) or compute unit (AMD, a quarter of its 64 lanes), times the boost clock.
+arithmetic throughput) or compute unit (AMD, a quarter of its 64 lanes), times the clock of the fp32 rate: that rate
+over 128 (A100) or 256 FLOP a clock and multiprocessor.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Gpu:
 
 GPUS = {
     "A100": Gpu(2.039e12, {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 108 * 16 * 1.41e9),
-    "H100": Gpu(3.35e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.83e9),
-    "H200": Gpu(4.8e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.83e9),
-    "B200": Gpu(8.0e12, {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1125e12, "fp32": 75e12}, 148 * 16 * 1.85e9),
+    "H100": Gpu(3.35e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.98e9),
+    "H200": Gpu(4.8e12, {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}, 132 * 16 * 1.98e9),
+    "B200": Gpu(8.0e12, {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1125e12, "fp32": 75e12}, 148 * 16 * 1.98e9),
     "MI300X": Gpu(5.3e12, {"bf16": 1307.4e12, "fp16": 1307.4e12, "tf32": 653.7e12, "fp32": 163.4e12}, 304 * 16 * 2.1e9),
 }
 

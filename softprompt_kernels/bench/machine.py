@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-import psutil
 import torch
 
 from softprompt_kernels.ops.dispatch import available_backends
@@ -59,6 +58,8 @@ class OtherLoad:
 
 def _busy_seconds() -> float:
     """CPU seconds of all processes but this one, over all processors."""
+    import psutil  # of the extra `bench`; the rest here does without
+
     every, own = psutil.cpu_times(), psutil.Process().cpu_times()
     idle = every.idle + getattr(every, "iowait", 0.0) + getattr(every, "guest", 0.0)
     return sum(every) - idle - own.user - own.system

@@ -15,7 +15,8 @@ from softprompt_kernels.bench.reference import GEMM
 LEGEND = """\
 time       median over rounds in which all implementations of a problem took turns, waiting for a CPU left out
 % of floor the least time that the op's GEMMs (or one pass over its memory) take at the rate that the machine
-           showed beside each measurement, over the time; above 100 % where our GEMM is faster than torch.mm
+           showed beside each measurement, over the time; above 100 % where an implementation beats torch.mm,
+           or finds its inputs in the cache
 rate       GFLOP/s of the op's GEMMs, or GB/s of its inputs and results where memory is the bound
 peak       most memory above the inputs; "kept" is what is left while the results are alive
 error      ‖result − float64‖ / ‖float64‖, of the worst result"""

@@ -96,6 +96,8 @@ def description(session: Session) -> str:
     """What ran, and where."""
     import torch
 
+    from softprompt_kernels.bench.machine import processor
+
     case, device = session.case, session.device
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
@@ -103,18 +105,6 @@ def description(session: Session) -> str:
         where = f"{processor()}, threads: {torch.get_num_threads()}"
     dtype = str(session.dtype).removeprefix("torch.")
     return f"{case.name}, {session.pass_}, {dtype}, {session.rounds} rounds on {where}"
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(summary: Summary, rounds: int) -> list[tuple[str, ...]]:

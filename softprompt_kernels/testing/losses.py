@@ -11,7 +11,7 @@ the mean over the tokens. U = 2·N·V·d FLOP is one GEMM of the head's size; th
 | `linear_cross_entropy` | 1U, 1U | Vd + Nd, Vd + Nd |
 | `teacher_moments` | 2U (logits, expectation of the head's rows) | 2Vd + Nd, and N·(d + 1) written in fp32 |
 
-`linear_cross_entropy` is `linear_kl_div_from_moments` with labels alone. Other packages have this loss too.
+`linear_cross_entropy` is no op: it is `linear_kl_div_from_moments` with labels alone, a loss that other packages have.
 
 The head is read twice, for the logits and for the gradient, and logits never leave the chip; no known implementation
 achieves this. The moments count as many bytes as hidden states of the same dtype.

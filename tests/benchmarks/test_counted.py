@@ -196,6 +196,8 @@ def test_bound_is_that_of_the_scarcest_resource() -> None:
     assert bound("H100", "bf16", bytes_moved=3.35e9, flop=989e9 * 2).by == "GEMM"
     assert bound("A100", "fp32", bytes_moved=1.0, flop=19.5e9).seconds == pytest.approx(1e-3)
     assert bound("B200", "bf16", bytes_moved=1.0, flop=1.0, exponentials=1e12).by == "exponentials"
+    for chip, gpu in GPUS.items():  # 16 exponentials a clock, where there are 128 or 256 FLOP in fp32
+        assert gpu.exponentials == pytest.approx(gpu.flop["fp32"] / (8 if chip == "A100" else 16), rel=0.01)
     assert list(GPUS) == ["A100", "H100", "H200", "B200", "MI300X"]
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import torch
@@ -73,6 +74,13 @@ def test_a_gpu_that_is_not_there(run, option, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run(*ATTENTION, option)
     assert result.exit_code == 2 and "CUDA device" in result.stderr
+
+
+def test_it_does_without_the_extra_of_bench(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "softprompt_kernels.bench.machine", raising=False)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    result = run("profile", "kl_div", "--shape", "N5 V40", "--rounds", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_without_a_shape_it_is_that_of_the_quick_suite(run):
