@@ -162,8 +162,8 @@ class _HeadCase(_LossCase):
         weight = torch.randn(self.vocab, self.size, generator=generator).mul_(3 / self.size**0.5)
         teacher = torch.randn(self.tokens, self.size, generator=generator)
         student = teacher + 0.1 * torch.randn(self.tokens, self.size, generator=generator)
-        made = (tensor.to(device, dtype) for tensor in (student, teacher, weight))
-        return self._inputs(*made, generator)
+        student, teacher, weight = (tensor.to(device, dtype) for tensor in (student, teacher, weight))
+        return self._inputs(student, teacher, weight, generator)
 
     def _inputs(self, student: Tensor, teacher: Tensor, weight: Tensor, generator: torch.Generator) -> Any:
         return HeadInputs(student.requires_grad_(), teacher, weight)

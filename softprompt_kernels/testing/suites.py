@@ -59,8 +59,8 @@ def quick() -> list[Case]:
     model = MODELS["smollm2"]
     heads, head = (model.heads, model.kv_heads), (64, model.hidden, model.vocab // 4)
     return [
-        PromptAttentionCase(4, *heads, 128, 64, model.head_size),
-        PromptAttentionCase(8, *heads, 1, 1024, model.head_size),
+        PromptAttentionCase(2, *heads, 128, 64, model.head_size),
+        PromptAttentionCase(4, *heads, 1, 1024, model.head_size),
         KlDivCase(64, model.vocab // 4),
         LinearKlDivCase(*head),
         LinearKlDivFromMomentsCase(*head),
