@@ -18,10 +18,10 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 @pytest.fixture(scope="module")
 def two_ranks(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `recipe_ranks.py` found."""
+    """What `recipe_ranks.py` found, and its folder."""
     folder = tmp_path_factory.mktemp("ranks")
     start(Path(__file__).with_name("recipe_ranks.py"), *folders, folder)
-    return torch.load(folder / "results.pt")
+    return {**torch.load(folder / "results.pt"), "folder": folder}
 
 
 def check_same(got: tuple, expected: Run) -> None:
@@ -45,6 +45,12 @@ def test_a_prompt_in_the_trainer(kind, two_ranks, folders, tmp_path: Path) -> No
 
 def test_a_resumed_prompt_is_that_of_the_unbroken_run(two_ranks) -> None:
     unbroken, resumed = (Run(*two_ranks[name]) for name in ("PREFIX_TUNING", "resumed"))
+    saved = {path.name for path in (two_ranks["folder"] / "PREFIX_TUNING-stopped").glob("checkpoint-*")}
+    assert saved == {
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    }  # the first of them was given, and 2 was not redone
     assert resumed.log == unbroken.log
     assert all(torch.equal(resumed.trained[name], weight) for name, weight in unbroken.trained.items())
 
