@@ -62,13 +62,24 @@ def make_model(prompt: PromptArguments) -> PeftModelForCausalLM:
 
 def read(prompt: PromptArguments, tokenizer: Any) -> tuple[list[Any], list[Any]]:
     """Tokenised texts for training, and the held-out last tenth."""
-    lines = prompt.data.read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines if line.strip()]
+    lines = enumerate(prompt.data.read_text(encoding="utf-8").splitlines(), 1)
+    texts = [text_of(line, number) for number, line in lines if line.strip()]
     rows = [tokenizer(text, truncation=True, max_length=prompt.max_length) for text in texts]
     if len(rows) < 2:
         raise ValueError(f"data: got {len(rows)} texts, accepted are 2 or more: a tenth is held out")
     held_out = max(1, len(rows) // 10)
     return rows[:-held_out], rows[-held_out:]
+
+
+def text_of(line: str, number: int) -> str:
+    """The text of one line of the data."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f'data: got {line[:80]!r} in line {number}, accepted is {{"text": "..."}}')
+    return text
 
 
 def make_trainer(prompt: PromptArguments, arguments: TrainingArguments) -> Trainer:

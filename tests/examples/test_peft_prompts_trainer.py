@@ -87,7 +87,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(kind, run, tmp_path):
     whole = run(kind, folder="whole")
     (tmp_path / "stopped").mkdir()
     shutil.copytree(tmp_path / "whole/checkpoint-5", tmp_path / "stopped/checkpoint-5")
+    before = (tmp_path / "stopped/checkpoint-5/trainer_state.json").stat()
     resumed = run(kind, "--resume", "true", folder="stopped")
+    after = (tmp_path / "stopped/checkpoint-5/trainer_state.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # steps 1 to 5 did not run again
     assert losses(resumed) == losses(whole)
     assert all((tmp_path / "stopped" / name).is_file() for name in ("adapter_model.safetensors", "adapter_config.json"))
     first, second = (trainer.model.state_dict() for trainer in (whole, resumed))
@@ -106,3 +109,10 @@ def test_too_few_texts_are_refused(tiny_model_folder, tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "lake"}\n')
     with pytest.raises(ValueError, match="data: got 1 texts, accepted are 2 or more"):
         recipe.main([f"--model={tiny_model_folder}", f"--data={tmp_path}/texts.jsonl", f"--output_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("line", ["lake", '"lake"', "[]", '{"input": "lake"}', '{"text": 3}', "3"])
+def test_a_line_without_a_text_is_named(line):
+    with pytest.raises(ValueError, match="in line 7, accepted is"):
+        recipe.text_of(line, 7)
+    assert recipe.text_of('{"text": "lake", "more": 1}', 7) == "lake"
