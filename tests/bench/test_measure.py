@@ -24,7 +24,6 @@ from softprompt_kernels.bench.reference import GEMM, MEMORY, bound_of, reference
 from softprompt_kernels.bench.table import console, tables
 from softprompt_kernels.bench.timing import time_in_turns
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.kernels.cuda import native as cuda_native
 from softprompt_kernels.testing.cases import BACKWARD, BOTH, FORWARD, OPS, case, distance
 
 ROOT = Path(__file__).parents[2]
@@ -140,11 +139,10 @@ def test_a_peer_that_fails_at_the_full_size_is_left_out(monkeypatch: pytest.Monk
     assert [one.reason for one in found.left_out] == ["RuntimeError: can't allocate memory"]
 
 
+@pytest.mark.simt
 @pytest.mark.parametrize("size", [64, 80])
-def test_a_backend_is_asked_for_the_head_size_of_the_case(size: int) -> None:
+def test_a_backend_is_asked_for_the_head_size_of_the_case_by_simt(size: int) -> None:
     """simt serves the head sizes of the CUDA kernels: 64, 96 and 128."""
-    if reason := cuda_native.HOST.missing():
-        pytest.skip(f"the simt backend: {reason}")
     one = case("prompt_attention", f"B1 H2/1 M8 P4 D{size}")
     refused = left_out(one, "simt", FORWARD, torch.float16, CPU, named=True)
     assert refused is None if size == 64 else f"are {size} and {size}" in str(refused)
