@@ -113,7 +113,11 @@ class Measured:
 
 
 def measure(
-    plan: Plan, report: Callable[[str], None] = lambda text: None, rounds: int | None = None, memory: bool = True
+    plan: Plan,
+    report: Callable[[str], None] = lambda text: None,
+    rounds: int | None = None,
+    memory: bool = True,
+    keep: Callable[[Measured], None] = lambda measured: None,
 ) -> Measured:
     """Measure a plan.
 
@@ -122,6 +126,7 @@ def measure(
         report: told what is measured next.
         rounds: the number of rounds; None: as many as fit the time, 16 to 40.
         memory: also measure memory, which starts a process for each implementation.
+        keep: given all that is measured so far, after each case.
 
     Raises:
         RuntimeError: a backend's result is wrong.
@@ -144,6 +149,7 @@ def measure(
                 report(f"{case.name}: memory")
                 footprints = _footprints(plan, case, problems)
         rows += [row for problem in problems for row in problem.rows(plan, footprints)]
+        keep(Measured(rows, missing, load))
     return Measured(rows, missing, load)
 
 

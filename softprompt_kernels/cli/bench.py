@@ -12,6 +12,7 @@ from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 from softprompt_kernels.output_file import check_output
 
 if TYPE_CHECKING:
+    from softprompt_kernels.bench.measure import Measured
     from softprompt_kernels.bench.plan import Plan
     from softprompt_kernels.bench.record import Run
 
@@ -101,7 +102,7 @@ def bench(
         check_output("--plots", plots / "plot.png" if plots.exists() else plots)
     if base is not None and run is None:
         comparing.check_plan(base, plan)
-    result = record.read("--run", run) if run is not None else _measure(plan, rounds, memory)
+    result, stopped = (record.read("--run", run), False) if run is not None else _measure(plan, rounds, memory)
     if json is not None:
         record.write("--json", result, json)
     if base is None or run is None:
@@ -111,11 +112,14 @@ def bench(
     if base is not None:
         found = comparing.compare(base, result, threshold)
         console().print(comparing.comparison_table(found, threshold))
-        if found.slower:
+        if found.slower and not stopped:
             raise typer.Exit(1)
+    if stopped:
+        raise KeyboardInterrupt
 
 
-def _measure(plan: Plan, rounds: int | None, memory: bool) -> Run:
+def _measure(plan: Plan, rounds: int | None, memory: bool) -> tuple[Run, bool]:
+    """The run, and whether Ctrl-C ended it. What was finished before is kept."""
     from rich.console import Console
 
     from softprompt_kernels.bench import record
@@ -123,9 +127,15 @@ def _measure(plan: Plan, rounds: int | None, memory: bool) -> Run:
     from softprompt_kernels.cli.quiet import quiet_libraries
 
     quiet_libraries()
+    finished: list[Measured] = []
+    stopped = False
     try:
         with Console(stderr=True).status("") as status:
-            measured = measure(plan, status.update, rounds, memory)
+            measured = measure(plan, status.update, rounds, memory, finished.append)
+    except KeyboardInterrupt:
+        if not finished or not finished[-1].rows:
+            raise
+        measured, stopped = finished[-1], True
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -133,7 +143,7 @@ def _measure(plan: Plan, rounds: int | None, memory: bool) -> Run:
     if not measured.rows:
         reasons = "; ".join(f"{one.implementation}: {one.reason}" for one in measured.left_out)
         raise SoftPromptError(f"nothing can be measured here: {reasons}")
-    return record.run_of(plan, measured)
+    return record.run_of(plan, measured), stopped
 
 
 def _draw(run: Run, folder: Path) -> None:

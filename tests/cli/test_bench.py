@@ -199,3 +199,25 @@ def test_the_suite_of_the_page_runs(tmp_path: Path) -> None:
     done = subprocess.run([str(part) for part in command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_ctrl_c_keeps_the_cases_that_are_finished(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    prepare_case, cases = measuring._prepare, []
+
+    def stopped_at_the_next(plan: Any, case: Any) -> Any:
+        cases.append(case.shape)
+        if len(cases) > finished:
+            raise KeyboardInterrupt
+        return prepare_case(plan, case)
+
+    monkeypatch.setattr(measuring, "_prepare", stopped_at_the_next)
+    arguments = ["--shape", "N8 V256", "--pass", "forward", "--rounds", "1", "--json", tmp_path / "a.json"]
+    result = run(*SMALL, *arguments)
+    assert result.exit_code == 130 and "Interrupted" in result.stderr
+    assert ("kl_div N16 V2048" in result.stdout) == bool(finished)
+    assert (tmp_path / "a.json").exists() == bool(finished)
+    if finished:
+        assert [row.shape for row in record.read("--run", tmp_path / "a.json").measured.rows] == ["N16 V2048"]
