@@ -79,7 +79,7 @@ sanitize: $(VENV)/test ## test the CPU kernels under AddressSanitizer and Undefi
 SIMT_SEEDS ?= 1 2 3
 simt: $(VENV)/test ## test the CUDA kernels on the host, with every access checked, in several schedules (Linux, g++)
 	SOFTPROMPT_SIMT=1 SOFTPROMPT_CUDA=0 $(BIN)/python setup.py -q build_ext --inplace
-	$(PYTEST) tests/simt tests/kernels tests/bench tests/profiling -k "simt or cuda"
+	$(PYTEST) tests/simt tests/kernels tests/bench tests/profiling -k "(simt or cuda) and not machine_code"
 	for seed in $(SIMT_SEEDS); do SOFTPROMPT_SIMT_SEED=$$seed \
 		$(PYTEST) --dist loadfile -k simt tests/ops tests/traps || exit 1; done
 	SOFTPROMPT_SIMT=1 SOFTPROMPT_CPU=0 SOFTPROMPT_CUDA=0 CXX=g++ LDFLAGS="$(SANITIZE)" \
