@@ -55,10 +55,10 @@ def kl_div(
 
     When it pays: for "sum", "batchmean" and "mean" on a CPU, outside torch.compile, without a gradient for the target.
     It spares temporaries of the input's size. Where these are fresh memory (with glibc, above 32 MiB), forward and
-    backward together take .4 to .6 of PyTorch's time on one thread. Where the allocator has them at hand, they take the
-    same time. All else is passed to PyTorch's function: "none", small tensors, a target that needs a gradient,
-    broadcasting, mixed dtypes, the deprecated arguments, autocast, forward-mode derivatives, tensor subclasses, other
-    devices, and compiled code, in which PyTorch fuses the passes itself.
+    backward together take .4 to .6 of PyTorch's time, on one thread and on two. Where the allocator has them at hand,
+    they take the same time. All else is passed to PyTorch's function: "none", small tensors, a target that needs a
+    gradient, broadcasting, mixed dtypes, the deprecated arguments, autocast, forward-mode derivatives, tensor
+    subclasses, other devices, and compiled code, in which PyTorch fuses the passes itself.
 
     What pays more: `kl_div(log_softmax(s), softmax(t))` is `softprompt_kernels.kl_div(s, t)`, 2 to 10 times as fast on
     one thread, and exact near 0, where the rounding of log_softmax alone is 1e-6. `linear_kl_div` takes hidden states
