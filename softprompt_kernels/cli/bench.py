@@ -45,7 +45,9 @@ BaseFile = Annotated[
     Path | None, typer.Option("--compare", help="Compare with this earlier run. Exit code 1 if a backend is slower.")
 ]
 RunFile = Annotated[Path | None, typer.Option("--run", help="Show or compare this earlier run; measure nothing.")]
-Threshold = Annotated[float, typer.Option(min=0.0, help="What change matters in a comparison; 0.1 is a tenth.")]
+Threshold = Annotated[
+    float | None, typer.Option(min=0.0, help="What change matters in a comparison. Default: 0.1, a tenth.")
+]
 Rounds = Annotated[int | None, typer.Option(min=1, help="Number of rounds. Default: by time, 16 to 40.")]
 Memory = Annotated[bool, typer.Option(help="Also measure memory, in a process for each implementation.")]
 List = Annotated[bool, typer.Option("--list", help="List suites, shapes, backends and peers; measure nothing.")]
@@ -65,7 +67,7 @@ def bench(
     plots: Plots = None,
     compare: BaseFile = None,
     run: RunFile = None,
-    threshold: Threshold = 0.1,
+    threshold: Threshold = None,
     rounds: Rounds = None,
     memory: Memory = True,
     list_: List = False,
@@ -93,6 +95,9 @@ def bench(
     if list_:
         _list(plan)
         return
+    if threshold is not None and compare is None:
+        raise SoftPromptError("--threshold: belongs to a comparison, and there is no --compare")
+    threshold = 0.1 if threshold is None else threshold
     base = None if compare is None else record.read("--compare", compare)
     if json is not None:
         check_output("--json", json)

@@ -113,6 +113,7 @@ def test_unknown_names_and_what_does_not_fit_are_refused(run) -> None:
         (["--suite", "gpt5"], "--suite: got 'gpt5', accepted is quick,"),
         (["--op", "softmax"], "--op: got 'softmax', accepted is prompt_attention,"),
         (["--shape", "N5"], "--shape: needs exactly one --op"),
+        (["--threshold", "0.2"], "--threshold: belongs to a comparison, and there is no --compare"),
         (["--run", "a.json", "--suite", "quick"], "--run: shows an earlier run as it is, and takes no --suite"),
         (["--run", "a.json", "--backend", "cpu", "--no-memory"], "takes no --backend, --no-memory"),
         (["--run", "a.json", "--dtype", "float32", "--rounds", "3"], "takes no --dtype, --rounds"),
