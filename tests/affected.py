@@ -34,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/testing/": ("tests/testing", "tests/bench", "tests/benchmarks"),
     "softprompt_kernels/bench/": ("tests/bench", "tests/benchmarks", "tests/cli"),
     "softprompt_kernels/compress/": ("tests/compress", "tests/traps/compress", "tests/cli"),
+    "softprompt_kernels/formats/": ("tests/formats", "tests/cli"),
+    "softprompt_kernels/serve/": ("tests/serve", "tests/cli"),
     "softprompt_kernels/profiling/": ("tests/profiling", "tests/cli"),
     "softprompt_kernels/integrations/": ("tests/integrations", "tests/examples"),
     "softprompt_kernels/models/": ("tests/models", "tests/integrations", "tests/traps/models", "tests/compress"),

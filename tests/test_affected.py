@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("changed", "tests"),
     [
-        ("softprompt_kernels/cli/doctor.py", {"tests/cli"}),
+        ("softprompt_kernels/cli/doctor/report.py", {"tests/cli"}),
         ("softprompt_kernels/compress/teacher/answers.py", {"tests/compress", "tests/traps/compress", "tests/cli"}),
         ("softprompt_kernels/kernels/cpu/rows.py", {"tests/kernels/cpu", *affected.OPS}),
         ("csrc/cpu/gemm/gemm.cpp", {"tests/kernels/cpu", *affected.OPS}),

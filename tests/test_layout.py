@@ -18,9 +18,10 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",), ("build_helper",)),
     "softprompt_kernels": (
         ("cli",),
+        ("serve",),
         ("compress",),
         ("bench", "profiling"),
-        ("integrations",),
+        ("formats", "integrations"),
         ("models",),
         ("prompts",),
         ("losses", "testing"),
@@ -30,7 +31,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors",),
     ),
     "softprompt_kernels/compress": (
-        ("forecast",),
+        ("forecast", "diagnose"),
         ("run", "saved_prompt"),
         ("initial_prompt", "compared_answers", "teaching"),
         ("inputs",),

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import typer
 
-from softprompt_kernels.cli.bench import bench
-from softprompt_kernels.cli.compress import compress
-from softprompt_kernels.cli.doctor import doctor
+from softprompt_kernels.cli.commands.bench import bench
+from softprompt_kernels.cli.commands.compress import compress
+from softprompt_kernels.cli.commands.evaluate import evaluate
+from softprompt_kernels.cli.commands.generate import generate
+from softprompt_kernels.cli.commands.profile import profile
+from softprompt_kernels.cli.doctor.report import doctor
 from softprompt_kernels.cli.errors import with_error_messages
-from softprompt_kernels.cli.evaluate import evaluate
-from softprompt_kernels.cli.generate import generate
-from softprompt_kernels.cli.profile import profile
 from softprompt_kernels.cli.text import prepare_streams
 
 

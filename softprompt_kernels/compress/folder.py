@@ -82,6 +82,21 @@ class RunFolder:
         return self.path / "answers.md"
 
     @property
+    def details(self) -> Path:
+        """The evaluation token by token."""
+        return self.path / "details.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    @property
+    def diagnosis(self) -> Path:
+        """What `softprompt diagnose` found."""
+        return self.path / "diagnosis.json"
+
+    @property
     def evaluation(self) -> Path:
         """The figures. Written after all other results: where it exists, the run is finished."""
         return self.path / "evaluation.json"

@@ -1,6 +1,6 @@
 """`compress`, `generate` and `evaluate` on folders as people have them, from the text to the answer.
 
-A multimodal wrapper is in test_doctor_model.py.
+A multimodal wrapper is in doctor/test_model.py.
 """
 
 import json

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from softprompt_kernels.cli.generate import generation_config
+from softprompt_kernels.cli.commands.generate import generation_config
 from softprompt_kernels.compress import ChatFormat, load_model
 from softprompt_kernels.models import capture, embed_prefix, generate, prepare, prompted_logits, sample
 

@@ -67,17 +67,17 @@ def doctor(
         raise SoftPromptError("--model: got --compile too, accepted is one of them")
 
     if compile_kernels:
-        from softprompt_kernels.cli import doctor_compile
+        from softprompt_kernels.cli.doctor import compile
 
-        doctor_compile.check(target or (), json)
+        compile.check(target or (), json)
         return
     if target or json:
         raise SoftPromptError(f"{'--target' if target else '--json'}: needs --compile")
 
     if model is not None:
-        from softprompt_kernels.cli import doctor_model
+        from softprompt_kernels.cli.doctor import model as checked
 
-        doctor_model.check(doctor_model.Loading(model, dtype, device, tokens))
+        checked.check(checked.Loading(model, dtype, device, tokens))
         return
 
     sections = {

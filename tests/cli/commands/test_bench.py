@@ -22,7 +22,7 @@ from softprompt_kernels.bench.plan import make_plan
 from softprompt_kernels.bench.timing import Timed
 from softprompt_kernels.kernels.cpu import native
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = ("bench", "--op", "kl_div", "--shape", "N16 V2048", "--backend", "cpu", "--peer", "none", "--no-memory")
 
 

@@ -1,0 +1,1 @@
+"""`softprompt doctor`: checks of the installation, of a model, and of the compiled Triton kernels."""

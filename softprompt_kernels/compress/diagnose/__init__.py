@@ -1,0 +1,1 @@
+"""What limits a run, with the evidence: capacity, optimisation, objective, data, nothing to compress, template."""

@@ -1,0 +1,76 @@
+"""Details of a run's evaluation, token by token: what details.json of a run's folder holds.
+
+evaluation.json has means over a set of queries. A report and a diagnosis need what the means hide: which tokens, which
+positions and which kinds of queries are far from the teacher, and which layers and heads were matched badly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softprompt_kernels.compress.text_file import read_utf8
+from softprompt_kernels.errors import SoftPromptError
+
+FORMAT = 1
+
+
+class ExampleDetails(BaseModel):
+    """One evaluated query with an answer of n tokens, which the teacher wrote or the file of queries gave.
+
+    Args:
+        query: the text of the query.
+        family: the kind of query: "general", "phrase" or "sentence" of self-study, "given" from a file.
+        tokens: the n tokens of the answer as text; joined they are the answer.
+        kl: for each student, by its key in evaluation.json, KL(teacher ‖ student) of each token, nats.
+        agrees: for each student, whether its most likely token is the teacher's.
+        entropy: the teacher's entropy at each token, nats.
+        ended: whether the answer ended by itself, and not at the most tokens an answer may have.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    query: str
+    family: str
+    tokens: tuple[str, ...]
+    kl: dict[str, tuple[float, ...]]
+    agrees: dict[str, tuple[bool, ...]]
+    entropy: tuple[float, ...]
+    ended: bool
+
+
+class Details(BaseModel):
+    """The details of a run.
+
+    Args:
+        format: of the file; `FORMAT`.
+        sets: the evaluated examples of each set: "train", "heldout" and "test".
+        match_error: `[layers][query heads]`: mean squared error of what the attention gives with the matched prompt,
+            divided by the mean square of what it gives with the context, on rows that were not fitted; None without
+            matching.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    sets: dict[str, tuple[ExampleDetails, ...]]
+    match_error: tuple[tuple[float, ...], ...] | None = None
+
+
+def read_details(path: Path) -> Details:
+    """The content of details.json.
+
+    Raises:
+        SoftPromptError: there is no such file, or it is broken or of another format.
+    """
+    text = read_utf8(path, str(path))
+    try:
+        details = Details.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise SoftPromptError(f"{path} cannot be read: {place}: {first['msg']}") from error
+    if details.format != FORMAT:
+        raise SoftPromptError(f"{path} has format {details.format}, accepted is {FORMAT}")
+    return details

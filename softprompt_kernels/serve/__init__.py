@@ -1,0 +1,1 @@
+"""An endpoint that speaks OpenAI's protocol: one model, many soft prompts, requests decoded together."""
