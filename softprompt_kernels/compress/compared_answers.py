@@ -8,6 +8,7 @@ in batches behind the prompt's prefix.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from softprompt_kernels.compress.inputs import RunInputs
 from softprompt_kernels.compress.report.answers import Comparison, answers_page
@@ -19,19 +20,15 @@ from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.prompts import Prefix
 
 
-def compared_answers(
-    inputs: RunInputs, prompt: Prefix, examples: Mapping[str, Sequence[Example]], reporter: Reporter
-) -> str:
-    """Both answers to each held-out and test question, as a page of Markdown.
+def prompt_answers(inputs: RunInputs, prompt: Prefix, reporter: Reporter) -> dict[str, list[str]]:
+    """The answers with the prompt to each held-out and test question, by set, as text.
 
     Args:
         inputs: the inputs of the run.
         prompt: the prefix of the trained prompt.
-        examples: by set, the questions with the teacher's answers, or with those that were given.
         reporter: receives the progress.
     """
-    config, titles = inputs.config, dict(SETS)
-    sets = {name: queries for name, queries in inputs.sets.items() if name != "train"}
+    config, sets = inputs.config, _sets(inputs)
     answers = answer(
         inputs.model,
         inputs.chat,
@@ -45,13 +42,30 @@ def compared_answers(
         description="Answers with the soft prompt",
     )
     texts = iter(inputs.as_text(answers))
+    return {name: list(islice(texts, len(queries))) for name, queries in sets.items()}
+
+
+def compared_answers(
+    inputs: RunInputs, examples: Mapping[str, Sequence[Example]], answers: Mapping[str, Sequence[str]]
+) -> str:
+    """Both answers to each held-out and test question, as a page of Markdown.
+
+    Args:
+        inputs: the inputs of the run.
+        examples: by set, the questions with the teacher's answers, or with those that were given.
+        answers: from `prompt_answers`.
+    """
+    config, titles = inputs.config, dict(SETS)
     sections = {}
-    for name, queries in sets.items():
+    for name, queries in _sets(inputs).items():
         sections[titles[name]] = [
             Comparison(
-                query.input,
-                {"full context" if query.output is None else "given answer": text, "soft prompt": next(texts)},
+                query.input, {"full context" if query.output is None else "given answer": text, "soft prompt": own}
             )
-            for query, text in zip(queries, inputs.as_text(examples[name]), strict=True)
+            for query, text, own in zip(queries, inputs.as_text(examples[name]), answers[name], strict=True)
         ]
     return answers_page(sections, config.new_tokens, config.sample_temperature)
+
+
+def _sets(inputs: RunInputs) -> dict[str, tuple[Query, ...]]:
+    return {name: queries for name, queries in inputs.sets.items() if name != "train"}

@@ -1,7 +1,7 @@
 """One compression, from the text to the saved prompt.
 
     inputs → folder → context → answers → baselines → matching → training → evaluation → saving → compared answers →
-    figures → curves
+    details → figures → curves
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -9,30 +9,46 @@ Each stage stores its result in the run's folder. After an interruption the same
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, Literal
 
-from softprompt_kernels.compress.compared_answers import compared_answers
+from softprompt_kernels.compress.compared_answers import compared_answers, prompt_answers
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.baselines import TOKEN_BASELINES, baseline_prefixes
-from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance, measure, summary
+from softprompt_kernels.compress.evaluate.details import Details, write_details
+from softprompt_kernels.compress.evaluate.distance import (
+    Distance,
+    TokenDistances,
+    check_context_matters,
+    distance,
+    measure_tokens,
+    summary,
+)
+from softprompt_kernels.compress.evaluate.example_details import error_rows, example_details
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import CHAT_FILE, RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.lock import check_unlocked, locked
-from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match, stored_seconds
+from softprompt_kernels.compress.matching.match import (
+    Matching,
+    match,
+    stored_error,
+    stored_layers,
+    stored_match,
+    stored_seconds,
+)
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.signals import signal_of, signals_as_interrupts
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.stage_times import StageTimes
-from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.answers import end_tokens, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
@@ -112,7 +128,7 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
     with times("baselines"):
         distances = run.measure(run.baselines(), taught)
         for of_set in distances.values():
-            check_context_matters(of_set["none"].kl)
+            check_context_matters(of_set["none"].mean().kl)
 
     if prompt is None:
         with times("matching"):
@@ -127,10 +143,12 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         trained = prefix_of(inputs.model, prompt).detach()
         for name, of_set in run.measure({**students, "prompt": trained}, taught).items():
             distances[name] |= of_set
-        figures = run.figures(distances)
+        figures = run.figures({name: _means(of_set) for name, of_set in distances.items()})
         run.save(prompt, figures)
     with times("answers_compared"):
-        write_text(folder.answers, compared_answers(inputs, trained, taught.examples, reporter))
+        answers = prompt_answers(inputs, trained, reporter)
+        write_text(folder.answers, compared_answers(inputs, taught.examples, answers))
+        write_details(folder.details, run.details(taught, distances, answers))
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
     draw_curves(folder, figures, reporter)
@@ -146,6 +164,10 @@ def draw_curves(folder: RunFolder, figures: Mapping[str, Any], reporter: Reporte
     except Exception as error:  # of matplotlib, of its settings and fonts, of the disk
         reason = " ".join(str(error).split()) or type(error).__name__
         reporter.message(f"Warning: the curves could not be drawn ({reason}). The run is finished without them.")
+
+
+def _means(students: Mapping[str, TokenDistances]) -> dict[str, Distance]:
+    return {name: found.mean() for name, found in students.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,8 +208,8 @@ class _Run:
         """Whether the prompt is already matched, by an earlier call."""
         return stored_match(self.context, self.folder.cache, self.key) is not None
 
-    def measure(self, students: Mapping[str, Prefix | None], taught: Taught) -> dict[str, dict[str, Distance]]:
-        """The distance of each student from the teacher, on each set of examples.
+    def measure(self, students: Mapping[str, Prefix | None], taught: Taught) -> dict[str, dict[str, TokenDistances]]:
+        """The distance of each student from the teacher at each token, on each set of examples.
 
         Baselines of chosen tokens, and the prompt before training, are not measured on the test set: they are there to
         be compared with on the held-out one.
@@ -195,7 +217,7 @@ class _Run:
         titles, distances = dict(SETS), {}
         for name, examples in taught.evaluated.items():
             chosen = {k: v for k, v in students.items() if name != "test" or k not in (*TOKEN_BASELINES, "initial")}
-            distances[name] = measure(
+            distances[name] = measure_tokens(
                 self.inputs.model,
                 self.context,
                 chosen,
@@ -305,6 +327,22 @@ class _Run:
             "start": initial_baseline(config),
             **{name: summary(of_set) for name, of_set in distances.items()},
         }
+
+    def details(
+        self,
+        taught: Taught,
+        distances: Mapping[str, Mapping[str, TokenDistances]],
+        answers: Mapping[str, Sequence[str]],
+    ) -> Details:
+        """The content of details.json."""
+        inputs, ends = self.inputs, end_tokens(self.inputs.model, self.inputs.chat)
+        sets = {
+            name: example_details(
+                inputs.tokenizer, taught.queries[name], examples, distances[name], ends, answers.get(name)
+            )
+            for name, examples in taught.evaluated.items()
+        }
+        return Details(sets=sets, match_error=error_rows(stored_error(self.context, self.folder.cache, self.key)))
 
     def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
         """Write the prompt."""

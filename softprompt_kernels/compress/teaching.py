@@ -20,7 +20,7 @@ from torch import Tensor
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import RunInputs
 from softprompt_kernels.compress.reporter import Reporter
-from softprompt_kernels.compress.sources.queries import save_queries, write_text
+from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, watch
 from softprompt_kernels.compress.teacher.moments_cache import Form, Targets, TargetWriter, read_targets
@@ -40,6 +40,7 @@ class Taught:
     Args:
         examples: of each set of queries.
         evaluated: those that are evaluated: a sample of the training set, and all of the others.
+        queries: those of the evaluated examples, as they were asked.
         states: the teacher's hidden states of the evaluated examples, `[n_i, d]`.
         targets: of training; None for an objective that needs none, or without training.
         rows: for matching; None where they are not needed, or no longer.
@@ -47,6 +48,7 @@ class Taught:
 
     examples: Examples
     evaluated: Examples
+    queries: dict[str, list[Query]]
     states: dict[str, list[Tensor]]
     targets: Targets | None
     rows: Rows | None
@@ -97,7 +99,9 @@ class Teaching:
             for name, numbers in self._evaluated_numbers.items()
         }
         sample = [examples["train"][index] for index in self._training_sample]
-        return Taught(examples, examples | {"train": sample}, by_set, targets, rows)
+        queries = {name: list(of_set) for name, of_set in self.inputs.sets.items()}
+        queries["train"] = [queries["train"][index] for index in self._training_sample]
+        return Taught(examples, examples | {"train": sample}, queries, by_set, targets, rows)
 
     def _answer(self, recording: Recording) -> Examples:
         inputs, config, queries = self.inputs, self.inputs.config, self.inputs.sets

@@ -103,7 +103,7 @@ def test_a_run_writes_all_its_files(
     assert figures["prompt_tokens"] == 8
     assert figures["ratio"] == figures["context_tokens"] / 8
     names = {"config.yaml", "run.json", "queries.jsonl", "cache", "checkpoint.safetensors", "metrics.jsonl"}
-    names |= {"chat.json", "stages.json", "curves.png", "prompt", "answers.md", "evaluation.json"}
+    names |= {"chat.json", "stages.json", "curves.png", "prompt", "answers.md", "details.json", "evaluation.json"}
     assert {entry.name for entry in output.iterdir()} == names
     records = [record for record in metrics(output) if record["stage"] == "training"]
     assert steps(output) == [1, 2, 3, 4, 5]
@@ -257,13 +257,13 @@ def test_no_start_and_no_baseline_of_tokens_is_measured_on_the_test_set(make_con
 def test_a_context_that_does_not_matter_for_the_test_is_refused(
     make_config: Make, test_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = module.measure
+    measured = module.measure_tokens
 
     def measure(*arguments: Any, **options: Any) -> dict[str, Any]:
         found = measured(*arguments, **options)
-        return {name: replace(one, kl=1e-9) for name, one in found.items()} if arguments[-1] == "test" else found
+        return {name: replace(one, kl=0 * one.kl) for name, one in found.items()} if arguments[-1] == "test" else found
 
-    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "measure_tokens", measure)
     config = make_config(test=test_file)
     with pytest.raises(SoftPromptError, match="context does not matter for these queries"):
         compress(config)

@@ -44,13 +44,36 @@ class Distance:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class TokenDistances:
+    """The distance of a student from the teacher at each of n tokens, on the CPU.
+
+    Args:
+        kl: `[n]` fp32, nats.
+        agrees: `[n]` bool: the most likely token is the teacher's.
+        entropy: `[n]` fp32, of the student, nats.
+        teacher_entropy: `[n]` fp32, nats.
+    """
+
+    kl: Tensor
+    agrees: Tensor
+    entropy: Tensor
+    teacher_entropy: Tensor
+
+    def mean(self) -> Distance:
+        """The means over the tokens."""
+        tokens = self.kl.numel()
+        gap = float(self.entropy.double().sum() - self.teacher_entropy.double().sum()) / tokens
+        return Distance(float(self.kl.double().sum()) / tokens, float(self.agrees.sum()) / tokens, gap, tokens)
+
+
 def distance(head: Head, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Distance:
     """The distance between the hidden states `[n_i, d]` of student and teacher, one tensor for each example."""
-    return distances(head, {"student": torch.cat(list(student))}, torch.cat(list(teacher)))["student"]
+    return token_distances(head, {"student": torch.cat(list(student))}, torch.cat(list(teacher)))["student"].mean()
 
 
 @torch.no_grad()
-def distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor) -> dict[str, Distance]:
+def token_distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor) -> dict[str, TokenDistances]:
     """The distances of several students, by their keys. The teacher's logits are computed once for all of them.
 
     Args:
@@ -59,19 +82,18 @@ def distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor) -> di
     """
     # Logits in fp32: rounded to 16 bits, different logits become equal, and argmax takes the lower token.
     exact = replace(head, weight=head.weight.float(), bias=None if head.bias is None else head.bias.float())
-    kl, agreement, gap = (dict.fromkeys(students, 0.0) for _ in range(3))
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in students}
     for start in range(0, teacher.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         teacher_logits = exact.logits(teacher[rows].float())
         top, teacher_entropy = teacher_logits.argmax(-1), _entropy(teacher_logits)
         for name, hidden in students.items():
             logits = exact.logits(hidden[rows].float())
-            kl[name] += float(kl_div(logits, teacher_logits, reduction="sum"))
-            agreement[name] += float((logits.argmax(-1) == top).sum())
-            gap[name] += _entropy(logits) - teacher_entropy
-    tokens = teacher.shape[0]
+            kl = kl_div(logits, teacher_logits, reduction="none")
+            found[name].append((kl, logits.argmax(-1) == top, _entropy(logits), teacher_entropy))
     return {
-        name: Distance(kl[name] / tokens, agreement[name] / tokens, gap[name] / tokens, tokens) for name in students
+        name: TokenDistances(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+        for name, parts in found.items()
     }
 
 
@@ -85,7 +107,22 @@ def measure(
     *,
     teacher: Sequence[Tensor] | None = None,
 ) -> dict[str, Distance]:
-    """The distances of several students from the teacher, on the same examples.
+    """The distances of several students from the teacher, on the same examples: means of `measure_tokens`."""
+    found = measure_tokens(model, context, students, examples, reporter, name, teacher=teacher)
+    return {student: of_student.mean() for student, of_student in found.items()}
+
+
+def measure_tokens(
+    model: PreTrainedModel,
+    context: Prefix,
+    students: Mapping[str, Prefix | None],
+    examples: Sequence[Example],
+    reporter: Reporter,
+    name: str,
+    *,
+    teacher: Sequence[Tensor] | None = None,
+) -> dict[str, TokenDistances]:
+    """The distances of several students from the teacher at each token, example after example.
 
     Args:
         model: prepared.
@@ -106,7 +143,7 @@ def measure(
     for student, prefix in students.items():
         label = f"{names.get(student, student)}, {name} queries"
         hidden[student] = torch.cat(hidden_states(model, prefix, examples, reporter, label))
-    return distances(head, hidden, torch.cat(list(teacher)))
+    return token_distances(head, hidden, torch.cat(list(teacher)))
 
 
 def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:
@@ -145,7 +182,6 @@ def check_context_matters(kl_none: float) -> None:
         )
 
 
-def _entropy(logits: Tensor) -> float:
-    """The sum of the entropies of the rows of logits `[n, V]`, nats: H(p) = ln V − KL(p ‖ uniform)."""
-    rows, vocabulary = logits.shape
-    return rows * math.log(vocabulary) - float(kl_div(torch.zeros_like(logits), logits, reduction="sum"))
+def _entropy(logits: Tensor) -> Tensor:
+    """`[n]`: the entropies of the rows of logits `[n, V]`, nats: H(p) = ln V − KL(p ‖ uniform)."""
+    return math.log(logits.shape[1]) - kl_div(torch.zeros_like(logits), logits, reduction="none")

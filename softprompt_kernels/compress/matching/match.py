@@ -22,7 +22,8 @@ from torch import Tensor
 
 from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_prompt
 from softprompt_kernels.compress.matching.parts import split
-from softprompt_kernels.compress.matching.refine import RefineRows, refine
+from softprompt_kernels.compress.matching.prompt_error import prompt_error
+from softprompt_kernels.compress.matching.refine import RefineRows, match_error, refine
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.errors import SoftPromptError
@@ -88,9 +89,9 @@ def match(
             else:
                 begin = time.perf_counter()
                 steps: list[dict[str, Any]] = []
-                stored = _match_group(context, rows, settings, group, reporter, advance, steps.append)
+                stored, error = _match_group(context, rows, settings, group, reporter, advance, steps.append)
                 if path is not None:
-                    _write(path, key, stored, time.perf_counter() - begin)
+                    _write(path, key, stored, error, time.perf_counter() - begin)
                 for step in steps:
                     record(step)
             found += [
@@ -132,6 +133,30 @@ def stored_seconds(context: Prefix, folder: Path, key: str) -> float:
     return seconds
 
 
+def stored_error(context: Prefix, folder: Path, key: str) -> Tensor | None:
+    """The error `[layers, Hq]` of the prompt that `match` has stored under this key, by layer and query head.
+
+    It is `prompt_error` on the rows that refinement held out. The closed form has seen them, and they chose which state
+    of a layer was kept, so it may be a little too low. Without held-out rows it is the error on all rows.
+
+    Returns:
+        fp32 on the CPU; None if layers are missing, or were stored by a version that did not keep the error.
+    """
+    errors: list[Tensor] = []
+    layers = 0
+    while layers < context.num_layers:
+        path = folder / f"matched-{layers:05d}.safetensors"
+        group = _read(path, key)
+        if not group:
+            return None
+        with safe_open(path, framework="pt") as file:
+            if "error" not in file.keys():  # noqa: SIM118 (not a mapping)
+                return None
+            errors.append(file.get_tensor("error").float())
+        layers += len(group)
+    return torch.cat(errors)
+
+
 def _groups(context: Prefix, rows: Rows) -> Iterator[range]:
     """Runs of layers of equal shapes and score functions, whose rows fit into GROUP_BYTES."""
     start = 0
@@ -162,9 +187,9 @@ def _match_group(
     reporter: Reporter,
     advance: Callable[..., None],
     record: Callable[[dict[str, Any]], None],
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers."""
-    keys, values = [], []
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers, and the error `[layers, Hq]` of each head."""
+    keys, values, errors = [], [], []
     refine_rows: RefineRows | None = None
     for index, layer in enumerate(group):
         context_key, context_value = (tensor[0] for tensor in context.layers[layer])
@@ -178,12 +203,14 @@ def _match_group(
             )
         keys.append(key)
         values.append(value)
+        errors.append(prompt_error(layer_rows, parts, key, value, rows.heldout or rows.count))
         if settings.steps and _can_refine(layer_rows, rows.heldout, settings, context):
             refine_rows = refine_rows or RefineRows.empty(len(group), layer_rows)
             refine_rows.put(index, layer_rows, parts)
         del layer_rows, parts
         advance(1)
     stacked = torch.stack(keys), torch.stack(values)
+    error = torch.stack(errors)
     if settings.steps and refine_rows is None:
         why = (
             f"{rows.count} rows are too few"
@@ -193,6 +220,8 @@ def _match_group(
         reporter.message(f"Layers {group.start} to {group.stop - 1} are not refined: {why}.")
     if refine_rows is not None:
         stacked = _refine_group(stacked, refine_rows, rows.heldout, settings, group, advance, record)
+        with torch.no_grad():
+            error = match_error(refine_rows.slice(0, rows.heldout), *stacked)
     else:
         advance(len(group) * settings.steps)
     if not all(bool(tensor.to(context.dtype).isfinite().all()) for tensor in stacked):
@@ -200,7 +229,7 @@ def _match_group(
             f"dtype: keys or values of layers {group.start} to {group.stop - 1} do not fit into {context.dtype} after "
             "matching; try float32 or bfloat16, or another init"
         )
-    return list(zip(*stacked, strict=True))
+    return list(zip(*stacked, strict=True)), error
 
 
 def _can_refine(rows: LayerRows, heldout: int, settings: Matching, context: Prefix) -> bool:
@@ -248,10 +277,11 @@ def _refine_group(
     )
 
 
-def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], seconds: float) -> None:
-    """Write a finished group atomically, with the seconds that it took."""
+def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], error: Tensor, seconds: float) -> None:
+    """Write a finished group atomically, with the error of its heads and the seconds that it took."""
     temporary = path.with_name(path.name + ".partial")
     tensors = {"key": torch.stack([k for k, _ in layers]).cpu(), "value": torch.stack([v for _, v in layers]).cpu()}
+    tensors["error"] = error.cpu().contiguous()
     try:
         save_file(tensors, temporary, {"key": key, "seconds": f"{seconds:.3f}"})
         temporary.replace(path)

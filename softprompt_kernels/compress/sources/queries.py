@@ -1,8 +1,8 @@
 """Queries: the inputs z that the prompt is trained and evaluated on, each with the teacher's output y once it is known.
 
-They come from a file of JSON Lines, `{"input": "...", "output": "..."}` with the output optional, or from self-study
-(`self_study.py`). Training and held-out queries have no input in common, so the answers to one question are all in the
-same set.
+They come from a file of JSON Lines, `{"input": "...", "output": "...", "family": "..."}` with the last two optional, or
+from self-study (`self_study.py`). Training and held-out queries have no input in common, so the answers to one question
+are all in the same set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_kernels.compress.text_file import read_utf8, trim
@@ -19,10 +19,17 @@ from softprompt_kernels.errors import SoftPromptError
 
 @dataclass(frozen=True)
 class Query:
-    """One input, and its output; None if the teacher has not answered yet."""
+    """One input, and its output; None if the teacher has not answered yet.
+
+    Args:
+        input, output: texts.
+        family: the kind of query, by which an evaluation is broken down: "general", "phrase" or "sentence" from
+            self-study, any name from a file; None if it has none.
+    """
 
     input: str
     output: str | None = None
+    family: str | None = None
 
 
 def load_queries(path: Path) -> list[Query]:
@@ -41,10 +48,13 @@ def load_queries(path: Path) -> list[Query]:
 
 def save_queries(path: Path, parts: dict[str, Sequence[Query]]) -> None:
     """Write queries as JSON Lines, each with the name of its part as "split"."""
-    lines = (
-        json.dumps({**asdict(query), "split": split}, ensure_ascii=False) for split in parts for query in parts[split]
-    )
+    lines = (json.dumps(_record(query, split), ensure_ascii=False) for split in parts for query in parts[split])
     write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def _record(query: Query, split: str) -> dict[str, str | None]:
+    family = {} if query.family is None else {"family": query.family}
+    return {"input": query.input, "output": query.output, **family, "split": split}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,15 +98,21 @@ def _parse(line: str, place: str) -> Query:
         raise SoftPromptError(
             f'queries: {place} is of type {type(record).__name__}, accepted is an object with "input"'
         )
-    extra = sorted(set(record) - {"input", "output", "split"})
+    extra = sorted(set(record) - {"input", "output", "family", "split"})
     if extra:
-        raise SoftPromptError(f'queries: {place} has the unknown key "{extra[0]}", accepted are "input" and "output"')
+        raise SoftPromptError(
+            f'queries: {place} has the unknown key "{extra[0]}", accepted are "input", "output" and "family"'
+        )
     if not isinstance(record.get("input"), str) or not record["input"].strip():
         raise SoftPromptError(f'queries: {place} needs an "input" that is text and not empty')
     output = record.get("output")
     if output is not None and (not isinstance(output, str) or not output.strip()):
         raise SoftPromptError(f'queries: {place} has an "output" that is empty or not text; leave it out to sample one')
-    if any("\ud800" <= character <= "\udfff" for character in record["input"] + (output or "")):
+    family = record.get("family")
+    if family is not None and (not isinstance(family, str) or not family.strip()):
+        raise SoftPromptError(f'queries: {place} has a "family" that is empty or not text; leave it out for none')
+    texts = record["input"] + (output or "") + (family or "")
+    if any("\ud800" <= character <= "\udfff" for character in texts):
         raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can encode")
     # Without trim(), one question with different blanks around it would count as two and could be in both sets.
-    return Query(trim(record["input"]), output)
+    return Query(trim(record["input"]), output, None if family is None else family.strip())

@@ -116,6 +116,9 @@ def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
         context: the text.
         count: 0 or more.
         seed: the same seed gives the same queries.
+
+    Returns:
+        Queries of the families "general", "phrase" and "sentence".
     """
     draw = random.Random(seed)
     sentences = split_sentences(context)
@@ -123,16 +126,17 @@ def self_study(context: str, count: int, seed: int = 0) -> list[Query]:
     draw.shuffle(general)
     about_phrase = _fill_templates(ABOUT_PHRASE, [{"phrase": phrase} for phrase in find_phrases(sentences)], draw)
     about_sentence = _fill_templates(ABOUT_SENTENCE, [_sentence_fields(sentence) for sentence in sentences], draw)
-    chosen: dict[str, None] = {}
+    chosen: dict[str, str] = {}
     # Of six queries one is general (as long as there are any), three are about phrases and two about sentences.
-    turns = [iter(general), about_phrase, about_sentence, about_phrase, about_sentence, about_phrase]
+    phrase, sentence = ("phrase", about_phrase), ("sentence", about_sentence)
+    turns = [("general", iter(general)), phrase, sentence, phrase, sentence, phrase]
     while turns and len(chosen) < count:
-        source = turns.pop(0)
+        family, source = turns.pop(0)
         text = next(source, None)
         if text is not None:
-            chosen.setdefault(text)
-            turns.append(source)
-    return [Query(text) for text in chosen]
+            chosen.setdefault(text, family)
+            turns.append((family, source))
+    return [Query(text, family=family) for text, family in chosen.items()]
 
 
 def few_about_text(context: str, count: int, seed: int = 0) -> str | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt_kernels.compress.matching.parts import Parts
-from softprompt_kernels.compress.teacher.rows import LayerRows
+from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.models.tap import ScoreFunction
+from softprompt_kernels.prompts import Prefix
 
 # The tiny models of all families, under the same names.
 from tests.models.conftest import build, family, padded, tokens  # noqa: F401
@@ -110,3 +114,21 @@ def make_layer() -> Callable[..., Layer]:
 def textbook_scores() -> Callable[[Tensor, Tensor, ScoreFunction], Tensor]:
     """`textbook_scores(query [n, D], key [k, D], scores)`: `[n, k]`, without a window."""
     return score
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[..., tuple[Prefix, Rows]]:
+    """`stored(layers, dtype)`: the context and the rows of several layers, as a recorder writes them."""
+
+    def write(layers: Sequence[Any], dtype: torch.dtype = torch.float32) -> tuple[Prefix, Rows]:
+        path, tensors = tmp_path / "rows-00000.safetensors", {"offset": layers[0].rows.offset}
+        for index, one in enumerate(layers):
+            for name, kept in (("query", dtype), ("out", dtype), ("lse", torch.float32)):
+                tensors[f"{name}.{index}"] = getattr(one.rows, name).transpose(0, 1).to(kept).contiguous()
+        save_file(tensors, path)
+        context = Prefix.of((one.key[None].to(dtype), one.value[None].to(dtype)) for one in layers)
+        count = layers[0].rows.count
+        scores = tuple(one.rows.scores for one in layers)
+        return context, Rows((path,), scores, layers[0].rows.query.shape[0], torch.arange(count), count // 10)
+
+    return write

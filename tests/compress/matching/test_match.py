@@ -1,6 +1,6 @@
 """All layers: groups and their files, progress and records, bad input, and what is allocated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,6 @@ from softprompt_kernels.prompts import Prefix
 
 MakeLayer = Callable[..., Any]
 SETTINGS = Matching(tokens=5, steps=3, frozen_tokens=1)
-
-
-@pytest.fixture
-def stored(tmp_path: Path) -> Callable[..., tuple[Prefix, Rows]]:
-    """`stored(layers, dtype)`: the context and the rows of several layers, as a recorder writes them."""
-
-    def write(layers: Sequence[Any], dtype: torch.dtype = torch.float32) -> tuple[Prefix, Rows]:
-        path, tensors = tmp_path / "rows-00000.safetensors", {"offset": layers[0].rows.offset}
-        for index, one in enumerate(layers):
-            for name, kept in (("query", dtype), ("out", dtype), ("lse", torch.float32)):
-                tensors[f"{name}.{index}"] = getattr(one.rows, name).transpose(0, 1).to(kept).contiguous()
-        save_file(tensors, path)
-        context = Prefix.of((one.key[None].to(dtype), one.value[None].to(dtype)) for one in layers)
-        count = layers[0].rows.count
-        scores = tuple(one.rows.scores for one in layers)
-        return context, Rows((path,), scores, layers[0].rows.query.shape[0], torch.arange(count), count // 10)
-
-    return write
 
 
 @pytest.fixture

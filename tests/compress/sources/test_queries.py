@@ -31,6 +31,8 @@ from softprompt_kernels.errors import SoftPromptError
         ('{"input": null}', 'needs an "input"'),
         ('{"input": "a", "output": " "}', 'has an "output" that is empty or not text'),
         ('{"input": "a", "output": ["b"]}', 'has an "output" that is empty or not text'),
+        ('{"input": "a", "family": ""}', 'has a "family" that is empty or not text'),
+        ('{"input": "a", "family": 3}', 'has a "family" that is empty or not text'),
         ('{"input": "a", "answer": "b"}', 'has the unknown key "answer"'),
         ('{"input": "a\\ud800"}', "has half of a surrogate pair"),
         ('{"input": "a", "output": "\\udc00"}', "has half of a surrogate pair"),
@@ -65,7 +67,7 @@ def test_other_encodings_and_missing_files_are_refused(tmp_path: Path) -> None:
 
 def test_saved_queries_are_read_back(tmp_path: Path) -> None:
     odd = 'a\u2028b\x85c\nd\re"f\\ \x0b g\u00fc\U0001f600'
-    train, heldout = [Query("one"), Query("two", odd), Query(odd, "x")], [Query("three", "y")]
+    train, heldout = [Query("one"), Query("two", odd), Query(odd, "x", "phrase")], [Query("three", "y", "a kind")]
     path = tmp_path / "queries.jsonl"
     save_queries(path, {"train": train, "heldout": heldout})
     assert load_queries(path) == [*train, *heldout]
