@@ -8,6 +8,7 @@ import typer
 
 from softprompt_kernels.cli.commands.bench import bench
 from softprompt_kernels.cli.commands.compress import compress
+from softprompt_kernels.cli.commands.diagnose import diagnose
 from softprompt_kernels.cli.commands.evaluate import evaluate
 from softprompt_kernels.cli.commands.generate import generate
 from softprompt_kernels.cli.commands.profile import profile
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected exception is shown as Python shows it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (compress, generate, evaluate, bench, profile, doctor):
+for _command in (compress, generate, evaluate, diagnose, bench, profile, doctor):
     app.command(help=_unwrap(_command.__doc__))(with_error_messages(_command))
 
 

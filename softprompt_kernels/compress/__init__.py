@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress.config import CompressConfig, load_config
+    from softprompt_kernels.compress.diagnose.run import diagnose_run
     from softprompt_kernels.compress.forecast import Plan, plan
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
     from softprompt_kernels.compress.run import Interrupted, compress
@@ -24,6 +25,7 @@ __all__ = [
     "Reporter",
     "SilentReporter",
     "compress",
+    "diagnose_run",
     "evaluate_prompt",
     "load_config",
     "load_model",
@@ -42,6 +44,7 @@ _MODULES = {
     "SilentReporter": "softprompt_kernels.compress.reporter",
     "Interrupted": "softprompt_kernels.compress.run",
     "compress": "softprompt_kernels.compress.run",
+    "diagnose_run": "softprompt_kernels.compress.diagnose.run",
     "evaluate_prompt": "softprompt_kernels.compress.saved_prompt",
 }
 

@@ -7,7 +7,8 @@ closed form each, and one evaluation: seconds, without any step of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+
+from torch import Tensor
 
 from softprompt_kernels.compress.diagnose.evidence import Matched
 from softprompt_kernels.compress.evaluate.distance import measure_tokens
@@ -23,9 +24,9 @@ from softprompt_kernels.prompts import KVPrompt, Prefix
 
 
 def lengths(tokens: int, context: int) -> list[int]:
-    """The lengths that are tried for a prompt of `tokens` tokens: a quarter, a half, once, twice and four times as long.
+    """The lengths that are tried for a prompt of `tokens` tokens, shorter than the context of `context` tokens.
 
-    All are shorter than the context, of `context` tokens.
+    These are a quarter, a half, once, twice and four times the length of the prompt.
     """
     tried = {max(1, tokens // 4), max(1, tokens // 2), tokens, 2 * tokens, 4 * tokens}
     return sorted(length for length in tried if length < context)
@@ -44,7 +45,7 @@ def capacity_curve(
         reporter: receives the progress.
     """
     tried = lengths(inputs.config.tokens, context.length)
-    layers: dict[int, list[tuple]] = {k: [] for k in tried}
+    layers: dict[int, list[tuple[Tensor, Tensor]]] = {k: [] for k in tried}
     seconds = dict.fromkeys(tried, 0.0)
     with reporter.progress("Matching at other lengths", context.num_layers * len(tried), "layer") as advance:
         for layer, (key, value) in enumerate(context.layers):
@@ -53,7 +54,7 @@ def capacity_curve(
             for k in tried:
                 begin = time.perf_counter()
                 fitted = fit_layer(layer_rows, parts, key[0], value[0], k)
-                layers[k].append(tuple(tensor[None] for tensor in fitted))
+                layers[k].append((fitted[0][None], fitted[1][None]))
                 seconds[k] += time.perf_counter() - begin
                 advance(1)
     found, prompts = [], {}

@@ -97,6 +97,7 @@ class Evidence:
         entropy_gap: mean entropy with the prompt minus that of the teacher on held-out answers, nats.
         initial: KL of each held-out query with the prompt before training; None where that is a baseline or the prompt.
         losses, learning_rates: of each step of training.
+        match_error: mean over the heads of each layer of `Details.match_error`; None where it is not known.
         matched: prompts by matching alone, in order of length; empty where it was not tried.
         rate_test: None where it was not tried.
         train_families: the number of training queries by family.
@@ -113,6 +114,7 @@ class Evidence:
     initial: tuple[float, ...] | None = None
     losses: tuple[float, ...] = ()
     learning_rates: tuple[float, ...] = ()
+    match_error: tuple[float, ...] | None = None
     matched: tuple[Matched, ...] = ()
     rate_test: RateTest | None = None
     train_families: Mapping[str, int] = field(default_factory=dict)

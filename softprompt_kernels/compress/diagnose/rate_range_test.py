@@ -1,12 +1,13 @@
 """A rate range test (Smith, arXiv 1506.01186): a few steps of training with a learning rate that rises geometrically.
 
-All steps have the same batch, so that the loss changes by the steps alone. The test starts where the training of the run
-started, and ends when the loss is far above its start, because it says nothing more from there on.
+All steps have the same batch, so that the loss changes by the steps alone. The test starts where the training of the
+run started, and ends when the loss is far above its start, because it says nothing more from there on.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from softprompt_kernels.compress.config import CompressConfig
@@ -74,19 +75,12 @@ def rate_test(inputs: RunInputs, prompt: Prompt, taught: Taught, reporter: Repor
         seed=config.seed,
         relative=config.relative_learning_rate,
     )
-    losses: list[float] = []  # before each step
-    with reporter.progress("Rate range test", STEPS + 1, "step") as advance:
-        for step in range(STEPS + 1):
-            try:
+    losses = [trainer.train_step().loss]  # before each step
+    with reporter.progress("Rate range test", STEPS, "step") as advance:
+        with suppress(SoftPromptError):  # the loss is not finite
+            while len(losses) <= STEPS and losses[-1] <= FAR_ABOVE * losses[0]:
                 losses.append(trainer.train_step().loss)
-            except SoftPromptError:  # the loss is not finite
-                if not losses:
-                    raise
-                break
-            finally:
-                advance(1 if step < STEPS else 0)
-            if losses[-1] > FAR_ABOVE * losses[0]:
-                break
+                advance(1, loss=losses[-1])
         advance(STEPS + 1 - len(losses))
     rates = [trainer.schedule.at(step) for step in range(STEPS)]
     points = tuple(RatePoint(rate=rate, loss=loss) for rate, loss in zip(rates, losses[1:], strict=False))

@@ -1,7 +1,7 @@
 """Capacity: a prompt of this length, or of this kind, cannot hold what the queries ask for.
 
-Matching alone, in closed form, says what a prompt of k tokens can hold without any training. If the curve still rises at
-k, more tokens hold more. Training lifts the whole curve, so its rise at k is an estimate for a trained prompt too.
+Matching alone, in closed form, says what a prompt of k tokens can hold without any training. If the curve still rises
+at k, more tokens hold more. Training lifts the whole curve, so its rise at k is an estimate for a trained prompt too.
 """
 
 from __future__ import annotations

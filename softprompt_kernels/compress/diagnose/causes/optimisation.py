@@ -12,7 +12,6 @@ Three signs, and each can stand alone:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 from softprompt_kernels.compress.diagnose.causes.objective import objective
 from softprompt_kernels.compress.diagnose.causes.words import MATCHED_OPTIONS, part, rate
@@ -32,12 +31,14 @@ class RateRange:
 
     Args:
         low, high: the rates at which a tenth of the fall was done, and at which the loss was least.
-        half_path: the sum of the rates up to half of the fall.
+        suggested: the rate at which half of the fall was done, and the loss fell on.
+        half_path: the sum of the rates up to there.
         fall: of the loss, as a part of the loss at the start.
     """
 
     low: float
     high: float
+    suggested: float
     half_path: float
     fall: float
 
@@ -51,12 +52,19 @@ def rate_range(test: RateTest) -> RateRange | None:
     fall = test.start_loss - losses[least]
     if fall < FALL * test.start_loss:
         return None
-    paths = list(accumulate(point.rate for point in test.points))
+    rates = [point.rate for point in test.points]
 
     def first(share: float) -> int:
         return next(i for i, loss in enumerate(losses) if test.start_loss - loss >= share * fall)
 
-    return RateRange(test.points[first(0.1)].rate, test.points[least].rate, paths[first(0.5)], fall / test.start_loss)
+    half = first(0.5)
+    return RateRange(
+        low=rates[first(0.1)],
+        high=rates[least],
+        suggested=rates[half],
+        half_path=sum(rates[: half + 1]),
+        fall=fall / test.start_loss,
+    )
 
 
 def optimisation(evidence: Evidence) -> Finding | None:
@@ -139,10 +147,9 @@ def _fault_of_training(evidence: Evidence) -> tuple[str, str, str] | None:
         return None
     found = None if test is None else rate_range(test)
     named = f"The learning rate {rate(config.learning_rate)}"
-    if found is not None and test is not None:
-        suggested = test.suggested or found.low
+    if found is not None:
         within = f"the range in which the loss falls ({rate(found.low)} to {rate(found.high)})"
-        options = f"--learning-rate {rate(suggested)}"
+        options = f"--learning-rate {rate(found.suggested)}"
         if config.learning_rate > found.high:
             return f"{named} is above {within}.", "Take a smaller learning rate.", options
         if sum(evidence.learning_rates) < found.half_path:
@@ -190,12 +197,20 @@ def _rows(evidence: Evidence) -> list[tuple[str, str]]:
     config, rows = evidence.config, []
     rows.append(("recovered, held-out", part(evidence.recovered)))
     rows.append(("recovered, training queries", part(evidence.train_recovered)))
+    if evidence.match_error:
+        mean = sum(evidence.match_error) / len(evidence.match_error)
+        worst = max(range(len(evidence.match_error)), key=evidence.match_error.__getitem__)
+        rows.append(
+            ("matching error, mean and worst layer", f"{mean:.3f}, {evidence.match_error[worst]:.3f} (layer {worst})")
+        )
     if evidence.losses:
         first, last = ends(evidence.losses)
         rows.append((f"training loss, first and last of {config.steps} steps", f"{first:.3g}, {last:.3g}"))
     if evidence.rate_test is not None:
         found = rate_range(evidence.rate_test)
-        value = "falls nowhere" if found is None else f"falls by {found.fall:.0%}, {rate(found.low)} to {rate(found.high)}"
+        value = (
+            "falls nowhere" if found is None else f"falls by {found.fall:.0%}, {rate(found.low)} to {rate(found.high)}"
+        )
         rows.append(("loss in the rate range test", value))
         rows.append(("learning rate of the run", rate(config.learning_rate) if config.steps else "not trained"))
     return rows

@@ -24,11 +24,11 @@ def nothing_to_compress(evidence: Evidence) -> Finding | None:
     asked = [*evidence.heldout, *evidence.train]
     needless = [one for one in asked if mean_kl([one]) <= NEEDLESS_KL]
     most = sorted(asked, key=lambda one: -mean_kl([one]))[:3]
+    which = " and the ".join(small or ["test"])
     refused = " The run was refused for this." if evidence.refused else ""
     return Finding(
         cause="nothing to compress",
-        sentence=f"The model answers the {' and the '.join(small or sets)} queries nearly the same without the text."
-        + refused,
+        sentence=f"The model answers the {which} queries nearly the same without the text.{refused}",
         evidence=(
             *(
                 (f"KL without context, {name} queries", f"{mean_kl(queries):.2g} nats per token")
@@ -38,8 +38,8 @@ def nothing_to_compress(evidence: Evidence) -> Finding | None:
             ("queries that do not need the text", f"{len(needless)} of {count(len(asked), 'query', 'queries')}"),
             *((f"needs it most: {one.query[:60]}", f"{mean_kl([one]):.2g} nats per token") for one in most),
         ),
-        change="Ask what only the text answers: names, numbers and events of it, with --queries. If the model knows the "
-        "text already, no prompt is needed.",
+        change="Ask what only the text answers, such as its names, numbers and events, with --queries. If the model "
+        "knows the text already, no prompt is needed.",
         expected="A prompt can recover no more than the KL without context.",
     )
 
