@@ -18,7 +18,7 @@ stands before an answer and what ends it are those of a rendered assistant turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softprompt_kernels.compress.sources.conversation import conversation
 from softprompt_kernels.compress.sources.encoder import Encoder
 from softprompt_kernels.compress.sources.template import ChatTemplate
 from softprompt_kernels.compress.text_file import trim
@@ -161,6 +162,24 @@ class ChatFormat:
             return list(self._tail(chat[:end] + self._answer.after, start, plain))
         behind = len(self._tail(whole, place, plain))
         return list(self._tail(whole, start, plain)[:-behind])
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of several turns behind a context, a prompt or nothing, up to the start of the next answer.
+
+        They are those of the rendered chat from the cut on. For one turn they are `query_ids`. Given answers stand as
+        the template renders those of earlier turns: some leave out their thoughts.
+
+        Args:
+            messages: turns with the keys `role` and `content`, alternately of "user" and "assistant". The first and
+                the last are the user's. An answer may be empty.
+
+        Raises:
+            SoftPromptError: there are no messages, their roles do not alternate, the last one is not the user's, or
+                one has no text; or the template changes a text of the user.
+        """
+        head = self._before + _CONTEXT + self._between
+        chat, plain = conversation(self._template, self._encoder, _CONTEXT, head, messages)
+        return list(self._tail(chat, len(head) - len(self._query_start), *plain))
 
     def output_ids(self, text: str) -> list[int]:
         """The tokens of the given answer `text`, to the one that ends the model's turn, or to EOS if there is none.
@@ -305,9 +324,10 @@ class ChatFormat:
         cut = self._encoder.encode(chat, plain).cut(place)
         return self._encoder.encode(chat[:place], plain).ids if cut is None else cut[0]
 
-    def _tail(self, chat: str, place: int, plain: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-        cut = self._encoder.encode(chat, plain).cut(place)
-        return self._encoder.encode_behind(chat[place:], _shifted(plain, -place)).ids if cut is None else cut[1]
+    def _tail(self, chat: str, place: int, *plain: tuple[int, int]) -> tuple[int, ...]:
+        cut = self._encoder.encode(chat, *plain).cut(place)
+        shifted = [_shifted(part, -place) for part in plain]
+        return self._encoder.encode_behind(chat[place:], *shifted).ids if cut is None else cut[1]
 
 
 def _start(text: str) -> str:

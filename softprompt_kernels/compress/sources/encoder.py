@@ -4,7 +4,7 @@ Encoding the pieces of a chat one by one gives other tokens than encoding the ch
 the first word it gets, or merge characters across a cut. So the whole is encoded, and the tokens of a piece are those
 that lie in it.
 
-A part of the text may be declared plain: what a user wrote. Names of control tokens there, such as `<|im_end|>`, are
+Parts of the text may be declared plain: what a user wrote. Names of control tokens there, such as `<|im_end|>`, are
 text like any other. Control tokens are the special ones, and the added ones that the chat template writes.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,26 +80,28 @@ class Encoder:
         }
         self._backend = self._prepared(self._saved)
 
-    def encode(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
-        """The tokens of a whole text. In the characters `[plain[0], plain[1])` no control token is recognised."""
-        found = _tokens(self._backend, text)
-        if not self._has_control(text, found, plain):
-            return found
-        # Texts between control tokens are encoded each on its own anyway. So the one around the plain part is encoded
-        # by a tokenizer that knows no control tokens, and what is left and right of it by the other.
-        before = _tokens(self._backend, text[: plain[0]])
-        left = max((end for _, (_, end) in self._control_places(before)), default=0)
-        behind = self._behind_mark(self._backend, text[plain[1] :]).shifted(plain[1])
-        right = min((start for _, (start, _) in self._control_places(behind)), default=len(text))
-        middle = text[left:right]
-        between = self._behind_mark(self._plain, middle).shifted(left) if left else _tokens(self._plain, middle)
-        rest = Tokens((), ()) if right == len(text) else self._behind_mark(self._backend, text[right:]).shifted(right)
-        return _tokens(self._backend, text[:left]) + between + rest
+    def encode(self, text: str, *plain: tuple[int, int]) -> Tokens:
+        """The tokens of a whole text. In its plain parts no control token is recognised.
 
-    def encode_behind(self, text: str, plain: tuple[int, int] = (0, 0)) -> Tokens:
+        Args:
+            text: to be encoded.
+            plain: the characters `[start, end)` of each plain part, from left to right. An empty one is none.
+        """
+        found = _tokens(self._backend, text)
+        if not any(self._has_control(text, found, part) for part in plain):
+            return found
+        # Texts between control tokens are encoded each on its own anyway. So those around the plain parts are encoded
+        # by a tokenizer that knows no control tokens, and what is left and right of them by the other.
+        tokens, place = Tokens((), ()), 0
+        for left, right in self._around([(start, end) for start, end in plain if start < end], text):
+            tokens += self._between(self._backend, text, place, left) + self._between(self._plain, text, left, right)
+            place = right
+        return tokens + self._between(self._backend, text, place, len(text))
+
+    def encode_behind(self, text: str, *plain: tuple[int, int]) -> Tokens:
         """The tokens of a text that does not start the chat, encoded without what is before it."""
-        moved = (plain[0] + len(self._mark), plain[1] + len(self._mark))
-        found = self.encode(self._mark + text, moved)
+        moved = [(start + len(self._mark), end + len(self._mark)) for start, end in plain]
+        found = self.encode(self._mark + text, *moved)
         return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(self._mark))
 
     def first_control(self, tokens: Tokens, place: int) -> int | None:
@@ -105,9 +109,28 @@ class Encoder:
         pairs = enumerate(zip(tokens.ids, tokens.spans, strict=True))
         return next((n for n, (index, (start, _)) in pairs if start >= place and index in self._control), None)
 
-    def controls(self, tokens: Tokens, start: int, end: int) -> list[int]:
+    def controls(self, tokens: Tokens, start: int = 0, end: int = sys.maxsize) -> list[int]:
         """The control tokens in the characters `[start, end)`."""
         return [index for index, (begin, _) in self._control_places(tokens) if start <= begin < end]
+
+    def _around(self, plain: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+        """The texts between control tokens that have plain parts: each start and end, from left to right."""
+        edges = [0, *(edge for part in plain for edge in part), len(text)]
+        found, left = [], 0
+        for number, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=True)):  # what is not plain
+            places = [span for _, span in self._control_places(self._between(self._backend, text, start, end))]
+            if number and (places or end == len(text)):
+                found.append((left, places[0][0] if places else len(text)))
+            if places:
+                left = places[-1][1]
+        return found
+
+    def _between(self, backend: Tokenizer, text: str, start: int, end: int) -> Tokens:
+        """The tokens of `text[start:end]`, which starts the text or stands behind a control token."""
+        if start == 0:
+            return _tokens(backend, text[:end])
+        found = _tokens(backend, self._mark + text[start:end])
+        return Tokens(found.ids[1:], found.spans[1:]).shifted(start - len(self._mark))
 
     def _has_control(self, text: str, tokens: Tokens, plain: tuple[int, int]) -> bool:
         for index, (start, end) in self._control_places(tokens):
@@ -153,11 +176,6 @@ class Encoder:
         backend.encode_special_tokens = False
         backend.add_special_tokens([AddedToken(self._mark, special=True, normalized=False)])
         return backend
-
-    def _behind_mark(self, backend: Tokenizer, text: str) -> Tokens:
-        """The tokens of a text with a control token before it."""
-        found = _tokens(backend, self._mark + text)
-        return Tokens(found.ids[1:], found.spans[1:]).shifted(-len(self._mark))
 
 
 def _tokens(backend: Tokenizer, text: str) -> Tokens:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -35,7 +35,7 @@ functions as arguments."""
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """Renders a chat of at most one context, one query and one answer.
+    """Renders a chat: at most one context, then turns of user and assistant.
 
     Args:
         tokenizer: renders.
@@ -107,39 +107,42 @@ class ChatTemplate:
         pairs = ((one, two), (one.in_user_turn, two.in_user_turn))
         return any(first.render(*chat) != second.render(*chat) for first, second in pairs for chat in chats)
 
-    def render(self, context: str | None, query: str | None = None, answer: str | None = None) -> str | None:
-        """The chat up to the start of the answer, or to the end of the last turn if there is an answer or no query.
+    def render(self, context: str | None, *turns: str | None) -> str | None:
+        """The chat up to the start of the next answer, or to its end if that is an answer or the context.
 
         None if the template refuses this chat.
+
+        Args:
+            context: stands before the turns; None for none.
+            turns: of user and assistant in turn, the user's first. None leaves one out.
 
         Raises:
             SoftPromptError: jinja2 is missing or too old.
         """
         try:
-            return self._rendered(context, query, answer)
+            return self._rendered(context, turns)
         except SoftPromptError:
             raise
         except Exception:  # a template may raise anything: jinja's errors, or its own for a role it does not support
             return None
 
-    def refusal(self, context: str | None, query: str | None = None, answer: str | None = None) -> str:
+    def refusal(self, context: str | None, *turns: str | None) -> str:
         """Why the template refuses a chat; "" if it does not."""
         try:
-            self._rendered(context, query, answer)
+            self._rendered(context, turns)
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
         return ""
 
-    def _rendered(self, context: str | None, query: str | None, answer: str | None) -> str:
+    def _rendered(self, context: str | None, turns: Sequence[str | None]) -> str:
+        if self.source and not self.system and context is not None:
+            context, turns = None, (f"{context}\n\n{turns[0] if turns else None}", *turns[1:])
+        roles = ("system", *(("user", "assistant")[number % 2] for number in range(len(turns))))
+        pairs = [(role, text) for role, text in zip(roles, (context, *turns), strict=True) if text is not None]
         if not self.source:
-            return self._plain(context, query, answer)
-        if not self.system and context is not None:
-            context, query = None, f"{context}\n\n{query}"
-        turns = [("system", context), ("user", query), ("assistant", answer)]
+            return self._plain(pairs)
         messages: list[Any] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
-            for role, text in turns
-            if text is not None
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text} for role, text in pairs
         ]
         timed = "strftime_now" in self.source
         try:
@@ -148,7 +151,7 @@ class ChatTemplate:
                     messages,
                     chat_template=(_STRFTIME if timed else "") + self.source,
                     tokenize=False,
-                    add_generation_prompt=query is not None and answer is None,
+                    add_generation_prompt=pairs[-1][0] == "user",
                     **(self._codes if timed else {}),
                     **self.arguments,
                 )
@@ -165,13 +168,16 @@ class ChatTemplate:
                 codes[code] = self.time.strftime(f"%{code}")
         return {_CODES: codes}
 
-    def _plain(self, context: str | None, query: str | None, answer: str | None) -> str:
-        text = self.tokenizer.bos_token or ""
-        if context is not None:
-            text += f"{context}\n\n"
-        if query is not None:
-            text += f"Question: {query}\nAnswer:"
-        return text if answer is None else f"{text} {answer}"
+    def _plain(self, pairs: Sequence[tuple[str, str]]) -> str:
+        text, before = str(self.tokenizer.bos_token or ""), ""
+        for role, content in pairs:
+            text += {
+                "system": f"{content}\n\n",
+                "user": f"{before}Question: {content}\nAnswer:",
+                "assistant": f" {content}",
+            }[role]
+            before = "\n\n" if role == "assistant" else ""
+        return text
 
 
 def _variables(source: str) -> set[str] | None:

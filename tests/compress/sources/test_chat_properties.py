@@ -1,6 +1,7 @@
 """Random templates, tokenizers and texts: the pieces joined are the whole chat, or one sentence says why not."""
 
 import json
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -162,3 +163,36 @@ def test_names_of_control_tokens_stay_text(template: str, name: str, left: str, 
     control = set(tokenizer.convert_tokens_to_ids(list(CONTROL)))
     assert [i for i in named if i in control] == [i for i in plain if i in control]
     assert f"{left}{name}{right}".encode() in written(tokenizer, named)
+
+
+@given(st.one_of(st.none(), templates()), merges, st.booleans(), text, st.lists(text, min_size=3, max_size=3))
+@settings(deadline=None, max_examples=100)
+def test_a_conversation_is_the_whole(
+    template: str | None, pairs: list[tuple[str, str]], regex: bool, context: str, texts: list[str]
+) -> None:
+    tokenizer = tokenizer_of(pairs, regex, template)
+    turns = list(zip(("user", "assistant", "user"), texts, strict=True))
+    try:
+        chat = ChatFormat(tokenizer)
+        before = chat.context_ids(context)[0].tolist()
+        ids = chat.conversation_ids([{"role": role, "content": content} for role, content in turns])
+        assert chat.conversation_ids([{"role": "user", "content": texts[0]}]) == chat.query_ids(texts[0])
+    except SoftPromptError as error:
+        assert str(error) and template is not None
+        return
+    context, (first, answer, last) = INSTRUCTION + trim(context), map(trim, texts)
+    turns = [("user", first), ("assistant", answer), ("user", last)]
+    if template is None:
+        wholes = [f"{context}\n\nQuestion: {first}\nAnswer: {answer}\n\nQuestion: {last}\nAnswer:"]
+    else:
+        wholes = []
+        for messages in ([("system", context), *turns], [("user", f"{context}\n\n{first}"), *turns[1:]]):
+            with suppress(Exception):  # the template refuses it
+                wholes.append(rendered(tokenizer, *messages, asked=True))
+    joined = written(tokenizer, before + ids)
+    assert joined in [whole.encode() for whole in wholes]
+    assume(not any(one[0].isspace() for one in (context, first, last)))
+    assume(not any(name in one for one in (context, first, answer, last) for name in CONTROL))
+    whole = encoded(tokenizer, joined.decode())
+    if len(written(tokenizer, before)) in boundaries(tokenizer, whole):
+        assert before + ids == whole

@@ -130,6 +130,7 @@ STYLES = {
 }
 ONE_TOKEN = {("llama2", "unigram"), ("mistral", "unigram")}
 """Where "] " is one token, and the cut before an answer goes through it."""
+ROLES = ("user", "assistant", "user", "assistant", "user")
 KINDS = ("gpt2", "llama3", "first", "always", "unigram")
 CODE = "def turn(self):\n    return self.river\n\n\ndef stop(self):\n    pass"
 TEXTS = {
@@ -251,6 +252,35 @@ def test_an_output_with_a_thought_keeps_the_marks_of_the_template(tokenizers: An
     given = tokenizer.decode(ChatFormat(tokenizer).query_ids("Why?", answered=True))
     assert given == "<|User|>Why?<|end|><|Assistant|>", "a given output is not put into the thought"
     assert tokenizer.decode(ChatFormat(tokenizer).query_ids("Why?")).endswith("<|Assistant|><think>\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", STYLES)
+def test_a_conversation_behind_its_context_is_the_whole_rendered_chat(tokenizers: Any, name: str, kind: str) -> None:
+    style, tokenizer = STYLES[name], tokenizers(name, kind)
+    chat = ChatFormat(tokenizer, dict(style.arguments))
+    special = " ".join(style.special)
+    control = set(tokenizer.convert_tokens_to_ids(list(style.special)))
+    for texts, (context, query, answer) in TEXTS.items():
+        turns = [query, answer, "And then?", "四十  sacks.", query]
+        given = [{"role": role, "content": text} for role, text in zip(ROLES, turns, strict=True)]
+        before = f"{INSTRUCTION}{context}"
+        if style.system:
+            messages = [{"role": "system", "content": before}, *given]
+        else:
+            messages = [{"role": "user", "content": f"{before}\n\n{query}"}, *given[1:]]
+        asked = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **dict(style.arguments)
+        )
+        pieces = [*chat.context_ids(context)[0].tolist(), *chat.conversation_ids(given)]
+        assert tokenizer.decode(pieces) == tokenizer.decode(encoded(tokenizer, asked)), texts
+        if texts != "indented":
+            assert pieces == encoded(tokenizer, asked), texts
+        assert chat.conversation_ids(given[:1]) == chat.query_ids(query)
+        # Names of control tokens are text, in each turn.
+        found = chat.conversation_ids([each | {"content": f"{each['content']} {special} b"} for each in given])
+        assert [i for i in found if i in control] == [i for i in chat.conversation_ids(given) if i in control]
+        assert tokenizer.decode(found).count(f" {special} b") == len(given)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3"])
