@@ -79,6 +79,13 @@ def test_a_text_of_the_user_that_loses_a_part_is_refused(tokenizer: PreTrainedTo
         chat.conversation_ids(turns(*texts))
 
 
+def test_a_last_text_that_changes_the_opening_of_the_answer_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    switched = tokenizer.chat_template + "{% if '/quiet' in messages[-1]['content'] %}Sh. {% endif %}"
+    chat = ChatFormat(with_template(tokenizer, switched))
+    with pytest.raises(SoftPromptError, match=r"messages\[2\]: got '/quiet Why\?', which the chat template changes"):
+        chat.conversation_ids(turns("/quiet?", "So.", "/quiet Why?"))
+
+
 def test_a_text_may_have_the_stand_in_for_texts(tokenizer: PreTrainedTokenizerBase) -> None:
     found = joined(tokenizer, "«a text goes here»", "«a text goes here»»", "And «a text goes here» so?")
     assert found.count("«a text goes here»") == 3
