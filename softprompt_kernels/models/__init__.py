@@ -1,6 +1,7 @@
 """Run transformers models with a prefix: capture, forward, generate, sample, head, rotary shifts."""
 
 from softprompt_kernels.models.capture import capture, embed_prefix, prefix_of
+from softprompt_kernels.models.decode.batch import DecodingBatch, DecodingRow, TokenScore
 from softprompt_kernels.models.families import auto_class
 from softprompt_kernels.models.forward import prompted_hidden, prompted_logits
 from softprompt_kernels.models.generate import generate
@@ -13,11 +14,14 @@ from softprompt_kernels.models.tap import FedTokens, QueryRecorder, QueryTap, Sc
 
 __all__ = [
     "Continuation",
+    "DecodingBatch",
+    "DecodingRow",
     "FedTokens",
     "Head",
     "QueryRecorder",
     "QueryTap",
     "ScoreFunction",
+    "TokenScore",
     "auto_class",
     "capture",
     "check_fixed_frequencies",

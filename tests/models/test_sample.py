@@ -1,6 +1,5 @@
 """Sampling behind a shared prefix: its tokens against `generate` and the softmax, and which tokens the model is fed."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +20,12 @@ from softprompt_kernels.models import (
     prompted_logits,
     sample,
 )
-from softprompt_kernels.models.rows import OwnRows
+from softprompt_kernels.models.decode.draw import draw
+from softprompt_kernels.models.decode.rows import OwnRows
 from softprompt_kernels.prompts import Prefix
 
 LENGTHS = (3, 7, 1, 4, 4, 2, 6, 12)  # the last one is longer than the others
 NEW = 9
-draw = sys.modules[sample.__module__]._draw  # the package has a function of the module's name
 
 
 @pytest.fixture
