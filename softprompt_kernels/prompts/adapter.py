@@ -3,8 +3,10 @@
 | file | content | read by |
 |---|---|---|
 | adapter_config.json | type, sizes, name of the base model | PEFT, this package |
-| adapter_model.safetensors | `prompt_embeddings [k, d]` or `[k, L·2·Hkv·D]` (see `layout`), fp32 | PEFT, this package |
+| adapter_model.safetensors | `prompt_embeddings [k, d]` or `[k, L·2·Hkv·D]` (see `layout`) | PEFT, this package |
+| prompt_int8.safetensors | in its place, a prompt in 8 bits (see `weights`) | this package |
 | softprompt.json | positions, context, model and tokenizer fingerprints, objective, figures | this package |
+| README.md | a model card, if there is one | people, the hub |
 
 `PeftModel.from_pretrained(model, folder)` gives the same logits as this package: in both, the sequence continues at
 position k. The folder is written completely or not at all.
@@ -15,13 +17,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
-from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import atomic_folder
@@ -29,20 +27,31 @@ from softprompt_kernels.prompts.embedding import EmbeddingPrompt
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint, tokenizer_fingerprint
 from softprompt_kernels.prompts.json_file import dump, integer, read_object, to_json
 from softprompt_kernels.prompts.kv import KVPrompt
-from softprompt_kernels.prompts.layout import flatten, unflatten
 from softprompt_kernels.prompts.offload import input_device
+from softprompt_kernels.prompts.weights import (
+    CONFIG,
+    INT8,
+    WEIGHTS,
+    StoredDtype,
+    check_finite,
+    check_stored_dtype,
+    parts_of,
+    read_weights,
+    weights_file,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 RECORD = "softprompt.json"
-TENSOR = "prompt_embeddings"
+README = "README.md"
 FORMAT = 1
 POSITIONS = "prompt at 0..k-1, the sequence continues at k"
 
 KVPeftType = Literal["CARTRIDGE", "PREFIX_TUNING"]
+NAMES = (CONFIG, WEIGHTS, INT8, RECORD, README)
+"""Files of a saved prompt. No folder with others is replaced."""
+
 PEFT_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 
 
@@ -53,6 +62,7 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     kv_type: KVPeftType = "CARTRIDGE",
+    dtype: StoredDtype = "float32",
     context: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     figures: Mapping[str, Any] | None = None,
@@ -61,29 +71,27 @@ def save(
 
     Args:
         path: a new or empty folder, or one that `save` wrote.
-        prompt: saved in fp32; the number of its frozen tokens is recorded.
+        prompt: the number of its frozen tokens is recorded.
         model: the model that the prompt belongs to.
         tokenizer: its fingerprint is recorded if given.
         kv_type: the PEFT type of a KV prompt. With CARTRIDGE the frozen tokens stay frozen if PEFT trains the prompt
             further. PREFIX_TUNING is known to older versions of PEFT. The stored numbers are the same.
+        dtype: of the stored numbers: "float32", "bfloat16", "float16", or "int8", which PEFT cannot read (see
+            `weights`).
         context: the context that the prompt was made from: `{"sha256": ..., "tokens": ...}`.
         objective: the training objective.
         figures: results of the training. In context, objective and figures, NaN and infinities become null.
 
     Raises:
         SoftPromptError: the folder holds something else or cannot be written (its content is unchanged), or the prompt
-            does not fit the model or has numbers that are not finite.
+            does not fit the model, or has numbers that are not finite or too large for the dtype.
+        ValueError: `kv_type` or `dtype` is not one of those.
         TypeError: context, objective or figures cannot be written as JSON.
     """
+    check_stored_dtype(dtype)
     fingerprint = model_fingerprint(model)
-    if isinstance(prompt, EmbeddingPrompt):
-        tensor = prompt.vectors(torch.float32).detach()
-        config = embedding_config(prompt, fingerprint)
-    else:
-        tensor = flatten(*prompt.stacked(torch.float32)).detach()
-        config = kv_config(prompt, fingerprint, kv_type)
+    config = adapter_config(prompt, fingerprint, kv_type)
     check_fits(str(path), prompt, fingerprint)
-    check_finite(str(path), tensor)
     config["base_model_name_or_path"] = base_name(model)
     record = {
         "format": FORMAT,
@@ -96,12 +104,41 @@ def save(
         "objective": to_json("objective", objective or {}),
         "figures": to_json("figures", figures or {}),
     }
-    files = {
-        CONFIG: dump(config),
-        WEIGHTS: safetensors_torch.save({TENSOR: tensor.cpu().contiguous()}, metadata={"format": "pt"}),
-        RECORD: dump(record),
-    }
-    atomic_folder.replace_folder(path, files, marker=RECORD)
+    write(path, prompt, config, record, dtype=dtype)
+
+
+def write(
+    path: str | Path,
+    prompt: EmbeddingPrompt | KVPrompt,
+    config: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    *,
+    dtype: StoredDtype = "float32",
+    readme: str | None = None,
+) -> None:
+    """Write a prompt as a folder, with a configuration and a record that are given. No model is needed.
+
+    Args:
+        path: as in `save`.
+        prompt: of the sizes that the configuration has.
+        config: the content of adapter_config.json.
+        record: the content of softprompt.json; None: no such file, as in a folder of PEFT's own.
+        dtype: as in `save`.
+        readme: the text of README.md; None: no such file.
+
+    Raises:
+        SoftPromptError, ValueError: as in `save`.
+    """
+    check_stored_dtype(dtype)
+    for numbers in parts_of(prompt).values():
+        check_finite(str(path), numbers)
+    name, content = weights_file(prompt, dtype)
+    files = {CONFIG: dump(dict(config)), name: content}
+    if record is not None:
+        files[RECORD] = dump(dict(record))
+    if readme is not None:
+        files[README] = readme.encode()
+    atomic_folder.replace_folder(path, files, marker=RECORD, others=NAMES)
 
 
 def load(
@@ -127,7 +164,8 @@ def load(
         SoftPromptError: there is no adapter, a file is broken, or the prompt belongs to another model or tokenizer
             (the message names the differences).
     """
-    config, record = describe(path)
+    found = read(path)
+    record = found.record
     fingerprint = model_fingerprint(model, (record or {}).get("model"))
     if record is None:
         warnings.warn(
@@ -139,26 +177,40 @@ def load(
         check_same(path, "model", record.get("model"), fingerprint, force)
         if tokenizer is not None and (saved := record.get("tokenizer")) is not None:
             check_same(path, "tokenizer", saved, tokenizer_fingerprint(tokenizer, saved), force)
-    tensor = read_tensor(path)
-    tokens = integer(Path(path) / CONFIG, config, "num_virtual_tokens", 1)
-    if tensor.shape[0] != tokens:
-        raise SoftPromptError(f"{path}: {CONFIG} says {tokens} tokens, but {WEIGHTS} has {tensor.shape[0]}")
-    frozen = frozen_tokens(path, config, record, tokens)
+    check_fits(str(path), found.prompt, fingerprint)
+    return found.prompt.to(input_device(model)), record
+
+
+@dataclass(frozen=True, eq=False)
+class SavedPrompt:
+    """The content of a folder.
+
+    Args:
+        prompt: in fp32 on the CPU.
+        config: adapter_config.json.
+        record: softprompt.json; None in a folder that PEFT wrote.
+        dtype: that of the stored numbers.
+    """
+
     prompt: EmbeddingPrompt | KVPrompt
-    if config["peft_type"] == "PROMPT_TUNING":
-        prompt = EmbeddingPrompt(tensor, frozen_tokens=frozen)
-    else:
-        layers = integer(Path(path) / CONFIG, config, "num_layers", 1)
-        heads = integer(Path(path) / CONFIG, config, "num_attention_heads", 1)
-        width = 2 * layers * integer(Path(path) / CONFIG, config, "token_dim", 1)
-        if tensor.shape[1] != width or width % (2 * layers * heads):
-            raise SoftPromptError(
-                f"{path}: {WEIGHTS} has rows of {tensor.shape[1]} numbers, "
-                f"but {CONFIG} says {width} ({layers} layers, {heads} heads)"
-            )
-        prompt = KVPrompt(*unflatten(tensor, layers, heads), frozen_tokens=frozen)
-    check_fits(str(path), prompt, fingerprint)
-    return prompt.to(input_device(model)), record
+    config: dict[str, Any]
+    record: dict[str, Any] | None
+    dtype: StoredDtype
+
+
+def read(path: str | Path) -> SavedPrompt:
+    """Read a prompt that `save` or PEFT wrote, without a model. Nothing is compared with one.
+
+    Args:
+        path: as in `load`.
+
+    Raises:
+        SoftPromptError: there is no adapter, or a file is broken.
+    """
+    config, record = describe(path)
+    tokens = integer(Path(path) / CONFIG, config, "num_virtual_tokens", 1)
+    prompt, dtype = read_weights(path, config, frozen_tokens(path, config, record, tokens))
+    return SavedPrompt(prompt, config, record, dtype)
 
 
 def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -198,10 +250,28 @@ def check_destination(path: str | Path) -> None:
     Raises:
         SoftPromptError: the path holds something other than a saved prompt or an empty folder.
     """
-    atomic_folder.check_replaceable(path, (CONFIG, WEIGHTS, RECORD), marker=RECORD)
+    atomic_folder.check_replaceable(path, NAMES, marker=RECORD)
 
 
 # adapter_config.json
+
+
+def adapter_config(
+    prompt: EmbeddingPrompt | KVPrompt, fingerprint: dict[str, Any], kv_type: str = "CARTRIDGE"
+) -> dict[str, Any]:
+    """adapter_config.json of a prompt, without the name of the base model; `kv_type` as in `save`.
+
+    Args:
+        prompt: its sizes are taken.
+        fingerprint: of its model, as in `softprompt.json`.
+        kv_type: the type of a KV prompt.
+
+    Raises:
+        ValueError: `kv_type` is not a type of KV prompts.
+    """
+    if isinstance(prompt, EmbeddingPrompt):
+        return embedding_config(prompt, fingerprint)
+    return kv_config(prompt, fingerprint, kv_type)
 
 
 def embedding_config(prompt: EmbeddingPrompt, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -245,29 +315,6 @@ def common_config(kind: str, tokens: int, fingerprint: dict[str, Any]) -> dict[s
 
 
 # Reading
-
-
-def read_tensor(path: str | Path) -> Tensor:
-    """`prompt_embeddings` in fp32 on the CPU. Raises a SoftPromptError unless it is a matrix of finite numbers."""
-    file = Path(path) / WEIGHTS
-    if not file.is_file():
-        raise SoftPromptError(f"{path} has no {WEIGHTS}; prompts are read from safetensors only")
-    try:
-        tensors = safetensors_torch.load_file(file)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise SoftPromptError(f"{file} is truncated or not a safetensors file ({error})") from error
-    if TENSOR not in tensors:
-        found = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise SoftPromptError(f"{file} has no tensor {TENSOR}; it has {found}")
-    tensor = tensors[TENSOR]
-    if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
-        raise SoftPromptError(
-            f"{file}: {TENSOR} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}, "
-            "accepted is a floating-point matrix with one row per token"
-        )
-    tensor = tensor.float()
-    check_finite(str(file), tensor)
-    return tensor
 
 
 def frozen_tokens(path: str | Path, config: dict[str, Any], record: dict[str, Any] | None, tokens: int) -> int:
@@ -318,9 +365,3 @@ def check_fits(path: str, prompt: EmbeddingPrompt | KVPrompt, fingerprint: dict[
             f"{path}: the prompt has {layers} layers of {heads} heads of {dim} numbers, "
             f"this model {accepted[0]} of {accepted[1]} of {accepted[2]}"
         )
-
-
-def check_finite(path: str, tensor: Tensor) -> None:
-    """Raise if the prompt has NaN or infinities. They would turn every logit into NaN."""
-    if not bool(tensor.isfinite().all()):
-        raise SoftPromptError(f"{path}: the prompt has numbers that are not finite")

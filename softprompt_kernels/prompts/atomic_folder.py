@@ -18,13 +18,14 @@ from pathlib import Path
 from softprompt_kernels.errors import SoftPromptError
 
 
-def replace_folder(path: str | Path, files: Mapping[str, bytes], marker: str) -> None:
+def replace_folder(path: str | Path, files: Mapping[str, bytes], marker: str, others: Collection[str] = ()) -> None:
     """Make `path` a folder with exactly `files` (name to content).
 
     Args:
         path: the folder; parents are created.
         files: the new content.
         marker: name of a file. Only a folder that has this file, or an empty one, is replaced.
+        others: names of files that such a folder may have besides `files`; they are not kept.
 
     Raises:
         SoftPromptError: `path` holds something else (see `check_replaceable`), or cannot be written. Its content is
@@ -32,7 +33,7 @@ def replace_folder(path: str | Path, files: Mapping[str, bytes], marker: str) ->
     """
     target = Path(os.path.realpath(path))
     recover(path)
-    check_replaceable(path, files, marker)
+    check_replaceable(path, {*files, *others}, marker)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
