@@ -10,7 +10,10 @@ from softprompt_kernels.cli.commands.bench import bench
 from softprompt_kernels.cli.commands.compress import compress
 from softprompt_kernels.cli.commands.diagnose import diagnose
 from softprompt_kernels.cli.commands.evaluate import evaluate
+from softprompt_kernels.cli.commands.export import export
 from softprompt_kernels.cli.commands.generate import generate
+from softprompt_kernels.cli.commands.import_prompt import import_
+from softprompt_kernels.cli.commands.inspect_prompt import inspect
 from softprompt_kernels.cli.commands.profile import profile
 from softprompt_kernels.cli.doctor.report import doctor
 from softprompt_kernels.cli.errors import with_error_messages
@@ -30,8 +33,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected exception is shown as Python shows it
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (compress, generate, evaluate, diagnose, bench, profile, doctor):
-    app.command(help=_unwrap(_command.__doc__))(with_error_messages(_command))
+for _command in (
+    compress,
+    evaluate,
+    diagnose,
+    generate,
+    export,
+    import_,
+    inspect,
+    bench,
+    profile,
+    doctor,
+):
+    app.command(_command.__name__.rstrip("_"), help=_unwrap(_command.__doc__))(with_error_messages(_command))
 
 
 def main(args: Sequence[str] | None = None) -> None:

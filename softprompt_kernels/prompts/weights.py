@@ -130,7 +130,7 @@ def read_weights(
     else:
         name = WEIGHTS
         tensor, dtype = read_tensor(path)
-        parts = _of_rows(path, config, tensor, tokens)
+        parts = parts_of_rows(path, config, tensor, tokens)
     for numbers in parts.values():
         check_finite(str(folder / name), numbers)
     return prompt_of(parts, frozen_tokens), dtype
@@ -156,7 +156,12 @@ def _unpacked(path: str | Path, config: dict[str, Any], tokens: int) -> dict[str
     return parts
 
 
-def _of_rows(path: str | Path, config: dict[str, Any], tensor: Tensor, tokens: int) -> dict[str, Tensor]:
+def parts_of_rows(path: str | Path, config: dict[str, Any], tensor: Tensor, tokens: int) -> dict[str, Tensor]:
+    """The parts of `prompt_embeddings [k, ...]`, fp32, as views.
+
+    Raises:
+        SoftPromptError: its shape is not what the configuration says.
+    """
     check_tokens(path, WEIGHTS, tokens, tensor.shape[0])
     if config["peft_type"] == "PROMPT_TUNING":
         return {"embedding": tensor}
@@ -187,12 +192,16 @@ def read_tensor(path: str | Path) -> tuple[Tensor, StoredDtype]:
     """`prompt_embeddings` in fp32 on the CPU, and its dtype in the file.
 
     Raises:
-        SoftPromptError: it is not a matrix of finite numbers in a dtype that prompts are stored in.
+        SoftPromptError: there is no such file, or no matrix of finite numbers in it.
     """
     file = Path(path) / WEIGHTS
     if not file.is_file():
         raise SoftPromptError(f"{path} has no {WEIGHTS}; prompts are read from safetensors only")
-    tensors = read_safetensors(file)
+    return rows_of(file, read_safetensors(file))
+
+
+def rows_of(file: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, StoredDtype]:
+    """As `read_tensor`, for the tensors of a file that is open."""
     if TENSOR not in tensors:
         found = ", ".join(sorted(tensors)[:3]) or "nothing"
         raise SoftPromptError(f"{file} has no tensor {TENSOR}; it has {found}")
