@@ -56,6 +56,20 @@ def test_given_outputs_are_evaluated_unchanged(make_config: Make, tmp_path: Path
     assert first["tokens"] == len("Mira Vale.") + 1
 
 
+def test_training_ignores_references_and_evaluation_judges_by_them(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    lines = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()]
+    with_references = tmp_path / "judged.jsonl"
+    with_references.write_text("".join(json.dumps({**line, "references": ["x"]}) + "\n" for line in lines))
+    figures = compress(config)
+    judged = config.model_copy(update={"queries": with_references, "output": tmp_path / "other"})
+    assert compress(judged)["heldout"] == figures["heldout"]
+    found = evaluate(judged, metric="contains", dissimilarity=lambda one, other: 0.5)
+    assert set(found["answers"]["accuracy"]) == {"contains"} and found["answers"]["questions"] == len(lines)
+    own = [value for name, value in found["answers"]["dissimilarity"].items() if "lambda" in name]
+    assert own == [{"none": 0.5, "truncated": 0.5, "prompt": 0.5}]
+
+
 def test_a_context_other_than_the_prompts_own_gives_a_message(
     make_config: Make, tmp_path: Path, recording_reporter: Any
 ) -> None:

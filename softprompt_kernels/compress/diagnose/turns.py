@@ -1,8 +1,8 @@
 """How the teacher's answers end: by a token that ends an answer, at the most tokens they may have, or in another turn.
 
 An answer goes on with the next turn if it holds, before its last token, a control token of the tokenizer or, at the
-start of a line, what the chat template puts before a query ("Question:", "[INST]"). Some models open further parts of their
-own turn with control tokens; these are told by the opening of the answer that follows.
+start of a line, what the chat template puts before a query ("Question:", "[INST]"). Some models open further parts of
+their own turn with control tokens; these are told by the opening of the answer that follows.
 """
 
 from __future__ import annotations

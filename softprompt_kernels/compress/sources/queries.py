@@ -1,8 +1,9 @@
 """Queries: the inputs z that the prompt is trained and evaluated on, each with the teacher's output y once it is known.
 
-They come from a file of JSON Lines, `{"input": "...", "output": "...", "family": "..."}` with the last two optional, or
-from self-study (`self_study.py`). Training and held-out queries have no input in common, so the answers to one question
-are all in the same set.
+They come from a file of JSON Lines, `{"input": "...", "output": "...", "family": "...", "references": ["..."]}`, where
+all keys but the first are optional, or from self-study (`self_study.py`). References are answers that count as right.
+Only evaluation reads them. Training and held-out queries have no input in common, so the answers to one question are
+all in the same set.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ class Query:
     """One input, and its output; None if the teacher has not answered yet.
 
     Args:
-        input, output: texts.
+        input: the text of the query.
+        output: the answer that the student learns.
         family: the kind of query, by which an evaluation is broken down: "general", "phrase" or "sentence" from
             self-study, any name from a file; None if it has none.
+        references: the accepted answers, for evaluation; empty where none are known.
     """
 
     input: str
     output: str | None = None
     family: str | None = None
+    references: tuple[str, ...] = ()
 
 
 def load_queries(path: Path) -> list[Query]:
@@ -52,9 +56,10 @@ def save_queries(path: Path, parts: dict[str, Sequence[Query]]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _record(query: Query, split: str) -> dict[str, str | None]:
+def _record(query: Query, split: str) -> dict[str, object]:
     family = {} if query.family is None else {"family": query.family}
-    return {"input": query.input, "output": query.output, **family, "split": split}
+    references = {"references": query.references} if query.references else {}
+    return {"input": query.input, "output": query.output, **family, **references, "split": split}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,10 +103,11 @@ def _parse(line: str, place: str) -> Query:
         raise SoftPromptError(
             f'queries: {place} is of type {type(record).__name__}, accepted is an object with "input"'
         )
-    extra = sorted(set(record) - {"input", "output", "family", "split"})
+    extra = sorted(set(record) - {"input", "output", "family", "references", "split"})
     if extra:
         raise SoftPromptError(
-            f'queries: {place} has the unknown key "{extra[0]}", accepted are "input", "output" and "family"'
+            f'queries: {place} has the unknown key "{extra[0]}", accepted are "input", "output", "family" and '
+            '"references"'
         )
     if not isinstance(record.get("input"), str) or not record["input"].strip():
         raise SoftPromptError(f'queries: {place} needs an "input" that is text and not empty')
@@ -111,8 +117,22 @@ def _parse(line: str, place: str) -> Query:
     family = record.get("family")
     if family is not None and (not isinstance(family, str) or not family.strip()):
         raise SoftPromptError(f'queries: {place} has a "family" that is empty or not text; leave it out for none')
-    texts = record["input"] + (output or "") + (family or "")
+    references = _references(record.get("references"), place)
+    texts = "".join((record["input"], output or "", family or "", *references))
     if any("\ud800" <= character <= "\udfff" for character in texts):
         raise SoftPromptError(f"queries: {place} has half of a surrogate pair, accepted is text that UTF-8 can encode")
     # Without trim(), one question with different blanks around it would count as two and could be in both sets.
-    return Query(trim(record["input"]), output, None if family is None else family.strip())
+    return Query(trim(record["input"]), output, None if family is None else family.strip(), references)
+
+
+def _references(given: object, place: str) -> tuple[str, ...]:
+    """The accepted answers of a line: a text or a list of texts; none if it has none."""
+    if given is None:
+        return ()
+    listed = [given] if isinstance(given, str) else given
+    if not isinstance(listed, list) or not listed or not all(isinstance(one, str) and one.strip() for one in listed):
+        raise SoftPromptError(
+            f'queries: {place} has "references" that are not text or a list of texts, accepted is one answer, such as '
+            '"seven", or several: ["seven", "7"]'
+        )
+    return tuple(listed)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import random
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 
 from softprompt_kernels.compress.sources.queries import Query
+from softprompt_kernels.compress.sources.scripts import MARKS, UNSPACED
 
 GENERAL = (
     "Summarise the text in one sentence.",
@@ -89,17 +89,12 @@ _SENTENCE_END = re.compile(
     rf"(?<=[.!?;:{_FULL_STOP}])\s+|(?<=[{_FULL_STOP}])(?![{_FULL_STOP}{_CLOSING}\s])"
     rf"|(?<=[{_FULL_STOP}][{_CLOSING}])\s*|\n+"
 )
-_UNSPACED = (  # Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese: scripts without blanks between words
-    "\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\uff66-\uff9f\U00020000-\U0003ffff"
-)
-_RUN = re.compile(rf"[{_UNSPACED}]+")
+_RUN = re.compile(rf"[{UNSPACED}]+")
 _FIELD = re.compile(r"[^,;|\t]+")
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
-_WORD = re.compile(rf"(?:[^\W\d_][{_MARKS}]*){{5,}}")  # vowel signs, as in Hindi, are marks and not letters
+_WORD = re.compile(rf"(?:[^\W\d_][{MARKS}]*){{5,}}")  # vowel signs, as in Hindi, are marks and not letters
 _UPPER = "A-ZÀ-ÖØ-ÞΑ-ΩЁА-Я"
 _CAPITALISED = re.compile(rf"\b[{_UPPER}]\w+(?:[ -][{_UPPER}]\w+)*")
-_NUMBER = re.compile(rf"\b\d[\d,.:]*(?:\s+\w[\w{_MARKS}]*)?")
+_NUMBER = re.compile(rf"\b\d[\d,.:]*(?:\s+\w[\w{MARKS}]*)?")
 _LONG_WORDS = 3  # taken from each sentence
 _SENTENCE_WORDS = 60  # longer sentences are cut
 _SENTENCE_CHARACTERS = 480

@@ -36,7 +36,7 @@ class Recorder(QueryRecorder, Protocol):
 def answer(
     model: PreTrainedModel,
     chat: ChatFormat,
-    prefix: Prefix,
+    prefix: Prefix | None,
     queries: Sequence[Query],
     *,
     new_tokens: int,
@@ -55,7 +55,7 @@ def answer(
 
     Args:
         model, chat: the model and its chat format.
-        prefix: what the model reads before each query: the teacher's prefix, or that of a prompt.
+        prefix: what the model reads before each query: the teacher's prefix, or that of a prompt; None: nothing.
         queries: any number.
         new_tokens: at most so many tokens an answer.
         temperature: divides the logits; 0 is greedy.

@@ -19,13 +19,31 @@ def test_the_held_out_queries_of_a_run_get_the_figures_of_the_run(run, command, 
     expected = json.loads((finished.folder / "evaluation.json").read_text())["heldout"]
     for name in ("kl_none", "kl_prompt", "kl_truncated", "recovered", "top1_agreement"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-    assert [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1] in "ntsf" and "  " in line] == [
-        "no context",
-        "truncated context",
-        "soft prompt",
-        "full context",
-    ]
+    rows = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1] in "ntsf" and "  " in line]
+    assert rows == 2 * ["no context", "truncated context", "soft prompt", "full context"]
+    assert "Unrelated text (" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_references_a_dissimilarity_and_a_general_text_of_the_user(run, command, tmp_path, monkeypatch):
+    (tmp_path / "queries.jsonl").write_text('{"input": "Who?", "references": ["Ada", "Brook"]}\n{"input": "Where?"}\n')
+    (tmp_path / "general.txt").write_text("Soup needs salt. Tides follow the moon.")
+    (tmp_path / "my_own_measure.py").write_text("def never(one, other):\n    return 0.25\n")
+    monkeypatch.chdir(tmp_path)
+    command[command.index("--queries") + 1] = "queries.jsonl"
+    own = ["--dissimilarity", "my_own_measure:never", "--general", "general.txt", "--json", "e.json"]
+    result = run(*command, *own)
+    assert result.exit_code == 0, result.output
+    assert "my_own_measure:never" in result.stdout and "right (F1)" in result.stdout
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert set(figures["answers"]["dissimilarity"]["my_own_measure:never"].values()) == {0.25}
+    assert figures["answers"]["questions"] == 1 and figures["forgetting"]["tokens"] == 38
+    for option, value, reason in (
+        ("--dissimilarity", "my_own_measure:nothing", "has no function nothing"),
+        ("--general", "no.txt", "general: no.txt cannot be read"),
+    ):
+        refused = run(*command, option, value)
+        assert refused.exit_code == 2 and reason in refused.stderr and "Teacher" not in refused.stderr
 
 
 def test_a_text_other_than_the_prompts_own_gives_a_message(run, command, tmp_path):

@@ -33,7 +33,16 @@ from softprompt_kernels.errors import SoftPromptError
         ('{"input": "a", "output": ["b"]}', 'has an "output" that is empty or not text'),
         ('{"input": "a", "family": ""}', 'has a "family" that is empty or not text'),
         ('{"input": "a", "family": 3}', 'has a "family" that is empty or not text'),
-        ('{"input": "a", "answer": "b"}', 'has the unknown key "answer"'),
+        (
+            '{"input": "a", "answer": "b"}',
+            'has the unknown key "answer", accepted are "input", "output", "family" and "references"',
+        ),
+        ('{"input": "a", "references": []}', 'has "references" that are not text or a list of texts'),
+        ('{"input": "a", "references": ""}', 'has "references" that'),
+        ('{"input": "a", "references": ["b", " "]}', 'has "references" that'),
+        ('{"input": "a", "references": ["b", 3]}', 'has "references" that'),
+        ('{"input": "a", "references": {"b": 1}}', 'has "references" that'),
+        ('{"input": "a", "references": ["\\ud800"]}', "has half of a surrogate pair"),
         ('{"input": "a\\ud800"}', "has half of a surrogate pair"),
         ('{"input": "a", "output": "\\udc00"}', "has half of a surrogate pair"),
         ("[" * 100_000, "cannot be read as JSON|is not JSON"),
@@ -72,6 +81,16 @@ def test_saved_queries_are_read_back(tmp_path: Path) -> None:
     save_queries(path, {"train": train, "heldout": heldout})
     assert load_queries(path) == [*train, *heldout]
     assert [path.read_text(encoding="utf-8").count(f'"split": "{part}"') for part in ("train", "heldout")] == [3, 1]
+
+
+def test_references_are_one_text_or_several_and_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"input": "a", "references": "b"}\n{"input": "c", "output": "d", "references": ["e", "f"]}\n')
+    queries = load_queries(path)
+    assert [query.references for query in queries] == [("b",), ("e", "f")]
+    save_queries(path, {"test": [*queries, Query("g")]})
+    assert load_queries(path) == [*queries, Query("g")]
+    assert "references" not in path.read_text().splitlines()[2]
 
 
 def test_blanks_around_a_question_do_not_count(tmp_path: Path) -> None:
