@@ -31,7 +31,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors",),
     ),
     "softprompt_kernels/compress": (
-        ("forecast", "diagnose"),
+        ("forecast", "diagnose", "suite_run"),
         ("run", "saved_prompt"),
         ("initial_prompt", "compared_answers", "teaching"),
         ("inputs",),

@@ -19,8 +19,8 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +40,22 @@ class Stopped(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Turns a stopped compression into `Stopped`, with how to go on."""
+    from softprompt_kernels.compress.run import Interrupted
+    from softprompt_kernels.compress.signals import signal_of
+
+    again = "Run the same command again to resume"
+    try:
+        yield
+    except Interrupted as stop:
+        text = f"Stopped {stop.where}. The state is saved in {stop.output}. {again}."
+        raise Stopped(text, stop.signal) from None
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"Interrupted. {again} with what is already saved.", signal_of(stop)) from None
 
 
 def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from softprompt_kernels.compress.config import CompressConfig, load_config
     from softprompt_kernels.compress.diagnose.run import diagnose_run
+    from softprompt_kernels.compress.evaluate.suites.made import make_suite
+    from softprompt_kernels.compress.evaluate.suites.suite import Suite, write_suite
     from softprompt_kernels.compress.forecast import Plan, plan
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
     from softprompt_kernels.compress.run import Interrupted, compress
     from softprompt_kernels.compress.saved_prompt import evaluate_prompt
     from softprompt_kernels.compress.sources.chat import ChatFormat
     from softprompt_kernels.compress.sources.model import load_model
+    from softprompt_kernels.compress.suite_run import evaluate_suite, suite_config, suite_of
 
 __all__ = [
     "Advance",
@@ -24,12 +27,18 @@ __all__ = [
     "Plan",
     "Reporter",
     "SilentReporter",
+    "Suite",
     "compress",
     "diagnose_run",
     "evaluate_prompt",
+    "evaluate_suite",
     "load_config",
     "load_model",
+    "make_suite",
     "plan",
+    "suite_config",
+    "suite_of",
+    "write_suite",
 ]
 
 _MODULES = {
@@ -46,6 +55,12 @@ _MODULES = {
     "compress": "softprompt_kernels.compress.run",
     "diagnose_run": "softprompt_kernels.compress.diagnose.run",
     "evaluate_prompt": "softprompt_kernels.compress.saved_prompt",
+    "Suite": "softprompt_kernels.compress.evaluate.suites.suite",
+    "write_suite": "softprompt_kernels.compress.evaluate.suites.suite",
+    "make_suite": "softprompt_kernels.compress.evaluate.suites.made",
+    "evaluate_suite": "softprompt_kernels.compress.suite_run",
+    "suite_config": "softprompt_kernels.compress.suite_run",
+    "suite_of": "softprompt_kernels.compress.suite_run",
 }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import duration, show_pairs, show_table, size
-from softprompt_kernels.cli.errors import Stopped
+from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.config import CompressConfig, load_config
@@ -55,22 +55,13 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
 
 def _compress(settings: CompressConfig) -> None:
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.compress import Interrupted, compress
+    from softprompt_kernels.compress import compress
     from softprompt_kernels.compress.folder import RunFolder
-    from softprompt_kernels.compress.signals import signal_of
 
     reporter = terminal_reporter()
     reporter.message(f"Loading {settings.model}")
-    try:
+    with resumable():
         figures = compress(settings, reporter)
-    except Interrupted as stop:
-        raise Stopped(
-            f"Stopped {stop.where}. The state is saved in {stop.output}. Run the same command again to resume.",
-            stop.signal,
-        ) from None
-    except KeyboardInterrupt as stop:
-        message = "Interrupted. Run the same command again to resume with what is already saved."
-        raise Stopped(message, signal_of(stop)) from None
     folder = RunFolder(settings.output)
     header, rows = evaluation_table(figures)
     typer.echo("")

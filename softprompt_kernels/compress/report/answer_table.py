@@ -71,3 +71,28 @@ def forgetting_remark(figures: Mapping[str, Any]) -> str:
         f"Unrelated text ({figures['tokens']} tokens), from the model without a prompt: {'; '.join(parts)}; "
         f"no context perplexity {figures['perplexity_none']:.2f}."
     )
+
+
+def suite_remark(figures: Mapping[str, Any]) -> str:
+    """What a suite asked, and which of the tested facts training has named.
+
+    Args:
+        figures: from `evaluate_suite`, with "suite".
+    """
+    suite, students = figures["suite"], figures["answers"]["accuracy"][figures["suite"]["metric"]]
+    text = (
+        f"Suite {suite['name']}: {figures['context_tokens']} tokens in a prompt of {figures['prompt_tokens']} "
+        f"({figures['ratio']:.1f}x), {suite['test_questions']} test questions. "
+        f"The full context itself answers {students['full']:.2f} of them right."
+    )
+    if "named_in_training" not in suite:
+        return f"{text} None of them was asked in training."
+    text += f" Training asked {suite['train_questions']} others; "
+    named = suite["named_in_training"]
+    text += f"its queries, with those of self-study, name the facts of {named} of the tested ones"
+    shares = [
+        f"{suite[key]['prompt']:.2f} of {name}"
+        for key, name in (("accuracy_named", "these"), ("accuracy_not_named", "the others"))
+        if key in suite
+    ]
+    return f"{text} (soft prompt right: {', '.join(shares)})."

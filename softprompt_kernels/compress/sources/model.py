@@ -16,6 +16,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import auto_class, prepare
+from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.prompts.adapter import PEFT_TYPES
 from softprompt_kernels.prompts.json_file import read_object
 
@@ -62,6 +63,22 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     prepare(model)
     torch.nn.Module.to(model, resolved)  # the type of transformers' own `to` is wrong
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a model, and the model's window in tokens. The weights are not read.
+
+    Args:
+        name: as in `load_model`.
+
+    Raises:
+        SoftPromptError: nothing can be loaded under that name, or the model family is not supported.
+    """
+    with _loading("model", name):
+        base = _base_of_adapter(name)
+        config = AutoConfig.from_pretrained(base or name)
+        auto_class(config)
+    return _load_tokenizer(name, base), max_positions(config)
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Suites of questions with known answers, made from a seed or read from public files."""
+"""Suites: a context with questions and their right answers, made from a seed or read from the files of benchmarks."""
