@@ -8,6 +8,8 @@ empty, k is less than the length of the context) is checked by the code that rea
 from __future__ import annotations
 
 import difflib
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -63,13 +65,42 @@ def _parse_mapping(value: Any) -> Any:
         raise PydanticCustomError("mapping", "not a mapping") from error
 
 
+OBJECTIVES = ("kl", "reverse_kl", "jsd", "nll")
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def is_own(objective: str) -> bool:
+    """Whether an objective names a function of the user, "package.module:function"."""
+    return ":" in objective
+
+
+def _parse_objective(value: Any) -> Any:
+    """A name, or a function in place of the name that it can be imported by."""
+    if callable(value):
+        name = f"{getattr(value, '__module__', None)}:{getattr(value, '__qualname__', None)}"
+        found: Any = sys.modules.get(name.partition(":")[0])
+        for part in name.partition(":")[2].split("."):
+            found = getattr(found, part, None)
+        if found is not value:
+            raise PydanticCustomError(
+                "combination",
+                "objective: {name} cannot be found by its name, accepted is a function at the top level of a module",
+                {"name": name},
+            )
+        return name
+    if isinstance(value, str) and (value in OBJECTIVES or _FUNCTION.fullmatch(value)):
+        return value
+    raise PydanticCustomError("objective", "not an objective")
+
+
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(_expand_home)]
 ChatArguments = Annotated[dict[str, JsonValue], BeforeValidator(_parse_mapping)]
 Kind = Literal["kv", "embedding"]
 Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
-Objective = Literal["kl", "reverse_kl", "jsd", "nll"]
+Objective = Annotated[str, BeforeValidator(_parse_objective)]
+TokenWeights = Literal["uniform", "entropy", "student"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -136,7 +167,13 @@ class CompressConfig(BaseModel):
     objective: Objective = Field(
         "kl",
         description="Training loss. kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: generalised "
-        "Jensen-Shannon divergence. nll: negative log-likelihood of the answers.",
+        "Jensen-Shannon divergence. nll: negative log-likelihood of the answers. package.module:function: a loss of "
+        "your own, which is imported and run.",
+    )
+    token_weights: TokenWeights = Field(
+        "uniform",
+        description="Weights of the tokens in the loss. entropy: the teacher's entropy. student: less for tokens on "
+        "which the student is near the teacher already; not for nll.",
     )
     nll_weight: Number = Field(
         0.0, ge=0, le=1, description="Weight of the NLL in a mixture with objective kl: (1 - w) KL + w NLL."
@@ -222,6 +259,11 @@ class CompressConfig(BaseModel):
                 self.beta == 0.5 or self.objective == "jsd",
                 f"beta: got {self.beta:g}, accepted with objective={self.objective} is 0.5: only jsd uses it",
             ),
+            (
+                self.token_weights != "student" or (self.objective != "nll" and self.nll_weight == 0),
+                f"token_weights: got student with objective={self.objective} and nll_weight={self.nll_weight:g}, "
+                "accepted are uniform and entropy: an NLL does not say what the student has already",
+            ),
             (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 generates none"),
             (
                 (self.micro_batch_size or 1) <= self.batch_size,
@@ -270,6 +312,8 @@ def accepted(name: str) -> str:
     type_name, bounds = _type_name(field.annotation), []
     if name == "template_arguments":
         return "a mapping of names to JSON values"
+    if name == "objective":
+        return f"one of {', '.join(OBJECTIVES)}, or package.module:function"
     if name == "device":
         return "auto, cpu, cuda, cuda:1 or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:

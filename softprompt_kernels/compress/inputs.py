@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config import CompressConfig, is_own
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.distill.own_loss import check_own_loss, load_own_loss, source_digest
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model, resolve_device
@@ -134,6 +135,7 @@ def load_inputs(config: CompressConfig) -> RunInputs:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
+    own_loss = load_own_loss(config.objective) if is_own(config.objective) else None
     model, tokenizer = load_model(config.model, config.dtype, config.device)
     folder = RunFolder(config.output)
     stored = (folder.examples.exists() or folder.checkpoint.exists()) and folder.read_evaluation() is None
@@ -155,7 +157,18 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         # This takes effect only in training mode. The model stays in evaluation mode, and the trainer switches the
         # layers while it needs them to recompute (see `recompute_activations`).
         model.activation_checkpointing_enable({"use_reentrant": False})
-    objective = Objective(config.objective, head_of(model), config.nll_weight, config.beta, config.loss_temperature)
+    head = head_of(model)
+    objective = Objective(
+        config.objective,
+        head,
+        config.nll_weight,
+        config.beta,
+        config.loss_temperature,
+        config.token_weights,
+        own_loss,
+    )
+    if own_loss is not None:
+        check_own_loss(own_loss, model, head, context_ids)
     return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, test, objective)
 
 
@@ -228,6 +241,8 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
     ):
         if path is not None:
             config[name] = sha256(read_utf8(path, f"{name}: {path}"))
+    if inputs.objective.function is not None:
+        config["objective"] += " " + source_digest(inputs.objective.function)
     config["context"] = sha256(inputs.text)
     model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
     config["model"] = as_recorded(model, model_fingerprint(inputs.model, model))

@@ -3,9 +3,10 @@
 One step draws a batch, computes the prompt's prefix, runs the batch behind the prefix in micro-batches, accumulates the
 gradient of
 
-    loss = Σ_tokens loss(token) / number of tokens in the whole batch
+    loss = Σ_tokens weight(token) · loss(token) / Σ_tokens weight(token)      over the whole batch
 
-and updates σ at the learning rate of the schedule. Neither micro-batches nor padding change the scale of this loss.
+and updates σ at the learning rate of the schedule. The weights are 1 unless the objective has others. Neither
+micro-batches nor padding change the scale of this loss.
 
 The micro-batches see the prefix as a leaf, and autograd runs through the prefix once at the end of the step. So an
 embedding prompt costs one pass through the model a step. The order of examples depends on seed and epoch only, and
@@ -144,6 +145,7 @@ class Trainer:
             raise SoftPromptError(
                 f"learning_rate: at step {self.step + 1} the loss is {loss:.3g} and the gradient norm "
                 f"{float(norm):.3g}; try a smaller learning rate"
+                + ", or look at your own loss" * (self.objective.function is not None)
                 + (", or dtype bfloat16 or float32 in place of float16" * (self.model.dtype == torch.float16))
             )
         self.consistent = False
@@ -154,7 +156,7 @@ class Trainer:
         return StepReport(self.step, loss, float(norm), rate, tokens, time.perf_counter() - begin)
 
     def accumulate(self, chosen: Sequence[int]) -> float:
-        """Compute the gradient of σ for a batch: that of the mean loss over its tokens.
+        """Compute the gradient of σ for a batch: that of the mean loss over its tokens, by their weights.
 
         Args:
             chosen: the indices of the examples in the batch.
@@ -166,18 +168,21 @@ class Trainer:
         prefix = prefix_of(self.model, self.prompt)
         leaves = Prefix.of((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.layers)
         tokens = total_targets([self.examples[i] for i in chosen])
-        total = 0.0
+        total = weight = 0.0
         with recompute_activations(self.model):
             for start in range(0, len(chosen), self.micro_batch_size):
                 part = chosen[start : start + self.micro_batch_size]
                 batch = Batch.of([self.examples[i] for i in part], self.model.device)
                 hidden = batch.hidden(self.model, leaves)
-                loss = self.objective.loss(hidden, batch.labels, part, self.targets) / tokens
+                summed = self.objective.loss(hidden, batch.labels, part, self.targets)
+                loss = summed.loss / tokens
                 loss.backward()
-                total += float(loss.detach())
+                total, weight = total + float(loss.detach()), weight + summed.weight
         outputs, gradients = _tensors_and_gradients(prefix, leaves)
+        if weight not in (0, tokens):  # the sum of all weights is known only now
+            gradients = [gradient * (tokens / weight) for gradient in gradients]
         torch.autograd.backward(outputs, gradients)
-        return total
+        return total * (tokens / weight) if weight else total
 
     def batch_at(self, step: int) -> list[int]:
         """The indices of the examples of a step. Shuffled epochs follow each other and are cut into batches."""

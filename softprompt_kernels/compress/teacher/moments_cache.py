@@ -3,7 +3,8 @@
 With the forward KL and a linear head, the loss of a token needs the moments of the teacher's distribution: the mean row
 of the head `m_t = E_{p_t}[W]` (d floats) and the entropy (1 float). They replace V logits without loss (see
 ops/linear_kl_div). With a softcap, or another divergence, the cache holds the teacher's last hidden state instead. That
-is also d floats and also exact, but costs one more GEMM with the head in every step.
+is also d floats and also exact, but costs one more GEMM with the head in every step. A loss that weights tokens by the
+teacher's entropy keeps that too, or alone where it needs nothing else: it costs a GEMM with the head once.
 
 On disk: `00000.safetensors`, … with the rows of examples in the order in which they came, and `index.json`,
 which is written last. It says where the rows of each example are, and under which key: a digest of everything that they
@@ -13,9 +14,10 @@ depend on. With another model, context, set of examples or form they are compute
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +28,12 @@ from torch import Tensor
 
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.models import Head
-from softprompt_kernels.ops import TeacherMoments, teacher_moments
+from softprompt_kernels.ops import TeacherMoments, kl_div, teacher_moments
 
-Form = Literal["moments", "hidden"]
+Form = Literal["moments", "hidden", "hidden_entropy", "entropy"]
+"""What is kept for each token: moments (with the entropy), the last hidden state, that and the entropy, the entropy."""
 ROWS_PER_SHARD = 4096
+_ENTROPY_ROWS = 256  # rows of logits in memory at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +41,10 @@ class Targets:
     """The targets of all training examples, memory-mapped from disk.
 
     Args:
-        form: "moments" or "hidden".
+        form: what they are.
         shards: open files.
         rows: for each example, by its number, its shard, the first row there, and the row after the last.
-        temperature: of the loss that the moments were computed for.
+        temperature: of the loss that moments and entropies were computed for.
         logit_scale, has_bias: of the head that the moments were computed with.
     """
 
@@ -60,6 +64,16 @@ class Targets:
     def hidden(self, examples: Sequence[int], device: torch.device) -> Tensor:
         """`[n, d]`: the teacher's hidden states of several examples, concatenated in this order."""
         return self._gather("hidden", examples, device)
+
+    def entropy(self, examples: Sequence[int], device: torch.device) -> Tensor:
+        """`[n]` fp32: the teacher's entropies of the rows of several examples, nats. Not in the form "hidden"."""
+        return self._gather("entropy", examples, device)
+
+    def joined(self, others: Targets, offset: int) -> Targets:
+        """These targets, and others of the same form under their numbers + `offset`."""
+        first = len(self.shards)
+        added = {offset + n: (first + shard, start, stop) for n, (shard, start, stop) in others.rows.items()}
+        return replace(self, shards=self.shards + others.shards, rows=self.rows | added)
 
     def _gather(self, name: str, examples: Sequence[int], device: torch.device) -> Tensor:
         parts = []
@@ -126,8 +140,9 @@ def read_targets(folder: Path, key: str, head: Head, form: Form, temperature: fl
 
 
 def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> dict[str, Tensor]:
-    if form == "hidden":
-        return {"hidden": hidden.cpu().contiguous()}
+    if form != "moments":
+        tensors = {"hidden": hidden.cpu().contiguous()} if form != "entropy" else {}
+        return tensors if form == "hidden" else tensors | {"entropy": _entropy(hidden, head, temperature).cpu()}
     moments = teacher_moments(
         hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, temperature=temperature
     )
@@ -135,6 +150,15 @@ def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> 
     if moments.bias_mean is not None:
         tensors["bias_mean"] = moments.bias_mean.cpu()
     return tensors
+
+
+def _entropy(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    """`[n]` fp32: the entropies at a temperature of the tokens after `hidden [n, d]`: ln V − KL(p ‖ uniform)."""
+    parts = []
+    for rows in hidden.split(_ENTROPY_ROWS):
+        logits = head.logits(rows).float() / temperature
+        parts.append(math.log(logits.shape[1]) - kl_div(torch.zeros_like(logits), logits, reduction="none"))
+    return torch.cat(parts)
 
 
 def _index(folder: Path) -> Path:

@@ -7,7 +7,7 @@ query ends with a key, and the answer is its value.
     head       logits = g ⟨e(v), out⟩
 
 So behind "k" a context with "… k v …" gives v. Embeddings are random directions of `WIDTH` dimensions, and there are
-more tokens than dimensions: v gets about half of the probability, and the rest is spread over all other tokens by
+more tokens than dimensions: v gets a third to a half of the probability, and the rest is spread over all other tokens by
 their likeness to v. So the tail depends on the context too. A loss that ignores the mass of the tail can lower the
 tail as far as `const` allows: the final LayerNorm divides by the norm of all four parts.
 
@@ -29,9 +29,9 @@ from softprompt_kernels.compress.sources.chat import INSTRUCTION
 
 WIDTH, HEADS, HIDDEN = 40, 2, 128
 ROTARY, ROTARY_BASE = 16, 10.0
-CONST = 4.0  # norm of the constant part
-PREVIOUS, MATCH, LOGIT = 20.0, 10.0, 5.6  # scores of both kinds of attention, and the logit of the answer
-KEYS, VALUES, FILLERS = ([f"{kind}{i}" for i in range(count)] for kind, count in (("k", 32), ("v", 64), ("f", 64)))
+CONST = 6.0  # norm of the constant part
+PREVIOUS, MATCH, LOGIT = 20.0, 10.0, 7.0  # scores of both kinds of attention, and the logit of the answer
+KEYS, VALUES, FILLERS = ([f"{kind}{i}" for i in range(count)] for kind, count in (("k", 32), ("v", 64), ("f", 1000)))
 SPECIAL = ("<bos>", "<end>", "<unk>")
 
 

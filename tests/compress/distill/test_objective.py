@@ -69,7 +69,8 @@ def test_loss_and_gradient_are_those_of_the_formula(
         targets = make_targets(form=form, temperature=objective.temperature, head=head)
     batch = Batch.of([examples[i] for i in CHOSEN], CPU)
     student = batch.hidden(model, context.slice(0, 5)).requires_grad_()
-    loss = objective.loss(student, batch.labels, CHOSEN, targets)
+    loss, weight = objective.loss(student, batch.labels, CHOSEN, targets)
+    assert weight == len(student)
     (gradient,) = torch.autograd.grad(loss, student)
     rows = student.detach().double().requires_grad_()
     expected = expected_loss(rows, batch.hidden(model, context).double(), batch.labels, objective)
@@ -107,5 +108,6 @@ def test_the_loss_of_a_perfect_student_is_zero(
     for name in ("kl", "reverse_kl", "jsd"):
         objective = Objective(name, head)
         targets = make_targets(form=objective.form, folder=tmp_path / name)
-        loss = float(objective.loss(rows, torch.zeros(len(rows), dtype=torch.int64), range(len(examples)), targets))
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+        loss = float(objective.loss(rows, labels, range(len(examples)), targets).loss)
         assert math.isclose(loss, 0, abs_tol=2e-5 * len(rows))

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from softprompt_kernels.compress import ChatFormat, CompressConfig, compress, load_model
-from softprompt_kernels.models import capture, head_of, prompted_hidden
+from softprompt_kernels.models import Head, capture, head_of, prompted_hidden
 from tests.compress.distill.recall_model import RecallTask, save_recall_model
 
 Recall = Callable[..., dict[str, Any]]
@@ -54,12 +55,12 @@ def test_the_model_recalls_with_the_context_alone_and_leaves_a_tail_that_depends
             head_of(model).logits(prompted_hidden(model, ids, prefix)[0, -1]).softmax(-1) for prefix in (context, None)
         )
         assert int(with_context.argmax()) == value
-        assert 0.4 < float(with_context[value]) < 0.7
+        assert 0.25 < float(with_context[value]) < 0.6
         assert float(without[value]) < 0.05
         tails.append(with_context.clone())
         tails[-1][value] = 0
     for tail in tails:
-        assert float(tail.topk(20).values.sum()) < 0.6 * float(tail.sum()), "the tail is spread over many tokens"
+        assert float(tail.topk(5).values.sum()) < 0.6 * float(tail.sum()), "the tail is spread over many tokens"
     likeness = torch.corrcoef(torch.stack(tails[::2]))
     assert float(likeness.fill_diagonal_(0).max()) < 0.7, "another value has another tail"
 
@@ -78,3 +79,16 @@ def test_training_end_to_end_recovers_the_pairs(
     figures = recall(**(TRAINED | {"objective": objective} | options))
     assert figures["kl_untrained"] > 0.5 * figures["kl_none"], "nothing is known before the training"
     assert figures["recovered"] >= least
+
+
+def top_5_without_the_tail(student: Tensor, teacher: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Σ_v p_t(v) (log p_t(v) − log p_s(v)) over the teacher's five most probable tokens, as cached top-k
+    log-probabilities give it. The rest of the distribution, more than a third of it here, has no say."""
+    log_p, chosen = head.logits(teacher).log_softmax(-1).topk(5)
+    return (log_p.exp() * (log_p - head.logits(student).log_softmax(-1).gather(-1, chosen))).sum(-1)
+
+
+def test_the_top_tokens_without_the_tail_ruin_the_distribution_and_the_agreement_hides_it(recall: Recall) -> None:
+    figures = recall(**TRAINED, objective=top_5_without_the_tail)
+    assert figures["top1_agreement"] >= 0.9
+    assert figures["recovered"] < 0.5

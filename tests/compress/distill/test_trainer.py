@@ -82,7 +82,7 @@ def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make_traine
     for index in chosen:
         batch = Batch.of([trainer.examples[index]], CPU)
         hidden = batch.hidden(trainer.model, prefix_of(trainer.model, trainer.prompt))
-        total = total + trainer.objective.loss(hidden, batch.labels, [index], trainer.targets).double()
+        total = total + trainer.objective.loss(hidden, batch.labels, [index], trainer.targets).loss.double()
     mean = total / total_targets([trainer.examples[i] for i in chosen])
     assert loss == pytest.approx(float(mean.detach()), rel=1e-5)
     for gradient, expected in zip(found, torch.autograd.grad(mean, trainer.parameters), strict=True):
