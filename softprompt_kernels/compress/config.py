@@ -185,6 +185,15 @@ class CompressConfig(BaseModel):
         1.0, gt=0, description="Divides the logits of student and teacher in the loss, as in distillation."
     )
 
+    rounds: Integer = Field(
+        0,
+        ge=0,
+        description="On-policy rounds: so many times during training the student answers the training queries, the "
+        "teacher reads the answers, and training goes on with both.",
+    )
+    student_share: Number = Field(
+        0.5, gt=0, le=1, description="Share of the student's answers in the training after a round."
+    )
     steps: Integer = Field(
         200, ge=0, description="Optimiser steps of the training end to end. 0: the prompt stays as it is initialised."
     )
@@ -263,6 +272,19 @@ class CompressConfig(BaseModel):
                 self.token_weights != "student" or (self.objective != "nll" and self.nll_weight == 0),
                 f"token_weights: got student with objective={self.objective} and nll_weight={self.nll_weight:g}, "
                 "accepted are uniform and entropy: an NLL does not say what the student has already",
+            ),
+            (
+                self.rounds == 0 or (self.objective != "nll" and self.nll_weight == 0),
+                f"rounds: got {self.rounds} with objective={self.objective} and nll_weight={self.nll_weight:g}, "
+                "accepted is 0: what the student samples is no label to learn from",
+            ),
+            (
+                self.rounds == 0 or self.rounds < self.steps,
+                f"rounds: got {self.rounds}, accepted is less than steps={self.steps}",
+            ),
+            (
+                self.student_share == 0.5 or self.rounds,
+                f"student_share: got {self.student_share:g}, accepted with rounds=0 is 0.5: only rounds use it",
             ),
             (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 generates none"),
             (

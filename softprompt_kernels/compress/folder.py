@@ -52,6 +52,11 @@ class RunFolder:
         return self.cache / "states"
 
     @property
+    def rounds(self) -> Path:
+        """The folder of the student's answers, by round, with the teacher's targets of them."""
+        return self.cache / "rounds"
+
+    @property
     def checkpoint(self) -> Path:
         """The last checkpoint of training."""
         return self.path / "checkpoint.safetensors"

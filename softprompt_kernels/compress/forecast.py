@@ -122,6 +122,9 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     if config.steps and inputs.objective.form == "moments":
         moments_seconds = _moments_seconds(inputs, context, examples) * config.new_tokens * len(inputs.train)
 
+    # A round: the student answers all training queries, and the teacher reads them.
+    one_round = len(inputs.train) * (one_answer + sequence_seconds) + moments_seconds
+
     # Matching: one layer of each kind, with the rows of the examples just sampled. The run has more rows.
     rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
     # The teacher is recorded while it writes its answers. Given ones it has to read.
@@ -173,6 +176,7 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
             "answers": unanswered * one_answer + sequence_seconds * given * recorded + moments_seconds,
             **({"matching": matching} if config.init == "matched" else {}),
             "training": step_seconds * config.steps,
+            **({"rounds": config.rounds * one_round} if config.rounds else {}),
             "evaluation": sequence_seconds * passes,
             "answers_compared": compared * one_answer,
         },

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from softprompt_kernels.compress.compared_answers import compared_answers, prompt_answers
 from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.distill.on_policy import OnPolicy, parts
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.baselines import TOKEN_BASELINES, baseline_prefixes
 from softprompt_kernels.compress.evaluate.details import Details, write_details
@@ -261,7 +262,7 @@ class _Run:
         """Train to the last step, from the checkpoint if there is one.
 
         Returns:
-            Seconds that earlier calls spent on the steps before the checkpoint.
+            Seconds that earlier calls spent on the steps before the checkpoint, and on rounds.
         """
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         if config.steps == 0:
@@ -283,39 +284,65 @@ class _Run:
         if folder.checkpoint.exists():
             trainer.load(folder.checkpoint, self.key)
             self.reporter.message(f"Resuming from step {trainer.step}.")
-        seconds_before = folder.drop_metrics_after(trainer.step)
+        on_policy = self.on_policy()
+        seconds_before = folder.drop_metrics_after(trainer.step) + on_policy.seconds(config.rounds)
         head = head_of(inputs.model)
         heldout = taught.examples["heldout"]
         teacher = taught.states["heldout"] if config.evaluate_every else None
 
-        with (
-            folder.metrics.open("a", encoding="utf-8") as metrics,
-            self.reporter.progress("Training", config.steps, "step") as advance,
-        ):
-            advance(trainer.step)
-
-            def after_step(report: StepReport) -> None:
-                record = {"stage": "training", **asdict(report)}
-                if teacher is not None and report.step % config.evaluate_every == 0:
-                    prefix = prefix_of(inputs.model, prompt).detach()
-                    student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
-                    record["heldout_kl"] = distance(head, student, teacher).kl
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
-                figures = {"loss": report.loss}
-                if "heldout_kl" in record:
-                    figures["heldout_kl"] = record["heldout_kl"]
-                advance(1, **figures)
-                if report.step % config.checkpoint_every == 0:
-                    trainer.save(folder.checkpoint, self.key)
-
-            try:
-                trainer.run(after_step)
+        def after_step(report: StepReport) -> None:
+            record = {"stage": "training", **asdict(report), **({"round": part.round} if config.rounds else {})}
+            if teacher is not None and report.step % config.evaluate_every == 0:
+                prefix = prefix_of(inputs.model, prompt).detach()
+                student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
+                record["heldout_kl"] = distance(head, student, teacher).kl
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            figures = {"loss": report.loss}
+            if "heldout_kl" in record:
+                figures["heldout_kl"] = record["heldout_kl"]
+            advance(1, **figures)
+            if report.step % config.checkpoint_every == 0:
                 trainer.save(folder.checkpoint, self.key)
-            except KeyboardInterrupt as stop:
-                trainer.save(folder.checkpoint, self.key)
-                raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
+
+        try:
+            with folder.metrics.open("a", encoding="utf-8") as metrics:
+                for part in parts(config.steps, config.rounds):
+                    if trainer.step >= part.last:
+                        continue
+                    if part.round:
+                        at_round = trainer.step == part.first
+                        if at_round:
+                            trainer.save(folder.checkpoint, self.key)
+                        student = prefix_of(inputs.model, prompt).detach() if at_round else None
+                        trainer.take(*on_policy.answers(part.round, student), config.student_share)
+                    title = f"Training, part {part.round + 1} of {config.rounds + 1}" if config.rounds else "Training"
+                    with self.reporter.progress(title, part.last - part.first, "step") as advance:
+                        advance(trainer.step - part.first)
+                        trainer.run(after_step, part.last)
+            trainer.save(folder.checkpoint, self.key)
+        except KeyboardInterrupt as stop:
+            trainer.save(folder.checkpoint, self.key)
+            raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
         return seconds_before
+
+    def on_policy(self) -> OnPolicy:
+        """The rounds of the training."""
+        inputs, config = self.inputs, self.inputs.config
+        return OnPolicy(
+            inputs.model,
+            inputs.chat,
+            self.context,
+            inputs.train,
+            inputs.objective,
+            self.folder.rounds,
+            self.key,
+            config.new_tokens,
+            config.sample_temperature,
+            config.sample_batch,
+            config.seed,
+            self.reporter,
+        )
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
         """The content of evaluation.json, without the seconds."""

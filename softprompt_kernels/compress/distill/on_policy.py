@@ -1,9 +1,10 @@
 """On-policy rounds: the student answers the training queries itself, and the teacher says what it would have answered.
 
     part 0 of the training    the teacher's answers alone
-    round r                   the prompt as it is after part r − 1 answers all N training queries; the teacher reads them
-    part r                    of each query that is drawn: with probability `share` the answer of the student from round
-                              r, else that of the teacher
+    round r                   the prompt as it is after part r − 1 answers all N training queries, and the teacher
+                              reads the answers
+    part r                    of each query that is drawn: with probability `share` the answer of the student from
+                              round r, else that of the teacher
 
 A prompt that is trained on the teacher's answers alone never sees what follows after a mistake of its own. This is GKD
 (arXiv 2306.13649), with the student's answers renewed once a round instead of in every step. The targets are of the

@@ -9,8 +9,9 @@ and updates σ at the learning rate of the schedule. The weights are 1 unless th
 micro-batches nor padding change the scale of this loss.
 
 The micro-batches see the prefix as a leaf, and autograd runs through the prefix once at the end of the step. So an
-embedding prompt costs one pass through the model a step. The order of examples depends on seed and epoch only, and
-nothing else is random: a resumed run gives the same bits as an uninterrupted one.
+embedding prompt costs one pass through the model a step. The order of examples depends on seed and epoch only, the
+choice between answers of teacher and student (`on_policy.py`) on seed and step, and nothing else is random: a resumed
+run gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Trainer:
     ) -> None:
         self.model, self.prompt, self.examples = model, prompt, examples
         self.targets, self.objective, self.schedule = targets, objective, schedule
-        self.batch_size = min(batch_size, len(examples))
+        self.queries, self.student_share = len(examples), 0.0
+        self.batch_size = min(batch_size, self.queries)
         self.micro_batch_size = micro_batch_size or self.batch_size
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.parameters = [p for p in prompt.parameters() if p.numel()]
@@ -123,9 +125,22 @@ class Trainer:
         self.consistent = True  # False while an update of σ is under way
         self.saved_step = 0  # the step of the last checkpoint
 
-    def run(self, after_step: Callable[[StepReport], None]) -> None:
-        """Train from the current step to the last; `after_step` is called after each update of σ."""
-        while self.step < self.schedule.steps:
+    def take(self, examples: Sequence[Example], targets: Targets | None, share: float) -> None:
+        """From now on, train on other answers to the same queries too, in place of those that were taken before.
+
+        Args:
+            examples: one for each training example, in the same order.
+            targets: of these examples, in the objective's form; None if it needs none.
+            share: probability that a query that is drawn has the answer from here, 0 to 1.
+        """
+        first = list(self.examples[: self.queries])
+        self.examples, self.student_share = [*first, *examples], share
+        if targets is not None and self.targets is not None:
+            self.targets = self.targets.joined(targets, self.queries)
+
+    def run(self, after_step: Callable[[StepReport], None], until: int | None = None) -> None:
+        """Train from the current step to `until` (None: the last); `after_step` is called after each update of σ."""
+        while self.step < (self.schedule.steps if until is None else until):
             after_step(self.train_step())
 
     def train_step(self) -> StepReport:
@@ -185,14 +200,22 @@ class Trainer:
         return total * (tokens / weight) if weight else total
 
     def batch_at(self, step: int) -> list[int]:
-        """The indices of the examples of a step. Shuffled epochs follow each other and are cut into batches."""
-        size, count = self.batch_size, len(self.examples)
+        """The indices of the examples of a step. Shuffled epochs follow each other and are cut into batches.
+
+        Those of the student's answers, if any were taken, follow on those of the teacher's.
+        """
+        size, count = self.batch_size, self.queries
         order: list[int] = []
         for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order += torch.randperm(count, generator=generator, device="cpu").tolist()
         start = step * size % count
-        return order[start : start + size]
+        chosen = order[start : start + size]
+        if not self.student_share:
+            return chosen
+        generator = torch.Generator().manual_seed(2**60 + self.seed * 1_000_003 + step)
+        own = torch.rand(size, generator=generator, device="cpu") < self.student_share
+        return [index + count * taken for index, taken in zip(chosen, own.tolist(), strict=True)]
 
     def save(self, path: Path, identity: str) -> None:
         """Write a checkpoint of σ, the optimiser and the step, atomically.

@@ -7,8 +7,8 @@ query ends with a key, and the answer is its value.
     head       logits = g ⟨e(v), out⟩
 
 So behind "k" a context with "… k v …" gives v. Embeddings are random directions of `WIDTH` dimensions, and there are
-more tokens than dimensions: v gets a third to a half of the probability, and the rest is spread over all other tokens by
-their likeness to v. So the tail depends on the context too. A loss that ignores the mass of the tail can lower the
+more tokens than dimensions: v gets a third to a half of the probability, and the rest is spread over all other tokens
+by their likeness to v. So the tail depends on the context too. A loss that ignores the mass of the tail can lower the
 tail as far as `const` allows: the final LayerNorm divides by the norm of all four parts.
 
 Both halves of `out` have an attention head of their own. It is a GPT-NeoX: part of its dimensions rotate, and its
