@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import typer
 
+from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import table_text
+
+__all__ = ["duration", "on_terminal", "show_pairs", "show_table", "size"]
 
 
 def on_terminal() -> bool:
@@ -41,18 +44,6 @@ def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         typer.echo(f"{name.ljust(width)}  {value}")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "0.4 s", "12 s", "3 min 05 s" or "2 h 07 min"."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def size(count: int) -> str:

@@ -1,10 +1,11 @@
 """The folder of a run: its files, and a record of which run they belong to.
 
     config.yaml  run.json  chat.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
-    stages.json  curves.png  prompt/  answers.md  evaluation.json
+    stages.json  curves.png  prompt/  answers.md  details.json  evaluation.json  report.html
 
-`run.json` holds the identity of the run. The same command on the same folder resumes the run. A command of another
-identity is refused before it changes anything. While a process works in the folder, it has a `.lock` (see `lock`).
+`run.json` holds the identity of the run, and what it was made with. The same command on the same folder resumes the
+run. A command of another identity is refused before it changes anything. While a process works in the folder, it has a
+`.lock` (see `lock`).
 """
 
 from __future__ import annotations
@@ -115,12 +116,22 @@ class RunFolder:
             return {}
         return saved if isinstance(saved, dict) else {}
 
-    def claim(self, identity: dict[str, Any], config_yaml: str) -> None:
+    @property
+    def made_with(self) -> dict[str, str]:
+        """The versions and the machine that began the run; empty if they were not recorded."""
+        try:
+            saved = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["made_with"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {str(name): str(value) for name, value in saved.items()} if isinstance(saved, dict) else {}
+
+    def claim(self, identity: dict[str, Any], config_yaml: str, made_with: Mapping[str, str] | None = None) -> None:
         """Make the folder this run's, or check that it already is.
 
         Args:
             identity: from `inputs.identity`.
             config_yaml: the content of config.yaml, written unless the file exists.
+            made_with: from `versions.made_with`, recorded with the identity. It may differ when the run is resumed.
 
         Raises:
             SoftPromptError: the folder holds other files, or another run. The message names the options that differ.
@@ -141,7 +152,8 @@ class RunFolder:
             return
         if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise SoftPromptError(f"output: {self.path} holds files that do not belong to a run; choose another folder")
-        self._write(config_yaml, json.dumps({"identity": identity}, indent=1))
+        made = {"made_with": dict(made_with)} if made_with else {}
+        self._write(config_yaml, json.dumps({"identity": identity, **made}, indent=1))
 
     def _write(self, config_yaml: str, record: str | None) -> None:
         """Write run.json first: with it the folder is this run's, and the same call can write config.yaml later."""

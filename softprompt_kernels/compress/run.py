@@ -1,7 +1,7 @@
 """One compression, from the text to the saved prompt.
 
     inputs → folder → context → answers → baselines → matching → training → evaluation → saving → compared answers →
-    details → figures → curves
+    details → figures → curves → report
 
 Each stage stores its result in the run's folder. After an interruption the same call resumes with what is stored.
 """
@@ -44,6 +44,8 @@ from softprompt_kernels.compress.matching.match import (
     stored_seconds,
 )
 from softprompt_kernels.compress.report.curves import save_curves
+from softprompt_kernels.compress.report.html.page import save_report
+from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.signals import signal_of, signals_as_interrupts
@@ -54,6 +56,7 @@ from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.torch_modes import own_torch_modes
+from softprompt_kernels.compress.versions import made_with
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
@@ -107,11 +110,12 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
 def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
     """The stages of a run after its inputs are loaded. Arguments and result are those of `compress`."""
     config, folder = inputs.config, RunFolder(inputs.config.output)
-    folder.claim(identity(inputs, folder.identity), config.to_yaml())
+    folder.claim(identity(inputs, folder.identity), config.to_yaml(), made_with())
     finished = folder.read_evaluation()
     if finished is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
         draw_curves(folder, finished, reporter)
+        write_report(folder, reporter)
         return finished
     write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
     if remark := inputs.remark:
@@ -153,6 +157,7 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
     draw_curves(folder, figures, reporter)
+    write_report(folder, reporter)
     return figures
 
 
@@ -163,8 +168,25 @@ def draw_curves(folder: RunFolder, figures: Mapping[str, Any], reporter: Reporte
     try:
         save_curves(folder.metrics, figures, folder.curves)
     except Exception as error:  # of matplotlib, of its settings and fonts, of the disk
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reporter.message(f"Warning: the curves could not be drawn ({reason}). The run is finished without them.")
+        reporter.message(
+            f"Warning: the curves could not be drawn ({_reason(error)}). The run is finished without them."
+        )
+
+
+def write_report(folder: RunFolder, reporter: Reporter) -> None:
+    """Write the report of a finished run, unless it is there, or the run is of a version that kept no details."""
+    if folder.report.exists() or not folder.details.exists():
+        return
+    try:
+        save_report(read_run(folder.path), folder.report)
+    except Exception as error:  # of plotly, of the disk, of a diagnosis of another version
+        reporter.message(
+            f"Warning: the report could not be written ({_reason(error)}). The run is finished without it."
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _means(students: Mapping[str, TokenDistances]) -> dict[str, Distance]:

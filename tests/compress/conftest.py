@@ -129,8 +129,9 @@ def recording_reporter() -> type[RecordingReporter]:
 
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run does not draw its curves: that takes longer than everything else."""
+    """A run does not draw its curves and its report: that takes longer than everything else."""
     monkeypatch.setattr("softprompt_kernels.compress.run.save_curves", lambda *_: None)
+    monkeypatch.setattr("softprompt_kernels.compress.run.save_report", lambda *_: None)
 
 
 @pytest.fixture

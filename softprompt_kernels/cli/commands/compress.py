@@ -75,6 +75,7 @@ def _compress(settings: CompressConfig) -> None:
             ("prompt", str(folder.prompt)),
             ("figures", str(folder.evaluation)),
             *([("curves", str(folder.curves))] if folder.curves.exists() else []),
+            *([("report", str(folder.report))] if folder.report.exists() else []),
             *([("answers", str(folder.answers))] if folder.answers.exists() else []),
             ("try it", try_it(settings, folder.prompt)),
         ]

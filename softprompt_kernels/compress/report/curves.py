@@ -5,16 +5,15 @@ It needs only the files of a run (metrics.jsonl, evaluation.json), so it can be 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.compress.report.metrics import heldout_points, matching_error, read_metrics, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,46 +80,11 @@ def figure_and_canvas() -> tuple[type[Figure], type[FigureCanvasAgg]]:
     return Figure, FigureCanvasAgg
 
 
-def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The steps of matching and those of training, each in order.
-
-    Matching has a record for each step of each group of layers. Of a step that was repeated after an interruption the
-    last record counts. A last line that a crash cut off is ignored.
-
-    Raises:
-        SoftPromptError: the file does not exist, holds no steps, or has an invalid line.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SoftPromptError(f"{file} cannot be read: {error}") from error
-    steps: dict[tuple[str, int, int], dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            steps[str(record["stage"]), int(record.get("first_layer", 0)), int(record["step"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise SoftPromptError(f"{file}, line {number} is not the record of a step") from error
-    if not steps:
-        raise SoftPromptError(f"{file} has no steps yet")
-    ordered = [steps[key] for key in sorted(steps)]
-    return [r for r in ordered if r["stage"] == "matching"], [r for r in ordered if r["stage"] == "training"]
-
-
 def _draw_matching(axes: Axes, records: list[dict[str, Any]]) -> None:
     """The error of refinement, mean over all layers, and its moving average."""
-    layers: dict[int, int] = {}
-    error: dict[int, float] = {}
-    for record in records:
-        layers[record["step"]] = layers.get(record["step"], 0) + record["layers"]
-        error[record["step"]] = error.get(record["step"], 0.0) + record["layers"] * record["error"]
-    steps = sorted(error)
-    mean = [error[step] / layers[step] for step in steps]
+    steps, mean = matching_error(records)
     axes.plot(steps, mean, color="tab:green", alpha=0.3, linewidth=1)
-    axes.plot(
-        steps, _smooth(mean), color="tab:green", label="error of the attention output (mean of the last 10 steps)"
-    )
+    axes.plot(steps, smooth(mean), color="tab:green", label="error of the attention output (mean of the last 10 steps)")
     axes.set_yscale("log")
     axes.set_xlabel("step of matching")
     axes.set_ylabel("relative squared error")
@@ -133,15 +97,10 @@ def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, An
     x = [step["step"] for step in steps]
     loss = [step["loss"] for step in steps]
     axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
-    axes.plot(x, _smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
-    points = {step["step"]: step["heldout_kl"] for step in steps if step.get("heldout_kl") is not None}
-    start = heldout.get(f"kl_{start_row}")
-    if start is not None:
-        points.setdefault(0, start)
-    if heldout.get("kl_prompt") is not None:
-        points[x[-1]] = heldout["kl_prompt"]
+    axes.plot(x, smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
+    points = heldout_points(steps, heldout, start_row)
     if points:
-        axes.plot(*zip(*sorted(points.items()), strict=True), "o--", color="tab:orange", label="held-out KL")
+        axes.plot(*zip(*points, strict=True), "o--", color="tab:orange", label="held-out KL")
     for key, style in (("none", ":"), ("truncated", "-."), ("untrained", "--")):
         value = heldout.get(f"kl_{key}")
         if value is not None:
@@ -159,12 +118,6 @@ def _draw_metric(axes: Axes, steps: list[dict[str, Any]], key: str, label: str) 
         axes.plot(*zip(*points, strict=True), color="tab:blue", linewidth=1)
     axes.set_ylabel(label)
     axes.grid(which="major", alpha=0.2)
-
-
-def _smooth(values: Sequence[float], span: int = 10) -> list[float]:
-    """The mean of each value and the `span − 1` values before it, or as many as there are."""
-    windows = (values[max(0, end - span) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]
 
 
 def _title(figures: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from softprompt_kernels.compress.report.curves import read_metrics, save_curves
+from softprompt_kernels.compress.report.curves import save_curves
+from softprompt_kernels.compress.report.metrics import read_metrics
 from softprompt_kernels.compress.report.table import evaluation_table, table_text
 from softprompt_kernels.errors import SoftPromptError
 

@@ -1,0 +1,86 @@
+"""What a run's folder holds, read for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from softprompt_kernels.compress.evaluate.details import Details, read_details
+from softprompt_kernels.compress.evaluate.diagnosis import Diagnosis, read_diagnosis
+from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.compress.report.metrics import Record, read_metrics
+from softprompt_kernels.compress.text_file import read_utf8
+from softprompt_kernels.errors import SoftPromptError
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """A finished run.
+
+    Args:
+        folder: of the run.
+        config_text: the content of config.yaml.
+        config: the same, parsed.
+        figures: the content of evaluation.json.
+        matching, training: the steps of both stages; empty without them.
+        details: the evaluation token by token.
+        diagnosis: None for a run that was not diagnosed.
+    """
+
+    folder: RunFolder
+    config_text: str
+    config: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    matching: tuple[Record, ...]
+    training: tuple[Record, ...]
+    details: Details
+    diagnosis: Diagnosis | None
+
+    @property
+    def context_name(self) -> str:
+        """The name of the file that was compressed."""
+        return Path(str(self.config.get("context", "the text"))).name
+
+
+def read_run(path: Path) -> RunData:
+    """Read a finished run.
+
+    Raises:
+        SoftPromptError: there is no finished run in this folder, it was finished by a version that kept no details, or
+            a file of it cannot be read.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise SoftPromptError(f"run: {path} is not a folder; accepted is the --output of `softprompt compress`")
+    if not folder.identity:
+        raise SoftPromptError(f"run: {path} is not the folder of a run, because its run.json is missing or damaged")
+    figures = folder.read_evaluation()
+    if figures is None:
+        raise SoftPromptError(
+            f"run: {path} has no evaluation.json, so the run is not finished; run its `softprompt compress` again"
+        )
+    if not folder.details.exists():
+        raise SoftPromptError(
+            f"run: {path} has no details.json, because an older version finished it. Delete {folder.evaluation} and "
+            "run its `softprompt compress` again: it evaluates the prompt once more"
+        )
+    config_text = read_utf8(path / "config.yaml", str(path / "config.yaml"))
+    try:
+        config = yaml.safe_load(config_text)
+    except yaml.YAMLError as error:
+        raise SoftPromptError(f"{path / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
+    matching, training = read_metrics(folder.metrics) if folder.has_metrics else ([], [])
+    return RunData(
+        folder,
+        config_text,
+        config if isinstance(config, dict) else {},
+        figures,
+        tuple(matching),
+        tuple(training),
+        read_details(folder.details),
+        read_diagnosis(folder.diagnosis) if folder.diagnosis.exists() else None,
+    )
