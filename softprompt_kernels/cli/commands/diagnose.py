@@ -20,10 +20,17 @@ RunFolderPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of th
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the diagnosis as JSON, as in RUN/diagnosis.json, and no report.")
 ]
+Full = Annotated[
+    bool,
+    typer.Option(
+        "--full",
+        help="Match prompts of other lengths, and test the learning rate, also where the rest tells the cause.",
+    ),
+]
 WIDTH = 120  # of a line that no terminal limits
 
 
-def diagnose(run: RunFolderPath, as_json: AsJson = False) -> None:
+def diagnose(run: RunFolderPath, full: Full = False, as_json: AsJson = False) -> None:
     """Say what limits the prompt of a finished run, what to change, and what that may give.
 
     The causes are: too few tokens (capacity), the training (optimisation), the objective, the queries (data), queries
@@ -36,7 +43,7 @@ def diagnose(run: RunFolderPath, as_json: AsJson = False) -> None:
     from softprompt_kernels.compress import diagnose_run
 
     quiet_libraries()
-    found = diagnose_run(run, terminal_reporter())
+    found = diagnose_run(run, terminal_reporter(), full=full)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return

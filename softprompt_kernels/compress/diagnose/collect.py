@@ -43,8 +43,8 @@ from softprompt_kernels.prompts import KVPrompt, Prefix, load
 SCRATCH = ".diagnose"
 """In the folder of a run: what a diagnosis makes and deletes."""
 
-MOST_ROWS = 4096
-"""Rows for matching. A run may have more; the curve needs to be right in its shape."""
+MOST_ROWS = 3072
+"""Rows for matching. A run may have more, but the curve needs to be right in its shape alone."""
 
 SELF_STUDY = 256
 """Queries that self-study could make for a run that made none."""
@@ -187,19 +187,19 @@ class Collector:
             more_selfstudy=possible - made,
         )
 
-    def with_matching_and_rates(self, evidence: Evidence, *, rates: bool) -> Evidence:
-        """The same with the capacity curve and, if `rates`, a rate range test."""
+    def with_matching_and_rates(self, evidence: Evidence) -> Evidence:
+        """The same with the capacity curve and, if the run was trained, a rate range test."""
         config = self.inputs.config
         try:
             check_fixed_frequencies(self.inputs.model)
         except SoftPromptError as error:
             self.reporter.message(f"No prompt is matched: {error}")
             return evidence
-        taught = self._teach(steps=config.steps if rates else 0, rows=min(config.matching_rows, MOST_ROWS))
+        taught = self._teach(steps=config.steps, rows=min(config.matching_rows, MOST_ROWS))
         assert taught.rows is not None
         matched, prompts = capacity_curve(self.inputs, self.context, taught, taught.rows, self.reporter)
         evidence = replace(evidence, matched=tuple(matched))
-        if not rates:
+        if not config.steps:
             return evidence
         start = self._start(prompts)
         return replace(evidence, rate_test=rate_test(self.inputs, start, taught, self.reporter))
@@ -224,6 +224,8 @@ class Collector:
             students["prompt"] = prefix_of(inputs.model, prompt).detach()
         ends, sets = end_tokens(inputs.model, inputs.chat), {}
         for name, examples in taught.evaluated.items():
+            if finished and name == "test":
+                continue  # it chooses nothing
             measured = measure_tokens(
                 inputs.model, self.context, students, examples, self.reporter, name, teacher=taught.states[name]
             )

@@ -2,8 +2,8 @@
 
     load → cheap evidence → (matched prompts of other lengths → rate range test) → findings → diagnosis.json
 
-What is in brackets takes most of the time. It is left out where the cheap evidence says that the figures mean nothing,
-and the rate range test also for a prompt that is good or was not trained.
+What is in brackets takes most of the time. It is left out where the cheap evidence tells the cause: the figures mean
+nothing, or the prompt is good. A run without training has no rate to test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from softprompt_kernels.compress.torch_modes import own_torch_modes
 
 
 @own_torch_modes()
-def diagnose_run(path: Path, reporter: Reporter | None = None) -> Diagnosis:
+def diagnose_run(path: Path, reporter: Reporter | None = None, *, full: bool = False) -> Diagnosis:
     """Find what limits the prompt of a finished run, and write it to diagnosis.json in its folder.
 
     A run that was refused because the context does not matter is diagnosed too. Nothing else in the folder changes.
@@ -33,6 +33,7 @@ def diagnose_run(path: Path, reporter: Reporter | None = None) -> Diagnosis:
     Args:
         path: the folder of the run.
         reporter: receives the progress; None reports nothing.
+        full: match prompts of other lengths, and test the learning rate, also where the rest tells the cause.
 
     Raises:
         SoftPromptError: the folder holds no run, or one that is not finished or in use, or what the run was made from
@@ -45,9 +46,8 @@ def diagnose_run(path: Path, reporter: Reporter | None = None) -> Diagnosis:
     with locked(folder.path), scratch_folder(folder) as scratch:
         collector = Collector(inputs, folder, scratch, reporter)
         evidence = collector.cheap()
-        if not meaningless_figures(evidence):
-            rates = bool(inputs.config.steps) and not is_good(evidence)
-            evidence = collector.with_matching_and_rates(evidence, rates=rates)
+        if not evidence.refused and (full or not (meaningless_figures(evidence) or is_good(evidence))):
+            evidence = collector.with_matching_and_rates(evidence)
         found = diagnosis(evidence, time.perf_counter() - begin)
         write_text(folder.diagnosis, found.model_dump_json(indent=1) + "\n")
     return found
