@@ -5,14 +5,14 @@ cause. Otherwise causes are ordered by what they explain of what is missing, `1 
 
     causes that explain at least a quarter of it, the largest first
     causes whose part is not known
-    training, where it is not among them yet
+    where there is neither: the queries if the prompt is good on those of the training, or else too little training
     the others, the largest first
 """
 
 from __future__ import annotations
 
 from softprompt_kernels.compress.diagnose.causes.capacity import capacity
-from softprompt_kernels.compress.diagnose.causes.data import data
+from softprompt_kernels.compress.diagnose.causes.data import data, perhaps_data
 from softprompt_kernels.compress.diagnose.causes.objective import objective
 from softprompt_kernels.compress.diagnose.causes.optimisation import optimisation, unfinished_training
 from softprompt_kernels.compress.diagnose.causes.template import broken_template
@@ -40,8 +40,9 @@ def findings(evidence: Evidence) -> tuple[Finding, ...]:
     main = [one for one in found if one.gain is not None and one.gain >= MAIN * missing]
     unknown = [one for one in found if one.gain is None]
     minor = [one for one in found if one not in main and one not in unknown]
-    if not main and not unknown and all(one.cause != "optimisation" for one in minor):
-        unknown = [unfinished_training(evidence)]
+    if not main and not unknown:
+        unknown = [perhaps_data(evidence) if evidence.train_recovered >= GOOD else unfinished_training(evidence)]
+        minor = [one for one in minor if one.cause != unknown[0].cause]
     return (*_largest_first(main), *unknown, *_largest_first(minor))
 
 

@@ -98,4 +98,4 @@ def rate_test(inputs: RunInputs, prompt: Prompt, taught: Taught, reporter: Repor
 def schedule(config: CompressConfig) -> RisingRate:
     """The rates of a test: from `LOWEST` to `HIGHEST`, or further where the rate of the run is near to an end."""
     lowest = min(LOWEST, config.learning_rate / BEYOND)
-    return RisingRate(STEPS + 1, max(HIGHEST, config.learning_rate * BEYOND), 0, lowest)
+    return RisingRate(STEPS, max(HIGHEST, config.learning_rate * BEYOND), 0, lowest)

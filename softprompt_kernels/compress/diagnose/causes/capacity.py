@@ -6,7 +6,7 @@ at k, more tokens hold more. Training lifts the whole curve, so its rise at k is
 
 from __future__ import annotations
 
-from softprompt_kernels.compress.diagnose.causes.words import MATCHED_OPTIONS, part
+from softprompt_kernels.compress.diagnose.causes.words import MATCHED_OPTIONS, count, part
 from softprompt_kernels.compress.diagnose.evidence import MEANINGFUL, Evidence, gain, recovered
 from softprompt_kernels.compress.evaluate.diagnosis import Finding
 
@@ -26,22 +26,25 @@ def capacity(evidence: Evidence) -> Finding | None:
     found = gain(evidence.heldout, here.heldout, longer.heldout)
     if not found.counts or gain(evidence.train, here.train, longer.train).value <= MEANINGFUL:
         return None
-    curve = [(f"{one.tokens} tokens", part(recovered(evidence.heldout, one.heldout))) for one in evidence.matched]
-    last = evidence.matched[-1]
-    more = (
-        f"; at {last.tokens}: {part(recovered(evidence.heldout, last.heldout))}" if last.tokens > longer.tokens else ""
-    )
-    ratio = evidence.context_tokens / k
+    curve = {one.tokens: recovered(evidence.heldout, one.heldout) for one in evidence.matched}
+    last, ratio = evidence.matched[-1].tokens, evidence.context_tokens / k
+    more = f"; at {last}: {part(curve[last])}" if last > longer.tokens else ""
+    # Of what is missing, the longer prompt leaves the same part with and without training.
+    left = (1 - curve[longer.tokens]) / (1 - curve[k])
+    missing = min(1 - curve[k], 1 - evidence.recovered)
+    matched = f"{part(curve[k])} → {part(curve[longer.tokens])} held-out{more}"
+    trained = f" Trained as in the run, about {part(1 - left * missing)}." if missing < 1 - curve[k] else ""
     return Finding(
         cause="capacity",
         sentence=f"{k} tokens are too few for {evidence.context_tokens} tokens of text ({ratio:.1f}x): by matching "
         "alone, a longer prompt recovers more.",
-        evidence=tuple((f"recovered by matching alone, {name}", value) for name, value in curve),
+        evidence=tuple(
+            (f"recovered by matching alone, {count(tokens, 'token')}", part(value)) for tokens, value in curve.items()
+        ),
         change=f"Give the prompt {longer.tokens} tokens.",
         options=f"--tokens {longer.tokens}",
-        expected=f"By matching alone at {longer.tokens}: {part(recovered(evidence.heldout, here.heldout))} → "
-        f"{part(recovered(evidence.heldout, longer.heldout))} held-out{more}.",
-        gain=found.value,
+        expected=f"By matching alone at {longer.tokens}: {matched}.{trained}",
+        gain=(1 - left) * missing,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from softprompt_kernels.compress.diagnose.causes.words import count, part
-from softprompt_kernels.compress.diagnose.evidence import AskedQuery, Evidence, difference
+from softprompt_kernels.compress.diagnose.evidence import AskedQuery, Evidence, Gain, difference
 from softprompt_kernels.compress.evaluate.diagnosis import Family, Finding
 
 WORST = 3
@@ -45,8 +45,15 @@ def worst(queries: Iterable[AskedQuery]) -> list[AskedQuery]:
 def data(evidence: Evidence) -> Finding | None:
     """Whether held-out queries recover less than training queries."""
     found = difference(evidence.train, evidence.heldout)
-    if not found.counts:
-        return None
+    return _finding(evidence, found) if found.counts else None
+
+
+def perhaps_data(evidence: Evidence) -> Finding:
+    """What is left for a prompt that is good on training queries: the held-out ones differ, perhaps by chance."""
+    return _finding(evidence, difference(evidence.train, evidence.heldout))
+
+
+def _finding(evidence: Evidence, found: Gain) -> Finding:
     kinds = families(evidence)
     missing = [one for one in kinds if not one.train_queries]
     change, options = _change(evidence, kinds)
@@ -56,6 +63,10 @@ def data(evidence: Evidence) -> Finding | None:
         sentence=f"The prompt recovers {part(evidence.train_recovered)} on training queries, and only "
         f"{part(evidence.recovered)} on held-out ones: the training queries do not cover what is asked.{named}",
         evidence=(
+            (
+                "difference and its standard error",
+                f"{part(found.value)} ± {part(found.error)}" + ("" if found.counts else ", which may be chance"),
+            ),
             *(
                 (
                     f"{one.name}: {count(one.queries, 'query', 'queries')} held out, {one.train_queries} for training",
@@ -72,7 +83,7 @@ def data(evidence: Evidence) -> Finding | None:
         options=options,
         expected=f"At most {part(evidence.recovered)} → {part(evidence.train_recovered)} held-out: what the training "
         "queries have.",
-        gain=found.value,
+        gain=found.value if found.counts else None,
     )
 
 

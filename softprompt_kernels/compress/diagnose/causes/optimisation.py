@@ -21,6 +21,10 @@ from softprompt_kernels.compress.evaluate.diagnosis import Finding, RateTest
 FALL = 0.05
 """A part of the starting loss. A test that lowers the loss by less has found no range."""
 
+RISE = 0.1
+"""A part of the fall so far. Where the loss of a test has risen by more, its range ends. At higher rates the loss may
+fall again by chance, as each step replaces the prompt."""
+
 ENDS = 0.1
 """The part of the steps at either end of a training whose mean loss is compared."""
 
@@ -30,7 +34,7 @@ class RateRange:
     """The learning rates at which the loss of a test fell.
 
     Args:
-        low, high: the rates at which a tenth of the fall was done, and at which the loss was least.
+        low, high: the rates at which a tenth of the fall was done, and at which the loss was least before it rose.
         suggested: the rate at which half of the fall was done, and the loss fell on.
         half_path: the sum of the rates up to there.
         fall: of the loss, as a part of the loss at the start.
@@ -45,7 +49,12 @@ class RateRange:
 
 def rate_range(test: RateTest) -> RateRange | None:
     """What a rate range test says; None if the loss fell nowhere."""
-    losses = [point.loss for point in test.points]
+    losses: list[float] = []
+    for point in test.points:
+        least_loss = min([test.start_loss, *losses])
+        if point.loss - least_loss > RISE * (test.start_loss - least_loss) and least_loss < test.start_loss:
+            break
+        losses.append(point.loss)
     if not losses or test.start_loss <= 0:
         return None
     least = min(range(len(losses)), key=losses.__getitem__)

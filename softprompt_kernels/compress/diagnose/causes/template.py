@@ -16,6 +16,9 @@ RUNS_ON = 0.2
 HARDLY_EVER = 0.05
 """A share of answers that end. Where answers are cut at `new_tokens`, few may end, but some do."""
 
+LONG = 32
+"""Tokens. Shorter answers are cut before they could end, so that only the next turn in them is a sign."""
+
 FEWEST = 5
 """With fewer answers, shares say nothing."""
 
@@ -37,7 +40,7 @@ def broken_template(evidence: Evidence) -> Finding | None:
     if turns.example:
         shown.append(("one that goes on", turns.example))
     runs_on = turns.running_on / turns.answers >= RUNS_ON
-    never = turns.ended / turns.answers <= HARDLY_EVER
+    never = evidence.config.new_tokens >= LONG and turns.ended / turns.answers <= HARDLY_EVER
     endless = turns.end_probability is not None and turns.end_probability * turns.window < 1
     if runs_on:
         what = "The teacher's answers go on with the next turn of the chat."
