@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from softprompt_kernels.cli.commands.bench import bench
+from softprompt_kernels.cli.commands.chat import chat
 from softprompt_kernels.cli.commands.compress import compress
 from softprompt_kernels.cli.commands.diagnose import diagnose
 from softprompt_kernels.cli.commands.evaluate import evaluate
@@ -40,6 +41,7 @@ for _command in (
     diagnose,
     report,
     generate,
+    chat,
     export,
     import_,
     inspect,

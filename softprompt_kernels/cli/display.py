@@ -1,4 +1,4 @@
-"""Output on stdout: tables, pairs, durations and sizes. Coloured on a terminal, plain text elsewhere."""
+"""Output on stdout: tables, pairs, answers, durations and sizes. Coloured on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 import typer
 
-from softprompt_kernels.compress.report.durations import duration
+from softprompt_kernels.compress.report.answers import Comparison, comparison_text
 from softprompt_kernels.compress.report.table import table_text
-
-__all__ = ["duration", "on_terminal", "show_pairs", "show_table", "size"]
 
 
 def on_terminal() -> bool:
@@ -44,6 +42,22 @@ def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
         typer.echo(f"{name.ljust(width)}  {value}")
+
+
+def show_side_by_side(question: str, answers: dict[str, str]) -> None:
+    """Print a question and its answers: as columns on a terminal, as indented lines elsewhere."""
+    if not on_terminal():
+        typer.echo(comparison_text(Comparison(question, answers)) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(question, style="bold"), title_justify="left", expand=True, header_style="bold")
+    for name in answers:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*(Text(text) for text in answers.values()))
+    Console().print(table)
 
 
 def size(count: int) -> str:

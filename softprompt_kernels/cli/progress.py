@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from softprompt_kernels.cli.display import duration
+from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.reporter import Advance, Reporter
 
 INTERVAL = 15.0

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from softprompt_kernels.cli.display import duration, show_table, size
+from softprompt_kernels.cli.display import show_table, size
 from softprompt_kernels.cli.progress import PlainReporter, RichReporter, terminal_reporter
+from softprompt_kernels.compress.report.durations import duration
 
 
 class Clock:

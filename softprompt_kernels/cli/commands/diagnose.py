@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from softprompt_kernels.cli.display import duration, on_terminal
+from softprompt_kernels.cli.display import on_terminal
 from softprompt_kernels.cli.quiet import quiet_libraries
+from softprompt_kernels.compress.report.durations import duration
 
 if TYPE_CHECKING:
     from rich.console import Console

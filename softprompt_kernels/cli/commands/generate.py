@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt_kernels.cli.display import on_terminal
+from softprompt_kernels.cli.display import show_side_by_side
 from softprompt_kernels.cli.options import (
     DeviceName,
     DtypeName,
@@ -21,7 +21,6 @@ from softprompt_kernels.cli.options import (
 )
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.text import as_text
-from softprompt_kernels.compress.report.answers import Comparison, comparison_text
 from softprompt_kernels.compress.text_file import BOM
 from softprompt_kernels.errors import SoftPromptError
 
@@ -206,19 +205,3 @@ def answer_to(
     with torch.no_grad():
         tokens = generate_tokens(model, ids, prefix, **options)
     return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-
-
-def show_side_by_side(question: str, answers: dict[str, str]) -> None:
-    """Print a question and its answers: as columns on a terminal, as indented lines elsewhere."""
-    if not on_terminal():
-        typer.echo(comparison_text(Comparison(question, answers)) + "\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(question, style="bold"), title_justify="left", expand=True, header_style="bold")
-    for name in answers:
-        table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*(Text(text) for text in answers.values()))
-    Console().print(table)

@@ -6,10 +6,10 @@ import signal
 import pytest
 import yaml
 
-from softprompt_kernels.cli.display import duration
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.compress.matching import match
+from softprompt_kernels.compress.report.durations import duration
 
 
 def test_a_compression_ends_with_the_table_and_the_paths_of_its_files(finished):
