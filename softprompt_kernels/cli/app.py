@@ -17,6 +17,7 @@ from softprompt_kernels.cli.commands.import_prompt import import_
 from softprompt_kernels.cli.commands.inspect_prompt import inspect
 from softprompt_kernels.cli.commands.profile import profile
 from softprompt_kernels.cli.commands.report import report
+from softprompt_kernels.cli.commands.serve import serve
 from softprompt_kernels.cli.doctor.report import doctor
 from softprompt_kernels.cli.errors import with_error_messages
 from softprompt_kernels.cli.text import prepare_streams
@@ -42,6 +43,7 @@ for _command in (
     report,
     generate,
     chat,
+    serve,
     export,
     import_,
     inspect,

@@ -9,11 +9,12 @@ sequence that follows starts at position `lengths[r]`, which is P when all rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,34 @@ class Prefix:
     def of(cls, layers: Iterable[tuple[Tensor, Tensor]], lengths: Tensor | None = None) -> Prefix:
         """A prefix from any iterable of pairs. Arguments and errors as in `Prefix`; tensors keep their dtype."""
         return cls(tuple((key, value) for key, value in layers), lengths)
+
+    @classmethod
+    def stack(cls, prefixes: Sequence[Prefix]) -> Prefix:
+        """One bank of the rows of several prefixes, in their order, copied. Shorter ones are padded with zeros.
+
+        Args:
+            prefixes: one or more of one model, in one dtype and on one device; of any lengths, 0 too.
+
+        Returns:
+            A prefix of Σ R rows and max P tokens, with `lengths`.
+
+        Raises:
+            ValueError: there are none, or they have different numbers of layers.
+        """
+        if not prefixes or len({prefix.num_layers for prefix in prefixes}) > 1:
+            layers = [prefix.num_layers for prefix in prefixes]
+            raise ValueError(f"prefixes: got {layers} layers, accepted are one or more of the same number of layers")
+        longest = max(prefix.length for prefix in prefixes)
+
+        def padded(tensors: Iterable[Tensor]) -> Tensor:
+            return torch.cat([pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors])
+
+        pairs = zip(*(prefix.layers for prefix in prefixes), strict=True)
+        lengths = [
+            torch.full((prefix.rows,), prefix.length, device="cpu") if prefix.lengths is None else prefix.lengths.cpu()
+            for prefix in prefixes
+        ]
+        return cls.of(((padded(k for k, _ in pair), padded(v for _, v in pair)) for pair in pairs), torch.cat(lengths))
 
     @property
     def num_layers(self) -> int:

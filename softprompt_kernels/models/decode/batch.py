@@ -26,7 +26,7 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.decode.draw import next_tokens
 from softprompt_kernels.models.decode.rows import NextTokens, OwnRows, PromptTokens
-from softprompt_kernels.models.families import check_positions, text_config
+from softprompt_kernels.models.families import max_positions, text_config
 from softprompt_kernels.models.forward import first_position, packs_batches, prefix_length, run_base
 from softprompt_kernels.models.head import head_of
 from softprompt_kernels.models.padding import Packing, Placement
@@ -144,25 +144,11 @@ class DecodingBatch:
         """How many rows can join."""
         return self.size - len(self.rows)
 
-    def prompt_length(self, prompt: int) -> int:
-        """The tokens of one prompt of the bank, padding not counted."""
-        if self.prefix is None or self.prefix.lengths is None:
-            return prefix_length(self.prefix)
-        return int(self.prefix.lengths[prompt])
-
-    def check(self, row: DecodingRow, new_tokens: int) -> None:
-        """Raise for a row that could not be continued by `new_tokens` tokens.
-
-        Raises:
-            SoftPromptError: it has no input or no such prompt, or prompt, input and new tokens are more than the
-                model's window.
-        """
-        if not row.input:
-            raise SoftPromptError("input: got no tokens, accepted is at least one")
-        prompts = 1 if self.prefix is None else self.prefix.rows
-        if not 0 <= row.prompt < prompts:
-            raise SoftPromptError(f"prompt: got {row.prompt}, accepted is 0 to {prompts - 1}")
-        check_positions(text_config(self.model), self.prompt_length(row.prompt), len(row.input), new_tokens)
+    def room(self, prompt: int) -> int:
+        """How many tokens of input and answer together fit into the model's window behind one prompt of the bank."""
+        ragged = None if self.prefix is None else self.prefix.lengths
+        length = prefix_length(self.prefix) if ragged is None else int(ragged[prompt])
+        return max_positions(text_config(self.model)) - length
 
     def fitting(self, waiting: Iterable[DecodingRow]) -> int:
         """How many of the first `waiting` rows join next: what there is room for, of not too many tokens at once."""
@@ -180,13 +166,20 @@ class DecodingBatch:
         """Run the inputs of new rows, and give each its first token. If that raises, none of them has joined.
 
         Args:
-            new: one or more, no more than there is room for. Each was accepted by `check`.
+            new: one or more, no more than `free`. Input and answer must fit into `room`.
 
         Raises:
-            SoftPromptError: more rows than there is room for.
+            SoftPromptError: more rows than are free, or a row without input, or of a prompt that is not in the bank.
         """
-        if len(new) > self.free:
-            raise SoftPromptError(f"new: got {len(new)} rows, accepted is {self.free} at most")
+        if not 0 < len(new) <= self.free:
+            raise SoftPromptError(f"new: got {len(new)} rows, accepted is 1 to {self.free}")
+        prompts = 1 if self.prefix is None else self.prefix.rows
+        for index, row in enumerate(new):
+            if not row.input or not 0 <= row.prompt < prompts:
+                raise SoftPromptError(
+                    f"new[{index}]: got {len(row.input)} tokens behind prompt {row.prompt}, accepted is one token or "
+                    f"more behind prompt 0 to {prompts - 1}"
+                )
         self._append(new, self._prefill(new))
         self.rows += new
 

@@ -58,4 +58,4 @@ def _query(file: BenchmarkFile, question: Any, place: str, about: str) -> Query:
         raise file.error(f"{place}.correct is none of its answers")
     lines = [about + file.text(fields.get("question"), f"{place}.question")]
     lines += [f"{one}: {text}" for one, text in options.items()]
-    return Query("\n".join([*lines, "Answer with the letter of the right option."]), None, (letter, correct))
+    return Query("\n".join([*lines, "Answer with the letter of the right option."]), references=(letter, correct))

@@ -126,8 +126,8 @@ def make_suite(
         name,
         "contains" if name in ("needle", "multikey", "pairs") else "contains_all",
         context,
-        tuple(Query(fact.question, None, fact.references) for fact in trained),
-        tuple(Query(fact.question, None, fact.references) for fact in tested),
+        tuple(Query(fact.question, references=fact.references) for fact in trained),
+        tuple(Query(fact.question, references=fact.references) for fact in tested),
         tuple(fact.subject for fact in tested),
         (("length", length), ("needles", needles), ("seed", seed)),
     )

@@ -58,4 +58,4 @@ def _query(file: BenchmarkFile, content: Any, place: str, source: str, target: s
     original = file.text(entry.get("original"), f"{place}.original")
     truth = file.text(entry.get("ground_truth"), f"{place}.ground_truth")
     question = f"Translate from {source} to {target}: {original}\nAnswer with the translation alone."
-    return Query(question, None, (truth,))
+    return Query(question, references=(truth,))

@@ -71,7 +71,7 @@ def _query(file: BenchmarkFile, content: Any, place: str, about: str) -> Query:
         answer = file.mapping(file.mapping(annotation, where).get("answer"), f"{where}.answer")
         references.append(file.text(_answer(answer), f"{where}.answer"))
     text = trim(file.text(question.get("question"), f"{place}.question"))
-    return Query(f"{about}{text}\n{_HOW}", None, tuple(dict.fromkeys(references)))
+    return Query(f"{about}{text}\n{_HOW}", references=tuple(dict.fromkeys(references)))
 
 
 def _answer(answer: Any) -> str | None:
