@@ -16,6 +16,7 @@ from softprompt_kernels.cli.commands.generate import generate
 from softprompt_kernels.cli.commands.import_prompt import import_
 from softprompt_kernels.cli.commands.inspect_prompt import inspect
 from softprompt_kernels.cli.commands.profile import profile
+from softprompt_kernels.cli.commands.push import push
 from softprompt_kernels.cli.commands.report import report
 from softprompt_kernels.cli.commands.serve import serve
 from softprompt_kernels.cli.doctor.report import doctor
@@ -47,6 +48,7 @@ for _command in (
     export,
     import_,
     inspect,
+    push,
     bench,
     profile,
     doctor,

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from softprompt_kernels.compress import ChatFormat, Reporter
 
+BEFORE, AFTER = "Unrounded prompt", "Rounded prompt"
+
 
 def relative_errors(prompt: EmbeddingPrompt | KVPrompt, rounded: EmbeddingPrompt | KVPrompt) -> dict[str, float]:
     """The relative error of each part of a prompt: "key" and "value", or "embedding"."""
@@ -56,7 +58,7 @@ def measured_loss(
     asked: Asked,
     reporter: Reporter,
 ) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a table: one row before rounding, one after it.
+    """The header and the rows of a table, for the rounded prompt, and with a text for the unrounded one too.
 
     Args:
         model, chat: the prompt's model and its chat format.
@@ -73,7 +75,7 @@ def measured_loss(
     from softprompt_kernels.compress.inputs import check_window, read_text
     from softprompt_kernels.compress.sources.model import check_ids
     from softprompt_kernels.compress.sources.queries import load_queries
-    from softprompt_kernels.compress.teacher.answers import answer
+    from softprompt_kernels.compress.teacher.answers import answer, hidden_states
     from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
     from softprompt_kernels.models import prefix_of
     from softprompt_kernels.prompts.offload import input_device
@@ -81,8 +83,8 @@ def measured_loss(
     queries = load_queries(asked.queries)
     device = input_device(model)
     with torch.no_grad():
-        students = {"before": prefix_of(model, prompt.to(device)), "after": prefix_of(model, rounded.to(device))}
-    teacher = students["before"]
+        students = {BEFORE: prefix_of(model, prompt.to(device)), AFTER: prefix_of(model, rounded.to(device))}
+    teacher = students[BEFORE]
     length = prompt.length
     if asked.context is not None:
         ids = chat.context_ids(read_text(asked.context, "context"))
@@ -104,19 +106,18 @@ def measured_loss(
         reporter=reporter,
         description="Answers",
     )
-    found = measure(model, teacher, students, examples, reporter, "given")
-    names = {"before": "unrounded prompt", "after": "rounded prompt"}
     if asked.context is None:
+        hidden = hidden_states(model, students.pop(BEFORE), examples, reporter, f"{BEFORE}, given queries")
+        after = measure(model, teacher, students, examples, reporter, "given", teacher=hidden)[AFTER]
         header = ["model with", "KL to the unrounded prompt", "top-1"]
-        return header, [
-            [text, f"{found[key].kl:.2e}", f"{found[key].top1_agreement:.4f}"] for key, text in names.items()
-        ]
+        return header, [[AFTER, f"{after.kl:.2e}", f"{after.top1_agreement:.4f}"]]
+    found = measure(model, teacher, students, examples, reporter, "given")
     none = found["none"].kl
     check_context_matters(none)
     header = ["model with", "KL to the full context", "recovered", "top-1"]
     return header, [
-        [text, f"{found[key].kl:.5f}", f"{1 - found[key].kl / none:.5f}", f"{found[key].top1_agreement:.4f}"]
-        for key, text in names.items()
+        [name, f"{found[name].kl:.5f}", f"{1 - found[name].kl / none:.5f}", f"{found[name].top1_agreement:.4f}"]
+        for name in (BEFORE, AFTER)
     ]
 
 

@@ -24,7 +24,7 @@ FIGURES = {
 }
 
 
-def card_text(content: Content, dtype: str, repository: str = "PROMPT") -> str:
+def card_text(content: Content, dtype: str, repository: str) -> str:
     """The text of README.md.
 
     Args:

@@ -111,7 +111,7 @@ def export(
                 "--to: got folder for a file that does not say which model it belongs to; accepted with --model, or "
                 "`softprompt import`"
             )
-        write(output, content.prompt, config, record, dtype=dtype, readme=card_text(content, dtype))
+        write(output, content.prompt, config, record, dtype=dtype, readme=card_text(content, dtype, output.name))
         return
     if to == "safetensors":
         data = plain.to_bytes(content, dtype)
