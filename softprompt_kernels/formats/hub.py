@@ -22,7 +22,7 @@ from softprompt_kernels.formats.card import card_text
 from softprompt_kernels.formats.content import Content
 from softprompt_kernels.formats.inspection import mapping
 from softprompt_kernels.formats.peft import clean_config
-from softprompt_kernels.prompts.adapter import NAMES, README, RECORD, write
+from softprompt_kernels.prompts.adapter import README, RECORD, write
 from softprompt_kernels.prompts.weights import INT8, WEIGHTS, StoredDtype
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def push(
     readme = card_of(folder, content, named, repository)
     config = clean_config(named, content.config.get("peft_type"))
 
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
         raise SoftPromptError(
@@ -74,16 +74,20 @@ def push(
         )
     api = HfApi(library_name="softprompt-kernels")
     try:
-        check_free(api, repository)
+        there = files_of(api, repository)
+        check_free(repository, there)
         with tempfile.TemporaryDirectory() as temporary:
             ready = Path(temporary) / "prompt"
             write(ready, content.prompt, config, named.record or None, dtype=dtype, readme=readme)
             api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repository,
-                folder_path=ready,
-                allow_patterns=list(NAMES),
-                delete_patterns=[WEIGHTS, INT8],  # of another dtype, from an earlier upload
+            written = {file.name: file for file in ready.iterdir()}
+            stale = there & {WEIGHTS, INT8} - written.keys()  # of another dtype, from an earlier upload
+            api.create_commit(
+                repository,
+                [
+                    *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in written.items()),
+                    *(CommitOperationDelete(path_in_repo=name) for name in stale),
+                ],
                 commit_message=f"Upload a soft prompt of {content.prompt.length} tokens",
             )
     except SoftPromptError:
@@ -195,11 +199,13 @@ def public(name: str, value: Any, left_out: list[str]) -> Any:
     return value
 
 
-def check_free(api: HfApi, repository: str) -> None:
+def files_of(api: HfApi, repository: str) -> set[str]:
+    """The files of a repository on the hub; empty if there is none."""
+    return set(api.list_repo_files(repository)) if api.repo_exists(repository) else set()
+
+
+def check_free(repository: str, files: set[str]) -> None:
     """Raise a SoftPromptError if a repository holds something else than a prompt of this package."""
-    if not api.repo_exists(repository):
-        return
-    files = set(api.list_repo_files(repository))
     if files - _FREE and RECORD not in files:
         raise SoftPromptError(
             f"--repo: {repository} holds something else ({', '.join(sorted(files - _FREE)[:3])}); accepted is a new or "
