@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt
+from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from softprompt_kernels.compress import ChatFormat, Reporter
+    from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt
 
 BEFORE, AFTER = "Unrounded prompt", "Rounded prompt"
 
@@ -133,8 +134,6 @@ def check_asked(model: str | None, context: Path | None, queries: Path | None, o
     Raises:
         SoftPromptError: queries without a model, or a text without queries.
     """
-    from softprompt_kernels.errors import SoftPromptError
-
     if context is not None and queries is None:
         raise SoftPromptError(f"{options[0]}: got a text without {options[1]}, accepted are both")
     if queries is not None and model is None:

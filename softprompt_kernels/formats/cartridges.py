@@ -97,10 +97,10 @@ def read(path: Path, loaded: Any, first_query: FirstQuery = "0") -> Content:
             raise SoftPromptError(f"{path} has no list of tensors {name}, which a cache of Cartridges has")
         layers[name] = [tensor.detach() for tensor in found]
         for index, tensor in enumerate(layers[name]):
-            if tensor.dim() != 4 or tensor.shape[0] != 1:
+            if tensor.dim() != 4 or tensor.shape[0] != 1 or not tensor.is_floating_point():
                 raise SoftPromptError(
-                    f"{path}: {name}[{index}] has shape {tuple(tensor.shape)}, "
-                    "accepted is [1, key heads, tokens, head size]"
+                    f"{path}: {name}[{index}] is {dtype_name(tensor)} of shape {tuple(tensor.shape)}, "
+                    "accepted are floating-point numbers of shape [1, key heads, tokens, head size]"
                 )
     joined = [join(path, kept, layers[kept], layers[trained]) for trained, kept in zip(TRAINABLE, FROZEN, strict=True)]
     frozen = layers[FROZEN[0]][0].shape[2] if layers[FROZEN[0]] else 0

@@ -192,7 +192,8 @@ def public(name: str, value: Any, left_out: list[str]) -> Any:
         kept = {key: public(f"{name}.{key}", item, left_out) for key, item in value.items()}
         return {key: item for key, item in kept.items() if item is not None or value[key] is None}
     if isinstance(value, list):
-        return [public(f"{name}[{index}]", item, left_out) for index, item in enumerate(value)]
+        items = [public(f"{name}[{index}]", item, left_out) for index, item in enumerate(value)]
+        return [item for item, before in zip(items, value, strict=True) if item is not None or before is None]
     if isinstance(value, str) and (len(value) > LONGEST_TEXT or _LOCAL_PATH.search(value)):
         left_out.append(name)
         return None

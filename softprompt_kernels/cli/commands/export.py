@@ -104,8 +104,8 @@ def export(
     elif served_name is not None:
         raise SoftPromptError("--served-name: got it without --question, accepted are both")
     quiet_libraries()
-    from softprompt_kernels.formats.export import check_export
-    from softprompt_kernels.formats.export import export as write
+    from softprompt_kernels.formats.exporting import check_export
+    from softprompt_kernels.formats.exporting import export as write
     from softprompt_kernels.formats.files import read
     from softprompt_kernels.formats.importing import check_fit
     from softprompt_kernels.formats.inspection import size_of
@@ -183,7 +183,7 @@ def write_request(
     from softprompt_kernels.compress.saved_prompt import recorded_arguments
     from softprompt_kernels.compress.sources.model import check_ids
     from softprompt_kernels.compress.teacher.answers import end_tokens
-    from softprompt_kernels.formats.export import write_file
+    from softprompt_kernels.formats.exporting import write_file
     from softprompt_kernels.formats.vllm import completion_request, is_request
 
     if output.exists() and not is_request(output):
