@@ -13,11 +13,14 @@ tail as far as `const` allows: the final LayerNorm divides by the norm of all fo
 
 Both halves of `out` have an attention head of their own. It is a GPT-NeoX: part of its dimensions rotate, and its
 queries and keys have biases. The MLPs are zero.
+
+`python -m tests.compress.distill.recall_model FOLDER` writes the model and a task, to try commands on.
 """
 
 import json
 import math
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,3 +169,9 @@ def _attend_to_token_before(bias: Tensor) -> None:
     bias[:half] = size * frequencies.cos()  # of the query, turned back by one position
     bias[half:ROTARY] = -size * frequencies.sin()
     bias[head_size : head_size + half] = size  # of the key
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    save_recall_model(folder / "model")
+    RecallTask.of().write(folder)
