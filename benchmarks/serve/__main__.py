@@ -98,10 +98,10 @@ def show(who: str, count: Count) -> None:
 
 
 @contextmanager
-def server(model: Path, prompts: Path, clients: int) -> Iterator[tuple[str, subprocess.Popen]]:
+def server(model: Path, prompts: Path, clients: int, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
     """`softprompt serve` in a process of its own, on a free port. Its address, and the process."""
     code = "from softprompt_kernels.cli import main; main()"
-    words = ["serve", "--model", model, "--prompts", prompts, "--port", 0, "--batch-size", clients]
+    words = ["serve", "--model", model, "--prompts", prompts, "--port", 0, "--batch-size", clients, *options]
     command = [sys.executable, "-c", code, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

@@ -60,7 +60,7 @@ def _as_prompts(value: Any) -> Any:
     return value
 
 
-StopString = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_as_unicode)]
 
 
 class _Checked(BaseModel):

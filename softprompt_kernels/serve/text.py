@@ -1,8 +1,9 @@
 """Text of an answer, piece by piece, while its tokens come.
 
 A character may take several tokens, and a stop string may begin in one token and end in another. What may still change
-is held back: a character that is not complete, and an end that may become a stop string. The pieces together are the
-text of all tokens up to the first stop string.
+is held back: an end that is no character yet, and one that may become a stop string. Some decoders write one mark for
+each byte of a run of bytes until all of it is text, so all marks at the end are held. The pieces together are the text
+of all tokens up to the first stop string.
 
 Cost: two decodings of the last few tokens for each token, whatever the length of the answer.
 """
@@ -33,15 +34,19 @@ class TokenText:
         """Add a token. The text that is complete now and was not before."""
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        held = min(len(text) - len(text.rstrip(_BROKEN)), _LONGEST)
-        piece = self._until(text, len(text) - held)
+        held = len(text) - len(text.rstrip(_BROKEN))
         if not held:
+            piece = self._until(text, len(text))
             self._tokens = self._tokens[self._whole :]
             self._whole = len(self._tokens)
             self._sent = len(self._decode(self._tokens))
-        elif len(self._tokens) > _MOST:
+        elif len(self._tokens) > _MOST:  # no character is that long: all but the end stays broken
+            held = min(held, _LONGEST)
+            piece = self._until(text, len(text) - held)
             self._tokens, self._whole = self._tokens[-_KEPT:], 0
             self._sent = len(self._decode(self._tokens)) - held
+        else:
+            piece = self._until(text, len(text) - held)
         return piece
 
     def rest(self) -> str:

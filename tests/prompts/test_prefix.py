@@ -86,3 +86,18 @@ def test_layers_that_do_not_fit_are_refused_by_index() -> None:
 def test_lengths_out_of_range_are_refused(lengths: torch.Tensor, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         Prefix(prefix().layers, lengths)
+
+
+def test_stack_is_a_bank_of_all_rows_padded_to_the_longest() -> None:
+    one, two = prefix(rows=1, length=5), prefix(rows=2, length=3, lengths=[1, 3])
+    bank = Prefix.stack([one.slice(0, 0), one, two])
+    assert (bank.rows, bank.length) == (4, 5)
+    assert bank.lengths is not None and bank.lengths.tolist() == [0, 5, 1, 3]
+    for (key, value), (k1, v1), (k2, v2) in zip(bank.layers, one.layers, two.layers, strict=True):
+        assert torch.equal(key[1], k1[0]) and torch.equal(value[1], v1[0])
+        assert torch.equal(key[2:, :, :3], k2) and torch.equal(value[2:, :, :3], v2)
+        assert not key[2:, :, 3:].any() and not value[0].any()
+    with pytest.raises(ValueError, match="prefixes: got"):
+        Prefix.stack([])
+    with pytest.raises(ValueError, match=r"prefixes: got \[2, 1\] layers"):
+        Prefix.stack([one, Prefix(one.layers[:1])])
