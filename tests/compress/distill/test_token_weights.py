@@ -75,15 +75,18 @@ def test_micro_batches_do_not_change_the_weighted_mean(
         loss = trainer.accumulate(range(7))
         return loss, torch.cat([parameter.grad.flatten() for parameter in trainer.parameters])
 
-    def mean(chosen: list[int]) -> float:
-        batch = Batch.of([examples[i] for i in chosen], CPU)
-        loss, weight = objective.loss(batch.hidden(model, context.slice(0, 4)), batch.labels, chosen, targets)
-        return float(loss) / weight
+    def mean(chosen: list[int]) -> tuple[float, torch.Tensor]:
+        prompt, batch = KVPrompt.from_prefix(context.slice(0, 4)), Batch.of([examples[i] for i in chosen], CPU)
+        loss, weight = objective.loss(batch.hidden(model, prompt.prefix()), batch.labels, chosen, targets)
+        gradients = torch.autograd.grad(loss / weight, [p for p in prompt.parameters() if p.numel()])
+        return float(loss.detach()) / weight, torch.cat([gradient.flatten() for gradient in gradients])
 
-    (whole, expected), (parts, found) = gradient(None), gradient(2)
-    assert whole == pytest.approx(parts, rel=1e-5) == pytest.approx(mean(list(range(7))), rel=1e-5)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    assert max(abs(mean([i]) - whole) for i in range(7)) > 1e-3, "one sequence alone has another mean"
+    whole, expected = mean(list(range(7)))
+    for micro in (None, 2):
+        loss, found = gradient(micro)
+        assert loss == pytest.approx(whole, rel=1e-5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert max(abs(mean([i])[0] - whole) for i in range(7)) > 1e-3, "one sequence alone has another mean"
 
 
 def test_tokens_without_any_weight_give_the_loss_0(
