@@ -29,7 +29,17 @@ from typing import Any
 
 import pytest
 
-PACKAGES = ("ops", "losses", "losses.functional", "prompts", "models", "compress", "integrations", "testing.cases")
+PACKAGES = (
+    "ops",
+    "losses",
+    "losses.functional",
+    "prompts",
+    "models",
+    "formats",
+    "compress",
+    "integrations",
+    "testing.cases",
+)
 COMPUTE = ("ops", "losses", "losses.functional")  # packages of formulas
 DTYPE = re.compile(r"dtype|fp32|fp16|bf16|float(16|32|64)|int(32|64)|bool|integer|non-zero|floating")
 INTEGERS = re.compile(r"(^|_)(ids|index|indices|lengths|labels|mask|seqlens)$")

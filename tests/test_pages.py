@@ -52,6 +52,8 @@ SMALL = {  # a shape of each op in place of a suite of `softprompt bench`
 }
 ELSEWHERE = {
     "python demo/fetch_model.py --out my-model": "it fetches 98 MB; a tiny model stands in its place",
+    "softprompt push my-run/prompt --repo ada/my-text --base-model HuggingFaceTB/SmolLM2-135M-Instruct": "it uploads; "
+    "tests/formats/test_hub.py does so to a server on this machine",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
 }
@@ -162,7 +164,7 @@ def run(page: Path, namespace: dict[str, object]) -> None:
         if language == "python":
             exec(compile(block, page.name, "exec"), namespace)
         elif language == "console":
-            for line in block.splitlines():
+            for line in (line for line in block.splitlines() if line not in ELSEWHERE):
                 program, *arguments = shlex.split(line, comments=True) or [""]
                 if program == "softprompt":
                     result = CliRunner().invoke(app, fast(arguments))

@@ -22,6 +22,7 @@ ROOMS = (
     "losses.functional",
     "prompts",
     "models",
+    "formats",
     "integrations",
     "compress",
     "testing.cases",

@@ -65,6 +65,9 @@ def fit(content: Content, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     Args:
         content: the prompt.
         model, tokenizer: what it is compared with.
+
+    Raises:
+        SoftPromptError: the model has parameters without numbers, on the meta device.
     """
     saved = mapping(content.record, "model")
     fingerprint = model_fingerprint(model, saved)
