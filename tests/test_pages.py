@@ -42,6 +42,7 @@ FAST = {  # options that make a command small, if the page has not set them
     "compress": {"--steps": "2", "--selfstudy": "6", "--new-tokens": "4", "--tokens": "16", "--matching-steps": "10"},
     "evaluate": {"--new-tokens": "4"},
     "generate": {"--max-new-tokens": "8"},
+    "chat": {"--max-new-tokens": "8"},
 }
 SMALL = {  # a shape of each op in place of a suite of `softprompt bench`
     "kl_div": "N8 V64",

@@ -22,7 +22,7 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions, text_config
 from softprompt_kernels.models.finite import check_finite, not_finite
-from softprompt_kernels.models.forward import check_inputs, run_base
+from softprompt_kernels.models.forward import check_inputs, prefix_length, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
 from softprompt_kernels.prompts.embedding import EmbeddingPrompt
@@ -32,7 +32,9 @@ from softprompt_kernels.prompts.prefix import Prefix
 
 
 @torch.no_grad()
-def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None = None) -> Prefix:
+def capture(
+    model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None = None, before: Prefix | None = None
+) -> Prefix:
     """Keys and values of a context, without a graph.
 
     Args:
@@ -40,24 +42,34 @@ def capture(model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None 
         input_ids: `[1, C]` int64 (or `[R, C]`: several contexts of one length).
         chunk_tokens: run this many tokens at a time, each chunk with the earlier chunks as its prefix. The result is
             the same; activations shrink from C tokens to `chunk_tokens`. None: all at once.
+        before: a prefix of P tokens and R rows that the context follows. It is copied. None: the context is first.
 
     Returns:
-        A prefix of C tokens in the model's dtype.
+        A prefix of P + C tokens in the model's dtype.
 
     Raises:
-        SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1, or a hidden state is not finite.
+        SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1, or `before` has another number of rows or
+            padding, or a hidden state is not finite.
     """
-    check_inputs(model, input_ids, None, None, None)
+    check_inputs(model, input_ids, before, None, None)
+    if before is not None and (before.rows != input_ids.shape[0] or before.lengths is not None):
+        padding = "" if before.lengths is None else " with padding"
+        raise SoftPromptError(
+            f"before: got {before.rows} rows{padding}, accepted is one without padding for each of "
+            f"{input_ids.shape[0]} contexts"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise SoftPromptError(f"chunk_tokens: got {chunk_tokens}, accepted is 1 or more, or None")
     total = input_ids.shape[1]
-    context = _ContextBuffers(total)
+    context = _ContextBuffers(prefix_length(before) + total)
+    if before is not None:
+        context.fill(before)
     finite: list[Tensor] = []
     for start in range(0, total, chunk_tokens or total):
         chunk = input_ids[:, start : start + (chunk_tokens or total)]
-        positions = torch.arange(start, start + chunk.shape[1], device=input_ids.device)[None]
-        before = context.prefix() if start else None
-        hidden = run_base(model, Call(before, sink=context), positions, input_ids=chunk)
+        first, earlier = context.length, context.prefix() if context.length else None
+        positions = torch.arange(first, first + chunk.shape[1], device=input_ids.device)[None]
+        hidden = run_base(model, Call(earlier, sink=context), positions, input_ids=chunk)
         finite.append(hidden.isfinite().all())
         context.length += chunk.shape[1]
     if not bool(torch.stack(finite).all()):
@@ -175,12 +187,18 @@ class LayerSink:
 
 
 class _ContextBuffers:
-    """Buffers for all C tokens of every layer. The first `length` tokens are filled."""
+    """Buffers for all tokens of every layer. The first `length` tokens are filled."""
 
     def __init__(self, total: int) -> None:
         self.total = total
         self.length = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def fill(self, prefix: Prefix) -> None:
+        """Copy a prefix to the start."""
+        for layer, (key, value) in enumerate(prefix.layers):
+            self.put(layer, key, value)
+        self.length = prefix.length
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
         if layer not in self.layers:

@@ -119,6 +119,17 @@ def test_capture_in_chunks_equals_capture_at_once(chunk, family, build, tokens):
         torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
 
 
+def test_capture_behind_a_prefix_equals_capture_at_once(family, build, tokens):
+    model = build(family)
+    prepare(model)
+    context = tokens(1, 9)
+    start = capture(model, context[:, :4])
+    for expected, got in zip(
+        capture(model, context).layers, capture(model, context[:, 4:], 3, before=start).layers, strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=ATOL, rtol=0)
+
+
 def test_captured_keys_are_those_of_the_models_own_cache(family, build, tokens):
     context = tokens(1, 9)
     # A DynamicCache without a configuration. With one, sliding layers drop their first tokens.

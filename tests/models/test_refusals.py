@@ -297,6 +297,16 @@ def test_empty_chunks_are_refused(build, tokens):
         capture(model, tokens(1, 5), chunk_tokens=0)
 
 
+def test_a_prefix_before_a_context_has_a_row_for_each_and_no_padding(build, tokens):
+    model = build("llama")
+    prepare(model)
+    start = capture(model, tokens(1, 4))
+    with pytest.raises(SoftPromptError, match="before: got 1 rows, accepted is one without padding for each of 2"):
+        capture(model, tokens(2, 5), before=start)
+    with pytest.raises(SoftPromptError, match="before: got 1 rows with padding"):
+        capture(model, tokens(1, 5), before=Prefix(start.layers, torch.tensor([3])))
+
+
 def test_a_model_without_head_has_hidden_states_but_no_logits(build, tokens):
     model = build("llama")
     prepare(model)

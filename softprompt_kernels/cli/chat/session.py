@@ -6,7 +6,10 @@ The turns are kept once, whatever the model has read before them, so the prefix 
 turns and answer are longer than the model's window, the oldest turns are left out of what the model reads, and the
 answer says how many. They stay in the conversation: a shorter prefix may have room for them.
 
-Cost: each answer reads the turns before it again, in one forward. The prefix is computed once.
+Cost: the tokens of a turn go through the model once when they are written and once when they are read as part of the
+chat. What was read is kept as a longer prefix, `prefix ‖ user₁ answer₁ …`, and the next answer begins where its tokens
+still agree: all turns are read again only after the oldest one was left out. A prefix of more than `_LARGE` tokens is
+not copied, and then each answer reads all turns.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids
+from softprompt_kernels.compress.teacher.context import CAPTURE_TOKENS
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.models import generate
+from softprompt_kernels.models import capture, generate
 from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.prompts import Prefix
 
+_LARGE = 16384
 Source = Callable[[], Prefix | None]
 
 
@@ -89,6 +94,7 @@ class Session:
         self.turns: list[Turn] = []
         self.reads = next(iter(sources))
         self._sources, self._prefixes = dict(sources), dict[str, Prefix | None]()
+        self._heard: dict[str, tuple[list[int], Prefix]] = {}  # by source: tokens behind its prefix, and both together
         self._seed = seed
 
     @property
@@ -148,6 +154,13 @@ class Session:
         """Forget the last turn, and return it; None if there is none."""
         return self.turns.pop() if self.turns else None
 
+    def reset(self) -> int:
+        """Forget all turns, and return how many there were."""
+        count = len(self.turns)
+        self.turns.clear()
+        self._heard.clear()
+        return count
+
     def messages(self) -> list[dict[str, Any]]:
         """The turns as messages with `role` and `content`; those of the model say what it had read and its end."""
         found: list[dict[str, Any]] = []
@@ -169,7 +182,8 @@ class Session:
         prefix = self._prefix(name)
         input_ids, left_out = self._fitting(name, prefix, history, question)
         check_ids(self.model, self.chat.tokenizer, input_ids, f"question: {question[:40]!r}")
-        ids = torch.tensor([input_ids], device=self.model.device)
+        prefix, rest = self._listen(name, prefix, input_ids)
+        ids = torch.tensor([rest], device=self.model.device)
         ends = self.settings.eos_token_id or []
         torch.manual_seed(seed)
         new = generate(
@@ -184,6 +198,23 @@ class Session:
         text = str(self.chat.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)).strip()
         full = len(new) >= self._new_tokens
         return Answer(text, left_out, "end" if ended else "length" if full else "stopped")
+
+    def _listen(self, name: str, prefix: Prefix | None, ids: list[int]) -> tuple[Prefix | None, list[int]]:
+        """A prefix of as many tokens as possible, and the tokens behind it: at least one."""
+        base = 0 if prefix is None else prefix.length
+        if base > _LARGE:
+            return prefix, ids
+        known, heard = self._heard.get(name, ([], prefix))
+        common = 0
+        while common < min(len(known), len(ids) - 1) and known[common] == ids[common]:
+            common += 1
+        if heard is not None:
+            heard = heard.slice(0, base + common) if base + common else None
+        if new := ids[common:-1]:
+            heard = capture(self.model, torch.tensor([new], device=self.model.device), CAPTURE_TOKENS, before=heard)
+        if heard is not None:
+            self._heard[name] = (ids[:-1], heard)
+        return heard, ids[-1:]
 
     def _fitting(
         self, name: str, prefix: Prefix | None, history: Sequence[Turn], question: str

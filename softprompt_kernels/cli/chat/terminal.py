@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -28,9 +29,10 @@ from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.output_file import written_when_complete
 
 FULL, SOFT, NOTHING = "full context", "soft prompt", "no context"
-"""The names of what the model may read before the turns."""
+"""The names of what the model may read before the turns, in the order of a comparison."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 _COMMANDS = (
     ("/compare [TEXT]", "answer the last question, or TEXT, behind each of what the model can read, side by side"),
     ("/context [on|off]", "read the full text (on), or the soft prompt or nothing (off); alone: say what is read"),
@@ -73,7 +75,6 @@ class Terminal:
             try:
                 self.take(line)
             except KeyboardInterrupt:  # a second Ctrl-C, or one where no answer is written
-                typer.echo("")
                 notice("Stopped. The conversation is as before.")
             except BrokenPipeError:
                 raise
@@ -81,7 +82,6 @@ class Terminal:
                 message = message_of(error)
                 if message is None:
                     raise
-                typer.echo("")
                 notice(message[0].upper() + message[1:] + ("" if message.endswith(".") else "."), style="red")
 
     def take(self, line: str) -> None:
@@ -102,10 +102,14 @@ class Terminal:
 
     def _ask(self, question: str) -> None:
         writer = _Writer()
-        with _ctrl_c() as stopped:
-            turn = self.session.ask(question, writer.write, stopped)
-        typer.echo("" if on_terminal() else "\n")
+        try:
+            with _ctrl_c() as stopped:
+                turn = self.session.ask(question, writer.write, stopped)
+        finally:
+            if writer.begun:
+                typer.echo("")
         self._explain(turn)
+        typer.echo("")
 
     def _explain(self, turn: Turn) -> None:
         """What the user could not see in the answer."""
@@ -129,7 +133,8 @@ class Terminal:
             notice("Stopped.")
             return
         question = argument or self.session.turns[-1].question
-        show_side_by_side(question, {name: printable(answers[name].text) for name in ORDER if name in answers})
+        names = [name for name in (FULL, SOFT, NOTHING) if name in answers]
+        show_side_by_side(question, {name: printable(answers[name].text) for name in names})
         for name, answer in answers.items():
             if answer.left_out:
                 notice(f"{name}: {_left_out(answer).lower()}.")
@@ -157,9 +162,7 @@ class Terminal:
         notice("There is no turn to forget." if turn is None else f"Forgotten: {turn.question}")
 
     def _reset(self, _: str) -> None:
-        count = len(self.session.turns)
-        self.session.turns.clear()
-        self._left_out = 0
+        count, self._left_out = self.session.reset(), 0
         notice(f"Forgotten: {count} turn{'' if count == 1 else 's'}.")
 
     def _save(self, argument: str) -> None:
@@ -181,9 +184,6 @@ class Terminal:
             typer.echo(f"{name.ljust(width)}  {meaning}")
 
 
-ORDER = (FULL, SOFT, NOTHING)
-
-
 def notice(message: str, style: str = "dim") -> None:
     """One sentence on standard error, in a style where that is a terminal."""
     from rich.console import Console
@@ -198,16 +198,31 @@ def printable(text: str) -> str:
 
 
 class _Writer:
-    """Prints the parts of an answer, without the blanks before its first word."""
+    """Prints the parts of an answer without the blanks before its first word; on a terminal, words are not broken."""
 
     def __init__(self) -> None:
-        self._begun = False
+        self.begun = False
+        self._width = shutil.get_terminal_size().columns if on_terminal() else sys.maxsize
+        self._column, self._blanks = 0, ""
 
     def write(self, text: str) -> None:
-        text = text if self._begun else text.lstrip()
-        if text:
-            self._begun = True
-            typer.echo(printable(text), nl=False)
+        """Print a part. Blanks at its end wait for the next word."""
+        from rich.cells import cell_len
+
+        out = ""
+        for part in _PARTS.findall(printable(text)):
+            if part == "\n":
+                out, self._column, self._blanks = out + (part if self.begun else ""), 0, ""
+            elif part.isspace():
+                self._blanks += part if self.begun else ""
+            else:
+                columns = cell_len(self._blanks + part)
+                if self._column and self._column + columns > self._width:
+                    out, self._column, self._blanks = f"{out}\n", 0, ""
+                    columns = cell_len(part)
+                out += self._blanks + part
+                self._column, self._blanks, self.begun = self._column + columns, "", True
+        typer.echo(out, nl=False)
 
 
 def _left_out(answer: Answer) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from softprompt_kernels.cli.chat import session as module
 from softprompt_kernels.cli.chat.session import Session
 from softprompt_kernels.cli.commands.generate import generation_config
 from softprompt_kernels.compress import ChatFormat, load_model
@@ -58,6 +59,29 @@ def test_the_answer_to_a_second_question_is_that_of_the_rendered_chat(session: M
     assert second.text == by_hand(loaded, "Who owns it?", first.text, "And where?")
     assert second.text != by_hand(loaded, "And where?")
     assert "".join(parts).strip() == second.text and (second.left_out, second.end) == (0, "length")
+
+
+def test_each_token_is_read_once(session: Make, loaded, monkeypatch) -> None:
+    read: list[int] = []
+
+    def counted(model, ids, *options, **more):
+        read.append(ids.shape[1])
+        return capture(model, ids, *options, **more)
+
+    monkeypatch.setattr(module, "capture", counted)
+    one, texts = session(), [f"{word}, who owns it?" for word in ("First", "Then", "And")]
+    for text in texts:
+        one.ask(text)
+    whole = loaded[1].conversation_ids(one.messages()[:-1])
+    assert len(read) == 3 and sum(read) == len(whole) - 1
+    assert one.undo().question == texts[2]
+    again = one.ask(texts[2]).answer
+    assert sum(read) == len(whole) - 1, "asked again: all of it is known"
+    monkeypatch.setattr(module, "_LARGE", -1)
+    other = session()
+    assert [other.ask(text).answer for text in texts][2] == again and len(read) == 3
+    one.reset()
+    assert one.turns == [] and one.ask(texts[0]).answer == other.turns[0].answer
 
 
 def test_the_turns_stay_when_the_prefix_changes(session: Make, loaded) -> None:

@@ -168,6 +168,20 @@ def test_at_a_terminal_ctrl_c_is_a_hint_and_ctrl_d_ends(monkeypatch, capsys) -> 
     ]
 
 
+def test_words_are_not_broken_at_the_edge_of_a_terminal(monkeypatch, capsys) -> None:
+    def shown(*parts: str) -> str:
+        writer = terminal._Writer()
+        for part in parts:
+            writer.write(part)
+        return capsys.readouterr().out
+
+    parts = (" \n  one ", "three ", "four ", "a-very-long-word ", "磨坊磨", "坊\n  in ", "dented ", "")
+    assert shown(*parts) == "one three four a-very-long-word 磨坊磨坊\n  in dented"
+    monkeypatch.setattr(terminal, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "10")
+    assert shown(*parts) == "one three\nfour\na-very-long-word\n磨坊磨坊\n  in\ndented"
+
+
 def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
     assert terminal.printable("a\x1b[2Jb\n\tc\x07é") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}é"
 
