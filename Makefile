@@ -12,11 +12,12 @@ BASE ?= origin/main
 BENCH ?=
 STUDY ?=
 COUNTERS ?=
+LOAD ?=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test changed docs bench study compile counters gpu sanitize simt mutants clean
+.PHONY: help demo lint test changed docs bench study compile counters gpu load sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -63,6 +64,9 @@ counters: $(VENV)/test ## count bytes, FLOP, launches and memory of all ops and 
 gpu: $(VENV)/test ## on a machine with a GPU: test the ops on it, and time them against other implementations
 	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python -m benchmarks.device
+
+load: $(VENV)/test ## 64 clients of `softprompt serve` for a minute: right, fast, flat; a part: LOAD="--seconds 10"
+	$(BIN)/python -m benchmarks.serve $(LOAD)
 
 # A copy of the package with its own module, which is found before the installed one. A test that limits the address
 # space is left out: AddressSanitizer takes terabytes of it.

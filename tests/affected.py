@@ -55,6 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "csrc/simt/": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "csrc/bindings/cuda": ("tests/kernels/cuda", "tests/simt", "tests/mutants", *OPS),
     "benchmarks/": ("tests/benchmarks",),
+    "benchmarks/serve/": ("tests/serve",),
     "examples/": ("tests/examples",),
     "build_helper/": ("tests/build_helper",),
     "setup.py": ("tests/build_helper",),

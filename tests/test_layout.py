@@ -62,7 +62,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "benchmarks": (
         ("device",),
-        ("suites", "study"),
+        ("suites", "study", "serve"),
         ("counted", "step"),
         ("harness",),
     ),

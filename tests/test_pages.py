@@ -57,6 +57,8 @@ ELSEWHERE = {
     "tests/formats/test_hub.py does so to a server on this machine",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
+    "pip install openai": "the tests' extra brings it",
+    "softprompt serve --model my-model --prompt handbook=my-run/prompt": "it does not end; tests/serve/test_command.py",
 }
 PROGRAMS = {  # that blocks of `bash` start, and why no test does
     "nsys": "it needs a GPU",
@@ -78,6 +80,7 @@ NOT_IN_CI = {
     "compile": "15 minutes; tests/kernels/triton compiles a part of them",
     "counters": "minutes; tests/benchmarks counts small cases",
     "gpu": "it needs a GPU",
+    "load": "minutes; tests/serve runs the same clients for two seconds",
     "clean": "it deletes what the other targets need",
 }
 TEXT = "the cat sat on the mat and the dog ran to the red house " * 3
@@ -167,6 +170,8 @@ def run(page: Path, namespace: dict[str, object]) -> None:
         elif language == "console":
             for line in (line for line in block.splitlines() if line not in ELSEWHERE):
                 program, *arguments = shlex.split(line, comments=True) or [""]
+                if line in ELSEWHERE:
+                    continue
                 if program == "softprompt":
                     result = CliRunner().invoke(app, fast(arguments))
                     slower = result.exit_code == 1 and "--compare" in arguments and "generate" not in arguments

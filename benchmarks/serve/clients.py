@@ -127,7 +127,7 @@ DYING = """
 import http.client, json, sys
 host, port, model, tokens = sys.argv[1:]
 body = {"model": model, "messages": [{"role": "user", "content": "Go on."}], "max_tokens": int(tokens), "stream": True,
-        "temperature": 0}
+        "n": 4}
 connection = http.client.HTTPConnection(host, int(port))
 connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
 reply = connection.getresponse()
@@ -140,21 +140,21 @@ while reply.readline():
 
 
 def killed_client(address: str, model: str, tokens: int) -> float:
-    """A process asks for a long answer and is killed in the middle of it. Seconds until the server is empty again.
+    """A process asks for four long answers and is killed in the middle. Seconds until the server is empty again.
 
     Nobody else may use the server.
 
     Raises:
-        RuntimeError: the answer has ended by itself, or the place is not free after 20 seconds.
+        RuntimeError: the answers have ended by themselves, or the place is not free after 20 seconds.
     """
     url = httpx.URL(address)
     command = [sys.executable, "-I", "-c", DYING, url.host, str(url.port), model, str(tokens)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        if occupied(address) != 1:
+        if not occupied(address):
             process.kill()
-            raise RuntimeError("the answer has ended before its client was killed: ask for more tokens")
+            raise RuntimeError("the answers have ended before their client was killed: ask for more tokens")
         process.send_signal(signal.SIGKILL)
         start = time.perf_counter()
     while occupied(address):

@@ -145,7 +145,11 @@ class DecodingBatch:
         return self.size - len(self.rows)
 
     def room(self, prompt: int) -> int:
-        """How many tokens of input and answer together fit into the model's window behind one prompt of the bank."""
+        """How many tokens of input and answer together fit into the model's window.
+
+        Args:
+            prompt: the row of the bank that stands before them.
+        """
         ragged = None if self.prefix is None else self.prefix.lengths
         length = prefix_length(self.prefix) if ragged is None else int(ragged[prompt])
         return max_positions(text_config(self.model)) - length
@@ -190,7 +194,11 @@ class DecodingBatch:
             self._append(self.rows, self._decode())
 
     def leave(self, rows: Iterable[DecodingRow]) -> None:
-        """Take rows out of the batch. The last rows take their places in the cache. Other rows are passed over."""
+        """Take rows out of the batch. The last rows of the batch take their places in the cache.
+
+        Args:
+            rows: any number; those that are not in the batch are passed over.
+        """
         leaving = {id(row) for row in rows}
         ended = [i for i, row in enumerate(self.rows) if id(row) in leaving]
         if not ended:
