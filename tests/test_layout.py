@@ -33,7 +33,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "softprompt_kernels/compress": (
         ("forecast", "diagnose", "suite_run"),
         ("run", "saved_prompt"),
-        ("initial_prompt", "compared_answers", "teaching"),
+        ("initial_prompt", "compared_answers", "teaching", "tracking"),
         ("inputs",),
         ("report",),
         ("folder", "stage_times", "versions"),

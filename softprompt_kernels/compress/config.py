@@ -239,6 +239,9 @@ class CompressConfig(BaseModel):
     dtype: Dtype = Field("auto", description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
+    track: Literal["tensorboard", "wandb"] | None = Field(
+        None, description="Log every step and the final figures to this service too. Needs the extra tracking."
+    )
 
     @property
     def frozen(self) -> int:

@@ -226,6 +226,7 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
         exclude={
             "output",
             "threads",
+            "track",
             "checkpoint_every",
             "evaluate_every",
             "micro_batch_size",

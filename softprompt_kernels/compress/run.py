@@ -56,6 +56,8 @@ from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.torch_modes import own_torch_modes
+from softprompt_kernels.compress.tracking.service import check_service
+from softprompt_kernels.compress.tracking.tracker import Tracker, tracked
 from softprompt_kernels.compress.versions import made_with
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
@@ -101,6 +103,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     reporter, times = reporter or SilentReporter(), StageTimes()
     with signals_as_interrupts():
         check_unlocked(config.output)
+        check_service(config.track)
         with times("load"):
             inputs = load_inputs(config)
         with locked(config.output):
@@ -123,10 +126,23 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
     times.keep_in(folder.stages)
     check_destination(folder.prompt)
 
+    with tracked(config, folder, reporter) as tracker:
+        figures = _new_figures(inputs, folder, reporter, times, tracker)
+        tracker.finish(figures)
+    draw_curves(folder, figures, reporter)
+    write_report(folder, reporter)
+    return figures
+
+
+def _new_figures(
+    inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: StageTimes, tracker: Tracker
+) -> dict[str, Any]:
+    """The content of evaluation.json, after all stages of a run that is not finished."""
+    config = inputs.config
     with times("context"):
         context = capture_context(inputs.model, inputs.context_ids)
         prompt = None if config.init == "matched" else initial_prompt(inputs, context)
-    run = _Run(inputs, folder, context, reporter)
+    run = _Run(inputs, folder, context, reporter, tracker)
 
     with times("answers"):
         taught = Teaching(inputs, folder, context, reporter, run.matched).teach()
@@ -156,8 +172,6 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
         write_details(folder.details, run.details(taught, distances, answers))
     figures |= {"seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
-    draw_curves(folder, figures, reporter)
-    write_report(folder, reporter)
     return figures
 
 
@@ -202,12 +216,14 @@ class _Run:
         folder: where results are stored.
         context: the captured context.
         reporter: receives the progress.
+        tracker: receives the steps.
     """
 
     inputs: RunInputs
     folder: RunFolder
     context: Prefix
     reporter: Reporter
+    tracker: Tracker
 
     @cached_property
     def key(self) -> str:
@@ -272,13 +288,18 @@ class _Run:
                     reporter=self.reporter,
                     folder=folder.cache,
                     key=self.key,
-                    record=folder.add_metrics,
+                    record=self.record,
                 )
             except KeyboardInterrupt as stop:
                 done = len(stored_layers(self.context, folder.cache, self.key))
                 raise Interrupted("layer", done, self.context.num_layers, folder.path, signal_of(stop)) from None
         delete_rows(folder.cache)
         return matched_prompt(self.inputs, self.context, matched), seconds_before
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Keep the record of a step of matching."""
+        self.folder.add_metrics(record)
+        self.tracker.log(record)
 
     def train(self, prompt: Prompt, taught: Taught) -> float:
         """Train to the last step, from the checkpoint if there is one.
@@ -320,6 +341,7 @@ class _Run:
                 record["heldout_kl"] = distance(head, student, teacher).kl
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
+            self.tracker.log(record)
             figures = {"loss": report.loss}
             if "heldout_kl" in record:
                 figures["heldout_kl"] = record["heldout_kl"]

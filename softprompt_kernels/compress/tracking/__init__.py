@@ -1,0 +1,1 @@
+"""A run followed in TensorBoard or Weights & Biases, through their own packages."""
