@@ -71,9 +71,9 @@ class TurnMarks:
 
     Args:
         question: the last line before a query; "" if there is none.
-        opening: what opens an answer; "" if nothing does.
+        opening: the last line before an answer; "" if there is none.
         end_rendered: whether a control token stands behind an answer; True where the template shows none.
-        controls: the control tokens of the tokenizer.
+        controls: the control tokens of the tokenizer, without those that the template writes within an answer.
     """
 
     question: str
@@ -88,17 +88,17 @@ class TurnMarks:
         time = datetime.fromisoformat(source["time"])
         template = ChatTemplate(tokenizer, source["template"], source["arguments"], time)
         before, _, opening = (template.render(None, _QUERY) or "").partition(_QUERY)
-        before = before.removeprefix(tokenizer.bos_token or "")
-        lines = [line.strip() for line in before.split("\n") if line.strip()]
-        end = (template.render(None, _QUERY, _ANSWER) or "").partition(_ANSWER)[2:]
+        if tokenizer.bos_token and tokenizer.bos_token not in opening:  # else it opens turns too
+            before = before.removeprefix(tokenizer.bos_token)
+        answered = (template.render(None, _QUERY, _ANSWER) or "").partition(_QUERY)[2]
+        lead, shown, end = answered.removeprefix(opening).partition(_ANSWER)
         added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        names = {*tokenizer.all_special_tokens, *added.values()}
-        rendered = not source["template"] or not end or any(name in end[0] for name in names)
+        added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         return cls(
-            question=lines[-1] if lines else "",
-            opening=opening.strip(),
-            end_rendered=rendered,
-            controls=frozenset({*added, *tokenizer.all_special_ids}),
+            question=_last_line(before),
+            opening=_last_line(opening),
+            end_rendered=not source["template"] or not shown or any(name in end for name in added.values()),
+            controls=frozenset(index for index, name in added.items() if name not in lead),
         )
 
     def goes_on(self, tokenizer: PreTrainedTokenizerBase, example: Example, ends: AbstractSet[int]) -> bool:
@@ -115,9 +115,12 @@ class TurnMarks:
             rest = _decode(tokenizer, answer[place:])
             if not self.opening or self.opening not in rest[: len(self.opening) + _NEAR]:
                 return True
-        return bool(self.question) and any(
-            line.strip().startswith(self.question) for line in _decode(tokenizer, answer).split("\n")
-        )
+        return bool(self.question) and any(map(self._asks, _decode(tokenizer, answer).split("\n")))
+
+    def _asks(self, line: str) -> bool:
+        """Whether a line opens a query. A mark that is only a word, such as "user", must be the whole line."""
+        line = line.strip()
+        return line == self.question or (not self.question[-1].isalnum() and line.startswith(self.question))
 
 
 @torch.no_grad()
@@ -131,6 +134,10 @@ def _probability(head: Head, states: Sequence[Tensor], ends: AbstractSet[int]) -
         logits = head.logits(hidden[start : start + _ROWS].to(head.weight.dtype)).float()
         total += float(logits.softmax(-1)[:, index].sum())
     return total / hidden.shape[0]
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.split("\n")) if line.strip()), "")
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ at k, more tokens hold more. Training lifts the whole curve, so its rise at k is
 
 from __future__ import annotations
 
+from softprompt_kernels.compress.diagnose.causes.optimisation import fault_of_training
 from softprompt_kernels.compress.diagnose.causes.words import MATCHED_OPTIONS, count, part
 from softprompt_kernels.compress.diagnose.evidence import MEANINGFUL, Evidence, gain, recovered
 from softprompt_kernels.compress.evaluate.diagnosis import Finding
@@ -29,11 +30,11 @@ def capacity(evidence: Evidence) -> Finding | None:
     curve = {one.tokens: recovered(evidence.heldout, one.heldout) for one in evidence.matched}
     last, ratio = evidence.matched[-1].tokens, evidence.context_tokens / k
     more = f"; at {last}: {part(curve[last])}" if last > longer.tokens else ""
-    # Of what is missing, the longer prompt leaves the same part with and without training.
+    # Of what is missing, the longer prompt leaves the same part with and without refinement and training.
     left = (1 - curve[longer.tokens]) / (1 - curve[k])
     missing = min(1 - curve[k], 1 - evidence.recovered)
     matched = f"{part(curve[k])} → {part(curve[longer.tokens])} held-out{more}"
-    trained = f" Trained as in the run, about {part(1 - left * missing)}." if missing < 1 - curve[k] else ""
+    made = f" Made as in the run, {part(evidence.recovered)} → about {part(1 - left * missing)}."
     return Finding(
         cause="capacity",
         sentence=f"{k} tokens are too few for {evidence.context_tokens} tokens of text ({ratio:.1f}x): by matching "
@@ -43,13 +44,15 @@ def capacity(evidence: Evidence) -> Finding | None:
         ),
         change=f"Give the prompt {longer.tokens} tokens.",
         options=f"--tokens {longer.tokens}",
-        expected=f"By matching alone at {longer.tokens}: {matched}.{trained}",
+        expected=f"By matching alone at {longer.tokens}: {matched}.{made if missing < 1 - curve[k] else ''}",
         gain=(1 - left) * missing,
     )
 
 
 def _kind(evidence: Evidence) -> Finding | None:
-    """Keys and values of all layers hold more than input embeddings of the same length."""
+    """Keys and values of all layers hold more than input embeddings of the same length, unless the rate was wrong."""
+    if fault_of_training(evidence) is not None:
+        return None
     k, here = evidence.config.tokens, evidence.matched_at(evidence.config.tokens)
     assert here is not None
     found = gain(evidence.heldout, [one.prompt for one in evidence.heldout], here.heldout)

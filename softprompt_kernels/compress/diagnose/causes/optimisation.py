@@ -79,7 +79,7 @@ def rate_range(test: RateTest) -> RateRange | None:
 def optimisation(evidence: Evidence) -> Finding | None:
     """Whether a better prompt of this length is known, or the training could not find one."""
     better = _known_better(evidence)
-    fault = _fault_of_training(evidence)
+    fault = fault_of_training(evidence)
     if better is None and fault is None:
         return None
     config = evidence.config
@@ -149,7 +149,7 @@ def _known_better(evidence: Evidence) -> _Better | None:
     return max((one for one in better if one.gain.counts), key=lambda one: one.recovered, default=None)
 
 
-def _fault_of_training(evidence: Evidence) -> tuple[str, str, str] | None:
+def fault_of_training(evidence: Evidence) -> tuple[str, str, str] | None:
     """What is wrong with rate or steps: a sentence, the change and its options; None if nothing is seen."""
     config, test = evidence.config, evidence.rate_test
     if not evidence.learning_rates:
