@@ -117,9 +117,9 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     mean_tokens = mean_length + max(0, config.new_tokens - 2 * MEASURED_TOKENS)
     sequence_seconds *= mean_tokens / mean_length
 
-    # Targets: the moments of the tokens just sampled.
+    # Targets: the moments of the tokens just sampled. An entropy alone costs about as much.
     moments_seconds = 0.0
-    if config.steps and inputs.objective.form == "moments":
+    if config.steps and inputs.objective.form not in (None, "hidden"):
         moments_seconds = _moments_seconds(inputs, context, examples) * config.new_tokens * len(inputs.train)
 
     # A round: the student answers all training queries, and the teacher reads them.

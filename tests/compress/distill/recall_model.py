@@ -14,7 +14,7 @@ tail as far as `const` allows: the final LayerNorm divides by the norm of all fo
 Both halves of `out` have an attention head of their own. It is a GPT-NeoX: part of its dimensions rotate, and its
 queries and keys have biases. The MLPs are zero.
 
-`python -m tests.compress.distill.recall_model FOLDER` writes the model and a task, to try commands on.
+`python -m tests.compress.distill.recall_model FOLDER SEED` writes the model and a task, to try commands on.
 """
 
 import json
@@ -174,4 +174,4 @@ def _attend_to_token_before(bias: Tensor) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     save_recall_model(folder / "model")
-    RecallTask.of().write(folder)
+    RecallTask.of(int(sys.argv[2])).write(folder)

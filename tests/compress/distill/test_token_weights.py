@@ -22,7 +22,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "kl", "token_weights": "entropy", "temperature": 2.0},
     {"name": "kl", "token_weights": "entropy", "nll_weight": 0.4},
     {"name": "kl", "token_weights": "student", "temperature": 2.0},
-    {"name": "reverse_kl", "token_weights": "entropy"},
+    {"name": "reverse_kl", "token_weights": "entropy", "temperature": 2.0},
     {"name": "jsd", "token_weights": "entropy", "softcap": 15.0},
     {"name": "jsd", "token_weights": "student"},
     {"name": "nll", "token_weights": "entropy"},
