@@ -121,7 +121,7 @@ def test_an_interrupted_run_with_rounds_ends_with_the_same_bits(
 def test_a_run_that_is_killed_in_a_round_resumes_from_it(make_config: Make, recording_reporter: Any) -> None:
     config = make_config(**ROUNDS, checkpoint_every=100)
     with pytest.raises(SystemError):
-        compress(config, recording_reporter("Teacher reads them, round 2", 1, SystemError))
+        compress(config, recording_reporter("Teacher reads them, round 2", 4, SystemError))
     reporter = recording_reporter()
     compress(config, reporter)
     assert "Resuming from step 4." in reporter.messages
