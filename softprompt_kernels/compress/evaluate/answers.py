@@ -10,6 +10,7 @@ Cost: each query is answered once behind each prefix, in batches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -19,7 +20,7 @@ from softprompt_kernels.compress.evaluate.dissimilarity import DISSIMILARITIES, 
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
-from softprompt_kernels.compress.teacher.answers import answer
+from softprompt_kernels.compress.teacher.answers import answer, end_tokens
 from softprompt_kernels.prompts import Prefix
 
 FULL = "full"
@@ -31,6 +32,19 @@ STUDENTS = ("none", "truncated", "prompt")
 """The students that answer, by their key in evaluation.json; a prompt as long as the text has none "truncated"."""
 
 
+@dataclass(frozen=True)
+class GreedyAnswers:
+    """Answers by the key of the prefix that they were written behind.
+
+    Args:
+        texts: the answers to all queries.
+        cut_off: how many of them ended at the most tokens that an answer may have, and not by themselves.
+    """
+
+    texts: Mapping[str, Sequence[str]]
+    cut_off: Mapping[str, int]
+
+
 def greedy_answers(
     model: PreTrainedModel,
     chat: ChatFormat,
@@ -38,8 +52,8 @@ def greedy_answers(
     queries: Sequence[Query],
     new_tokens: int,
     reporter: Reporter,
-) -> dict[str, list[str]]:
-    """The greedy answers to all queries behind each prefix, as text, by the key of the prefix.
+) -> GreedyAnswers:
+    """The greedy answers to all queries behind each prefix, as text.
 
     Args:
         model, chat: the model and its chat format.
@@ -48,7 +62,8 @@ def greedy_answers(
         new_tokens: at most so many tokens an answer.
         reporter: receives the progress.
     """
-    found = {}
+    ends = end_tokens(model, chat)
+    texts, cut_off = {}, {}
     for key, prefix in prefixes.items():
         examples = answer(
             model,
@@ -63,12 +78,13 @@ def greedy_answers(
             description=f"Answers with {_NAMES[key]}",
         )
         decode = chat.tokenizer.decode
-        found[key] = [str(decode(list(e.output_ids), skip_special_tokens=True)).strip() for e in examples]
-    return found
+        texts[key] = [str(decode(list(e.output_ids), skip_special_tokens=True)).strip() for e in examples]
+        cut_off[key] = sum(example.output_ids[-1] not in ends for example in examples)
+    return GreedyAnswers(texts, cut_off)
 
 
 def answer_figures(
-    answers: Mapping[str, Sequence[str]],
+    given: GreedyAnswers,
     queries: Sequence[Query],
     *,
     own: Mapping[str, Dissimilarity] | None = None,
@@ -77,24 +93,26 @@ def answer_figures(
     """The figures of whole answers.
 
     Args:
-        answers: by key, with `FULL` and any of `STUDENTS`, from `greedy_answers`.
+        given: of `FULL` and any of `STUDENTS`, from `greedy_answers`.
         queries: of the answers, in the same order.
         own: dissimilarities of the user, by name.
         metric: of accuracy, as in `accuracy`; None: all of `GENERAL_METRICS`.
 
     Returns:
-        `{"queries", "dissimilarity": {name: {student: mean}}, "accuracy": {metric: {student: mean}}, "questions",
-        "answers": [{"input", "references", student: text, ...}]}`. Students are keys of `answers`. "accuracy" and
-        "questions", their number, are there if queries have references.
+        `{"queries", "cut_off": {student: number}, "dissimilarity": {name: {student: mean}}, "accuracy": {metric:
+        {student: mean}}, "questions", "answers": [{"input", "references", student: text, ...}]}`. Students are the keys
+        of the answers. "accuracy" and "questions", their number, are there if queries have references.
 
     Raises:
         SoftPromptError: as `mean_dissimilarity` and `accuracy`.
     """
+    answers = given.texts
     full = answers[FULL]
     students = [key for key in answers if key != FULL]
     measures = {**DISSIMILARITIES, **(own or {})}
     figures: dict[str, Any] = {
         "queries": len(queries),
+        "cut_off": dict(given.cut_off),
         "dissimilarity": {
             name: {key: mean_dissimilarity(name, function, full, answers[key]) for key in students}
             for name, function in measures.items()
@@ -105,14 +123,14 @@ def answer_figures(
         references = [queries[index].references for index in known]
         figures["questions"] = len(known)
         figures["accuracy"] = {
-            name: {key: accuracy(name, [given[i] for i in known], references) for key, given in answers.items()}
+            name: {key: accuracy(name, [texts[i] for i in known], references) for key, texts in answers.items()}
             for name in ((metric,) if metric else GENERAL_METRICS)
         }
     figures["answers"] = [
         {
             "input": query.input,
             **({"references": list(query.references)} if query.references else {}),
-            **{key: given[index] for key, given in answers.items()},
+            **{key: texts[index] for key, texts in answers.items()},
         }
         for index, query in enumerate(queries)
     ]

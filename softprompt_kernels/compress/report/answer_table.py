@@ -48,12 +48,15 @@ def answer_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def answer_remark(figures: Mapping[str, Any]) -> str:
     """The legend of the table, with what the accuracies are of; `figures` as in `answer_table`."""
-    if "accuracy" not in figures:
-        return ANSWER_LEGEND
-    return (
-        f"{ANSWER_LEGEND} right: accuracy on the {figures['questions']} of {figures['queries']} queries that have "
-        "references, 1 is all right."
-    )
+    text, cut_off = ANSWER_LEGEND, figures["cut_off"]["full"]
+    if "accuracy" in figures:
+        text += (
+            f" right: accuracy on the {figures['questions']} of {figures['queries']} queries that have references, "
+            "1 is all right."
+        )
+    if cut_off:
+        text += f" {cut_off} of {figures['queries']} answers of the full context were cut off by --new-tokens."
+    return text
 
 
 def forgetting_remark(figures: Mapping[str, Any]) -> str:
