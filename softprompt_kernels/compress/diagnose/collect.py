@@ -233,12 +233,16 @@ class Collector:
         return Details(sets=sets)
 
     def _training_steps(self) -> list[tuple[float, float]]:
-        """Loss and learning rate of each step of training."""
+        """Loss and learning rate of each step of training; none if the file is damaged."""
         if not self.inputs.config.steps or not self.folder.has_metrics:
             return []
-        lines = self.folder.metrics.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        return [(one["loss"], one["learning_rate"]) for one in records if one["stage"] == "training"]
+        try:
+            records = [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+            training = [one for one in records if one["stage"] == "training"]
+            return [(float(one["loss"]), float(one["learning_rate"])) for one in training]
+        except (ValueError, KeyError, TypeError):
+            self.reporter.message(f"Warning: {self.folder.metrics} is damaged, and says nothing of the training.")
+            return []
 
     def _entropy_gap(self) -> float:
         return float(((self.folder.read_evaluation() or {}).get("heldout") or {}).get("entropy_gap", 0.0))
