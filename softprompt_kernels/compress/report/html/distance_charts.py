@@ -122,7 +122,7 @@ def heads_chart(run: RunData) -> Chart | None:
     summary = (
         "The squared error of what a head gives with the matched prompt, before training, relative to what it gives "
         f"with the context: {number(fmean(value for value, _, _ in flat))} on average, and most in layer {layer}, "
-        f"head {head}: {number(worst)}. Measured on rows that the refinement did not fit."
+        f"head {head}: {number(worst)}. Measured on rows that no step of refinement used."
     )
     return Chart("heads", "Error of matching by layer and head", summary, figure, max(280, min(640, 90 + 16 * layers)))
 
