@@ -181,6 +181,12 @@ def test_runs_without_the_data_of_a_report_are_refused(make_run: MakeRun, tmp_pa
     with pytest.raises(SoftPromptError, match=r"is not the folder of a run"):
         read_run(tmp_path)
     folder = make_run(details=None)
+    figures = folder.evaluation.read_text()
+    for damaged in ("[1]", "{}", '{"heldout": 3}', figures.replace('"recovered": 0.8', '"recovered": "much"')):
+        folder.evaluation.write_text(damaged)
+        with pytest.raises(SoftPromptError, match=r"evaluation.json lacks figures of an evaluation"):
+            read_run(folder.path)
+    folder.evaluation.write_text(figures)
     with pytest.raises(SoftPromptError, match=r"no details.json, because an older version finished it. Delete .*eval"):
         read_run(folder.path)
     folder.details.write_text("{")

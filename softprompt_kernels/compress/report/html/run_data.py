@@ -13,6 +13,7 @@ from softprompt_kernels.compress.evaluate.details import Details, read_details
 from softprompt_kernels.compress.evaluate.diagnosis import Diagnosis, read_diagnosis
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.report.metrics import Record, read_metrics
+from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 
@@ -46,6 +47,16 @@ class RunData:
         return Path(str(self.config.get("context", "the text"))).name
 
 
+def _has_figures(figures: Any) -> bool:
+    """Whether the figures are there without which nothing can be said of a run."""
+    if not isinstance(figures, dict) or not isinstance(figures.get("heldout"), dict):
+        return False
+    sets = [figures[name] for name, _ in SETS if isinstance(figures.get(name), dict)]
+    needed = [figures.get("context_tokens"), figures.get("prompt_tokens")]
+    needed += [of_set.get(name) for of_set in sets for name in ("recovered", "top1_agreement", "kl_none", "kl_prompt")]
+    return all(isinstance(value, (int, float)) for value in needed)
+
+
 def read_run(path: Path) -> RunData:
     """Read a finished run.
 
@@ -63,6 +74,8 @@ def read_run(path: Path) -> RunData:
         raise SoftPromptError(
             f"run: {path} has no evaluation.json, so the run is not finished; run its `softprompt compress` again"
         )
+    if not _has_figures(figures):
+        raise SoftPromptError(f"run: {folder.evaluation} lacks figures of an evaluation")
     if not folder.details.exists():
         raise SoftPromptError(
             f"run: {path} has no details.json, because an older version finished it. Delete {folder.evaluation} and "
