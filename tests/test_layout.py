@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("initial_prompt", "compared_answers", "teaching", "tracking"),
         ("inputs",),
         ("report",),
-        ("folder", "stage_times", "versions"),
+        ("folder", "stage_times"),
         ("evaluate",),
         ("distill",),
         ("matching",),

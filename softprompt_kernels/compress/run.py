@@ -47,6 +47,7 @@ from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.html.page import save_report
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.report.table import SETS
+from softprompt_kernels.compress.report.versions import made_with
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.signals import signal_of, signals_as_interrupts
 from softprompt_kernels.compress.sources.queries import write_text
@@ -58,7 +59,6 @@ from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.compress.tracking.service import check_service
 from softprompt_kernels.compress.tracking.tracker import Tracker, tracked
-from softprompt_kernels.compress.versions import made_with
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
