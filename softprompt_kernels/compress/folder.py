@@ -133,7 +133,7 @@ class RunFolder:
         Args:
             identity: from `inputs.identity`.
             config_yaml: the content of config.yaml, written unless the file exists.
-            made_with: from `report.versions.made_with`, recorded with the identity. It may differ when the run is resumed.
+            made_with: from `report.versions.made_with`, recorded with the identity. It may differ in a resumed run.
 
         Raises:
             SoftPromptError: the folder holds other files, or another run. The message names the options that differ.

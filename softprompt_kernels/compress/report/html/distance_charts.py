@@ -8,7 +8,7 @@ from statistics import fmean
 
 from softprompt_kernels.compress.evaluate.details import ExampleDetails
 from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
-from softprompt_kernels.compress.report.html.chart import PATTERNS, Chart, add_line, new_figure, number
+from softprompt_kernels.compress.report.html.chart import PATTERNS, Chart, add_line, log_axis, new_figure, number
 from softprompt_kernels.compress.report.html.run_data import RunData
 from softprompt_kernels.compress.report.table import SETS
 
@@ -100,7 +100,9 @@ def heads_chart(run: RunData) -> Chart | None:
         return None
     heads, layers = len(error[0]), len(error)
     figure = new_figure("query head", "layer")
-    powers = range(-6, 2)
+    flat = [(value, layer, head) for layer, values in enumerate(error) for head, value in enumerate(values)]
+    drawn = [max(value, SMALLEST_ERROR) for value, _, _ in flat]
+    ticks = log_axis(drawn).get("tickvals") or [min(drawn), max(drawn)]
     figure.add_heatmap(
         z=[[math.log10(max(value, SMALLEST_ERROR)) for value in layer] for layer in error],
         x=list(range(heads)),
@@ -109,15 +111,14 @@ def heads_chart(run: RunData) -> Chart | None:
         colorscale="Cividis",
         colorbar={
             "title": {"text": "error", "side": "right"},
-            "tickvals": list(powers),
-            "ticktext": [f"{10.0**power:g}" for power in powers],
+            "tickvals": [math.log10(tick) for tick in ticks],
+            "ticktext": [f"{tick:.2g}" for tick in ticks],
             "thickness": 12,
         },
         hovertemplate="layer %{y}, head %{x}: %{customdata:.3g}<extra></extra>",
     )
     figure.update_yaxes(autorange="reversed", dtick=max(1, layers // 10))
     figure.update_xaxes(dtick=max(1, heads // 10))
-    flat = [(value, layer, head) for layer, values in enumerate(error) for head, value in enumerate(values)]
     worst, layer, head = max(flat)
     summary = (
         "The squared error of what a head gives with the matched prompt, before training, relative to what it gives "
