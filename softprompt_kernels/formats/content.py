@@ -113,6 +113,17 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def check_other_place(option: str, target: Path, source: Path) -> None:
+    """Raise a SoftPromptError if a prompt would be written over the one that it is made from.
+
+    Args:
+        option: the option that names the target.
+        target, source: files or folders.
+    """
+    if target.exists() and source.exists() and target.resolve() == source.resolve():
+        raise SoftPromptError(f"{option}: got {target}, which is the prompt itself; accepted is another path")
+
+
 def check_target(option: str, target: Path, format_name: FormatName, found: str | None) -> None:
     """Raise a SoftPromptError if a file is there that is not of the format that would replace it.
 

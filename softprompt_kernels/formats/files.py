@@ -29,19 +29,18 @@ def read(path: str | Path, expected: FormatName | None = None, first_query: Firs
         SoftPromptError: there is nothing, or it is of none of the formats or not of the expected one, or damaged.
     """
     where = Path(path)
-    found = found_format(where)
+    found, loaded = _opened(where)
     if expected is not None and found != expected and {found, expected} != {"peft", "folder"}:
         raise SoftPromptError(f"{path} is {DESCRIPTIONS[found]}, accepted is {DESCRIPTIONS[expected]} (--from {found})")
     if found in ("peft", "folder"):
         return peft.read(where)
     if found == "safetensors":
         return plain.read(where)
-    loaded = load_tensors(where)
     return cartridges.read(where, loaded, first_query) if found == "cartridges" else vllm.read(where, loaded)
 
 
-def found_format(path: Path) -> FormatName:
-    """The format of a file or a folder, by its content.
+def _opened(path: Path) -> tuple[FormatName, Any]:
+    """The format of a file or a folder, by its content, and what torch.load gave for it (None for other formats).
 
     Raises:
         SoftPromptError: as in `read`.
@@ -49,7 +48,7 @@ def found_format(path: Path) -> FormatName:
     recover(path)
     if path.is_dir():
         if (path / CONFIG).is_file():
-            return "folder" if (path / RECORD).is_file() else "peft"
+            return "folder" if (path / RECORD).is_file() else "peft", None
         inside = " (it holds one: prompt)" if (path / "prompt" / CONFIG).is_file() else ""
         raise SoftPromptError(f"{path} is a folder without {CONFIG}, so it is no prompt{inside}; {accepted()}")
     if not path.exists():
@@ -60,18 +59,19 @@ def found_format(path: Path) -> FormatName:
     except OSError as error:
         raise SoftPromptError(f"{path} cannot be read: {error.strerror or error}") from error
     if start.startswith((_ZIP, _PICKLE)):
-        return _format_of_tensors(path, load_tensors(path))
+        loaded = load_tensors(path)
+        return _format_of_tensors(path, loaded), loaded
     if plain.is_plain(path):
-        return "safetensors"
+        return "safetensors", None
     if path.name.endswith(".safetensors"):
         plain.read(path)  # says what is wrong with it
     raise SoftPromptError(f"{path} is no prompt; {accepted()}")
 
 
 def known_format(path: Path) -> FormatName | None:
-    """As `found_format`; None for what is of no format, is damaged, or does not exist."""
+    """The format of a file or a folder; None for what is of no format, is damaged, or does not exist."""
     try:
-        return found_format(path)
+        return _opened(path)[0]
     except SoftPromptError:
         return None
 

@@ -224,7 +224,8 @@ def describe(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """
     atomic_folder.recover(path)
     if not (Path(path) / CONFIG).is_file():
-        raise SoftPromptError(f"{path} is not a saved prompt: it has no {CONFIG}")
+        hint = "; `softprompt import` makes one of a file" if Path(path).is_file() else ""
+        raise SoftPromptError(f"{path} is not a saved prompt: it has no {CONFIG}{hint}")
     config = read_object(Path(path) / CONFIG)
     kind = config.get("peft_type")
     if kind not in PEFT_TYPES:

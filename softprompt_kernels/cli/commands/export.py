@@ -14,6 +14,7 @@ from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.rounding_loss import Asked, check_asked, errors_text, measured_loss, relative_errors
 from softprompt_kernels.cli.text import as_text
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import check_output
 
 if TYPE_CHECKING:
     from softprompt_kernels.formats.content import Content
@@ -98,19 +99,25 @@ def export(
     --queries the KL to the unrounded prompt; with --context too, the recovered fraction before and after.
     """
     check_asked(model, context, queries, ("--context", "--queries"))
+    if queries is not None and dtype == "float32":
+        raise SoftPromptError("--queries: got them with --dtype float32, which rounds nothing; accepted are the others")
     if question is not None:
         question = as_text(question, "--question")
         check_question(question, to, model)
     elif served_name is not None:
         raise SoftPromptError("--served-name: got it without --question, accepted are both")
     quiet_libraries()
+    from softprompt_kernels.formats.content import check_other_place
     from softprompt_kernels.formats.exporting import check_export
     from softprompt_kernels.formats.exporting import export as write
     from softprompt_kernels.formats.files import read
     from softprompt_kernels.formats.importing import check_fit
     from softprompt_kernels.formats.inspection import size_of
 
-    if question is None:
+    check_other_place("--output", output, prompt)
+    if question is not None:
+        check_output("--output", output)
+    else:
         check_export(output, to, dtype, peft_type, model is not None)
     content = read(prompt)
     loaded = None
@@ -133,11 +140,8 @@ def export(
         base_model=base_model,
     )
     typer.echo(f"{output}: {to}, {content.prompt.length} tokens in {dtype}, {size(size_of(output))}")
-    if dtype == "float32":
-        if queries is not None:
-            typer.echo("float32 keeps the numbers as they are; there is nothing to measure.")
-        return
-    show_loss(content, dtype, loaded, None if queries is None else Asked(queries, context, new_tokens, seed))
+    if dtype != "float32":
+        show_loss(content, dtype, loaded, None if queries is None else Asked(queries, context, new_tokens, seed))
 
 
 def show_loss(content: Content, dtype: Stored, loaded: Any, asked: Asked | None) -> None:

@@ -44,11 +44,13 @@ def import_(
     Its shapes are checked against the model, and the fingerprint of the model is recorded. Then evaluate, generate and
     serve take it. No code of a file is run.
     """
+    from softprompt_kernels.formats.content import check_other_place
     from softprompt_kernels.formats.files import read
     from softprompt_kernels.formats.importing import import_prompt
     from softprompt_kernels.prompts import check_destination
 
     quiet_libraries()
+    check_other_place("--output", output, path)
     check_destination(output)
     content = read(path, None if source == "auto" else source, queries_at)
     from softprompt_kernels.compress import load_model

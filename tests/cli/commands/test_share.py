@@ -137,6 +137,13 @@ def test_bad_input(refused, inputs, finished, vectors, tmp_path):
         (["export", prompt, "--output", tmp_path / "text"], "is a file"),
         (["export", prompt, "--output", out, "--context", inputs.context], "accepted are both"),
         (["export", prompt, "--output", out, "--queries", inputs.heldout], "accepted are both"),
+        (
+            ["export", prompt, "--output", out, "--queries", inputs.heldout, "--model", "m"],
+            "float32, which rounds nothing",
+        ),
+        (["export", prompt, "--output", prompt, "--dtype", "int8"], "is the prompt itself"),
+        (["import", prompt, "--output", prompt, "--model", inputs.model], "is the prompt itself"),
+        (["generate", "--prompt", tmp_path / "text", "--model", inputs.model, "a"], "`softprompt import` makes one"),
         (["export", prompt, "--output", out, "--question", "a"], "accepted is --to vllm-embeds"),
         (["export", vectors, "--to", "vllm-embeds", "--output", out, "--question", "a"], "without --model"),
         (["export", vectors, "--to", "vllm-embeds", "--output", out, "--served-name", "a"], "without --question"),
