@@ -7,15 +7,18 @@ Its `save` writes one file of torch.save, a dictionary of four lists with one te
 
 Keys are after the rotary embedding. Theirs are usually in bfloat16.
 
-**Positions.** A cache is made from a text at positions 0..k−1, and its training data and its generation count the
-tokens after it from 0 again (`position_ids = arange(n)`). Their query i is therefore at i, and ours, as PEFT's, at
-k + i. Rotary scores depend on differences of positions alone, so the keys are moved:
+**Positions.** A cache is made from a text at positions 0..k−1. Their data and their generation count the tokens after
+it from 0 (`position_ids = arange(n)`), and their models then add the length of the cache (`position_ids +
+cartridge_len` in models/llama/modeling_llama.py and models/qwen/modeling_qwen3.py). So the sequence continues at k, as
+in PEFT and here, and the keys are the same numbers in both. Code that loads such a file into models of its own may leave
+the addition out. Its sequence starts at 0. Rotary scores depend on differences of positions alone, so for
+`first_query="0"` keys are moved:
 
-    their file → ours: keys by +k        ours → their file: keys by −k
+    such a file → ours: keys by +k        ours → such a file: keys by −k
 
-after which logits are equal. This needs a rotary embedding with fixed frequencies. Their attention lets every token see
-the whole cache, so models whose layers have a sliding window are refused too. A file does not say which positions its
-queries had. Forks of the package exist where they continue at k; for these `first_query="k"` moves nothing.
+after which logits are equal. This needs a rotary embedding with fixed frequencies. A file does not say which of the two
+it is made for. Their attention lets every token see the whole cache, so models whose layers have a sliding window are
+refused.
 
 What is written here has lists of plain tensors in place of `nn.ParameterList`, which their `from_pretrained` reads the
 same way, and one more entry, a string with the record of the prompt. Frozen lists always have one tensor a layer,
@@ -52,16 +55,15 @@ def to_bytes(content: Content, dtype: str) -> bytes:
     """The content of the file.
 
     Args:
-        content: a KV prompt whose keys were moved (`moved`) to queries at 0.
+        content: a KV prompt, with its keys where the code that reads the file expects them (see `moved`).
         dtype: "float32", "bfloat16" or "float16".
 
     Raises:
         SoftPromptError: another dtype, or a number is too large for it.
-        ValueError: the prompt is no KV prompt, or its queries start elsewhere.
     """
     prompt = content.prompt
-    if not isinstance(prompt, KVPrompt) or content.first_query != "0":
-        raise ValueError(f"content: got a {type(prompt).__name__} for queries at {content.first_query}")
+    check_kv(content)
+    assert isinstance(prompt, KVPrompt)
     if dtype not in FLOATS:
         raise SoftPromptError(f"--dtype: got {dtype} for a cache of Cartridges, accepted are {', '.join(FLOATS)}")
     frozen = prompt.frozen_tokens
@@ -70,7 +72,7 @@ def to_bytes(content: Content, dtype: str) -> bytes:
         layers = to_float_dtype(numbers.detach().cpu(), dtype).unsqueeze(1)
         lists[trained] = [layer[:, :, frozen:].clone() for layer in layers]
         lists[kept] = [layer[:, :, :frozen].clone() for layer in layers]
-    note = {"first_query": "0", "base_model": content.base_model, "record": content.record}
+    note = {"first_query": content.first_query, "base_model": content.base_model, "record": content.record}
     return saved_bytes({**lists, NOTE: json.dumps(note, sort_keys=True)})
 
 
@@ -79,7 +81,7 @@ def is_cache(loaded: Any) -> bool:
     return isinstance(loaded, dict) and all(name in loaded for name in TRAINABLE)
 
 
-def read(path: Path, loaded: Any, first_query: FirstQuery = "0") -> Content:
+def read(path: Path, loaded: Any, first_query: FirstQuery = "k") -> Content:
     """The cache in a file, with its keys as they are there (`moved` moves them).
 
     Args:
@@ -107,10 +109,11 @@ def read(path: Path, loaded: Any, first_query: FirstQuery = "0") -> Content:
     prompt = kv_prompt(str(path), joined[0], joined[1], frozen)
     note = note_of(loaded)
     record, base = note.get("record"), note.get("base_model")
+    known: Any = note.get("first_query")
     return Content(
         "cartridges",
         prompt,
-        "0" if note.get("first_query") == "0" else first_query,
+        known if known in ("0", "k") else first_query,
         dtype_name(joined[0][0]),
         base if isinstance(base, str) else None,
         record=record if isinstance(record, dict) else {},
@@ -152,27 +155,38 @@ def moved(content: Content, model: PreTrainedModel, first_query: FirstQuery) -> 
         SoftPromptError: it is no KV prompt; or the keys of this model cannot be moved, or it has sliding windows, which
             Cartridges' attention has not.
     """
+    check_kv(content)
+    check_windows(model)
+    if content.first_query == first_query:
+        return content
+    prompt = content.prompt
+    assert isinstance(prompt, KVPrompt)
+    delta = prompt.length if first_query == "k" else -prompt.length
+    try:
+        prefix = shift_keys(model, prompt.prefix().detach(), delta)
+    except SoftPromptError as error:
+        raise SoftPromptError(f"--queries-at: 0 needs keys that can be moved; {error}") from error
+    return replace(
+        content, prompt=KVPrompt.from_prefix(prefix, frozen_tokens=prompt.frozen_tokens), first_query=first_query
+    )
+
+
+def check_kv(content: Content) -> None:
+    """Raise a SoftPromptError unless the content is a KV prompt."""
     if not isinstance(content.prompt, KVPrompt):
         raise SoftPromptError(
-            "cartridges: got an embedding prompt, accepted are keys and values; --type CARTRIDGE with --model makes "
-            "them of its vectors"
+            "cartridges: got an embedding prompt, accepted are keys and values; with --model they are made of its "
+            "vectors"
         )
+
+
+def check_windows(model: PreTrainedModel) -> None:
+    """Raise a SoftPromptError for a model whose layers have a sliding window."""
     if has_window(text_config(model)):
         raise SoftPromptError(
             "cartridges: got a model with sliding windows, and Cartridges' attention has none; accepted are models "
             "whose layers all see the whole sequence"
         )
-    if content.first_query == first_query:
-        return content
-    prompt = content.prompt
-    delta = prompt.length if first_query == "k" else -prompt.length
-    try:
-        prefix = shift_keys(model, prompt.prefix().detach(), delta)
-    except SoftPromptError as error:
-        raise SoftPromptError(f"cartridges: queries start at 0 there and at k here, so keys move; {error}") from error
-    return replace(
-        content, prompt=KVPrompt.from_prefix(prefix, frozen_tokens=prompt.frozen_tokens), first_query=first_query
-    )
 
 
 def has_window(config: Any) -> bool:

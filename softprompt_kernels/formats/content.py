@@ -38,7 +38,7 @@ class Content:
         format: the format of the file.
         prompt: in fp32 on the CPU.
         first_query: the position of the first token after the prompt that the keys are made for: "k" as in PEFT and in
-            this package, "0" as in Cartridges.
+            this package, "0" where the sequence is counted anew (see `cartridges`).
         dtype: that of the numbers in the file, by torch's name, or "int8".
         base_model: name of the model that the prompt belongs to; None: the file does not say.
         config: the content of adapter_config.json; empty where there is none.

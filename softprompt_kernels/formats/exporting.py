@@ -5,7 +5,7 @@
 | `folder` | a saved prompt, with README.md; float32, bfloat16, float16 or int8 | |
 | `peft` | the same, in the dtypes that PEFT reads, with the PEFT type that is asked for | |
 | `safetensors` | one file, see `plain` | |
-| `cartridges` | one file, see `cartridges` | its keys are moved by −k |
+| `cartridges` | one file, see `cartridges` | for queries at 0 |
 | `vllm-embeds` | one file, see `vllm` | |
 
 A file or folder is complete or not there. What exists is replaced only if it has the same format.
@@ -42,12 +42,14 @@ KV_TYPES = ("CARTRIDGE", "PREFIX_TUNING")
 PEFT_TYPES = (*KV_TYPES, "PROMPT_TUNING")
 
 
-def check_export(output: Path, to: str, dtype: str, kv_type: str | None, model_given: bool) -> None:
+def check_export(
+    output: Path, to: str, dtype: str, kv_type: str | None, queries_at: FirstQuery, model_given: bool
+) -> None:
     """Check the arguments of an export against each other and the place of the output, before anything is read.
 
     Args:
         output: where the file or folder will be.
-        to, dtype, kv_type: as in `export`.
+        to, dtype, kv_type, queries_at: as in `export`.
         model_given: whether the model will be there.
 
     Raises:
@@ -62,10 +64,11 @@ def check_export(output: Path, to: str, dtype: str, kv_type: str | None, model_g
         raise SoftPromptError(f"--dtype: got int8, but {reader}; accepted with --to folder, which this package reads")
     if kv_type is not None and kv_type not in PEFT_TYPES:
         raise SoftPromptError(f"--type: got {kv_type!r}, accepted are {', '.join(PEFT_TYPES)}")
-    if to == "cartridges" and not model_given:
+    if queries_at == "0" and to != "cartridges":
+        raise SoftPromptError(f"--queries-at: got 0 for {to}, accepted is k; 0 is for cartridges")
+    if queries_at == "0" and not model_given:
         raise SoftPromptError(
-            "--to: got cartridges without --model, which has the rotary embedding that moves the keys to Cartridges' "
-            "positions; accepted with --model"
+            "--queries-at: got 0 without --model, which has the rotary embedding that moves the keys; accepted are both"
         )
     if to in ("folder", "peft"):
         check_destination(output)
@@ -81,6 +84,7 @@ def export(
     *,
     dtype: StoredDtype = "float32",
     kv_type: str | None = None,
+    queries_at: FirstQuery = "k",
     model: PreTrainedModel | None = None,
     base_model: str | None = None,
 ) -> None:
@@ -93,14 +97,15 @@ def export(
         dtype: of the stored numbers.
         kv_type: PREFIX_TUNING, CARTRIDGE or PROMPT_TUNING, for folders and PEFT. None: CARTRIDGE for keys and values,
             PROMPT_TUNING for vectors. With a model, vectors are turned into keys and values for the first two.
+        queries_at: for cartridges, where the sequence after it starts. "0" moves the keys.
         model: the prompt's model, prepared; needed where keys are moved or made.
         base_model: replaces the name of the base model; None: as it is.
 
     Raises:
         SoftPromptError: as in `check_export`; the format cannot hold this prompt; or a model is needed.
     """
-    check_export(output, to, dtype, kv_type, model is not None)
-    content = ready(content, to, kv_type, model)
+    check_export(output, to, dtype, kv_type, queries_at, model is not None)
+    content = ready(content, to, kv_type, queries_at, model)
     if base_model is not None:
         content = replace(content, base_model=base_model)
     if to in ("folder", "peft"):
@@ -129,7 +134,9 @@ def write_file(output: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def ready(content: Content, to: FormatName, kv_type: str | None, model: PreTrainedModel | None) -> Content:
+def ready(
+    content: Content, to: FormatName, kv_type: str | None, first_query: FirstQuery, model: PreTrainedModel | None
+) -> Content:
     """The prompt as a format wants it: of the right kind, with its keys where the queries of the format expect them.
 
     Raises:
@@ -138,12 +145,11 @@ def ready(content: Content, to: FormatName, kv_type: str | None, model: PreTrain
     wants_kv = kv_type in KV_TYPES if to in ("folder", "peft") else to == "cartridges"
     if wants_kv and model is not None and isinstance(content.prompt, EmbeddingPrompt):
         content = replace(content, prompt=as_kv(content.prompt, model))
-    first_query: FirstQuery = "0" if to == "cartridges" else "k"
     if model is None:
         if content.first_query != first_query:
             raise SoftPromptError(
-                "PROMPT: got a cache of Cartridges, whose keys are for queries at 0; accepted with --model, which has "
-                "the rotary embedding that moves them"
+                "PROMPT: got a cache whose keys are for queries at 0; accepted with --model, which has the rotary "
+                "embedding that moves them"
             )
     elif to == "cartridges" or content.first_query != first_query:
         content = cartridges.moved(content, model, first_query)

@@ -17,7 +17,7 @@ from softprompt_kernels.prompts.atomic_folder import recover
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
-def read(path: str | Path, expected: FormatName | None = None, first_query: FirstQuery = "0") -> Content:
+def read(path: str | Path, expected: FormatName | None = None, first_query: FirstQuery = "k") -> Content:
     """The prompt in a file or a folder.
 
     Args:

@@ -44,7 +44,7 @@ def import_prompt(
             else.
     """
     check_fit(content, model, tokenizer, force)
-    if content.first_query != "k":
+    if content.format == "cartridges":
         content = moved(content, model, "k")
     save(
         output,

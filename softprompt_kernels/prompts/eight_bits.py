@@ -9,9 +9,9 @@
 | vectors `[k, d]` | one token | as for values |
 
 The split of keys by channel and values by token is that of KIVI (arXiv 2402.02750). It was chosen with two prompts of
-SmolLM2-135M (86 and 300 tokens) on one text of 28 tokens each. Keys by channel gave a half and a fifth of the KL of keys
-by token, values by token a fifth and a quarter of the KL of values by channel. Symmetric codes gave more error in each
-case. Keys before and after their rotary embedding gave the same error, so they stay as they are stored.
+SmolLM2-135M (86 and 300 tokens) on one text of 28 tokens each. Keys by channel gave a half and a fifth of the KL of
+keys by token, values by token a fifth and a quarter of the KL of values by channel. Symmetric codes gave more error in
+each case. Keys before and after their rotary embedding gave the same error, so they stay as they are stored.
 
 Cost: 1.25 bytes a key and `1 + 8/D` a value or vector, scales included, which are fp32.
 """

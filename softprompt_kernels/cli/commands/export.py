@@ -43,6 +43,13 @@ Type = Annotated[
         show_default=False,
     ),
 ]
+QueriesAt = Annotated[
+    Literal["k", "0"],
+    typer.Option(
+        help="With cartridges: where the tokens after the cache start. k: as in Cartridges' own models. 0: for code "
+        "that counts them anew; keys are moved, and --model is needed."
+    ),
+]
 BaseModel = Annotated[
     str | None,
     typer.Option(help="Name of the base model to write, such as its name on the hub.", show_default=False),
@@ -51,7 +58,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="The prompt's model. Needed for cartridges, for --question, and to measure what rounding costs.",
+        help="The prompt's model. Needed for --question, and to measure what rounding costs.",
         show_default=False,
     ),
 ]
@@ -82,6 +89,7 @@ def export(
     to: To = "folder",
     dtype: Dtype = "float32",
     peft_type: Type = None,
+    queries_at: QueriesAt = "k",
     base_model: BaseModel = None,
     model: ModelOption = None,
     queries: Queries = None,
@@ -118,7 +126,7 @@ def export(
     if question is not None:
         check_output("--output", output)
     else:
-        check_export(output, to, dtype, peft_type, model is not None)
+        check_export(output, to, dtype, peft_type, queries_at, model is not None)
     content = read(prompt)
     loaded = None
     if model is not None:
@@ -136,6 +144,7 @@ def export(
         output,
         dtype=dtype,
         kv_type=peft_type,
+        queries_at=queries_at,
         model=None if loaded is None else loaded[0],
         base_model=base_model,
     )

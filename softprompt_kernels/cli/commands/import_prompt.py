@@ -12,7 +12,7 @@ from softprompt_kernels.cli.quiet import quiet_libraries
 
 Source = Literal["auto", "folder", "peft", "safetensors", "cartridges", "vllm-embeds"]
 Stored = Literal["float32", "bfloat16", "float16", "int8"]
-QueriesAt = Literal["0", "k"]
+QueriesAt = Literal["k", "0"]
 
 PromptPath = Annotated[Path, typer.Argument(help="File or folder of the prompt.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder of the saved prompt.")]
@@ -21,8 +21,8 @@ StoredDtype = Annotated[Stored, typer.Option(help="Dtype of the stored numbers."
 Positions = Annotated[
     QueriesAt,
     typer.Option(
-        help="Where the tokens after a cache of Cartridges start: 0, as in Cartridges' own training, or k, behind the "
-        "cache. It decides whether keys are moved."
+        help="Where the tokens after a cache of Cartridges start. k: behind it, as in Cartridges' own models. 0: for "
+        "caches of code that counts them anew; their keys are moved."
     ),
 ]
 
@@ -33,7 +33,7 @@ def import_(
     model: ModelName,
     output: Output,
     source: From = "auto",
-    queries_at: Positions = "0",
+    queries_at: Positions = "k",
     stored_dtype: StoredDtype = "float32",
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",

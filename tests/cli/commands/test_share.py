@@ -45,10 +45,13 @@ def evaluate(run, inputs, prompt: Path, file: Path) -> dict[str, float]:
     return json.loads(file.read_text())["queries"]
 
 
-@pytest.mark.parametrize("to", ["peft", "safetensors", "cartridges"])
-def test_a_prompt_that_was_exported_and_imported_has_the_same_figures(run, inputs, finished, tmp_path, to):
+@pytest.mark.parametrize(
+    ("to", "queries_at"), [("peft", "k"), ("safetensors", "k"), ("cartridges", "k"), ("cartridges", "0")]
+)
+def test_a_prompt_that_was_exported_and_imported_has_the_same_figures(run, inputs, finished, tmp_path, to, queries_at):
     prompt, there, back = finished.folder / "prompt", tmp_path / "there", tmp_path / "back"
-    result = run("export", prompt, "--to", to, "--output", there, "--model", inputs.model)
+    moving = ["--queries-at", "0", "--model", inputs.model] if queries_at == "0" else []
+    result = run("export", prompt, "--to", to, "--output", there, *moving)
     assert result.exit_code == 0, result.output
     if to == "peft":
         model = AutoModelForCausalLM.from_pretrained(inputs.model).eval()
@@ -61,7 +64,7 @@ def test_a_prompt_that_was_exported_and_imported_has_the_same_figures(run, input
         (there / "softprompt.json").unlink()  # what is left is PEFT's own folder
     result = run("import", there, "--from", to, "--model", inputs.model, "--output", back)
     assert result.exit_code == 0, result.output
-    assert f"12 tokens from {to}" in result.stdout and ("moved by 12" in result.stdout) == (to == "cartridges")
+    assert f"12 tokens from {to}" in result.stdout and ("moved by 12" in result.stdout) == (queries_at == "0")
     found = evaluate(run, inputs, back, tmp_path / "e.json")
     expected = json.loads((finished.folder / "evaluation.json").read_text())["heldout"]
     for name in ("kl_none", "kl_prompt", "kl_truncated", "recovered", "top1_agreement"):
@@ -130,7 +133,9 @@ def test_bad_input(refused, inputs, finished, vectors, tmp_path):
     for arguments, message in (
         (["inspect", tmp_path / "text"], "accepted formats are folder, peft, safetensors, cartridges, vllm-embeds"),
         (["inspect", finished.folder], "it holds one: prompt"),
-        (["export", prompt, "--to", "cartridges", "--output", out], "accepted with --model"),
+        (["export", prompt, "--to", "cartridges", "--queries-at", "0", "--output", out], "got 0 without --model"),
+        (["export", prompt, "--to", "peft", "--queries-at", "0", "--output", out], "0 is for cartridges"),
+        (["export", vectors, "--to", "cartridges", "--output", out], "with --model they are made of its vectors"),
         (["export", prompt, "--to", "vllm-embeds", "--output", out], "KV prompt, which has keys and values"),
         (["export", prompt, "--to", "peft", "--dtype", "int8", "--output", out], "PEFT cannot read 8 bits"),
         (["export", prompt, "--to", "peft", "--type", "PROMPT_TUNING", "--output", out], "CARTRIDGE or PREFIX_TUNING"),
