@@ -10,8 +10,8 @@ Keys are after the rotary embedding. Theirs are usually in bfloat16.
 **Positions.** A cache is made from a text at positions 0..k−1. Their data and their generation count the tokens after
 it from 0 (`position_ids = arange(n)`), and their models then add the length of the cache (`position_ids +
 cartridge_len` in models/llama/modeling_llama.py and models/qwen/modeling_qwen3.py). So the sequence continues at k, as
-in PEFT and here, and the keys are the same numbers in both. Code that loads such a file into models of its own may leave
-the addition out. Its sequence starts at 0. Rotary scores depend on differences of positions alone, so for
+in PEFT and here, and the keys are the same numbers in both. Code that loads such a file into models of its own may
+leave the addition out. Its sequence starts at 0. Rotary scores depend on differences of positions alone, so for
 `first_query="0"` keys are moved:
 
     such a file → ours: keys by +k        ours → such a file: keys by −k
