@@ -82,7 +82,8 @@ def test_the_file_of_vectors_is_what_goes_into_a_request(
     vectors = decoded(base64.b64encode((tmp_path / "v.pt").read_bytes()), 32, torch.float16)
     assert torch.equal(vectors, embedding.vectors(torch.float16))
     again = read(tmp_path / "v.pt")
-    assert again.format == "vllm-embeds" and torch.equal(again.prompt.vectors(), vectors.float())  # type: ignore[union-attr]
+    assert again.format == "vllm-embeds" and isinstance(again.prompt, EmbeddingPrompt)
+    assert torch.equal(again.prompt.vectors(), vectors.float())
 
 
 def test_what_vllm_cannot_serve_is_refused(
