@@ -113,7 +113,7 @@ def test_the_turns_are_saved_and_forgotten(chat, inputs, finished, tmp_path) -> 
 
 def test_a_full_window_is_told_when_it_begins_to_leave_turns_out(chat) -> None:
     long = "and so on " * 12
-    result = chat(lines=[long, long, long, long, long, "/reset", OWNER])
+    result = chat(lines=[*[long] * 5, "/undo", long, "/reset", OWNER])
     said = [line for line in notices(result) if "left out" in line]
     assert said == [
         "The oldest turn is left out: the model's window is full.",
@@ -180,6 +180,7 @@ def test_words_are_not_broken_at_the_edge_of_a_terminal(monkeypatch, capsys) -> 
     monkeypatch.setattr(terminal, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "10")
     assert shown(*parts) == "one three\nfour\na-very-long-word\n磨坊磨坊\n  in\ndented"
+    assert shown("a-very-long-word ", "is") == "a-very-long-word\nis"
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
