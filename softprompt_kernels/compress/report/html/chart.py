@@ -62,19 +62,19 @@ def new_figure(x: str, y: str, **layout: Any) -> go.Figure:
 
     Args:
         x, y: the titles of the axes.
-        layout: more of Plotly's layout.
+        layout: more of Plotly's layout; of the axes, what differs.
     """
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        xaxis={"title": {"text": x}, "automargin": True, "zeroline": False},
-        yaxis={"title": {"text": y}, "automargin": True, "zeroline": False},
-        margin={"l": 8, "r": 12, "t": 12, "b": 8},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
-        hovermode="closest",
-        dragmode=False,
-    )
-    return figure.update_layout(**layout)
+    axis = {"automargin": True, "zeroline": False}
+    default = {
+        "template": "none",
+        "xaxis": {"title": {"text": x}, **axis, **layout.pop("xaxis", {})},
+        "yaxis": {"title": {"text": y}, **axis, **layout.pop("yaxis", {})},
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        "hovermode": "closest",
+        "dragmode": False,
+    }
+    return go.Figure(layout=default | layout)
 
 
 def add_line(

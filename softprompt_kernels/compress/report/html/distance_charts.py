@@ -32,7 +32,7 @@ def position_chart(run: RunData) -> Chart | None:
     starts = range(0, longest, width)
     counts = [sum(len(e.tokens[start : start + width]) for e in examples) for start in starts]
     labels = [str(start + 1) if width == 1 else f"{start + 1}–{start + width}" for start in starts]
-    figure = new_figure("position in the answer [tokens]", "KL [nats per token]", yaxis_rangemode="tozero")
+    figure = new_figure("position in the answer [tokens]", "KL [nats per token]", yaxis={"rangemode": "tozero"})
     means: dict[str, list[float]] = {}
     for student in students_of(examples):
         means[student] = [

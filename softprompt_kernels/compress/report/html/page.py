@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,39 +38,36 @@ def save_report(run: RunData, target: Path) -> None:
 
 def report_page(run: RunData) -> str:
     """The report as HTML."""
-    environment = Environment(
-        loader=FunctionLoader(_template),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     header, rows = evaluation_table(run.figures)
     titles = dict(SETS)
     answer_sets = [
         answer_set(titles[name], run.details.sets[name]) for name in ("test", "heldout") if run.details.sets.get(name)
     ]
-    return environment.get_template("report.html.jinja").render(
-        run=run,
-        headline=headline(run),
-        tiles=tiles(run),
-        header=header,
-        rows=rows,
-        legend=LEGEND,
-        run_charts=run_charts(run),
-        distance_charts=distance_charts(run),
-        diagnosis=run.diagnosis,
-        diagnosis_charts=[] if run.diagnosis is None else diagnosis_charts(run.diagnosis),
-        diagnose_command=f"softprompt diagnose {shlex.quote(str(run.folder.path))}",
-        report_command=f"softprompt report {shlex.quote(str(run.folder.path))}",
-        answer_sets=answer_sets,
-        students=[key for key in STUDENT_NAMES if any(key in one.students for one in answer_sets)],
-        levels=LEVELS,
-        student_names=STUDENT_NAMES,
-        command=repeat_command(run),
-        made_with=run.folder.made_with,
-        digests=list(digests({name: run.folder.identity.get(name) for name in REPEATING})),
-        plotly=get_plotlyjs(),
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            run=run,
+            headline=headline(run),
+            tiles=tiles(run),
+            header=header,
+            rows=rows,
+            legend=LEGEND,
+            run_charts=run_charts(run),
+            distance_charts=distance_charts(run),
+            diagnosis=run.diagnosis,
+            diagnosis_charts=[] if run.diagnosis is None else diagnosis_charts(run.diagnosis),
+            diagnose_command=f"softprompt diagnose {shlex.quote(str(run.folder.path))}",
+            report_command=f"softprompt report {shlex.quote(str(run.folder.path))}",
+            answer_sets=answer_sets,
+            students=[key for key in STUDENT_NAMES if any(key in one.students for one in answer_sets)],
+            levels=LEVELS,
+            student_names=STUDENT_NAMES,
+            command=repeat_command(run),
+            made_with=run.folder.made_with,
+            digests=list(digests({name: run.folder.identity.get(name) for name in REPEATING})),
+            plotly=get_plotlyjs(),
+        )
     )
 
 
@@ -127,6 +125,17 @@ def digests(identity: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, 
             yield from digests(value, entry)
         elif isinstance(value, str) and len(value) == 64:
             yield entry, value
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _template(name: str) -> str:

@@ -129,7 +129,7 @@ def diagnosis_charts(diagnosis: Diagnosis) -> list[Chart]:
 def _capacity_chart(diagnosis: Diagnosis) -> Chart:
     tokens = [point.tokens for point in diagnosis.capacity]
     heldout = [point.heldout for point in diagnosis.capacity]
-    figure = new_figure("tokens of the prompt", "recovered", xaxis_type="log")
+    figure = new_figure("tokens of the prompt", "recovered", xaxis={"type": "log"})
     figure.update_xaxes(tickvals=tokens, ticktext=[str(one) for one in tokens])
     add_line(figure, tokens, heldout, "held-out, by matching alone", "untrained", mode="lines+markers")
     train = [point.train for point in diagnosis.capacity]
