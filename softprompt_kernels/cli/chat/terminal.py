@@ -75,7 +75,8 @@ class Terminal:
             try:
                 self.take(line)
             except KeyboardInterrupt:  # a second Ctrl-C, or one where no answer is written
-                notice("Stopped. The conversation is as before.")
+                with _ctrl_c():  # pressed once more
+                    notice("Stopped. The conversation is as before.")
             except BrokenPipeError:
                 raise
             except Exception as error:
@@ -268,8 +269,9 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             if not typed:
                 raise
-            typer.echo("")
-            notice("Ctrl-D or /exit ends the chat.")
+            with _ctrl_c():  # pressed once more
+                typer.echo("")
+                notice("Ctrl-D or /exit ends the chat.")
             continue
         except UnicodeDecodeError as error:
             raise SoftPromptError(f"standard input is not UTF-8 text ({error.reason})") from error
@@ -278,5 +280,5 @@ def _lines() -> Iterator[str]:
         line = as_text(line.lstrip(BOM).rstrip(), "standard input")
         if line.strip():
             if not typed:
-                typer.echo(f"> {line.strip()}")
+                typer.echo(f"> {printable(line.strip())}")
             yield line

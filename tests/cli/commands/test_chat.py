@@ -139,7 +139,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(chat, default_signals, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_at_a_terminal_ctrl_c_is_a_hint_and_ctrl_d_ends(monkeypatch, capsys) -> None:
+def test_at_a_terminal_ctrl_c_is_a_hint_and_ctrl_d_ends(default_signals, monkeypatch, capsys) -> None:
     typed: Iterator[Any] = iter(["  /etc?", KeyboardInterrupt(), "/help ", EOFError()])
     asked: list[str] = []
 
@@ -153,17 +153,28 @@ def test_at_a_terminal_ctrl_c_is_a_hint_and_ctrl_d_ends(monkeypatch, capsys) -> 
         def isatty(self) -> bool:
             return True
 
+    def said(message: str, style: str = "dim") -> None:
+        print(message, file=sys.stderr)
+        if message.startswith(("Ctrl-D", "Stopped")):
+            signal.raise_signal(signal.SIGINT)  # pressed twice
+
+    def ask(self: Any, question: str) -> None:
+        asked.append(question)
+        raise KeyboardInterrupt
+
     class Recorded:
         reads = "soft prompt"
 
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr(sys, "stdin", Keyboard())
-    monkeypatch.setattr(Terminal, "_ask", lambda self, question: asked.append(question))
+    monkeypatch.setattr(Terminal, "_ask", ask)
+    monkeypatch.setattr(terminal, "notice", said)
     Terminal(Recorded(), {}).run()
     shown = capsys.readouterr()
     assert asked == ["/etc?"] and "/compare [TEXT]" in shown.out
     assert shown.err.splitlines() == [
         "The model reads the soft prompt. /help lists the commands, Ctrl-D ends.",
+        "Stopped. The conversation is as before.",
         "Ctrl-D or /exit ends the chat.",
     ]
 
