@@ -25,6 +25,7 @@ ROOMS = (
     "formats",
     "integrations",
     "compress",
+    "serve",
     "testing.cases",
     "errors",
 )
