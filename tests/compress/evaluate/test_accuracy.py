@@ -19,6 +19,7 @@ from softprompt_kernels.errors import SoftPromptError
         ("contains", "It is 17 crowns.", ["7", "17"], 1),
         ("contains", "It is 17 crowns.", ["7", "1"], 0),  # not inside a number
         ("contains", "The code is 12,345.", ["12345"], 1),
+        ("contains", "Vale, Mira", ["Mira Vale"], 0),  # the words in their order
         ("contains", "我住在東京都", ["東京"], 1),
         ("contains", "The seventeen", ["seven"], 0),
         ("contains", "a ? b", ["?"], 1),  # a reference of punctuation alone
