@@ -63,7 +63,7 @@ def test_embeddings_hold_less_than_keys_and_values(make_evidence: Make, matched:
     assert (cause is not None) == found
     assert cause is None or cause.options == "--kind kv --init matched --learning-rate 0.005"
     assert optimisation(evidence) is None
-    rose = replace(evidence, losses=(1.0, 2.0), learning_rates=(0.1, 0.1))
+    rose = replace(evidence, losses=(*(1.0,) * 9, *(2.0,) * 9), learning_rates=(0.1,) * 18)
     assert causes(rose)[0] == "optimisation" and capacity(rose) is None, "a wrong rate explains it too"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from softprompt_kernels.compress import CompressConfig, diagnose_run
-from softprompt_kernels.compress.diagnose.causes.optimisation import FALL, RISE, ends, rate_range
+from softprompt_kernels.compress.diagnose.causes.optimisation import FALL, RISE, ends, rate_range, rose
 from softprompt_kernels.compress.diagnose.rate_range_test import FAR_ABOVE, STEPS, schedule
 from softprompt_kernels.compress.evaluate.diagnosis import RatePoint, RateTest
 
@@ -44,9 +44,19 @@ def test_a_rise_before_any_fall_does_not_end_the_range() -> None:
     assert found is not None and found.high == 10
 
 
-def test_the_ends_of_a_training_are_a_tenth_of_its_steps() -> None:
-    assert ends((4.0, 2.0, *(0.0,) * 16, 1.0, 3.0)) == (3.0, 2.0)
+def test_the_ends_of_a_training_are_a_quarter_of_its_steps() -> None:
+    assert ends((4.0, 2.0, 9.0, 9.0, 9.0, 9.0, 1.0, 3.0)) == (3.0, 2.0)
     assert ends((4.0,)) == (4.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("rise", "steps", "found"),
+    [(0.9, 16, True), (0.7, 16, False), (0.9, 13, False), (0.7, 64, True), (-0.9, 16, False)],
+)
+def test_a_loss_rose_if_its_batches_do_not_explain_it(rise: float, steps: int, found: bool) -> None:
+    """Losses of both ends differ by ±0.5 within: a standard error of 0.41 for four steps each, of 0.18 for 16."""
+    losses = [(0.5 if step % 2 else -0.5) + (rise if step >= steps / 2 else 0.0) for step in range(steps)]
+    assert rose(tuple(losses)) == found
 
 
 @pytest.mark.parametrize("rate", [1e-6, 5e-3, 3.0])

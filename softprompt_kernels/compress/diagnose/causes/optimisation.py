@@ -11,11 +11,13 @@ Three signs, and each can stand alone:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import variance
 
 from softprompt_kernels.compress.diagnose.causes.objective import objective
 from softprompt_kernels.compress.diagnose.causes.words import MATCHED_OPTIONS, part, rate
-from softprompt_kernels.compress.diagnose.evidence import MEANINGFUL, Evidence, Gain, gain, recovered
+from softprompt_kernels.compress.diagnose.evidence import ERRORS, MEANINGFUL, Evidence, Gain, gain, recovered
 from softprompt_kernels.compress.evaluate.diagnosis import Finding, RateTest
 
 FALL = 0.05
@@ -25,8 +27,11 @@ RISE = 0.1
 """A part of the fall so far. Where the loss of a test has risen by more, its range ends. At higher rates the loss may
 fall again by chance, as each step replaces the prompt."""
 
-ENDS = 0.1
+ENDS = 0.25
 """The part of the steps at either end of a training whose mean loss is compared."""
+
+FEWEST_STEPS = 4
+"""At either end. The losses of fewer steps differ by their batches."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ def optimisation(evidence: Evidence) -> Finding | None:
     if better is not None:
         rows.insert(0, (f"recovered {better.name}, {config.tokens} tokens, held-out", part(better.recovered)))
     sentence, change, options = fault or _by_start(evidence)
+    if fault is not None and better is not None and config.init != "matched":
+        change += f" Or start from the matched prompt: {MATCHED_OPTIONS}."
     expected = (
         f"At least {part(evidence.recovered)} → {part(better.recovered)} held-out, which a prompt of {config.tokens} "
         f"tokens has {better.name}."
@@ -167,8 +174,8 @@ def fault_of_training(evidence: Evidence) -> tuple[str, str, str] | None:
             steps = round(config.steps * 4 * found.half_path / sum(evidence.learning_rates))
             what = f"{config.steps} steps at the learning rate {rate(config.learning_rate)} are too few to move the "
             return what + "prompt far enough.", "Train for longer.", f"--steps {steps}"
-    first, last = ends(evidence.losses)
-    if last > first:
+    if rose(evidence.losses):
+        first, last = ends(evidence.losses)
         smaller = rate(config.learning_rate / 10)
         what = f"The loss rose in training, from {first:.3g} to {last:.3g}: the learning rate is too large."
         return what, "Take a smaller learning rate.", f"--learning-rate {smaller}"
@@ -196,9 +203,23 @@ def _by_start(evidence: Evidence) -> tuple[str, str, str]:
 
 
 def ends(losses: tuple[float, ...]) -> tuple[float, float]:
-    """Mean loss of the first and of the last steps of a training: a tenth of them each, at least one."""
-    count = max(1, round(ENDS * len(losses)))
+    """Mean loss of the first and of the last steps of a training: a part `ENDS` of them, at least one."""
+    count = _count(losses)
     return sum(losses[:count]) / count, sum(losses[-count:]) / count
+
+
+def rose(losses: tuple[float, ...]) -> bool:
+    """Whether the loss rose by more than its batches explain."""
+    count = _count(losses)
+    if count < FEWEST_STEPS:
+        return False
+    first, last = ends(losses)
+    error = math.sqrt((variance(losses[:count]) + variance(losses[-count:])) / count)
+    return last - first > ERRORS * error
+
+
+def _count(losses: tuple[float, ...]) -> int:
+    return max(1, round(ENDS * len(losses)))
 
 
 def _rows(evidence: Evidence) -> list[tuple[str, str]]:
@@ -214,7 +235,7 @@ def _rows(evidence: Evidence) -> list[tuple[str, str]]:
         )
     if evidence.losses:
         first, last = ends(evidence.losses)
-        rows.append((f"training loss, first and last of {config.steps} steps", f"{first:.3g}, {last:.3g}"))
+        rows.append((f"training loss, first and last quarter of {config.steps} steps", f"{first:.3g}, {last:.3g}"))
     if evidence.rate_test is not None:
         found = rate_range(evidence.rate_test)
         value = (
