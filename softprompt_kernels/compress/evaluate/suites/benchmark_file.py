@@ -25,8 +25,9 @@ class BenchmarkFile:
 
     def __init__(self, path: Path, benchmark: str, expected: str) -> None:
         self.path, self.benchmark, self.expected = path, benchmark, expected
+        text = read_utf8(path, f"file: {path}")
         try:
-            self.content: Any = json.loads(read_utf8(path, f"file: {path}"))
+            self.content: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.error(f"it is not JSON ({error})") from error
 
