@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "softprompt_kernels/profiling/": ("tests/profiling", "tests/cli"),
     "softprompt_kernels/integrations/": ("tests/integrations", "tests/examples"),
     "softprompt_kernels/models/": ("tests/models", "tests/integrations", "tests/traps/models", "tests/compress"),
+    "softprompt_kernels/models/decode/": ("tests/models", "tests/serve", "tests/compress"),
     "softprompt_kernels/prompts/": ("tests/prompts", "tests/models", "tests/traps/models", "tests/compress", *PEERS),
     "softprompt_kernels/losses/": ("tests/losses", "tests/examples"),
     "softprompt_kernels/ops/": (*OPS, "tests/kernels", "tests/losses", "tests/models", *PEERS),

@@ -147,7 +147,6 @@ class _Answer:
                 finish = "stop"
             elif len(row.tokens) >= job.max_tokens:
                 text, finish = text + self.text.rest(), "length"
-                finish = "stop" if self.text.stopped else finish
         self.finished = finish is not None
         return Piece(self.choice, text, token, row.scores[-1] if row.scores else None, finish)
 

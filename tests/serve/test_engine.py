@@ -59,18 +59,20 @@ def test_answers_that_wait_get_what_they_get_alone(engine):
     asyncio.run(run())
 
 
-def test_a_full_queue_is_refused_and_a_cancelled_request_frees_its_places(engine):
+def test_a_full_queue_is_refused_and_a_cancelled_request_frees_its_places(engine, batch):
     async def run() -> None:
         tickets = [engine.submit([job(number, 120)]) for number in range(7)]
         with pytest.raises(Failed, match="too many requests: 7 answers") as refused:
             engine.submit([job()])
         assert (refused.value.status, refused.value.retry_after) == (429, 1)
         await tickets[0].next()
+        rows = list(batch.rows)
         engine.cancel(tickets[0])
         engine.cancel(tickets[-1])  # one that waits
         async with asyncio.timeout(10):
             while sum(engine.counts) > 5:
                 await asyncio.sleep(0.002)
+        assert any(len(row.tokens) < 120 and row not in batch.rows for row in rows), "it was not waited for"
         assert await text_of(engine.submit([job(), job()]))
         for ticket in tickets:
             engine.cancel(ticket)
@@ -117,6 +119,7 @@ def test_an_answer_that_cannot_begin_fails_alone(engine, batch, monkeypatch):
         )
         assert [type(each) for each in found] == [str, Failed, str]
         assert found[1].status == 500 and "broken" not in str(found[1])
+        await empty(engine)
 
     asyncio.run(run())
 
@@ -138,6 +141,7 @@ def test_a_step_that_fails_ends_its_answers_and_later_ones_are_right(engine, bat
         with pytest.raises(Failed) as failed:
             await text_of(engine.submit([job()]))
         assert failed.value.status == status
+        assert batch.free == batch.size
         assert await text_of(engine.submit([job()])) == expected
         await empty(engine)
 
