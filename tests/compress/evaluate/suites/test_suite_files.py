@@ -9,7 +9,7 @@ from softprompt_kernels.compress.sources.queries import Query, load_queries
 from softprompt_kernels.compress.suite_run import names_fact
 from softprompt_kernels.errors import SoftPromptError
 
-TRAIN, TEST = (Query("Größe?", None, ("7", "sieben")),), (Query("Farbe?", None, ("rot",)),)
+TRAIN, TEST = (Query("Größe?", references=("7", "sieben")),), (Query("Farbe?", references=("rot",)),)
 SUITE = Suite("needle", "contains", "Die Tür ist rot.\n7 Meter.", TRAIN, TEST, (("tür",),), (("seed", 3),))
 
 
