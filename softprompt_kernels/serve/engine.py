@@ -311,9 +311,9 @@ class Engine:
     def _lose_batch(self, error: Exception) -> None:
         """End all answers in the batch, and begin with an empty one."""
         _LOG.exception("all answers in the batch were lost", exc_info=error)
-        self._fail(self._running, _failure(error))
-        self._running = []
+        lost, self._running = self._running, []
         self._batch.clear()
+        self._fail(lost, _failure(error))
 
     def _fail(self, answers: Sequence[_Answer], failure: Failed) -> None:
         _hand_over([(answer.ticket, failure) for answer in answers])

@@ -136,6 +136,9 @@ def test_log_probabilities_come_with_the_tokens(client, bank):
     text = client.completions.create(**request, prompt="x", logprobs=1).choices[0].logprobs
     assert len(text.tokens) == len(text.token_logprobs) == len(text.top_logprobs) == 5
     assert text.text_offset == [sum(map(len, text.tokens[:n])) for n in range(5)]
+    chunks = list(client.completions.create(**request, prompt="x", logprobs=1, stream=True))
+    offsets = [offset for chunk in chunks if (found := chunk.choices[0].logprobs) for offset in found.text_offset]
+    assert len(offsets) == 5 and offsets[0] == 0 and offsets[-1] > 0
 
 
 def test_a_client_that_goes_away_frees_its_place(client, http, server, monkeypatch):
