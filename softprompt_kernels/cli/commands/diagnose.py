@@ -62,10 +62,13 @@ def _show(run: Path, found: Diagnosis) -> None:
         console.print(finding.sentence, markup=False)
         console.print()
         _pairs(console, list(finding.evidence), indent=2)
-        todo = [("change", finding.change), ("command", command(run, finding)), ("expected", finding.expected)]
+        todo = [("change", finding.change), ("expected", finding.expected)]
         if any(text for _, text in todo):
             console.print()
             _pairs(console, [(name, text) for name, text in todo if text], bold=True)
+        if shown := command(run, finding):
+            console.print()
+            console.print(shown, markup=False, soft_wrap=True)  # one line, to be copied
     console.print()
 
 
@@ -94,6 +97,7 @@ def command(run: Path, finding: Finding) -> str:
 
 
 def _pairs(console: Console, pairs: list[tuple[str, str]], indent: int = 0, bold: bool = False) -> None:
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -101,5 +105,5 @@ def _pairs(console: Console, pairs: list[tuple[str, str]], indent: int = 0, bold
     table.add_column(style="bold" if bold else "dim", max_width=70)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(Text(" " * indent + name), Text(value))
-    console.print(table)
+        table.add_row(Text(name), Text(value))
+    console.print(Padding(table, (0, 0, 0, indent)))
