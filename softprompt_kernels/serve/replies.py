@@ -34,7 +34,7 @@ def event(body: dict[str, Any]) -> bytes:
 
 @dataclass
 class _Choice:
-    """What was gathered of one answer. `length` counts the characters that were sent before."""
+    """What was gathered of one answer. `length` counts the characters of scored tokens that were sent before."""
 
     text: list[str] = field(default_factory=list)
     tokens: list[tuple[int, TokenScore]] = field(default_factory=list)
@@ -120,7 +120,9 @@ class Reply:
             if choice.finish is not None:
                 end: dict[str, Any] = {"delta": {}} if self._chat else {"text": ""}
                 found.append(self._chunk(index, end, None, choice.finish, with_usage))
-            self._choices[index] = _Choice(length=choice.length + len(text))
+            self._choices[index] = _Choice(
+                length=choice.length + sum(len(self._token_text(token)) for token, _ in choice.tokens)
+            )
         return found
 
     def closing(self) -> dict[str, Any]:
