@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from softprompt_kernels.compress.evaluate.dissimilarity import normalised, normalised_words, word_f1
 from softprompt_kernels.errors import SoftPromptError
@@ -95,7 +96,9 @@ def _chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     from sacrebleu.metrics import CHRF
 
     most = max(map(len, references))
-    columns = [[known[number] if number < len(known) else None for known in references] for number in range(most)]
+    columns: Any = [  # None where an answer has fewer references than others, as sacrebleu wants it
+        [known[number] if number < len(known) else None for known in references] for number in range(most)
+    ]
     return float(CHRF().corpus_score(list(answers), columns).score) / 100
 
 
