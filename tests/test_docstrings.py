@@ -38,6 +38,7 @@ PACKAGES = (
     "formats",
     "compress",
     "integrations",
+    "serve",
     "testing.cases",
 )
 COMPUTE = ("ops", "losses", "losses.functional")  # packages of formulas

@@ -82,15 +82,15 @@ class Bank:
         return embedding_count(self.model)
 
     def text_ids(self, text: str, served: Served) -> list[int]:
-        """The tokens of a plain text. Only without a prompt the tokenizer adds its own at the beginning."""
+        """The token ids of a plain `text` for what is `served`. Only without a prompt the tokenizer adds its own."""
         return list(self._backend.encode(text, add_special_tokens=served.tokens == 0).ids)
 
     def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, without control tokens."""
+        """The text of `tokens`, token ids, without control tokens."""
         return str(self._backend.decode(tokens, skip_special_tokens=True))
 
     def token_text(self, token: int) -> str:
-        """The text of one token, control tokens too."""
+        """The text of one `token`, an id, control tokens too."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
 
