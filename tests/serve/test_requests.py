@@ -1,10 +1,12 @@
 """Requests by OpenAI's own client: chats and plain text, whole and streamed, to the prompt that `model` names."""
 
 import time
+from dataclasses import replace
 
 import openai
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from softprompt_kernels.models import generate
 from tests.serve.conftest import LENGTHS, alone
@@ -95,6 +97,17 @@ def test_plain_text_is_continued_behind_the_prompt(client, bank):
     assert len(client.completions.create(model="base", prompt="x", temperature=0).usage.model_dump()) > 0
     chunks = list(client.completions.create(model="run", prompt="bc", max_tokens=4, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == texts[2]
+
+
+def test_only_without_a_prompt_the_tokenizer_adds_its_own_tokens(bank):
+    begins = replace(bank)
+    start = bank.tokenizer.bos_token
+    begins._backend.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, bank.tokenizer.bos_token_id)]
+    )
+    plain = bank.text_ids("ab", bank.served["run"])
+    assert begins.text_ids("ab", bank.served["run"]) == plain
+    assert begins.text_ids("ab", bank.served["base"]) == [bank.tokenizer.bos_token_id, *plain]
 
 
 def test_sampling_follows_the_seed_and_the_temperature(client):
