@@ -29,11 +29,18 @@ def goes_on(tokenizer: PreTrainedTokenizerBase, answer: str) -> bool:
         ("Ada.\n<|im_start|>user\nWho?", True),
         ("Ada.\n<|im_start|>assistant\nBrook.", False),
         ("<|im_end|>", False),
-        ("user\nusers may do so", False),
     ],
 )
 def test_control_tokens_within_an_answer(tokenizer: PreTrainedTokenizerBase, answer: str, found: bool) -> None:
     assert goes_on(tokenizer, answer) == found
+
+
+@pytest.mark.parametrize(("answer", "found"), [("Ada.\nusers may do so", False), ("Ada.\nuser\nWho?", True)])
+def test_a_mark_that_is_only_a_word_is_a_line_of_its_own(
+    copied: PreTrainedTokenizerBase, answer: str, found: bool
+) -> None:
+    copied.chat_template = copied.chat_template.replace("<|im_start|>", "")
+    assert goes_on(copied, answer) == found
 
 
 @pytest.mark.parametrize(
