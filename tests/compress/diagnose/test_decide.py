@@ -128,12 +128,25 @@ def test_a_ruined_distribution_is_a_matter_of_the_objective(
         ({"nll_weight": 0.5}, "--nll-weight 0"),
     ],
 )
-def test_the_plain_kl_cannot_ruin_and_is_what_to_take(
+def test_another_objective_than_the_plain_kl_is_to_blame(
     make_evidence: Make, config: dict[str, Any], options: str | None
 ) -> None:
     evidence = make_evidence(config=TRAINED | config, agreeing=8, agreeing_share=0.9)
     found = objective(evidence)
     assert (None if found is None else found.options) == options
+
+
+@pytest.mark.parametrize(("steps", "matched", "found"), [(60, 0.6, True), (60, 0.5, False), (0, 0.6, False)])
+def test_a_prompt_that_is_too_short_or_not_trained_is_no_matter_of_the_objective(
+    make_evidence: Make, steps: int, matched: float, found: bool
+) -> None:
+    evidence = make_evidence(
+        config=TRAINED | {"objective": "jsd", "steps": steps},
+        matched={8: (matched, matched), 16: (0.9, 0.9)},
+        agreeing=8,
+        agreeing_share=0.9,
+    )
+    assert (objective(evidence) is not None) == found
 
 
 # Nothing to compress, and a broken template

@@ -1,15 +1,17 @@
 """Objective: the most likely token is right and the distribution is not.
 
-A loss on single tokens (nll), or with a temperature, has its least value at another distribution than the teacher's.
-The training queries show it: there the prompt reached what it was trained for, so its most likely tokens are the
-teacher's, but most of the KL that is left lies at those very tokens. The plain KL cannot do this.
+A loss on single tokens (nll), or with a temperature, has its least value at another distribution than the teacher's, and
+reverse_kl and jsd forgive a short prompt other faults than KL does. The training queries show it: there the prompt
+reached what it was trained for, so its most likely tokens are the teacher's, but most of the KL that is left lies at
+those very tokens. A prompt that is only too short can look the same. So matching alone must do better with as many
+tokens, if it was tried. A prompt that was not trained, or on the plain KL, has no such fault.
 """
 
 from __future__ import annotations
 
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.diagnose.causes.words import part
-from softprompt_kernels.compress.diagnose.evidence import Evidence, gain, recovered
+from softprompt_kernels.compress.diagnose.evidence import MEANINGFUL, Evidence, gain, recovered
 from softprompt_kernels.compress.evaluate.diagnosis import Finding
 
 AGREES = 0.75
@@ -23,20 +25,21 @@ def objective(evidence: Evidence) -> Finding | None:
     """Whether the objective of a run ruins the distribution."""
     instead = _options(evidence.config)
     left, tokens = sum(one.prompt for one in evidence.train), sum(one.tokens for one in evidence.train)
-    if not instead or not tokens or not left:
+    if not instead or not evidence.config.steps or not tokens or not left:
         return None
     agreement = sum(one.agreeing for one in evidence.train) / tokens
     share = sum(one.agreeing_prompt for one in evidence.train) / left
     if agreement < AGREES or share < RUINED:
         return None
     here = evidence.matched_at(evidence.config.tokens)
+    if here and gain(evidence.train, [one.prompt for one in evidence.train], here.train).value <= MEANINGFUL:
+        return None
     found = None if here is None else gain(evidence.heldout, [one.prompt for one in evidence.heldout], here.heldout)
     known = found is not None and found.counts
     certain = "too certain" if evidence.entropy_gap < 0 else "too uncertain"
     return Finding(
         cause="objective",
-        sentence="The prompt finds the most likely token and ruins the distribution: "
-        f"{_name(evidence.config)} does not ask for the teacher's distribution.",
+        sentence=f"With {_name(evidence.config)} the prompt finds the most likely tokens and ruins the distribution.",
         evidence=(
             ("top-1 agreement, training queries", part(agreement)),
             ("recovered, training queries", part(evidence.train_recovered)),

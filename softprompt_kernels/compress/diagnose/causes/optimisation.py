@@ -122,7 +122,7 @@ def unfinished_training(evidence: Evidence) -> Finding:
         evidence=tuple(_rows(evidence)),
         change="Train it." if not config.steps else "Train it for longer.",
         options=f"--steps {steps}"
-        + (f" --matching-steps {300}" if config.init == "matched" and not config.matching_steps else ""),
+        + (" --matching-steps 300" if config.init == "matched" and not config.matching_steps else ""),
         expected="Not known before it is tried.",
     )
 

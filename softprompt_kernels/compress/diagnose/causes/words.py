@@ -12,8 +12,8 @@ def part(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate."""
-    return f"{value:.1g}"
+    """A learning rate, rounded: "0.005", "30"."""
+    return f"{float(f'{value:.1g}'):g}"
 
 
 def count(number: int, one: str, many: str = "") -> str:
