@@ -24,8 +24,10 @@ from typing import Any
 from softprompt_kernels.compress.evaluate.dissimilarity import normalised, normalised_words, word_f1
 from softprompt_kernels.errors import SoftPromptError
 
-_SAID_LETTER = re.compile(r"\b(?:answer|option|choice)\b[^A-Za-z]*(?:is|:)?[^A-Za-z]*(?:option\s+)?([A-Z])\b(?!')")
-_LEADING_LETTER = re.compile(r"\s*\W?([A-Z])\s*(?:[).:,\n]|$)")
+_SAID_LETTER = re.compile(
+    r"\b(?i:answer|option|choice)\b[^A-Za-z]*(?:is\b[^A-Za-z]*)?(?i:option\b[^A-Za-z]*)?([A-E])\b(?!')"
+)
+_LEADING_LETTER = re.compile(r"\W*([A-E])\W*(?:[).:,\n]|$)")
 
 
 def _exact_match(answer: str, references: Sequence[str]) -> float:

@@ -31,6 +31,9 @@ from softprompt_kernels.errors import SoftPromptError
         ("choice", "(B) something", ["B", "a rash"], 1),
         ("choice", "B. A rash", ["B", "a rash"], 1),
         ("choice", "Answer: option B", ["B", "a rash"], 1),
+        ("choice", "Answer: B", ["B", "a rash"], 1),
+        ("choice", "Option B, a fever", ["B", "a rash"], 1),
+        ("choice", "**B**", ["B", "a rash"], 1),
         ("choice", "A patient with a rash was seen.", ["B", "a rash"], 1),  # no letter, but the text
         ("choice", "A patient was seen.", ["A", "a cough"], 0),  # the article is no letter
         ("choice", "I'd say fever", ["B", "a rash"], 0),
