@@ -151,10 +151,13 @@ class Objective:
                 temperature=self.temperature,
                 reduction="none",
             )
-        with_moments = targets is not None and self.form == "moments"
+        if targets is not None and self.form == "moments":
+            moments = targets.moments(examples, hidden.device)
+        else:
+            moments = self._unused_moments(hidden)
         return linear_kl_div_from_moments(
             hidden,
-            targets.moments(examples, hidden.device) if targets and with_moments else self._unused_moments(hidden),
+            moments,
             head.weight,
             labels=labels if self.label_weight else None,
             label_weight=self.label_weight,

@@ -8,27 +8,22 @@
     labels    [n]      int64, the tokens that follow
     losses    [n]      floating point, one loss a token, in nats if it is to be compared with others
 
-It is code that runs with the rights of the process. So a name in a configuration of somebody else's is as good as a
-program of theirs. The current folder is searched first.
+How it is found, and that it is code which runs: `sources/named_function.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import reduce
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.sources.named_function import load_function
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, prompted_hidden
 
@@ -43,26 +38,7 @@ def load_own_loss(name: str) -> LossFunction:
     Raises:
         SoftPromptError: the module cannot be imported, or has no such function.
     """
-    module_name, _, path = name.partition(":")
-    try:
-        with _current_folder():
-            module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the module is the user's: it may raise anything
-        raise SoftPromptError(
-            f"objective: cannot import {module_name!r} ({_words(error)}), accepted is package.module:function, where "
-            "the module is installed or in the current folder"
-        ) from error
-    try:
-        function = reduce(getattr, path.split("."), cast(Any, module))
-    except AttributeError as error:
-        raise SoftPromptError(
-            f"objective: {module_name!r} has no {path!r}, accepted is the name of a function in {_place(module)}"
-        ) from error
-    if not callable(function):
-        raise SoftPromptError(
-            f"objective: {name} is of type {type(function).__name__}, accepted is a function: {SIGNATURE}"
-        )
-    return cast(LossFunction, function)
+    return load_function("objective", name, f"a function: {SIGNATURE}")
 
 
 def source_digest(function: LossFunction) -> str:
@@ -138,24 +114,9 @@ def check_own_loss(function: LossFunction, model: PreTrainedModel, head: Head, i
             )
 
 
-@contextmanager
-def _current_folder() -> Iterator[None]:
-    """Within the context, modules are searched in the current folder first, as `python -m` does it."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
 def _name(function: LossFunction) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
 def _words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _place(module: Any) -> str:
-    return str(getattr(module, "__file__", None) or module.__name__)

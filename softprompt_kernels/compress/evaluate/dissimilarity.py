@@ -13,20 +13,18 @@ Such numbers are for people. They are not differentiable, so nothing is trained 
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 import re
 import string
-import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from softprompt_kernels.compress.sources.named_function import load_function
 from softprompt_kernels.compress.sources.scripts import words
 from softprompt_kernels.errors import SoftPromptError
 
@@ -105,38 +103,13 @@ def mean_dissimilarity(name: str, function: Dissimilarity, ones: Sequence[str], 
     return total / len(ones)
 
 
-def load_dissimilarity(spec: str) -> Dissimilarity:
-    """The function that `package.module:function` names. Modules of the current folder are found too.
+def load_dissimilarity(name: str) -> Dissimilarity:
+    """The function that `name` ("package.module:function") names. Its module is imported, which runs it.
 
     Raises:
         SoftPromptError: the name has another form, or there is no such module or function.
     """
-    module, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), name)):
-        raise SoftPromptError(
-            f"dissimilarity: got {spec!r}, accepted is package.module:function, a function of two texts"
-        )
-    try:
-        with _current_folder():
-            found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # importing runs the module of the user
-        raise SoftPromptError(f"dissimilarity: {module} cannot be imported ({error})") from error
-    if not callable(found):
-        raise SoftPromptError(f"dissimilarity: {module} has no function {name}")
-    return cast(Dissimilarity, found)
-
-
-@contextmanager
-def _current_folder() -> Iterator[None]:
-    """The current folder as the last place to look for a module."""
-    added = "" not in sys.path
-    if added:
-        sys.path.append("")
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove("")
+    return load_function("dissimilarity", name, "a function of two texts")
 
 
 def _is_punctuation(character: str) -> bool:

@@ -1,10 +1,11 @@
 """Objective: the most likely token is right and the distribution is not.
 
-A loss on single tokens (nll), or with a temperature, has its least value at another distribution than the teacher's, and
-reverse_kl and jsd forgive a short prompt other faults than KL does. The training queries show it: there the prompt
-reached what it was trained for, so its most likely tokens are the teacher's, but most of the KL that is left lies at
-those very tokens. A prompt that is only too short can look the same. So matching alone must do better with as many
-tokens, if it was tried. A prompt that was not trained, or on the plain KL, has no such fault.
+A loss on single tokens (nll), or with a temperature, has its least value at another distribution than the teacher's.
+And reverse_kl and jsd forgive other faults than KL does. The training queries show it: there the prompt reached what it
+was trained for, so its most likely tokens are the teacher's, but most of the KL that is left lies at those very tokens.
+
+A prompt that is only too short can look the same. So matching alone must do better with as many tokens, if it was
+tried. A prompt that was not trained, or on the plain KL, has no such fault.
 """
 
 from __future__ import annotations
