@@ -24,6 +24,7 @@ from softprompt_kernels.cli.chat.session import Answer, Session, Turn
 from softprompt_kernels.cli.display import on_terminal, show_side_by_side
 from softprompt_kernels.cli.errors import message_of
 from softprompt_kernels.cli.text import as_text
+from softprompt_kernels.compress.report.answers import printable
 from softprompt_kernels.compress.text_file import BOM
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.output_file import written_when_complete
@@ -31,7 +32,6 @@ from softprompt_kernels.output_file import written_when_complete
 FULL, SOFT, NOTHING = "full context", "soft prompt", "no context"
 """The names of what the model may read before the turns, in the order of a comparison."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 _COMMANDS = (
     ("/compare [TEXT]", "answer the last question, or TEXT, behind each of what the model can read, side by side"),
@@ -191,11 +191,6 @@ def notice(message: str, style: str = "dim") -> None:
     from rich.text import Text
 
     Console(stderr=True).print(Text(printable(message), style=style), soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """A text whose control characters, which a terminal would obey, are replaced."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class _Writer:

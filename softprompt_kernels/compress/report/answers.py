@@ -16,6 +16,9 @@ WIDTH = 100
 """Columns of an answer on the page. A code block does not wrap its lines by itself."""
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A question and the answers to it, by the name of what the model has read before it."""
@@ -67,6 +70,11 @@ def answers_page(sections: Mapping[str, Sequence[Comparison]], new_tokens: int, 
     return "\n\n".join(parts) + "\n"
 
 
+def printable(text: str) -> str:
+    """A text whose control characters are replaced, except tabs and line feeds. A random model writes all of them."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def _lines(text: str, width: int | None) -> list[str]:
     """The lines of a text, at least one."""
     lines = text.strip().splitlines() or [""]
@@ -76,7 +84,7 @@ def _lines(text: str, width: int | None) -> list[str]:
 
 
 def _code_block(text: str) -> str:
-    """A code block that the text cannot end. Control characters, which a random model writes, are replaced."""
-    printable = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", printable)), default=0))
-    return f"{fence}text\n{printable}\n{fence}"
+    """A code block that the text cannot end."""
+    text = printable(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"

@@ -10,6 +10,7 @@ import pytest
 
 from softprompt_kernels.cli.chat import session, terminal
 from softprompt_kernels.cli.chat.terminal import Terminal
+from softprompt_kernels.compress.report.answers import printable
 
 OWNER, PLACE = "Who owns it?", "And where?"
 
@@ -195,7 +196,7 @@ def test_words_are_not_broken_at_the_edge_of_a_terminal(monkeypatch, capsys) -> 
 
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
-    assert terminal.printable("a\x1b[2Jb\n\tc\x07é") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}é"
+    assert printable("a\x1b[2Jb\n\tc\x07é") == "a\N{REPLACEMENT CHARACTER}[2Jb\n\tc\N{REPLACEMENT CHARACTER}é"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from softprompt_kernels.compress.evaluate.details import ExampleDetails
+from softprompt_kernels.compress.report.answers import printable
 from softprompt_kernels.compress.report.html.distance_charts import students_of
 
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -15,8 +15,6 @@ LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 MOST_ANSWERS = 40
 """Answers of a set that are shown. Each token is an element of the page."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def _shown(example: ExampleDetails, students: Sequence[str]) -> ShownAnswer:
         if text or index + 1 == len(example.tokens):
             pieces.append(
                 Piece(
-                    printable(text),
+                    printable(text).replace("\n", "↵\n"),
                     tuple(round(sum(example.kl[name][i] for i in waiting), 3) for name in students),
                     tuple(all(example.agrees[name][i] for i in waiting) for name in students),
                     round(sum(example.entropy[i] for i in waiting), 3),
@@ -102,11 +100,5 @@ def _shown(example: ExampleDetails, students: Sequence[str]) -> ShownAnswer:
             )
             waiting = []
     means = tuple(fmean(example.kl[name]) if example.tokens else 0.0 for name in students)
-    own = None if example.prompt_answer is None else printable(example.prompt_answer, mark_ends=False)
+    own = None if example.prompt_answer is None else printable(example.prompt_answer)
     return ShownAnswer(example.query, example.family, tuple(pieces), own, means)
-
-
-def printable(text: str, mark_ends: bool = True) -> str:
-    """A text without control characters, which a random model writes; with `mark_ends` a line feed gets a sign."""
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    return text.replace("\n", "↵\n") if mark_ends else text
