@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_everything_is_there(make_run: MakeRun, diagnosis: Diagnosis) -> None:
         *("position", "family", "heads", "capacity", "rate"),
     ]
     for sentence in (
-        "8 tokens stand in for the 80 of mill.txt. They recover 80 % on held-out queries and 80 % on test queries",
+        "8 tokens stand in for the 80 of mill.txt. They recover 80% on held-out queries and 80% on test queries",
         "1 min 15 s",
         "The prompt is <short>.",
         "--tokens 16",
@@ -109,7 +110,8 @@ def test_a_chart_cannot_end_its_script(make_run: MakeRun, details: Details) -> N
     assert "alert(1)</script>" not in html
     data = re.search(r'id="family-data">(.*?)</script>', html)
     assert data is not None
-    assert family in json.loads(data.group(1))["data"][0]["x"][0]
+    label = json.loads(data.group(1))["data"][0]["x"][0]
+    assert label == f"held-out<br>{escape(family)}", "Plotly shows the family as it is, and makes no link of it"
 
 
 def test_every_trace_has_a_colour_of_the_theme(make_run: MakeRun, diagnosis: Diagnosis) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from html import escape
 from statistics import fmean
 
 from softprompt_kernels.compress.evaluate.details import ExampleDetails
@@ -53,9 +54,11 @@ def position_chart(run: RunData) -> Chart | None:
         _weighted(means["prompt"], counts, part)
         for part in (slice(None, half), slice(half, None) if half < len(starts) else slice(None))
     )
+    lengths = [len(example.tokens) for example in examples]
+    reach = "All answers reach" if min(lengths) == longest else f"{lengths.count(longest)} of {len(lengths)} reach"
     summary = (
         f"Held-out answers. With the soft prompt, the KL is {number(first)} in the first half of the positions and "
-        f"{number(second)} in the second. Few answers reach the last positions."
+        f"{number(second)} in the second. {reach} the last position."
     )
     return Chart("position", "KL by position in the answer", summary, figure)
 
@@ -63,7 +66,7 @@ def position_chart(run: RunData) -> Chart | None:
 def family_chart(run: RunData) -> Chart | None:
     """Mean KL of each kind of query, in each set."""
     groups = [
-        (f"{title}<br>{family}", [example for example in run.details.sets[name] if example.family == family])
+        ((title, family), [example for example in run.details.sets[name] if example.family == family])
         for name, title in SETS
         if name in run.details.sets
         for family in dict.fromkeys(example.family for example in run.details.sets[name])
@@ -71,11 +74,12 @@ def family_chart(run: RunData) -> Chart | None:
     if not groups:
         return None
     everything = [example for _, examples in groups for example in examples]
+    labels = [f"{title}<br>{escape(family, quote=False)}" for (title, family), _ in groups]  # Plotly reads tags
     figure = new_figure("", "KL [nats per token]", barmode="group")
     for student in students_of(everything):
         values = [_mean(examples, student) for _, examples in groups]
         figure.add_bar(
-            x=[label for label, _ in groups],
+            x=labels,
             y=values,
             name=STUDENT_NAMES.get(student, student),
             meta={"role": student},
@@ -84,12 +88,11 @@ def family_chart(run: RunData) -> Chart | None:
             hovertemplate="%{x}: %{y:.3f} nats, %{customdata} queries",
         )
     parts = []
-    for label, examples in groups:
+    for (title, family), examples in groups:
         none, prompt = _mean(examples, "none"), _mean(examples, "prompt")
         if none and prompt is not None:
-            name = label.replace("<br>", " ")
             count = "1 query" if len(examples) == 1 else f"{len(examples)} queries"
-            parts.append(f"{name} {number(1 - prompt / none)} ({count})")
+            parts.append(f"{title} {family} {number(1 - prompt / none)} ({count})")
     return Chart("family", "KL by kind of query", f"Recovered: {', '.join(parts)}.", figure, 380)
 
 

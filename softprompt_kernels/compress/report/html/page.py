@@ -102,8 +102,8 @@ def tiles(run: RunData) -> list[tuple[str, str]]:
 
 
 def share(value: float) -> str:
-    """A fraction in percent, as "93 %"; below 0 "−5 %"."""
-    return f"{100 * value:.0f} %".replace("-", "−")
+    """A fraction in percent, as "93%"; below 0 "−5%"."""
+    return f"{value:.0%}".replace("-", "−")
 
 
 def repeat_command(run: RunData) -> str:
