@@ -34,4 +34,4 @@ def as_text(argument: str, name: str) -> str:
             return os.fsencode(argument).decode()
         return argument
     except UnicodeError as error:
-        raise SoftPromptError(f"{name}: got {argument!a}, accepted is UTF-8 text") from error
+        raise SoftPromptError(f"{name}: got {argument[:40]!a}, accepted is UTF-8 text") from error
