@@ -1,4 +1,4 @@
-"""Output on stdout: tables, pairs, answers, durations and sizes. Coloured on a terminal, plain text elsewhere."""
+"""Output on stdout: tables, pairs, answers and sizes. Coloured on a terminal, plain text elsewhere."""
 
 from __future__ import annotations
 

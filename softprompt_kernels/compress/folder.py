@@ -3,7 +3,7 @@
     config.yaml  run.json  chat.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
     stages.json  curves.png  prompt/  answers.md  details.json  evaluation.json  report.html
 
-`diagnosis.json` comes from `softprompt diagnose`.
+`diagnosis.json` comes from `softprompt diagnose`; `tracking.json`, `tensorboard/` and `wandb/` from `track`.
 
 `run.json` holds the identity of the run, and what it was made with. The same command on the same folder resumes the
 run. A command of another identity is refused before it changes anything. While a process works in the folder, it has a

@@ -94,6 +94,8 @@ class Terminal:
         name, _, argument = line.partition(" ")
         if not line.startswith("/"):
             self._ask(line.strip())
+        elif argument.strip() and name in ("/undo", "/reset"):
+            raise SoftPromptError(f"{name}: got {argument.strip()[:40]!r}, accepted is {name} alone")
         elif name in self._run:
             self._run[name](argument.strip())
         else:

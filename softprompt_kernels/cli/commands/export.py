@@ -23,7 +23,9 @@ Target = Literal["folder", "peft", "safetensors", "cartridges", "vllm-embeds"]
 Stored = Literal["float32", "bfloat16", "float16", "int8"]
 PeftType = Literal["CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING"]
 
-PromptPath = Annotated[Path, typer.Argument(help="File or folder of a prompt, in any format.", show_default=False)]
+PromptPath = Annotated[
+    Path, typer.Argument(metavar="PROMPT", help="File or folder of a prompt, in any format.", show_default=False)
+]
 Output = Annotated[Path, typer.Option("--output", help="File or folder to write.")]
 To = Annotated[
     Target,

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 Questions = Annotated[
     list[str] | None,
-    typer.Argument(help="The questions. Without any, each line of standard input is one.", show_default=False),
+    typer.Argument(
+        metavar="QUESTION",
+        help="The questions. Without any, each line of standard input is one.",
+        show_default=False,
+    ),
 ]
 PromptFolder = Annotated[
     Path | None, typer.Option("--prompt", help="Answer with the saved prompt in this folder.", show_default=False)

@@ -14,7 +14,7 @@ Source = Literal["auto", "folder", "peft", "safetensors", "cartridges", "vllm-em
 Stored = Literal["float32", "bfloat16", "float16", "int8"]
 QueriesAt = Literal["k", "0"]
 
-PromptPath = Annotated[Path, typer.Argument(help="File or folder of the prompt.", show_default=False)]
+PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="File or folder of the prompt.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", help="Folder of the saved prompt.")]
 From = Annotated[Source, typer.Option("--from", help="Format of the prompt. auto: found from the content.")]
 StoredDtype = Annotated[Stored, typer.Option(help="Dtype of the stored numbers.")]

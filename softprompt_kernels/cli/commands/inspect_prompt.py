@@ -13,7 +13,9 @@ from softprompt_kernels.cli.display import show_pairs, size
 from softprompt_kernels.cli.options import DeviceName, DtypeName
 from softprompt_kernels.cli.quiet import quiet_libraries
 
-PromptPath = Annotated[Path, typer.Argument(help="File or folder of a prompt, in any format.", show_default=False)]
+PromptPath = Annotated[
+    Path, typer.Argument(metavar="PROMPT", help="File or folder of a prompt, in any format.", show_default=False)
+]
 ModelToFit = Annotated[
     str | None,
     typer.Option("--model", help="Also say whether it fits this model (folder or hub name).", show_default=False),
@@ -29,7 +31,7 @@ def inspect(
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> None:
-    """Say what a prompt is: this package's folder, PEFT's, safetensors, a cache of Cartridges, vectors for vLLM.
+    """Say what a prompt is, in any format that import takes.
 
     The format is found from the content. No code of a file is run. With --model, a prompt that does not fit ends with
     exit code 1.

@@ -9,7 +9,7 @@ import typer
 
 from softprompt_kernels.cli.quiet import quiet_libraries
 
-PromptPath = Annotated[Path, typer.Argument(help="Folder of the saved prompt.", show_default=False)]
+PromptPath = Annotated[Path, typer.Argument(metavar="PROMPT", help="Folder of the saved prompt.", show_default=False)]
 Repository = Annotated[str, typer.Option("--repo", help="USER/NAME of the repository. It is made if there is none.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")]
 BaseModel = Annotated[

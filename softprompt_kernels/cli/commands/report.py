@@ -12,7 +12,7 @@ from softprompt_kernels.output_file import check_output
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run: the --output of compress.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="File of the page. Default: report.html in the run's folder.")
+    Path | None, typer.Option("--output", help="File of the page. Default: report.html in the run's folder.")
 ]
 
 

@@ -88,6 +88,7 @@ def test_commands_that_cannot_be_done_are_one_sentence_each(chat, tmp_path) -> N
         f"/save {there}": f"/save: {there} is there already, accepted is the name of a new file.",
         f"/save {tmp_path}/no/x": f"/save: got {tmp_path}/no/x, but {tmp_path}/no is not a folder.",
         "/undo": "There is no turn to forget.",
+        "/undo 3": "/undo: got '3', accepted is /undo alone.",
         "/reset": "Forgotten: 0 turns.",
         "so " * 200: "Question: it has 618 tokens and its answer up to 6, but the model's window of 512 has 512 left "
         "(no context); accepted are a shorter question or a smaller --max-new-tokens.",
