@@ -14,6 +14,7 @@ from softprompt_kernels.compress.report.html.run_data import RunData
 from softprompt_kernels.compress.report.table import SETS
 
 MOST_POINTS = 64
+MOST_LETTERS = 14  # of the name of a family below its bars
 SMALLEST_ERROR = 1e-6  # what is below is drawn as if it were that
 
 
@@ -74,8 +75,10 @@ def family_chart(run: RunData) -> Chart | None:
     if not groups:
         return None
     everything = [example for _, examples in groups for example in examples]
-    labels = [f"{title}<br>{escape(family, quote=False)}" for (title, family), _ in groups]  # Plotly reads tags
+    labels = [_label(title, family) for (title, family), _ in groups]
     figure = new_figure("", "KL [nats per token]", barmode="group")
+    shortened = [_label(title, _shortened(family)) for (title, family), _ in groups]
+    figure.update_xaxes(tickvals=list(range(len(groups))), ticktext=shortened)
     for student in students_of(everything):
         values = [_mean(examples, student) for _, examples in groups]
         figure.add_bar(
@@ -92,7 +95,7 @@ def family_chart(run: RunData) -> Chart | None:
         none, prompt = _mean(examples, "none"), _mean(examples, "prompt")
         if none and prompt is not None:
             count = "1 query" if len(examples) == 1 else f"{len(examples)} queries"
-            parts.append(f"{title} {family} {number(1 - prompt / none)} ({count})")
+            parts.append(f"{title} {family}: {number(1 - prompt / none)} ({count})")
     return Chart("family", "KL by kind of query", f"Recovered: {', '.join(parts)}.", figure, 380)
 
 
@@ -140,6 +143,14 @@ def students_of(examples: Iterable[ExampleDetails]) -> list[str]:
 def _mean(examples: Sequence[ExampleDetails], student: str) -> float | None:
     values = [kl for example in examples for kl in example.kl.get(student, ())]
     return fmean(values) if values else None
+
+
+def _label(title: str, family: str) -> str:
+    return f"{title}<br>{escape(family, quote=False)}"  # Plotly reads tags
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
 
 
 def _weighted(means: Sequence[float], counts: Sequence[int], part: slice) -> float:
