@@ -38,7 +38,7 @@ from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.formats.content import Content, FirstQuery, dtype_name, kv_prompt
-from softprompt_kernels.formats.torch_file import saved_bytes
+from softprompt_kernels.formats.torch_file import dense, saved_bytes
 from softprompt_kernels.models import shift_keys
 from softprompt_kernels.models.families import text_config
 from softprompt_kernels.prompts import KVPrompt
@@ -94,10 +94,11 @@ def read(path: Path, loaded: Any, first_query: FirstQuery = "k") -> Content:
     """
     layers: dict[str, list[Tensor]] = {}
     for name in (*TRAINABLE, *FROZEN):
-        found = loaded.get(name)
-        if found is None or not all(isinstance(tensor, Tensor) for tensor in found):
-            raise SoftPromptError(f"{path} has no list of tensors {name}, which a cache of Cartridges has")
-        layers[name] = [tensor.detach() for tensor in found]
+        try:
+            found = list(loaded.get(name))
+        except (TypeError, AttributeError) as error:  # no list, or a ParameterList with a wrong size
+            raise SoftPromptError(f"{path} has no list of tensors {name}, which a cache of Cartridges has") from error
+        layers[name] = [dense(f"{path}: {name}[{index}]", tensor) for index, tensor in enumerate(found)]
         for index, tensor in enumerate(layers[name]):
             if tensor.dim() != 4 or tensor.shape[0] != 1 or not tensor.is_floating_point():
                 raise SoftPromptError(
@@ -138,7 +139,7 @@ def note_of(loaded: dict[str, Any]) -> dict[str, Any]:
     """What this package added to a file; empty for one of Cartridges."""
     try:
         note = json.loads(loaded.get(NOTE, "{}"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return {}
     return note if isinstance(note, dict) else {}
 

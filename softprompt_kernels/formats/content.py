@@ -98,8 +98,8 @@ def check_numbers(place: str, tensor: Tensor, dimensions: int, shape: str) -> No
             f"{place} is {dtype_name(tensor)} of shape {tuple(tensor.shape)}, accepted are floating-point numbers of "
             f"shape {shape}"
         )
-    if not bool(tensor.isfinite().all()):
-        raise SoftPromptError(f"{place} has numbers that are not finite")
+    if not bool(tensor.float().isfinite().all()):
+        raise SoftPromptError(f"{place} has numbers that are not finite in float32")
 
 
 def check_frozen(place: str, frozen_tokens: int, tokens: int) -> None:

@@ -14,12 +14,12 @@ from typing import Any, cast
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.formats.content import Content
-from softprompt_kernels.formats.torch_file import load_tensors
+from softprompt_kernels.formats.torch_file import dense, load_tensors
 from softprompt_kernels.prompts import EmbeddingPrompt
 from softprompt_kernels.prompts.adapter import describe, embedding_config, frozen_tokens, kv_config
 from softprompt_kernels.prompts.adapter import read as read_folder
 from softprompt_kernels.prompts.json_file import integer
-from softprompt_kernels.prompts.weights import CONFIG, WEIGHTS, parts_of_rows, prompt_of, rows_of
+from softprompt_kernels.prompts.weights import CONFIG, TENSOR, WEIGHTS, parts_of_rows, prompt_of, rows_of
 
 OLD_WEIGHTS = "adapter_model.bin"
 
@@ -35,6 +35,8 @@ def read(path: Path) -> Content:
         tensors = load_tensors(path / OLD_WEIGHTS)
         if not isinstance(tensors, dict):
             raise SoftPromptError(f"{path / OLD_WEIGHTS} holds {type(tensors).__name__}, accepted are tensors by name")
+        if TENSOR in tensors:
+            dense(f"{path / OLD_WEIGHTS}: {TENSOR}", tensors[TENSOR])
         rows, dtype = rows_of(path / OLD_WEIGHTS, tensors)
         tokens = integer(path / CONFIG, config, "num_virtual_tokens", 1)
         prompt = prompt_of(parts_of_rows(path, config, rows, tokens), frozen_tokens(path, config, record, tokens))

@@ -27,7 +27,7 @@ from softprompt_kernels.prompts.weights import FLOATS, parts_of, read_safetensor
 
 SCHEMA = "softprompt-kernels prompt 1"
 VECTORS = "embeddings"
-_LAYER = re.compile(r"layers\.(\d+)\.(key|value)")
+_LAYER = re.compile(r"layers\.(0|[1-9][0-9]*)\.(key|value)")
 
 
 def to_bytes(content: Content, dtype: str) -> bytes:
@@ -113,7 +113,7 @@ def layers_of(path: Path, tensors: dict[str, Tensor]) -> tuple[list[Tensor], lis
         SoftPromptError: there are none, or a layer is missing.
     """
     found = {(int(match[1]), match[2]) for name in tensors if (match := _LAYER.fullmatch(name))}
-    layers = 1 + max((layer for layer, _ in found), default=-1)
+    layers = (len(found) + 1) // 2
     missing = [f"layers.{i}.{n}" for i in range(layers) for n in ("key", "value") if (i, n) not in found]
     if missing or not layers:
         raise SoftPromptError(
@@ -131,6 +131,6 @@ def metadata_of(path: Path) -> dict[str, Any]:
     for name, text in strings.items():
         try:
             parsed[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed[name] = text
     return parsed

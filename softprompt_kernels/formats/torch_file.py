@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 
@@ -41,6 +41,22 @@ def load_tensors(path: Path) -> Any:
         raise SoftPromptError(
             f"{path} is truncated or not a file of torch.save with tensors alone ({reason})"
         ) from error
+
+
+def dense(place: str, value: Any) -> Tensor:
+    """A tensor that such a file holds, detached.
+
+    Args:
+        place: of the tensor, for the message.
+        value: what was found there.
+
+    Raises:
+        SoftPromptError: it is no tensor, or a sparse or nested one, or one without numbers (on the meta device).
+    """
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_nested:
+        found = f"a {type(value).__name__}" if not isinstance(value, Tensor) else "sparse, nested or without numbers"
+        raise SoftPromptError(f"{place} is {found}, accepted is a dense tensor")
+    return value.detach()
 
 
 def saved_bytes(value: Any) -> bytes:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.formats.content import Content, dtype_name, embedding_prompt
-from softprompt_kernels.formats.torch_file import saved_bytes
+from softprompt_kernels.formats.torch_file import dense, saved_bytes
 from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt
 from softprompt_kernels.prompts.offload import input_device, loaded
 from softprompt_kernels.prompts.weights import FLOATS, to_float_dtype
@@ -63,7 +63,8 @@ def read(path: Path, tensor: Tensor) -> Content:
     Raises:
         SoftPromptError: they are no matrix of finite numbers.
     """
-    vectors = tensor.squeeze(0) if tensor.dim() == 3 else tensor
+    vectors = dense(str(path), tensor)
+    vectors = vectors.squeeze(0) if vectors.dim() == 3 else vectors
     return Content("vllm-embeds", embedding_prompt(str(path), vectors), "k", dtype_name(tensor))
 
 

@@ -203,7 +203,7 @@ def read_tensor(path: str | Path) -> tuple[Tensor, StoredDtype]:
 def rows_of(file: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, StoredDtype]:
     """As `read_tensor`, for the tensors of a file that is open."""
     if TENSOR not in tensors:
-        found = ", ".join(sorted(tensors)[:3]) or "nothing"
+        found = ", ".join(sorted(map(str, tensors))[:3]) or "nothing"
         raise SoftPromptError(f"{file} has no tensor {TENSOR}; it has {found}")
     tensor = tensors[TENSOR]
     if tensor.dim() != 2 or 0 in tensor.shape or not tensor.is_floating_point():
@@ -211,9 +211,10 @@ def rows_of(file: Path, tensors: dict[str, Tensor]) -> tuple[Tensor, StoredDtype
             f"{file}: {TENSOR} is {str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}, "
             "accepted is a floating-point matrix with one row per token"
         )
-    check_finite(str(file), tensor)
     stored: Any = next((name for name, dtype in FLOATS.items() if dtype == tensor.dtype), "float32")
-    return tensor.float(), stored
+    rows = tensor.float()
+    check_finite(str(file), rows)
+    return rows, stored
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

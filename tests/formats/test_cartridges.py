@@ -156,6 +156,10 @@ def test_models_whose_keys_cannot_be_moved_are_refused(kv: KVPrompt, tmp_path: P
         ({"frozen_keys": [torch.zeros(1, 3, 1, 8)] * 2}, "does not fit"),
         ({"trainable_keys": [torch.full((1, 2, 5, 8), torch.nan)] * 2}, "not finite"),
         ({"trainable_keys": [torch.zeros(1, 2, 5, 8, dtype=torch.int64)] * 2}, "floating-point"),
+        ({"trainable_keys": [torch.full((1, 2, 5, 8), 1e300, dtype=torch.float64)] * 2}, "not finite in float32"),
+        ({"trainable_keys": [torch.zeros(1, 2, 5, 8).to_sparse()] * 2}, r"trainable_keys\[0\] is sparse"),
+        ({"trainable_keys": [torch.zeros(1, 2, 5, 8, device="meta")] * 2}, "accepted is a dense tensor"),
+        ({"trainable_keys": 5}, "has no list of tensors trainable_keys"),
     ],
 )
 def test_a_damaged_cache(kv: KVPrompt, change: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.formats.content import Content
 from softprompt_kernels.formats.exporting import export
 from softprompt_kernels.formats.files import read
 from softprompt_kernels.formats.importing import import_prompt
@@ -114,6 +115,25 @@ def test_an_imported_prompt_of_peft_has_its_logits(
     prompt, record = load(tmp_path / "ours", model)
     assert record is not None and (logits(prompt) - expected).abs().max() <= 1e-5
     assert not json.loads((tmp_path / "ours" / "adapter_config.json").read_text()).get("prefix_projection")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"prompt_embeddings": 5}, "prompt_embeddings is a int, accepted is a dense tensor"),
+        ({"prompt_embeddings": torch.zeros(6, 64, device="meta")}, "without numbers"),
+        ({"prompt_embeddings": torch.full((6, 64), 1e300, dtype=torch.float64)}, "not finite"),
+        ({5: torch.zeros(1), "a": torch.zeros(1)}, "has no tensor prompt_embeddings; it has 5, a"),
+    ],
+)
+def test_a_damaged_file_of_older_versions(
+    tensors: dict[object, object], message: str, content: Content, tmp_path: Path
+) -> None:
+    export(content, "peft", tmp_path / "p")
+    (tmp_path / "p" / "adapter_model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "p" / "adapter_model.bin")
+    with pytest.raises(SoftPromptError, match=message):
+        read(tmp_path / "p")
 
 
 def test_other_adapters_of_peft_are_refused(plain_model: LlamaForCausalLM, tmp_path: Path) -> None:
