@@ -270,10 +270,16 @@ class Engine:
             self._publish(self._running)
 
     def _join(self, new: Sequence[_Answer]) -> None:
-        """Let answers join the batch. If that fails, each is tried alone, so that only the one at fault ends."""
+        """Let answers join the batch. If that fails, each is tried alone, so that only the one at fault ends.
+
+        Raises:
+            Exception: the cache could not grow, and all answers in the batch are lost.
+        """
         try:
             self._batch.join([answer.row for answer in new])
         except Exception as error:
+            if not self._batch.cache.whole:
+                raise  # what the answers in the batch have there is lost
             if len(new) > 1:
                 for answer in new:
                     self._join([answer])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,7 +20,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[Failed], App]
 
 _SECONDS = 30  # in which a body must have come
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host of this name or address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Gate:
@@ -58,7 +68,7 @@ class Gate:
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self._only_loopback and name.strip("[]").lower() not in _LOOPBACK:
+        if self._only_loopback and not is_loopback(name.strip("[]")):
             raise Failed(f"Host: got {host[:80]!r}, accepted are names of this machine, or start with an API key", 403)
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:

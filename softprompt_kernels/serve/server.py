@@ -8,7 +8,6 @@ they are cut with an error. A second Ctrl-C does not wait.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import signal
 import socket
@@ -43,16 +42,6 @@ class Work:
     batch_size: int = 32
     queue: int = 256
     grace_seconds: float = 10.0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host of this name."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -155,7 +144,7 @@ class Server:
         access_log: bool = False,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        batch = DecodingBatch(bank.model, bank.prefix, work.batch_size)
+        batch = DecodingBatch(bank.model, bank.prefix, work.batch_size, longest=options.most_tokens)
         self.engine = Engine(batch, bank.decode, work.queue)
         self._listener = listener
         config = uvicorn.Config(
@@ -221,10 +210,20 @@ def serving(bank: Bank, options: Options | None = None, work: Work | None = None
     ready = threading.Event()
     listener = open_socket("127.0.0.1", port)
     server = Server(bank, listener, options or Options(), work or Work(), ready=ready.set)
-    thread = threading.Thread(target=server.run, name="softprompt serve", daemon=True)
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            server.run()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="softprompt serve", daemon=True)
     thread.start()
     while not ready.wait(0.1) and thread.is_alive():
         pass
+    if failures:
+        raise failures[0]
     try:
         yield server
     finally:

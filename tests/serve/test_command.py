@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from benchmarks.serve.__main__ import WORDS, Question, judged, measure, server
 from softprompt_kernels.cli import app
 from softprompt_kernels.compress import load_model
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture
 from softprompt_kernels.prompts import KVPrompt, save
+from softprompt_kernels.serve import open_socket, serving
 
 
 @pytest.fixture
@@ -44,6 +46,22 @@ def test_addresses_that_cannot_be_used(refused, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_API_KEY", "é")
     refused("--api-key: .* accepted are printable ASCII")
     assert "SOFTPROMPT_API_KEY" in CliRunner().invoke(app, ["serve", "--help"]).output
+
+
+def test_a_port_that_is_taken_while_the_model_loads(bank, monkeypatch):
+    def taken(host: str, port: int) -> socket.socket:
+        ours, other = open_socket(host, port), socket.socket()
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(ours.getsockname())
+        other.listen()
+        others.append(other)
+        return ours
+
+    others: list[socket.socket] = []
+    monkeypatch.setattr("softprompt_kernels.serve.server.open_socket", taken)
+    with pytest.raises(SoftPromptError, match="is in use"), serving(bank):
+        pytest.fail("it serves")
+    others[0].close()
 
 
 def test_prompts_that_cannot_be_served(refused, prompts, tiny_model_folder, tmp_path):

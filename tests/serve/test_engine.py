@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from softprompt_kernels.models import DecodingBatch
+from softprompt_kernels.models.decode.rows import OwnRows
 from softprompt_kernels.serve.engine import Engine, Failed, Job, Ticket
 
 TOKENS = 12
@@ -144,6 +145,32 @@ def test_a_step_that_fails_ends_its_answers_and_later_ones_are_right(engine, bat
         assert batch.free == batch.size
         assert await text_of(engine.submit([job()])) == expected
         await empty(engine)
+
+    asyncio.run(run())
+
+
+def test_a_cache_that_could_not_grow_is_not_used_again(engine, batch, monkeypatch):
+    """It grows layer by layer. If the memory ends at the second, the rows of the batch no longer fit together."""
+    make, calls = OwnRows._empty, []
+
+    def ending(cache, like):
+        calls.append(len(cache.layers))
+        if len(calls) == 3:
+            raise MemoryError
+        return make(cache, like)
+
+    async def run() -> None:
+        expected = await text_of(engine.submit([job()]))
+        running = engine.submit([job(0, 100)])
+        await running.next()
+        monkeypatch.setattr(OwnRows, "_empty", ending)
+        long = engine.submit([Job((65,) * 400, 0, 10, 0.0, 1.0, (0,), frozenset())])
+        for ticket in (running, long):
+            with pytest.raises(Failed) as failed:
+                await text_of(ticket)
+            assert failed.value.status == 503
+        assert len(calls) == 3 and batch.free == batch.size
+        assert await text_of(engine.submit([job()])) == expected
 
     asyncio.run(run())
 

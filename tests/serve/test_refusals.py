@@ -184,5 +184,5 @@ def test_system_messages_are_joined_if_the_server_says_so(bank, client, http):
         # A page in a browser that points a name of its own at this machine.
         root = joining.address.removesuffix("v1")
         refused(http.get(root + "v1/models", headers={"Host": "example.com:80"}), 403, "got 'example.com:80'")
-        for host in ("localhost", "127.0.0.1:5", "[::1]:9"):
+        for host in ("LocalHost", "127.0.0.1:5", "127.0.0.2", "[::1]:9"):
             assert http.get(root + "v1/models", headers={"Host": host}).status_code == 200

@@ -83,7 +83,8 @@ def serve(
     if api_key is not None and (not api_key.strip() or not api_key.isascii() or not api_key.isprintable()):
         raise SoftPromptError("--api-key: got an empty key or odd characters, accepted are printable ASCII characters")
     from softprompt_kernels.serve.bank import load_bank, named_prompts
-    from softprompt_kernels.serve.server import Options, Server, Work, cache_bytes, is_loopback, open_socket
+    from softprompt_kernels.serve.gate import is_loopback
+    from softprompt_kernels.serve.server import Options, Server, Work, cache_bytes, open_socket
 
     if not is_loopback(host) and api_key is None and not open_to_all:
         raise SoftPromptError(

@@ -114,6 +114,7 @@ class DecodingBatch:
         model: a prepared model with a head.
         prefix: the bank of prompts, with R rows; None for no prompt.
         size: the largest number of rows at a time.
+        longest: tokens that the longest row will have, which bounds the cache; None: no more than its rows need.
         recorder: watches the tokens that go through the model; None watches nothing.
         keep_hidden: whether rows keep the hidden states of their new tokens.
 
@@ -127,12 +128,14 @@ class DecodingBatch:
         prefix: Prefix | None,
         size: int,
         *,
+        longest: int | None = None,
         recorder: QueryRecorder | None = None,
         keep_hidden: bool = False,
     ) -> None:
         if size < 1:
             raise SoftPromptError(f"size: got {size}, accepted is 1 or more")
         self.model, self.prefix, self.size, self.recorder = model, prefix, size, recorder
+        self.longest = longest
         self.head, self.keep_hidden = head_of(model), keep_hidden
         self.device = input_device(model)
         self.packs = packs_batches(model)
@@ -282,9 +285,10 @@ class DecodingBatch:
         return run_base(self.model, call, positions, input_ids=ids)[:, 0]
 
     def _reserve(self, columns: int) -> None:
-        """Room for rows of `columns` tokens. It at least doubles, so that growing rows are seldom copied."""
+        """Room for rows of `columns` tokens. It doubles up to `longest`, so that growing rows are seldom copied."""
         if columns > self.cache.columns:
-            self.cache.reserve(max(columns, 2 * self.cache.columns))
+            doubled = 2 * self.cache.columns
+            self.cache.reserve(max(columns, doubled if self.longest is None else min(doubled, self.longest)))
 
     def _prompt_index(self, prompts: Sequence[int]) -> Tensor | None:
         """`[n]` int64: which prompt each of n sequences reads; None where all share the only one."""

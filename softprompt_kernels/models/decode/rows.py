@@ -33,7 +33,7 @@ class OwnRows:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, columns: int) -> None:
-        """Make room for sequences of `columns` tokens."""
+        """Make room for sequences of `columns` tokens. If that fails for want of memory, see `whole`."""
         if columns <= self.columns:
             return
         before, self.columns = self.columns, -(-columns // _COLUMNS) * _COLUMNS
@@ -42,6 +42,11 @@ class OwnRows:
             for new, old in zip(grown, pair, strict=True):
                 new[:, :before] = old
             self.layers[layer] = grown
+
+    @property
+    def whole(self) -> bool:
+        """Whether all layers have room for the same tokens. Not after a `reserve` that failed halfway."""
+        return all(key.shape[1] == value.shape[1] == self.columns for key, value in self.layers.values())
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole rows onto others. A target is not a source."""

@@ -103,6 +103,17 @@ def test_each_row_samples_with_its_own_settings_whatever_is_beside_it(bank, rows
     assert other.tokens != together[3].tokens
 
 
+def test_the_cache_doubles_up_to_the_longest_row(bank, tokens):
+    model, prefix, _ = bank("llama")
+    columns = []
+    for longest in (None, 140):
+        batch = DecodingBatch(model, prefix, 1, longest=longest)
+        batch.join([DecodingRow(tuple(tokens(128).tolist()), temperature=0)])
+        batch.step()
+        columns.append(batch.cache.columns)
+    assert columns == [256, 192]
+
+
 def test_scores_are_the_log_probabilities_of_the_model(bank, rows):
     model, prefix, alone = bank("llama")
     for number, row in enumerate(rows[:4]):
