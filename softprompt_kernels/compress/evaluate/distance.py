@@ -23,6 +23,7 @@ from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.moments_cache import row_entropies
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import Head, head_of
 from softprompt_kernels.ops import kl_div
@@ -86,11 +87,11 @@ def token_distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor)
     for start in range(0, teacher.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         teacher_logits = exact.logits(teacher[rows].float())
-        top, teacher_entropy = teacher_logits.argmax(-1), _entropy(teacher_logits)
+        top, teacher_entropy = teacher_logits.argmax(-1), row_entropies(teacher_logits)
         for name, hidden in students.items():
             logits = exact.logits(hidden[rows].float())
             kl = kl_div(logits, teacher_logits, reduction="none")
-            found[name].append((kl, logits.argmax(-1) == top, _entropy(logits), teacher_entropy))
+            found[name].append((kl, logits.argmax(-1) == top, row_entropies(logits), teacher_entropy))
     return {
         name: TokenDistances(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
         for name, parts in found.items()
@@ -180,8 +181,3 @@ def check_context_matters(kl_none: float) -> None:
             f"queries: the KL without context is {kl_none:.2g} nats per token, so the context does not matter for "
             f"these queries; accepted is more than {NEGLIGIBLE_KL:g}"
         )
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """`[n]`: the entropies of the rows of logits `[n, V]`, nats: H(p) = ln V − KL(p ‖ uniform)."""
-    return math.log(logits.shape[1]) - kl_div(torch.zeros_like(logits), logits, reduction="none")

@@ -139,6 +139,11 @@ def read_targets(folder: Path, key: str, head: Head, form: Form, temperature: fl
     return Targets(form, shards, rows, temperature, head.logit_scale, head.bias is not None)
 
 
+def row_entropies(logits: Tensor) -> Tensor:
+    """`[n]`: the entropies of the rows of logits `[n, V]`, nats: H(p) = ln V − KL(p ‖ uniform)."""
+    return math.log(logits.shape[1]) - kl_div(torch.zeros_like(logits), logits, reduction="none")
+
+
 def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> dict[str, Tensor]:
     if form != "moments":
         tensors = {"hidden": hidden.cpu().contiguous()} if form != "entropy" else {}
@@ -153,12 +158,9 @@ def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> 
 
 
 def _entropy(hidden: Tensor, head: Head, temperature: float) -> Tensor:
-    """`[n]` fp32: the entropies at a temperature of the tokens after `hidden [n, d]`: ln V − KL(p ‖ uniform)."""
-    parts = []
-    for rows in hidden.split(_ENTROPY_ROWS):
-        logits = head.logits(rows).float() / temperature
-        parts.append(math.log(logits.shape[1]) - kl_div(torch.zeros_like(logits), logits, reduction="none"))
-    return torch.cat(parts)
+    """`[n]` fp32: the entropies at a temperature of the tokens after `hidden [n, d]`."""
+    parts = (head.logits(rows).float() / temperature for rows in hidden.split(_ENTROPY_ROWS))
+    return torch.cat([row_entropies(logits) for logits in parts])
 
 
 def _index(folder: Path) -> Path:

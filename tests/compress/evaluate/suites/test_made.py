@@ -33,7 +33,7 @@ def test_the_text_has_the_wanted_length_and_depends_on_the_seed_alone(name: str)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_every_reference_stands_once_in_the_text_and_no_fact_is_in_both_sets(name: str) -> None:
+def test_every_reference_stands_in_the_text_and_no_fact_is_in_both_sets(name: str) -> None:
     suite = suite_of(name)
     assert (len(suite.train), len(suite.test), len(suite.subjects)) == (4, 4, 4)
     references = [one for query in (*suite.train, *suite.test) for one in query.references]
