@@ -310,23 +310,7 @@ class _Run:
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         if config.steps == 0:
             return folder.drop_metrics_after(0)
-        trainer = Trainer(
-            inputs.model,
-            prompt,
-            taught.examples["train"],
-            taught.targets,
-            inputs.objective,
-            Schedule(config.steps, config.learning_rate, config.warmup_steps),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            relative=config.relative_learning_rate,
-        )
-        if folder.checkpoint.exists():
-            trainer.load(folder.checkpoint, self.key)
-            self.reporter.message(f"Resuming from step {trainer.step}.")
+        trainer = self.trainer(prompt, taught)
         on_policy = self.on_policy()
         seconds_before = folder.drop_metrics_after(trainer.step) + on_policy.seconds(config.rounds)
         head = head_of(inputs.model)
@@ -369,6 +353,28 @@ class _Run:
             trainer.save(folder.checkpoint, self.key)
             raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
         return seconds_before
+
+    def trainer(self, prompt: Prompt, taught: Taught) -> Trainer:
+        """The trainer of the prompt, at its checkpoint if there is one."""
+        inputs, folder, config = self.inputs, self.folder, self.inputs.config
+        trainer = Trainer(
+            inputs.model,
+            prompt,
+            taught.examples["train"],
+            taught.targets,
+            inputs.objective,
+            Schedule(config.steps, config.learning_rate, config.warmup_steps),
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            relative=config.relative_learning_rate,
+        )
+        if folder.checkpoint.exists():
+            trainer.load(folder.checkpoint, self.key)
+            self.reporter.message(f"Resuming from step {trainer.step}.")
+        return trainer
 
     def on_policy(self) -> OnPolicy:
         """The rounds of the training."""
