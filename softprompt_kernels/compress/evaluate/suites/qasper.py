@@ -12,7 +12,7 @@ of the benchmark's evaluator. The score of a question is the best F1 of the word
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,17 @@ def _query(file: BenchmarkFile, content: Any, place: str, about: str) -> Query:
     for number, annotation in enumerate(answers):
         where = f"{place}.answers[{number}]"
         answer = file.mapping(file.mapping(annotation, where).get("answer"), f"{where}.answer")
-        references.append(file.text(_answer(answer), f"{where}.answer"))
+        references.append(file.text(_answer(file, answer, f"{where}.answer"), f"{where}.answer"))
     text = trim(file.text(question.get("question"), f"{place}.question"))
     return Query(f"{about}{text}\n{_HOW}", references=tuple(dict.fromkeys(references)))
 
 
-def _answer(answer: Any) -> str | None:
+def _answer(file: BenchmarkFile, answer: Mapping[str, Any], place: str) -> str:
+    said = answer.get("yes_no")
     if answer.get("unanswerable"):
         return "Unanswerable"
-    if answer.get("extractive_spans"):
-        return ", ".join(map(str, answer["extractive_spans"]))
-    if answer.get("free_form_answer"):
-        return str(answer["free_form_answer"])
-    return {True: "Yes", False: "No"}.get(answer.get("yes_no"))
+    if spans := answer.get("extractive_spans"):
+        return ", ".join(map(str, file.sequence(spans, f"{place}.extractive_spans")))
+    if isinstance(said, bool) and not answer.get("free_form_answer"):
+        return "Yes" if said else "No"
+    return file.text(answer.get("free_form_answer"), place)

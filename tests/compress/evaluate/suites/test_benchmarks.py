@@ -194,8 +194,11 @@ def test_another_format_than_that_of_longhealth_is_refused(written: Any, content
         (changed(QASPER, "1909.00001/full_text/0/paragraphs/0", 3), r"full_text\[0\].paragraphs is no text"),
         (changed(QASPER, "1909.00001/qas/2/answers/0/answer/unanswerable", False), r"answers\[0\].answer is no text"),
         (changed(QASPER, "1909.00001/qas/2/answers", []), r"qas\[2\].answers is no list"),
+        (changed(QASPER, "1909.00001/qas/0/answers/0/answer/extractive_spans", "tea"), "extractive_spans is no list"),
+        (changed(QASPER, "1909.00001/qas/0/answers/1/answer/free_form_answer", {"a": 1}), "answer is no text"),
+        (changed(QASPER, "1909.00001/qas/1/answers/0/answer/yes_no", [1]), "answer is no text"),
     ],
-    ids=range(6),
+    ids=range(9),
 )
 def test_another_format_than_that_of_qasper_is_refused(written: Any, content: Any, reason: str) -> None:
     with pytest.raises(SoftPromptError, match=f"file.json is no file of QASPER: .*{reason}"):
