@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from softprompt_kernels.compress.report.answers import Comparison, comparison_text
+from softprompt_kernels.compress.report.answers import Comparison, comparison_text, printable
 from softprompt_kernels.compress.report.table import table_text
 
 
@@ -46,6 +46,7 @@ def show_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 def show_side_by_side(question: str, answers: dict[str, str]) -> None:
     """Print a question and its answers: as columns on a terminal, as indented lines elsewhere."""
+    answers = {name: printable(text) for name, text in answers.items()}
     if not on_terminal():
         typer.echo(comparison_text(Comparison(question, answers)) + "\n")
         return

@@ -137,7 +137,7 @@ class Terminal:
             return
         question = argument or self.session.turns[-1].question
         names = [name for name in (FULL, SOFT, NOTHING) if name in answers]
-        show_side_by_side(question, {name: printable(answers[name].text) for name in names})
+        show_side_by_side(question, {name: answers[name].text for name in names})
         for name, answer in answers.items():
             if answer.left_out:
                 notice(f"{name}: {_left_out(answer).lower()}.")
