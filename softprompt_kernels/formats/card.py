@@ -6,7 +6,9 @@ figures and its limits. What the record does not say is left out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from shlex import quote
 from typing import Any
 
 from softprompt_kernels.formats.content import Content
@@ -51,7 +53,8 @@ def sections(content: Content, dtype: str, repository: str, readable: bool) -> I
     """The parts of the page, in order."""
     prompt, record = content.prompt, content.record
     context, objective, figures = (mapping(record, name) for name in ("context", "objective", "figures"))
-    base = f"`{content.base_model}`" if content.base_model else "one model"
+    name = " ".join((content.base_model or "").split())
+    base = f"`{name}`" if name else "one model"
     kind = "vectors" if isinstance(prompt, EmbeddingPrompt) else "keys and values"
     yield f"# A soft prompt of {prompt.length} tokens for {base}"
     replaced = f" of {context['tokens']} tokens" if isinstance(context.get("tokens"), int) else ""
@@ -60,17 +63,17 @@ def sections(content: Content, dtype: str, repository: str, readable: bool) -> I
         "then answers nearly as if it had the text. The weights of the model stay as they are. "
         "Made with softprompt-kernels."
     )
-    name = content.base_model or "MODEL"
+    name = name or "MODEL"
     yield "## Use"
     yield (
         "With softprompt-kernels (download the repository first, for example with `hf download`):\n\n"
-        f'```bash\nsoftprompt generate --model {name} --prompt {repository} "your question"\n```'
+        f'```bash\nsoftprompt generate --model {quote(name)} --prompt {quote(repository)} "your question"\n```'
     )
     if readable:
         yield (
             "With PEFT:\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'model = PeftModel.from_pretrained(model, "{repository}")\n```\n\n'
+            f"model = AutoModelForCausalLM.from_pretrained({text_of(name)})\n"
+            f"model = PeftModel.from_pretrained(model, {text_of(repository)})\n```\n\n"
             "Questions need the chat template of the model, without the part that comes before the context."
         )
     else:
@@ -96,4 +99,9 @@ def origin(context: dict[str, Any], objective: dict[str, Any]) -> Iterator[str]:
     if isinstance(context.get("tokens"), int):
         yield f"{context['tokens']} tokens of the model"
     if objective:
-        yield "objective: " + ", ".join(f"{key} {value}" for key, value in objective.items())
+        yield "objective: " + " ".join(", ".join(f"{key} {value}" for key, value in objective.items()).split())
+
+
+def text_of(name: str) -> str:
+    """A name as a literal of Python."""
+    return json.dumps(name, ensure_ascii=False)

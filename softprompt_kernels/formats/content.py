@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels.errors import SoftPromptError
-from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt
+from softprompt_kernels.prompts import EmbeddingPrompt, KVPrompt, adapter
 
 FormatName = Literal["folder", "peft", "safetensors", "cartridges", "vllm-embeds"]
 FORMATS: tuple[FormatName, ...] = ("folder", "peft", "safetensors", "cartridges", "vllm-embeds")
@@ -24,7 +24,7 @@ DESCRIPTIONS: dict[FormatName, str] = {
 
 FirstQuery = Literal["k", "0"]
 POSITIONS: dict[FirstQuery, str] = {
-    "k": "prompt at 0..k-1, the sequence continues at k",
+    "k": adapter.POSITIONS,
     "0": "prompt before the sequence, which starts at 0",
 }
 """Where the sequence after a prompt starts."""

@@ -2,8 +2,8 @@
 
 What is uploaded is written anew from what was read, never the folder itself: the numbers, adapter_config.json with the
 fields that PEFT needs, softprompt.json, and a model card. Of the record go the fingerprints, the digest and the length
-of the context, the objective and the figures. Texts and local paths stay here: a context, queries, and any text in the
-objective, the figures or the arguments of the chat template that is long or has a path in it.
+of the context, the objective and the figures. Texts and local paths stay here: a context, queries, and any text in
+these parts of the record or in the arguments of the chat template that is long or has a slash in it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LONGEST_TEXT = 64
 """Characters of a text in the record that is uploaded."""
 
-_LOCAL_PATH = re.compile(r"""(?:^|[\s:=,;"'(])(?:/\w|~|\.{1,2}/|[A-Za-z]:[\\/])""")
+_PATH = re.compile(r"[/\\]|^~")
 _OF_CONTEXT = ("sha256", "tokens", "template_arguments")
 _FREE = {".gitattributes", README}
 
@@ -175,6 +175,8 @@ def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {
         name: public(name, value, left_out)
         for name, value in (
+            ("model", record.get("model")),
+            ("tokenizer", record.get("tokenizer")),
             ("context", context),
             ("objective", mapping(record, "objective")),
             ("figures", mapping(record, "figures")),
@@ -183,21 +185,28 @@ def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
     if left_out:
         warnings.warn(f"not uploaded, as it is text or a path: {', '.join(left_out)}", stacklevel=3)
     numbers = {name: record.get(name) for name in ("format", "positions", "prompt_tokens", "frozen_tokens")}
-    return {**numbers, "model": record.get("model"), "tokenizer": record.get("tokenizer"), **parts}
+    return {**numbers, **parts}
 
 
 def public(name: str, value: Any, left_out: list[str]) -> Any:
     """A value of the record without texts that are long or have a path; `left_out` receives their names."""
     if isinstance(value, dict):
-        kept = {key: public(f"{name}.{key}", item, left_out) for key, item in value.items()}
+        if hidden := [key for key in value if is_private(key)]:
+            left_out.append(f"{len(hidden)} names in {name}")
+        kept = {key: public(f"{name}.{key}", item, left_out) for key, item in value.items() if key not in hidden}
         return {key: item for key, item in kept.items() if item is not None or value[key] is None}
     if isinstance(value, list):
         items = [public(f"{name}[{index}]", item, left_out) for index, item in enumerate(value)]
         return [item for item, before in zip(items, value, strict=True) if item is not None or before is None]
-    if isinstance(value, str) and (len(value) > LONGEST_TEXT or _LOCAL_PATH.search(value)):
+    if isinstance(value, str) and is_private(value):
         left_out.append(name)
         return None
     return value
+
+
+def is_private(text: str) -> bool:
+    """Whether a text of the record may be part of the context, a query or a path."""
+    return len(text) > LONGEST_TEXT or _PATH.search(text) is not None
 
 
 def files_of(api: HfApi, repository: str) -> set[str]:

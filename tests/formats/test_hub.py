@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.formats.card import card_text
+from softprompt_kernels.formats.content import Content
 from softprompt_kernels.formats.exporting import export
 from softprompt_kernels.formats.files import read
 from softprompt_kernels.formats.hub import push
@@ -105,17 +107,19 @@ def test_a_prompt_is_uploaded_with_a_card_and_without_paths_or_texts(
             "text": secret,
             "template_arguments": {"documents": [secret], "a": 1},
         },
-        objective={"name": "kl", "queries": "/home/ada/questions.jsonl", "loss": "f of ../mine.py"},
+        objective={"name": "kl", "queries": "ada/questions.jsonl", "loss": "f of ../mine.py", "/home/x": 1, secret: 2},
     )
     assert str(tiny_model_folder) in (folder / "adapter_config.json").read_text()
-    with pytest.warns(UserWarning, match=r"template_arguments.documents\[0\], objective.loss, objective.queries"):
+    with pytest.warns(
+        UserWarning, match=r"template_arguments.documents\[0\], 2 names in objective, objective.loss, objective.queries"
+    ):
         address = send(folder, private=True)
     assert address == f"{hub.url}/me/prompt" and hub.made["visibility"] == "private"
     assert hub.files is not None
     names = {"README.md", "adapter_config.json", "adapter_model.safetensors", "softprompt.json"}
     assert set(hub.files) == names
     everything = b"\n".join(hub.files[name] for name in names - {"adapter_model.safetensors"}).decode()
-    for private in (secret, secret[:30], str(tiny_model_folder), str(tmp_path), "/home", "mine.py"):
+    for private in (secret, secret[:30], str(tiny_model_folder), str(tmp_path), "/home", "mine.py", "questions.jsonl"):
         assert private not in everything
     assert hub.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
     record = json.loads(hub.files["softprompt.json"])
@@ -131,6 +135,14 @@ def test_a_prompt_is_uploaded_with_a_card_and_without_paths_or_texts(
         "40 tokens",
     ):
         assert text in card.text
+
+
+def test_the_commands_of_a_card_hold_any_name(content: Content) -> None:
+    odd = replace(content, base_model="my models/a\n`$(b)", record=content.record | {"objective": {"name": "a\n# b"}})
+    text = card_text(odd, "float32", 'a "b" c')
+    assert """softprompt generate --model 'my models/a `$(b)' --prompt 'a "b" c' "your question\"""" in text
+    assert 'from_pretrained(model, "a \\"b\\" c")' in text and "objective: name a # b\n" in text
+    assert ModelCard(text).data.base_model == odd.base_model
 
 
 def test_a_second_upload_replaces_the_first_also_in_another_dtype(
