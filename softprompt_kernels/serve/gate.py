@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,6 +20,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[Failed], App]
 
+_LOG = logging.getLogger("softprompt_kernels.serve")
 _SECONDS = 30  # in which a body must have come
 
 
@@ -60,10 +62,11 @@ class Gate:
                 self._check_key(headers)
             if scope["method"] == "POST":
                 receive = _replayed(await self._body(headers, receive), receive)
+            await self._app(scope, receive, send)
         except Failed as failed:
             await self._refuse(failed)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # by uvicorn, at the end of the grace period
+            _LOG.warning("a request was cut: its client did not send or read")
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1")

@@ -1,11 +1,14 @@
 """Requests that are refused: with OpenAI's error object, the right status and what is accepted. The server lives on."""
 
+import asyncio
 import json
 
 import openai
 import pytest
 
 from softprompt_kernels.serve import Options, Work, serving
+from softprompt_kernels.serve.engine import Failed
+from softprompt_kernels.serve.gate import Gate
 from tests.serve.conftest import KEY
 
 ASK = [{"role": "user", "content": "Who?"}]
@@ -186,3 +189,32 @@ def test_system_messages_are_joined_if_the_server_says_so(bank, client, http):
         refused(http.get(root + "v1/models", headers={"Host": "example.com:80"}), 403, "got 'example.com:80'")
         for host in ("LocalHost", "127.0.0.1:5", "127.0.0.2", "[::1]:9"):
             assert http.get(root + "v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch, caplog):
+    """After its time the request is refused. At the end of the server it is cut, with one line in the log."""
+    refusals: list[Failed] = []
+
+    async def nothing(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    def refuse(failed: Failed):
+        async def app(*_: object) -> None:
+            refusals.append(failed)
+
+        return app
+
+    async def run(seconds: float) -> None:
+        monkeypatch.setattr("softprompt_kernels.serve.gate._SECONDS", seconds)
+        gate = Gate(nothing, refuse=refuse, key=None, only_loopback=False, most_bytes=9)
+        head = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": head}
+        task = asyncio.create_task(gate(scope, nothing, nothing))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        await task
+
+    asyncio.run(run(0.001))
+    assert [failed.status for failed in refusals] == [408] and not caplog.messages
+    asyncio.run(run(60))
+    assert len(refusals) == 1 and caplog.messages == ["a request was cut: its client did not send or read"]

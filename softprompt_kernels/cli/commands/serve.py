@@ -47,7 +47,9 @@ System = Annotated[
     Literal["refuse", "join"],
     typer.Option(help="System messages: refuse them, or join them to the user's first message."),
 ]
-Grace = Annotated[float, typer.Option(min=0, help="Seconds that running answers have to end after Ctrl-C or SIGTERM.")]
+Grace = Annotated[
+    float, typer.Option(min=0, max=86400, help="Seconds that running answers have to end after Ctrl-C or SIGTERM.")
+]
 AccessLog = Annotated[bool, typer.Option("--access-log", help="Print a line for each request.")]
 
 
