@@ -14,7 +14,7 @@ from softprompt_kernels.compress.evaluate.diagnosis import Diagnosis
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.report.html import page as module
 from softprompt_kernels.compress.report.html.answers import LEVELS, answer_set
-from softprompt_kernels.compress.report.html.chart import ROLES, log_axis
+from softprompt_kernels.compress.report.html.chart import ROLES, Chart, log_axis, new_figure
 from softprompt_kernels.compress.report.html.page import report_page, save_report
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.errors import SoftPromptError
@@ -103,7 +103,13 @@ def test_nothing_is_loaded_and_nothing_given_becomes_markup(make_run: MakeRun, d
     assert page.tags.count("figcaption") == html.count('role="img" aria-label=') == len(chart_keys(html))
 
 
-def test_a_chart_cannot_end_its_script(make_run: MakeRun, details: Details) -> None:
+def test_a_chart_cannot_end_its_script() -> None:
+    chart = Chart("key", "title", "summary", new_figure("</script><script>alert(1)</script>", "<!--"))
+    assert "<" not in chart.data
+    assert json.loads(chart.data)["layout"]["yaxis"]["title"]["text"] == "<!--"
+
+
+def test_a_family_is_not_markup_for_plotly(make_run: MakeRun, details: Details) -> None:
     family = "</script><script>alert(1)</script>"
     bad = details.sets["heldout"][0].model_copy(update={"family": family})
     html, _ = page_of(make_run(details=details.model_copy(update={"sets": {"heldout": (bad,)}})))
