@@ -113,6 +113,7 @@ class Trainer:
         self.model, self.prompt, self.examples = model, prompt, examples
         self.targets, self.objective, self.schedule = targets, objective, schedule
         self.queries, self.student_share = len(examples), 0.0
+        self.teacher_examples, self.teacher_targets = examples, targets
         self.batch_size = min(batch_size, self.queries)
         self.micro_batch_size = micro_batch_size or self.batch_size
         self.max_grad_norm, self.seed = max_grad_norm, seed
@@ -133,10 +134,9 @@ class Trainer:
             targets: of these examples, in the objective's form; None if it needs none.
             share: probability that a query that is drawn has the answer from here, 0 to 1.
         """
-        first = list(self.examples[: self.queries])
-        self.examples, self.student_share = [*first, *examples], share
-        if targets is not None and self.targets is not None:
-            self.targets = self.targets.joined(targets, self.queries)
+        self.examples, self.student_share = [*self.teacher_examples, *examples], share
+        if targets is not None and self.teacher_targets is not None:
+            self.targets = self.teacher_targets.joined(targets, self.queries)
 
     def run(self, after_step: Callable[[StepReport], None], until: int | None = None) -> None:
         """Train from the current step to `until` (None: the last); `after_step` is called after each update of σ."""

@@ -56,7 +56,7 @@ def test_2_a_learning_rate_100_times_too_small_or_too_large(make_run: MakeRun, r
     folder = make_run(**TRAINED | {"learning_rate": rate})
     found = diagnose_run(folder)
     assert causes(found)[0] == "optimisation"
-    assert f"is {what} the range in which the loss falls" in found.findings[0].sentence
+    assert f"The learning rate {rate:g} is {what} the range in which the loss falls" in found.findings[0].sentence
     option, suggested = found.findings[0].options.split()
     assert option == "--learning-rate"
     mended = make_run(**TRAINED | {"learning_rate": float(suggested), "output": folder.with_name("mended")})

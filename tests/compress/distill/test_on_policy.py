@@ -59,6 +59,7 @@ def test_a_query_has_the_students_answer_with_the_probability_of_its_share(
     assert [index % 7 for index in drawn] == [index for step in range(140) for index in plain.batch_at(step)]
     assert sum(index >= 7 for index in drawn) / len(drawn) == pytest.approx(share, abs=0.05)
     assert len(mixed.examples) == 14
+    assert len(mixed.targets.shards) == len(plain.targets.shards) + len(alone.targets.shards)
     assert mixed.accumulate([8, 12]) == pytest.approx(alone.accumulate([1, 5]), rel=1e-5)
     assert mixed.accumulate([1, 5]) == pytest.approx(plain.accumulate([1, 5]), rel=1e-5)
 
