@@ -106,8 +106,8 @@ def test_a_plan_counts_the_passes_of_an_evaluation(
         passes += len(students) * len(examples)
         return measured(model, context, students, examples, *rest, **options)
 
-    measured = run.measure
-    monkeypatch.setattr(run, "measure", measure)
+    measured = run.measure_tokens
+    monkeypatch.setattr(run, "measure_tokens", measure)
     config = make_config(test=test_file)
     compress(config)
     monkeypatch.setattr(module, "time", FixedClock())  # teacher and student read each of 5 examples in one second
