@@ -39,7 +39,7 @@ def test_references_a_dissimilarity_and_a_general_text_of_the_user(run, command,
     assert set(figures["answers"]["dissimilarity"]["my_own_measure:never"].values()) == {0.25}
     assert figures["answers"]["questions"] == 1 and figures["forgetting"]["tokens"] == 38
     for option, value, reason in (
-        ("--dissimilarity", "my_own_measure:nothing", "has no function nothing"),
+        ("--dissimilarity", "my_own_measure:nothing", "has no 'nothing'"),
         ("--general", "no.txt", "general: no.txt cannot be read"),
     ):
         refused = run(*command, option, value)
