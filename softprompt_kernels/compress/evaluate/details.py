@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from softprompt_kernels.compress.evaluate.record_file import read_record
 from softprompt_kernels.compress.sources.queries import write_text
-from softprompt_kernels.compress.text_file import read_utf8
-from softprompt_kernels.errors import SoftPromptError
 
 FORMAT = 1
 
@@ -81,13 +80,4 @@ def read_details(path: Path) -> Details:
     Raises:
         SoftPromptError: there is no such file, or it is broken or of another format.
     """
-    text = read_utf8(path, str(path))
-    try:
-        details = Details.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise SoftPromptError(f"{path} cannot be read: {place}: {first['msg']}") from error
-    if details.format != FORMAT:
-        raise SoftPromptError(f"{path} has format {details.format}, accepted is {FORMAT}")
-    return details
+    return read_record(path, Details, FORMAT)

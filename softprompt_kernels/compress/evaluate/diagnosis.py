@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from softprompt_kernels.compress.text_file import read_utf8
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.compress.evaluate.record_file import read_record
 
 FORMAT = 1
 
@@ -145,13 +144,4 @@ def read_diagnosis(path: Path) -> Diagnosis:
     Raises:
         SoftPromptError: there is no such file, or it is broken or of another format.
     """
-    text = read_utf8(path, str(path))
-    try:
-        diagnosis = Diagnosis.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise SoftPromptError(f"{path} cannot be read: {place}: {first['msg']}") from error
-    if diagnosis.format != FORMAT:
-        raise SoftPromptError(f"{path} has format {diagnosis.format}, accepted is {FORMAT}")
-    return diagnosis
+    return read_record(path, Diagnosis, FORMAT)

@@ -102,7 +102,7 @@ def test_a_prompt_that_is_not_matched_has_no_match_error(make_config: Make, no_p
     [
         (None, "cannot be read"),
         ("", "details.json cannot be read"),
-        ('{"sets": {"heldout": [{"query": 3}]}}', r"sets.heldout.0.query"),
+        ('{"format": 1, "sets": {"heldout": [{"query": 3}]}}', r"sets.heldout.0.query"),
         ('{"format": 99, "sets": {}}', "has format 99, accepted is 1"),
     ],
 )

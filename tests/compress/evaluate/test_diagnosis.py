@@ -34,6 +34,9 @@ def test_what_is_written_is_read_back(diagnosis: Diagnosis, tmp_path: Path) -> N
         ('"capacity","sentence"', '"colour","sentence"', "findings.0.cause: Input should be 'capacity'"),
         ('"prompt_tokens":8', '"prompt_tokens":"many"', "prompt_tokens: Input should be a valid integer"),
         ('"format":1', '"format":2', "has format 2, accepted is 1"),
+        ('"format":1', '"format":2,"colours":3', "has format 2, accepted is 1"),
+        ('"format":1', '"format":1,"colours":3', "colours: Extra inputs are not permitted"),
+        ('"format":1,', "", "format: Field required"),
         ('{"format"', '["format"', "cannot be read: the file"),
     ],
 )
