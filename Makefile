@@ -13,8 +13,7 @@ BENCH ?=
 STUDY ?=
 COUNTERS ?=
 LOAD ?=
-# --no-compile: what is imported is compiled at its first import, and most files never are.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
