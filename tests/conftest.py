@@ -204,6 +204,15 @@ def default_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch. At the sizes of tests more threads are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (2 layers of width 32, 4 heads over 2, window 512, fp32) with a byte-level ChatML tokenizer.

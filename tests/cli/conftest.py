@@ -1,11 +1,10 @@
 """The command line in this process, a text, queries, and a finished run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner, Result
 
 from softprompt_kernels.cli import app
@@ -86,9 +85,5 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Finish
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes more threads are slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Of every test here."""

@@ -1,7 +1,7 @@
 """Tiny models of transformers, with prompts of PEFT."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,12 +19,8 @@ Pair = tuple[PeftModelForCausalLM, PeftModelForCausalLM]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """More threads are slower at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Of every test here."""
 
 
 @pytest.fixture(params=KINDS)

@@ -1,6 +1,6 @@
 """A tiny random model of each supported family and wrapper, with the features of the family switched on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -269,12 +269,8 @@ def wrappers() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread: more are slower at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """Of every test here."""
 
 
 @pytest.fixture
