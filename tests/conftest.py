@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 import pytest
@@ -19,6 +19,9 @@ from softprompt_kernels.kernels.cuda.attention import HEAD_SIZES
 from softprompt_kernels.kernels.cuda.native import DEVICE, HOST
 from softprompt_kernels.kernels.triton import runtime as triton
 from softprompt_kernels.ops import prompt_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The same examples in each run: what a property test finds, a change has caused.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -256,3 +259,21 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny_model_folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The tiny model and its tokenizer, in memory."""
+    from softprompt_kernels.compress import load_model  # tests of kernels need no transformers
+
+    return load_model(str(tiny_model_folder), "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def model(loaded: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "PreTrainedModel":
+    return loaded[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "PreTrainedTokenizerBase":
+    return loaded[1]

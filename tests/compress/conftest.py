@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from softprompt_kernels.compress import CompressConfig, SilentReporter, load_model
+from softprompt_kernels.compress import CompressConfig, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import watch
 from softprompt_kernels.compress.teacher.moments_cache import Targets, TargetWriter, read_targets
@@ -20,21 +20,6 @@ from softprompt_kernels.prompts import Prefix
 
 TEXT = "Mira Vale keeps the blue mill. It grinds 40 sacks a day. The river Osk turns it. Visitors pay 3 crowns."
 INPUTS = ("Who keeps it?", "What turns it?", "How many sacks?", "What do visitors pay?", "Which colour?", "Where?")
-
-
-@pytest.fixture(scope="session")
-def loaded(tiny_model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(str(tiny_model_folder), "float32", "cpu")
-
-
-@pytest.fixture(scope="session")
-def model(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedModel:
-    return loaded[0]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    return loaded[1]
 
 
 @pytest.fixture(scope="session")

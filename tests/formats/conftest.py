@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress import load_model
 from softprompt_kernels.formats.content import Content
 from softprompt_kernels.formats.files import read
 from softprompt_kernels.models import prefix_of, prompted_logits
@@ -21,21 +20,6 @@ K = 6
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Of every test here."""
-
-
-@pytest.fixture(scope="session")
-def loaded(tiny_model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return load_model(str(tiny_model_folder), "float32", "cpu")
-
-
-@pytest.fixture(scope="session")
-def model(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedModel:
-    return loaded[0]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    return loaded[1]
 
 
 @pytest.fixture
