@@ -31,9 +31,13 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("errors",),
     ),
     "softprompt_kernels/compress": (
+        ("start",),
+        ("sequential", "bank", "composition"),
         ("forecast", "diagnose", "suite_run"),
         ("run", "saved_prompt"),
+        ("training",),
         ("initial_prompt", "compared_answers", "teaching", "tracking"),
+        ("compressor",),
         ("inputs",),
         ("report",),
         ("folder", "stage_times"),
@@ -42,7 +46,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("matching",),
         ("teacher",),
         ("sources",),
-        ("config", "reporter", "lock", "signals", "torch_modes"),
+        ("config_file",),
+        ("config", "reporter", "process", "parallel"),
         ("text_file",),
     ),
     "softprompt_kernels/kernels": (

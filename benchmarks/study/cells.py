@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.study.corpus import Text
 from benchmarks.study.methods import METHODS, Method
-from softprompt_kernels.compress.config import load_config
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.errors import SoftPromptError
 
 RATIOS = (4, 8, 16, 32)

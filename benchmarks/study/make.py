@@ -23,7 +23,7 @@ from benchmarks.study.teacher import Study, Teacher
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import identity, load_inputs
-from softprompt_kernels.compress.run import compress
+from softprompt_kernels.compress.run import compress_one
 from softprompt_kernels.compress.sources.chat import INSTRUCTION
 from softprompt_kernels.compress.teacher.context import capture_context, select_tokens
 from softprompt_kernels.models import prefix_of
@@ -85,7 +85,7 @@ def _of_run(study: Study, cell: Cell, k: int) -> Made:
     output = teacher.folder / f"{cell.method.name}-{cell.ratio}x-{key}"
     config = teacher.run_config(output, {"tokens": k, **cell.method.settings(cell.text)})
     prepare_run(config, teacher)
-    figures = compress(config, study.reporter)
+    figures = compress_one(config, study.reporter)
     model, tokenizer = study.loaded
     prompt, _ = load(RunFolder(config.output).prompt, model, tokenizer)
     seconds = {

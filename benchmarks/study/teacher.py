@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.study.cells import ANSWERS, digest, teacher_settings
 from benchmarks.study.corpus import Text
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.evaluate.distance import Distance, check_context_matters, distance
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import check_window, load_inputs, read_queries, read_text

@@ -45,8 +45,8 @@ class Stopped(Exception):
 @contextmanager
 def resumable() -> Iterator[None]:
     """Turns a stopped compression into `Stopped`, with how to go on."""
-    from softprompt_kernels.compress.run import Interrupted
-    from softprompt_kernels.compress.signals import signal_of
+    from softprompt_kernels.compress.process.interrupted import Interrupted
+    from softprompt_kernels.compress.process.signals import signal_of
 
     again = "Run the same command again to resume"
     try:

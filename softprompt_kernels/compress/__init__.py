@@ -7,16 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softprompt_kernels.compress.config import CompressConfig, load_config
+    from softprompt_kernels.compress.config import CompressConfig
+    from softprompt_kernels.compress.config_file import load_config
     from softprompt_kernels.compress.diagnose.run import diagnose_run
     from softprompt_kernels.compress.evaluate.suites.made import make_suite
     from softprompt_kernels.compress.evaluate.suites.suite import Suite, write_suite
-    from softprompt_kernels.compress.forecast import Plan, plan
+    from softprompt_kernels.compress.forecast import Plan
+    from softprompt_kernels.compress.process.interrupted import Interrupted
     from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
-    from softprompt_kernels.compress.run import Interrupted, compress
     from softprompt_kernels.compress.saved_prompt import evaluate_prompt
     from softprompt_kernels.compress.sources.chat import ChatFormat
     from softprompt_kernels.compress.sources.model import load_model
+    from softprompt_kernels.compress.start import compress, plan
     from softprompt_kernels.compress.suite_run import evaluate_suite, suite_config, suite_of
 
 __all__ = [
@@ -44,15 +46,15 @@ __all__ = [
 _MODULES = {
     "ChatFormat": "softprompt_kernels.compress.sources.chat",
     "CompressConfig": "softprompt_kernels.compress.config",
-    "load_config": "softprompt_kernels.compress.config",
+    "load_config": "softprompt_kernels.compress.config_file",
     "Plan": "softprompt_kernels.compress.forecast",
-    "plan": "softprompt_kernels.compress.forecast",
+    "plan": "softprompt_kernels.compress.start",
     "load_model": "softprompt_kernels.compress.sources.model",
     "Advance": "softprompt_kernels.compress.reporter",
     "Reporter": "softprompt_kernels.compress.reporter",
     "SilentReporter": "softprompt_kernels.compress.reporter",
-    "Interrupted": "softprompt_kernels.compress.run",
-    "compress": "softprompt_kernels.compress.run",
+    "Interrupted": "softprompt_kernels.compress.process.interrupted",
+    "compress": "softprompt_kernels.compress.start",
     "diagnose_run": "softprompt_kernels.compress.diagnose.run",
     "evaluate_prompt": "softprompt_kernels.compress.saved_prompt",
     "Suite": "softprompt_kernels.compress.evaluate.suites.suite",

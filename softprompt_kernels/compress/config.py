@@ -7,10 +7,8 @@ empty, k is less than the length of the context) is checked by the code that rea
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,14 +21,26 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    ValidationError,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from softprompt_kernels.compress.text_file import read_utf8
-from softprompt_kernels.errors import SoftPromptError
+
+class ConfigLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, of which PyYAML would silently keep the last one, and reads dates as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if keys[index] in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"{keys[index]} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -60,7 +70,7 @@ def _parse_mapping(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.load(value, Loader=_Loader)  # a SafeLoader
+        return yaml.load(value, Loader=ConfigLoader)  # a SafeLoader
     except Exception as error:  # PyYAML's errors, and those of Python that it lets through
         raise PydanticCustomError("mapping", "not a mapping") from error
 
@@ -308,29 +318,6 @@ class CompressConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, Any]) -> CompressConfig:
-    """The configuration from a YAML file and overrides.
-
-    Args:
-        path: a YAML mapping of field names to values; None for no file.
-        overrides: fields that override the file.
-
-    Raises:
-        SoftPromptError: the file cannot be read or is not a YAML mapping, or a field is missing, unknown, of another
-            type or out of range. The message names every wrong field with what was got and what is accepted.
-    """
-    values = {} if path is None else _read_yaml(Path(path))
-    try:
-        return CompressConfig.model_validate({**values, **overrides})
-    except ValidationError as error:
-        # A default that could not be computed because of another wrong field is not an error of its own.
-        details = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
-        # For a union, pydantic reports a field once for each type: a dict drops the repeated messages.
-        messages = dict.fromkeys(_message(detail) for detail in details)
-        in_file = path is not None and any(detail["loc"] and detail["loc"][0] in values for detail in details)
-        raise SoftPromptError((f"{path}: " if in_file else "") + "; ".join(messages)) from error
-
-
 def accepted(name: str) -> str:
     """The accepted values of a field, in words."""
     field: FieldInfo = CompressConfig.model_fields[name]
@@ -359,56 +346,3 @@ def _type_name(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     return next((_type_name(part) for part in get_args(annotation) if part is not type(None)), "a value")
-
-
-def _message(detail: ErrorDetails) -> str:
-    """One error of pydantic as a clause of our message."""
-    if detail["type"] == "combination":
-        return detail["msg"]
-    name = str(detail["loc"][0])
-    if detail["type"] == "missing":
-        return f"{name}: missing, accepted is {accepted(name)}"
-    if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, CompressConfig.model_fields, 1)
-        return f"{name}: unknown" + (f", did you mean {close[0]}?" if close else "")
-    return f"{name}: got {detail['input']!r}, accepted is {accepted(name)}"
-
-
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which PyYAML would silently keep the last one, and reads dates as text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
-        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, (key, _) in enumerate(node.value):
-            if keys[index] in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"{keys[index]} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    text = read_utf8(path, str(path))
-    try:
-        values = yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SoftPromptError(f"{path} is not YAML{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise SoftPromptError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise SoftPromptError(f"{path} is nested too deeply, accepted is a mapping of field names to values") from error
-    except Exception as error:  # PyYAML lets Python's own through: a 13th month, a number of thousands of digits
-        raise SoftPromptError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        got = "a list" if isinstance(values, list) else f"only {values!r}"
-        raise SoftPromptError(f"{path} holds {got}, accepted is a mapping of field names to values")
-    return {str(key): value for key, value in values.items()}

@@ -7,7 +7,7 @@
 
 `run.json` holds the identity of the run, and what it was made with. The same command on the same folder resumes the
 run. A command of another identity is refused before it changes anything. While a process works in the folder, it has a
-`.lock` (see `lock`).
+`.lock` (see `process/lock.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt_kernels.compress.lock import LOCK
+from softprompt_kernels.compress.process.lock import LOCK
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
 

@@ -15,11 +15,11 @@ from softprompt_kernels.compress.initial_prompt import initial_prompt
 from softprompt_kernels.compress.inputs import RunInputs, load_inputs
 from softprompt_kernels.compress.matching.forecast import matching_seconds
 from softprompt_kernels.compress.matching.match import Matching
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
 from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
-from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.ops import teacher_moments
 from softprompt_kernels.prompts import Prefix
@@ -60,7 +60,7 @@ class Plan:
 
 
 @own_torch_modes()
-def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
+def plan_one(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     """Measure on a few queries what `compress` would do with all of them. Nothing is written.
 
     Args:

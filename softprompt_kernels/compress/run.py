@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from signal import SIGINT
-from typing import Any, Literal
+from typing import Any
 
 from softprompt_kernels.compress.compared_answers import compared_answers, prompt_answers
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.distill.on_policy import OnPolicy, parts
-from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
+from softprompt_kernels.compress.distill.trainer import Prompt
 from softprompt_kernels.compress.evaluate.baselines import TOKEN_BASELINES, baseline_prefixes
 from softprompt_kernels.compress.evaluate.details import Details, write_details
 from softprompt_kernels.compress.evaluate.distance import (
     Distance,
     TokenDistances,
     check_context_matters,
-    distance,
     measure_tokens,
     summary,
 )
@@ -34,7 +30,6 @@ from softprompt_kernels.compress.evaluate.example_details import error_rows, exa
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import CHAT_FILE, RunInputs, identity, load_inputs, sha256
-from softprompt_kernels.compress.lock import check_unlocked, locked
 from softprompt_kernels.compress.matching.match import (
     Matching,
     match,
@@ -43,47 +38,31 @@ from softprompt_kernels.compress.matching.match import (
     stored_match,
     stored_seconds,
 )
+from softprompt_kernels.compress.process.interrupted import Interrupted
+from softprompt_kernels.compress.process.lock import check_unlocked, locked
+from softprompt_kernels.compress.process.signals import signal_of, signals_as_interrupts
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.html.page import save_report
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.report.versions import made_with
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.signals import signal_of, signals_as_interrupts
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.stage_times import StageTimes
-from softprompt_kernels.compress.teacher.answers import end_tokens, hidden_states
+from softprompt_kernels.compress.teacher.answers import end_tokens
 from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
-from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.compress.tracking.service import check_service
 from softprompt_kernels.compress.tracking.tracker import Tracker, tracked
-from softprompt_kernels.models import head_of, prefix_of
+from softprompt_kernels.compress.training import Training
+from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
 
-class Interrupted(Exception):
-    """Matching or training was stopped by Ctrl-C, SIGTERM or SIGHUP. What is finished is saved, and the same call
-    resumes from it.
-
-    Args:
-        unit: what the stage counts: "layer" of matching, "step" of training.
-        step, steps: how many of them are saved, and how many there are.
-        output: the folder of the run.
-        signal: the number of the signal that stopped it.
-    """
-
-    def __init__(
-        self, unit: Literal["layer", "step"], step: int, steps: int, output: Path, signal: int = SIGINT
-    ) -> None:
-        self.where = f"at step {step} of {steps}" if unit == "step" else f"matching with {step} of {steps} layers done"
-        super().__init__(f"Stopped {self.where}; saved in {output}")
-        self.unit, self.step, self.steps, self.output, self.signal = unit, step, steps, output, signal
-
-
 @own_torch_modes()
-def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+def compress_one(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Compress a context into a soft prompt.
 
     Args:
@@ -157,7 +136,7 @@ def _new_figures(
             times.replace_earlier("matching", seconds_before)
     students = run.initial_student(prompt)
     with times("training"):
-        seconds_before = run.train(prompt, taught)
+        seconds_before = Training(inputs, folder, context, prompt, taught, run.key, reporter, tracker).run()
         times.replace_earlier("training", seconds_before)
 
     with times("evaluation"):
@@ -300,99 +279,6 @@ class _Run:
         """Keep the record of a step of matching."""
         self.folder.add_metrics(record)
         self.tracker.log(record)
-
-    def train(self, prompt: Prompt, taught: Taught) -> float:
-        """Train to the last step, from the checkpoint if there is one.
-
-        Returns:
-            Seconds that earlier calls spent on the steps before the checkpoint, and on rounds.
-        """
-        inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        if config.steps == 0:
-            return folder.drop_metrics_after(0)
-        trainer = self.trainer(prompt, taught)
-        on_policy = self.on_policy()
-        seconds_before = folder.drop_metrics_after(trainer.step) + on_policy.seconds(config.rounds)
-        head = head_of(inputs.model)
-        heldout = taught.examples["heldout"]
-        teacher = taught.states["heldout"] if config.evaluate_every else None
-
-        def after_step(report: StepReport) -> None:
-            record = {"stage": "training", **asdict(report), **({"round": part.round} if config.rounds else {})}
-            if teacher is not None and report.step % config.evaluate_every == 0:
-                prefix = prefix_of(inputs.model, prompt).detach()
-                student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
-                record["heldout_kl"] = distance(head, student, teacher).kl
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            self.tracker.log(record)
-            figures = {"loss": report.loss}
-            if "heldout_kl" in record:
-                figures["heldout_kl"] = record["heldout_kl"]
-            advance(1, **figures)
-            if report.step % config.checkpoint_every == 0:
-                trainer.save(folder.checkpoint, self.key)
-
-        try:
-            with folder.metrics.open("a", encoding="utf-8") as metrics:
-                for part in parts(config.steps, config.rounds):
-                    if trainer.step >= part.last:
-                        continue
-                    if part.round:
-                        at_round = trainer.step == part.first
-                        if at_round:
-                            trainer.save(folder.checkpoint, self.key)
-                        student = prefix_of(inputs.model, prompt).detach() if at_round else None
-                        trainer.take(*on_policy.answers(part.round, student), config.student_share)
-                    title = f"Training, part {part.round + 1} of {config.rounds + 1}" if config.rounds else "Training"
-                    with self.reporter.progress(title, part.last - part.first, "step") as advance:
-                        advance(trainer.step - part.first)
-                        trainer.run(after_step, part.last)
-            trainer.save(folder.checkpoint, self.key)
-        except KeyboardInterrupt as stop:
-            trainer.save(folder.checkpoint, self.key)
-            raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
-        return seconds_before
-
-    def trainer(self, prompt: Prompt, taught: Taught) -> Trainer:
-        """The trainer of the prompt, at its checkpoint if there is one."""
-        inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        trainer = Trainer(
-            inputs.model,
-            prompt,
-            taught.examples["train"],
-            taught.targets,
-            inputs.objective,
-            Schedule(config.steps, config.learning_rate, config.warmup_steps),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            relative=config.relative_learning_rate,
-        )
-        if folder.checkpoint.exists():
-            trainer.load(folder.checkpoint, self.key)
-            self.reporter.message(f"Resuming from step {trainer.step}.")
-        return trainer
-
-    def on_policy(self) -> OnPolicy:
-        """The rounds of the training."""
-        inputs, config = self.inputs, self.inputs.config
-        return OnPolicy(
-            inputs.model,
-            inputs.chat,
-            self.context,
-            inputs.train,
-            inputs.objective,
-            self.folder.rounds,
-            self.key,
-            config.new_tokens,
-            config.sample_temperature,
-            config.sample_batch,
-            config.seed,
-            self.reporter,
-        )
 
     def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
         """The content of evaluation.json, without the seconds."""

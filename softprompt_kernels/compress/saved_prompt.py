@@ -17,13 +17,13 @@ from softprompt_kernels.compress.evaluate.dissimilarity import Dissimilarity, lo
 from softprompt_kernels.compress.evaluate.distance import measure, summary
 from softprompt_kernels.compress.evaluate.forgetting import forgetting, general_text
 from softprompt_kernels.compress.inputs import check_window, read_text, sha256
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model
 from softprompt_kernels.compress.sources.queries import load_queries
 from softprompt_kernels.compress.teacher.answers import answer
 from softprompt_kernels.compress.teacher.context import capture_context
-from softprompt_kernels.compress.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import load

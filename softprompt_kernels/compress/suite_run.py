@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.evaluate.accuracy import accuracy, check_metric
 from softprompt_kernels.compress.evaluate.answers import FULL, STUDENTS
 from softprompt_kernels.compress.evaluate.dissimilarity import Dissimilarity
@@ -33,7 +34,7 @@ from softprompt_kernels.compress.evaluate.suites.suite import (
     write_suite,
 )
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.run import compress
+from softprompt_kernels.compress.run import compress_one
 from softprompt_kernels.compress.saved_prompt import evaluate_prompt, named_dissimilarity
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import load_tokenizer
@@ -161,7 +162,7 @@ def evaluate_suite(
     general_text(general)
     named_dissimilarity(dissimilarity)
     files = write_suite(suite, folder)
-    compress(config, reporter)
+    compress_one(config, reporter)
     figures = evaluate_prompt(
         config.model,
         files.context,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from softprompt_kernels.compress.config import CompressConfig, accepted, load_config
+from softprompt_kernels.compress.config import CompressConfig, accepted
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.errors import SoftPromptError
 
 REQUIRED = {"model": "m", "context": "c.txt", "output": "run", "tokens": 8}

@@ -330,7 +330,7 @@ def test_a_finished_run_returns_its_figures_without_work(
 ) -> None:
     config = make_config(steps=2)
     figures = compress(config)
-    for name in ("capture_context", "Teaching", "Trainer"):
+    for name in ("capture_context", "Teaching", "Training"):
         monkeypatch.setattr(module, name, None)
     reporter = recording_reporter()
     assert compress(config, reporter) == figures

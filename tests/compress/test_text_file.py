@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.inputs import load_inputs, read_text
 from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.sources.queries import load_queries

@@ -14,7 +14,8 @@ from softprompt_kernels.cli.display import show_pairs, show_table, size
 from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from softprompt_kernels.compress.config import CompressConfig, load_config
+from softprompt_kernels.compress.config import CompressConfig
+from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.diagnose.capacity_curve import capacity_curve
 from softprompt_kernels.compress.diagnose.evidence import AskedQuery, Evidence
 from softprompt_kernels.compress.diagnose.rate_range_test import rate_test

@@ -17,10 +17,10 @@ from softprompt_kernels.compress.diagnose.decide import findings, is_good, meani
 from softprompt_kernels.compress.diagnose.evidence import Evidence, recovered
 from softprompt_kernels.compress.evaluate.diagnosis import CapacityPoint, Diagnosis
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.lock import check_unlocked, locked
+from softprompt_kernels.compress.process.lock import check_unlocked, locked
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.queries import write_text
-from softprompt_kernels.compress.torch_modes import own_torch_modes
 
 
 @own_torch_modes()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
-from softprompt_kernels.compress.torch_modes import own_torch_modes
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import auto_class, prepare
 from softprompt_kernels.models.families import max_positions

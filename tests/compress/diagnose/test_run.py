@@ -13,7 +13,7 @@ from softprompt_kernels.compress import CompressConfig, Interrupted, compress, d
 from softprompt_kernels.compress.diagnose import collect
 from softprompt_kernels.compress.diagnose.capacity_curve import lengths
 from softprompt_kernels.compress.evaluate.diagnosis import read_diagnosis
-from softprompt_kernels.compress.lock import locked
+from softprompt_kernels.compress.process.lock import locked
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]

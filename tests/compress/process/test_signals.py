@@ -13,7 +13,7 @@ import pytest
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
 from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.compress.matching import match
-from softprompt_kernels.compress.signals import SIGNALS, Terminated, signal_of, signals_as_interrupts
+from softprompt_kernels.compress.process.signals import SIGNALS, Terminated, signal_of, signals_as_interrupts
 
 Make = Callable[..., CompressConfig]
 ALL = [signal.SIGINT, *SIGNALS]
@@ -112,7 +112,7 @@ def test_a_second_sigterm_ends_the_process_and_a_closing_terminal_sends_many(
 ) -> None:
     program = f"""
 import signal
-from softprompt_kernels.compress.signals import Terminated, signals_as_interrupts
+from softprompt_kernels.compress.process.signals import Terminated, signals_as_interrupts
 with signals_as_interrupts():
     try:
         signal.raise_signal({int(first)})

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
-from softprompt_kernels.compress import lock as module
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.lock import LOCK, check_unlocked, locked
+from softprompt_kernels.compress.process import lock as module
+from softprompt_kernels.compress.process.lock import LOCK, check_unlocked, locked
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
 HOLD = """
 import sys, time
 from pathlib import Path
-from softprompt_kernels.compress.lock import locked
+from softprompt_kernels.compress.process.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softprompt_kernels.compress import CompressConfig, compress, evaluate_prompt, load_model, plan
-from softprompt_kernels.compress.torch_modes import own_torch_modes
+from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 

@@ -1,0 +1,1 @@
+"""Many contexts at once: a bank of prompts over one frozen model."""

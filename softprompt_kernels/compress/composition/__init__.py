@@ -1,0 +1,1 @@
+"""Prompts of several contexts, joined to one."""
