@@ -12,7 +12,7 @@ from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
 from softprompt_kernels.compress.initial_prompt import initial_prompt
-from softprompt_kernels.compress.inputs import RunInputs, load_inputs
+from softprompt_kernels.compress.inputs import Loaded, RunInputs, load_inputs
 from softprompt_kernels.compress.matching.forecast import matching_seconds
 from softprompt_kernels.compress.matching.match import Matching
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
@@ -60,18 +60,16 @@ class Plan:
 
 
 @own_torch_modes()
-def plan_one(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
-    """Measure on a few queries what `compress` would do with all of them. Nothing is written.
+def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: Loaded | None = None) -> Plan:
+    """What `compress_one` would do with a context. Results and errors as `plan` in start.py.
 
     Args:
         config: the configuration of the run.
         reporter: receives the progress; None reports nothing.
-
-    Raises:
-        SoftPromptError: as `compress`.
+        loaded: as in `load_inputs`.
     """
     reporter = reporter or SilentReporter()
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, loaded)
     if remark := inputs.remark:
         reporter.message(remark)
     begin = time.perf_counter()

@@ -31,6 +31,10 @@ CHAT_FILE = "chat.json"
 """In the folder of a run: what its chats are rendered from, with the date. A resumed run reads what it began with."""
 
 
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer, from `load_model`."""
+
+
 @dataclass(frozen=True, eq=False)
 class RunInputs:
     """The inputs of a run, loaded and checked.
@@ -120,8 +124,13 @@ def read_queries(config: CompressConfig, text: str) -> tuple[tuple[Query, ...], 
     return tuple(train), tuple(heldout), tuple(test)
 
 
-def load_inputs(config: CompressConfig) -> RunInputs:
+def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInputs:
     """Load the inputs and check them. Nothing is written.
+
+    Args:
+        config: the configuration of the run.
+        loaded: the model and the tokenizer that the configuration names, where several runs share them; None: they are
+            loaded.
 
     Raises:
         SoftPromptError: an input is invalid, or two of them do not fit together.
@@ -136,7 +145,7 @@ def load_inputs(config: CompressConfig) -> RunInputs:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
     own_loss = load_own_loss(config.objective) if is_own(config.objective) else None
-    model, tokenizer = load_model(config.model, config.dtype, config.device)
+    model, tokenizer = loaded or load_model(config.model, config.dtype, config.device)
     folder = RunFolder(config.output)
     stored = (folder.examples.exists() or folder.checkpoint.exists()) and folder.read_evaluation() is None
     chat = ChatFormat.pinned(tokenizer, folder.path / CHAT_FILE, config.template_arguments, needed=stored)

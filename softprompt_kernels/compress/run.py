@@ -29,7 +29,7 @@ from softprompt_kernels.compress.evaluate.distance import (
 from softprompt_kernels.compress.evaluate.example_details import error_rows, example_details
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
-from softprompt_kernels.compress.inputs import CHAT_FILE, RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.matching.match import (
     Matching,
     match,
@@ -62,29 +62,22 @@ from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
 
 @own_torch_modes()
-def compress_one(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Compress a context into a soft prompt.
+def compress_one(
+    config: CompressConfig, reporter: Reporter | None = None, loaded: Loaded | None = None
+) -> dict[str, Any]:
+    """One context into a soft prompt. Results and errors as `compress` in start.py.
 
     Args:
         config: the configuration of the run.
         reporter: receives the progress; None reports nothing.
-
-    Returns:
-        The content of evaluation.json. KL in nats per token.
-
-    Raises:
-        SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP during matching or training. The state is saved first. A second signal
-            ends the process at once. The other two signals count in the main thread, unless they are ignored or have a
-            handler already.
-        KeyboardInterrupt: the same in another stage.
+        loaded: as in `load_inputs`.
     """
     reporter, times = reporter or SilentReporter(), StageTimes()
     with signals_as_interrupts():
         check_unlocked(config.output)
         check_service(config.track)
         with times("load"):
-            inputs = load_inputs(config)
+            inputs = load_inputs(config, loaded)
         with locked(config.output):
             return run_stages(inputs, reporter, times)
 
