@@ -77,7 +77,7 @@ sanitize: $(VENV)/test ## test the CPU kernels under AddressSanitizer and Undefi
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
 		PYTHONPATH=build/sanitize/lib \
-		$(BIN)/pytest tests/kernels tests/ops tests/traps -k "cpu and not memory_error"
+		$(PYTEST) tests/kernels tests/ops tests/traps -k "cpu and not memory_error"
 
 # The second build is checked by the sanitizers and not by csrc/simt: one build cannot have the calls of both.
 SIMT_SEEDS ?= 1 2 3
@@ -90,7 +90,7 @@ simt: $(VENV)/test ## test the CUDA kernels on the host, with every access check
 		CXXFLAGS="-g -fno-omit-frame-pointer $(SANITIZE)" \
 		$(BIN)/python setup.py -q build --build-base build/simt --build-lib build/simt/lib
 	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 \
-		PYTHONPATH=build/simt/lib $(BIN)/pytest tests/kernels -k "cuda and (four_tiles or dtypes or any_address)"
+		PYTHONPATH=build/simt/lib $(PYTEST) tests/kernels -k "cuda and (four_tiles or dtypes or any_address)"
 
 mutants: $(VENV)/test ## break the CUDA kernels in known ways, and check that the tests notice each (Linux, g++)
 	$(BIN)/python -m tests.mutants
