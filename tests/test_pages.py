@@ -58,6 +58,8 @@ ELSEWHERE = {
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
     "pip install openai": "the tests' extra brings it",
+    "softprompt compress --model my-model --context handbook.txt --tokens 256 --output runs/handbook "
+    "--server http://localhost:8000/v1": "it needs a server; tests/compress/teacher/server",
     "softprompt serve --model my-model --prompt handbook=my-run/prompt": "it does not end; tests/serve/test_command.py",
 }
 PROGRAMS = {  # that blocks of `bash` start, and why no test does

@@ -174,6 +174,19 @@ class CompressConfig(BaseModel):
     sample_temperature: Number = Field(1.0, ge=0, description="Temperature for sampling answers; 0 is greedy.")
     sample_batch: Integer = Field(128, ge=1, description="Most answers that are sampled at a time.")
 
+    server: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Address of a server with OpenAI's protocol that holds the same model, such as "
+        "http://localhost:8000/v1. It writes the teacher's answers. Needs the extra server. The key is read from "
+        "OPENAI_API_KEY.",
+    )
+    server_model: str | None = Field(
+        None, min_length=1, description="The server's name of the model. Default: the only one that it has."
+    )
+    server_requests: Integer = Field(16, ge=1, description="Most requests to the server at a time.")
+    server_timeout: Number = Field(120.0, gt=0, description="Seconds that a request to the server may take.")
+
     objective: Objective = Field(
         "kl",
         description="Training loss. kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: generalised "
@@ -298,6 +311,13 @@ class CompressConfig(BaseModel):
             (
                 self.student_share == 0.5 or self.rounds,
                 f"student_share: got {self.student_share:g}, accepted with rounds=0 is 0.5: only rounds use it",
+            ),
+            *(
+                (
+                    self.server or getattr(self, name) == type(self).model_fields[name].default,
+                    f"{name}: got {getattr(self, name)} without a server, accepted is none: only a server uses it",
+                )
+                for name in ("server_model", "server_requests", "server_timeout")
             ),
             (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 generates none"),
             (

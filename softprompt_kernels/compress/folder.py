@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "cache" / "examples.json"
 
     @property
+    def server_answers(self) -> Path:
+        """The answers of a server, as they come."""
+        return self.path / "cache" / "server-answers.jsonl"
+
+    @property
     def cache(self) -> Path:
         """The folder of what the teacher left, and of matched layers."""
         return self.path / "cache"

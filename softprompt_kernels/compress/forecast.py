@@ -101,7 +101,8 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
     _, decode_seconds = sample(batch_queries, 1 + MEASURED_TOKENS)
     examples, _ = sample(min(MEASURED_QUERIES, total), min(config.new_tokens, 2 * MEASURED_TOKENS))
     token_seconds = max(0.0, decode_seconds - prefill_seconds) / MEASURED_TOKENS
-    unanswered = sum(query.output is None for queries in inputs.sets.values() for query in queries)
+    asked = [query.output is None and config.server is None for of_set in inputs.sets.values() for query in of_set]
+    unanswered = sum(asked)  # by the model here
     one_answer = (prefill_seconds + token_seconds * config.new_tokens) / batch_queries
     compared = len(inputs.heldout) + len(inputs.test)
 
@@ -125,8 +126,8 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
 
     # Matching: one layer of each kind, with the rows of the examples just sampled. The run has more rows.
     rows = min(config.matching_rows, round(mean_tokens * len(inputs.train)))
-    # The teacher is recorded while it writes its answers. Given ones it has to read.
-    given = sum(query.output is not None for query in inputs.train)
+    # The teacher is recorded while it writes its answers. Given ones, and those of a server, it has to read.
+    given = sum(query.output is not None or config.server is not None for query in inputs.train)
     recorded = config.init == "matched" or bool(config.steps and inputs.objective.form)
     matching = 0.0
     if config.init == "matched":

@@ -21,6 +21,7 @@ from softprompt_kernels.compress.sources.model import check_ids, load_model, res
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
 from softprompt_kernels.compress.sources.self_study import few_about_text, self_study
 from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.teacher.server.client import ServerOptions, served_model
 from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import check_fixed_frequencies, head_of
@@ -144,6 +145,8 @@ def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInpu
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
+    if config.server is not None:
+        served_model(server_options(config))
     own_loss = load_own_loss(config.objective) if is_own(config.objective) else None
     model, tokenizer = loaded or load_model(config.model, config.dtype, config.device)
     folder = RunFolder(config.output)
@@ -179,6 +182,12 @@ def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInpu
     if own_loss is not None:
         check_own_loss(own_loss, model, head, context_ids)
     return RunInputs(config, model, tokenizer, chat, text, context_ids, train, heldout, test, objective)
+
+
+def server_options(config: CompressConfig) -> ServerOptions:
+    """The server of a configuration that has one."""
+    assert config.server is not None
+    return ServerOptions(config.server, config.server_model, config.server_timeout, config.server_requests)
 
 
 def check_window(
@@ -241,6 +250,8 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
             "micro_batch_size",
             "gradient_checkpointing",
             "device",
+            "server_requests",
+            "server_timeout",
         },
     )
     for name, path in (
@@ -253,6 +264,7 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
             config[name] = sha256(read_utf8(path, f"{name}: {path}"))
     if inputs.objective.function is not None:
         config["objective"] += " " + source_digest(inputs.objective.function)
+    config["server"] = config["server"] and "yes"  # a server may move
     config["context"] = sha256(inputs.text)
     model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
     config["model"] = as_recorded(model, model_fingerprint(inputs.model, model))

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.inputs import RunInputs
+from softprompt_kernels.compress.inputs import RunInputs, server_options
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
@@ -26,6 +26,7 @@ from softprompt_kernels.compress.teacher.answers import answer, watch
 from softprompt_kernels.compress.teacher.moments_cache import Form, Targets, TargetWriter, read_targets
 from softprompt_kernels.compress.teacher.recording import Recording
 from softprompt_kernels.compress.teacher.rows import RowRecorder, Rows, enough_examples, read_rows, row_bytes
+from softprompt_kernels.compress.teacher.server.answers import Asking, server_answers
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import Prefix
 from softprompt_kernels.prompts.fingerprint import as_recorded, model_fingerprint
@@ -85,6 +86,7 @@ class Teaching:
             self._finish(recording, examples)
             token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in examples}
             write_text(self.folder.examples, json.dumps(token_ids))  # last: it says that all is there
+            self.folder.server_answers.unlink(missing_ok=True)
         else:
             self._finish(self._recording(examples), examples)
         targets, states, rows = self._read_targets(examples), self._read_states(examples), self._read_rows(examples)
@@ -106,12 +108,13 @@ class Teaching:
     def _answer(self, recording: Recording) -> Examples:
         inputs, config, queries = self.inputs, self.inputs.config, self.inputs.sets
         self.folder.cache.mkdir(exist_ok=True)
-        answers = iter(
-            answer(
+        everything = [query for of_set in queries.values() for query in of_set]
+        if config.server is None:
+            found = answer(
                 inputs.model,
                 inputs.chat,
                 self.context,
-                [query for of_set in queries.values() for query in of_set],
+                everything,
                 new_tokens=config.new_tokens,
                 temperature=config.sample_temperature,
                 batch_size=config.sample_batch,
@@ -119,7 +122,17 @@ class Teaching:
                 reporter=self.reporter,
                 recorder=recording,
             )
-        )
+        else:
+            asking = Asking(
+                server_options(config),
+                inputs.context_ids[0].tolist(),
+                config.new_tokens,
+                config.sample_temperature,
+                config.seed,
+                self.folder.server_answers,
+            )
+            found = server_answers(inputs.model, inputs.chat, self.context, everything, asking, self.reporter)
+        answers = iter(found)
         examples = {name: list(islice(answers, len(of_set))) for name, of_set in queries.items()}
         texts = {name: inputs.as_text(examples[name]) for name in queries}
         save_queries(

@@ -100,6 +100,8 @@ def _forecast(settings: CompressConfig) -> None:
     forecast = plan(settings, reporter)
     typer.echo("")
     show_pairs(forecast_lines(forecast))
+    if settings.server is not None:
+        typer.echo(f"The time that {settings.server} takes to write the answers is not counted.")
 
 
 def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:

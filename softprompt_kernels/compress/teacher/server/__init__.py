@@ -1,0 +1,1 @@
+"""Answers of the teacher from a server with OpenAI's protocol."""
