@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from softprompt_kernels.errors import SoftPromptError
@@ -59,6 +60,44 @@ def written_when_complete(option: str, target: Path | None) -> Iterator[Path | N
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced_when_complete(target: Path, *, flush: bool = False) -> Iterator[Path]:
+    """The temporary file `NAME.partial` beside the target, renamed to it at the end, or removed after an exception.
+
+    Args:
+        target: the file. What was there stays until the new one is complete.
+        flush: wait until the data is on the disk. Otherwise the rename may reach it first, and a machine that loses its
+            power leaves a file without content.
+
+    Raises:
+        OSError: the disk is full, or cannot be written for another reason. It names the target, also where the writer
+            does not: Python for a write, safetensors for everything.
+    """
+    temporary = target.with_name(target.name + ".partial")
+    try:
+        yield temporary
+        if flush:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+        temporary.replace(target)
+    except Exception as error:
+        if (reason := _disk_error(error)) is None:
+            raise
+        raise OSError(reason, os.strerror(reason), str(target)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The error number of the operating system in an exception of Python or of safetensors, which are known by name
+    here so that this module needs no package; None if it has none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from softprompt_kernels.compress.distill.checkpoint import Checkpoints
 from softprompt_kernels.compress.distill.on_policy import OnPolicy, parts
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
 from softprompt_kernels.compress.evaluate.distance import distance
@@ -54,7 +55,10 @@ class Training:
         prompt, taught = self.prompt, self.taught
         if config.steps == 0:
             return folder.drop_metrics_after(0)
+        checkpoints = Checkpoints(folder.checkpoint, self.key, reporter=self.reporter)
         trainer = self.trainer()
+        if trainer.load(checkpoints) is not None:
+            self.reporter.message(f"Resuming from step {trainer.step}.")
         on_policy = self.on_policy()
         seconds_before = folder.drop_metrics_after(trainer.step) + on_policy.seconds(config.rounds)
         head = head_of(inputs.model)
@@ -75,7 +79,7 @@ class Training:
                 figures["heldout_kl"] = record["heldout_kl"]
             advance(1, **figures)
             if report.step % config.checkpoint_every == 0:
-                trainer.save(folder.checkpoint, self.key)
+                trainer.save(checkpoints)
 
         try:
             with folder.metrics.open("a", encoding="utf-8") as metrics:
@@ -85,23 +89,23 @@ class Training:
                     if part.round:
                         at_round = trainer.step == part.first
                         if at_round:
-                            trainer.save(folder.checkpoint, self.key)
+                            trainer.save(checkpoints)
                         student = prefix_of(inputs.model, prompt).detach() if at_round else None
                         trainer.take(*on_policy.answers(part.round, student), config.student_share)
                     title = f"Training, part {part.round + 1} of {config.rounds + 1}" if config.rounds else "Training"
                     with self.reporter.progress(title, part.last - part.first, "step") as advance:
                         advance(trainer.step - part.first)
                         trainer.run(after_step, part.last)
-            trainer.save(folder.checkpoint, self.key)
+            trainer.save(checkpoints)
         except KeyboardInterrupt as stop:
-            trainer.save(folder.checkpoint, self.key)
+            trainer.save(checkpoints)
             raise Interrupted("step", trainer.saved_step, config.steps, folder.path, signal_of(stop)) from None
         return seconds_before
 
     def trainer(self) -> Trainer:
-        """The trainer of the prompt, at its checkpoint if there is one."""
-        inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        trainer = Trainer(
+        """The trainer of the prompt, before the first step."""
+        inputs, config = self.inputs, self.inputs.config
+        return Trainer(
             inputs.model,
             self.prompt,
             self.taught.examples["train"],
@@ -115,10 +119,6 @@ class Training:
             seed=config.seed,
             relative=config.relative_learning_rate,
         )
-        if folder.checkpoint.exists():
-            trainer.load(folder.checkpoint, self.key)
-            self.reporter.message(f"Resuming from step {trainer.step}.")
-        return trainer
 
     def on_policy(self) -> OnPolicy:
         """The rounds of the training."""

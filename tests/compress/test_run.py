@@ -1,6 +1,7 @@
 """A whole run: the files it writes, and that it can be resumed at every stage."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -475,16 +475,16 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_run_can_be_resumed(
     save = Trainer.save
     contents: list[bytes] = []
 
-    def save_on_a_full_disk(self: Trainer, path: Path, identity: str) -> None:
+    def save_on_a_full_disk(self: Trainer, *arguments: Any) -> None:
         if self.step < 4:
-            save(self, path, identity)
+            save(self, *arguments)
             contents.append(path.read_bytes())
             return
         with full_disk():
-            save(self, path, identity)
+            save(self, *arguments)
 
     monkeypatch.setattr(Trainer, "save", save_on_a_full_disk)
-    with pytest.raises((OSError, SafetensorError)):
+    with pytest.raises(OSError, match=re.escape(str(path))):
         compress(config)
     assert path.read_bytes() == contents[-1]
     assert not (config.output / "evaluation.json").exists()

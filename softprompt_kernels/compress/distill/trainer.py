@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from softprompt_kernels.compress.distill.checkpoint import Checkpoint, Checkpoints
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.relative_adamw import RelativeAdamW
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
@@ -217,15 +215,18 @@ class Trainer:
         own = torch.rand(size, generator=generator, device="cpu") < self.student_share
         return [index + count * taken for index, taken in zip(chosen, own.tolist(), strict=True)]
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write a checkpoint of σ, the optimiser and the step, atomically.
+    def save(self, checkpoints: Checkpoints, notes: Mapping[str, str] | None = None) -> None:
+        """Write a checkpoint of σ, the optimiser and the step.
 
         Nothing is written if an update of σ was interrupted in the middle: the previous checkpoint is the last good
         state.
 
         Args:
-            path: the file.
-            identity: of the run; `load` compares it.
+            checkpoints: of the run.
+            notes: what else a resumed run needs to know.
+
+        Raises:
+            OSError: it cannot be written. The previous checkpoint is as it was.
         """
         if not self.consistent:
             return
@@ -233,42 +234,32 @@ class Trainer:
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{name}"] = value
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()},
-                temporary,
-                {"step": str(self.step), "identity": identity},
-            )
-            temporary.replace(path)
-            self.saved_step = self.step
-        finally:
-            temporary.unlink(missing_ok=True)
+        checkpoints.write(Checkpoint(self.step, tensors, dict(notes or {})))
+        self.saved_step = self.step
 
-    def load(self, path: Path, identity: str) -> None:
-        """Resume from a checkpoint.
+    def load(self, checkpoints: Checkpoints) -> dict[str, str] | None:
+        """Resume from the newest checkpoint, if there is one.
+
+        Returns:
+            The notes that were saved with it; None if there is no checkpoint.
 
         Raises:
-            SoftPromptError: the file is damaged or belongs to another run.
+            SoftPromptError: it is damaged, as are those before it, or it belongs to another run.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-        except (OSError, SafetensorError) as error:
-            raise SoftPromptError(f"checkpoint: {path} cannot be read ({error}); delete it to start over") from error
-        if metadata.get("identity") != identity:
-            raise SoftPromptError(f"checkpoint: {path} belongs to another run; delete it to start over")
+        found = checkpoints.read()
+        if found is None:
+            return None
         state = self.prompt.state_dict()
-        state.update({k.removeprefix("prompt."): v for k, v in tensors.items() if k.startswith("prompt.")})
+        state.update({k.removeprefix("prompt."): v for k, v in found.tensors.items() if k.startswith("prompt.")})
         self.prompt.load_state_dict(state)
         for index, parameter in enumerate(self.parameters):
             prefix = f"optimizer.{index}."
-            saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            saved = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
             self.optimizer.state[parameter] = {
                 name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()
             }
-        self.step = self.saved_step = int(metadata["step"])
+        self.step = self.saved_step = found.step
+        return found.notes
 
 
 @contextmanager

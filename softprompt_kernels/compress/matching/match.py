@@ -27,6 +27,7 @@ from softprompt_kernels.compress.matching.refine import RefineRows, match_error,
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import replaced_when_complete
 from softprompt_kernels.prompts import Prefix
 
 GROUP_BYTES = 192 << 20
@@ -279,14 +280,10 @@ def _refine_group(
 
 def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], error: Tensor, seconds: float) -> None:
     """Write a finished group atomically, with the error of its heads and the seconds that it took."""
-    temporary = path.with_name(path.name + ".partial")
     tensors = {"key": torch.stack([k for k, _ in layers]).cpu(), "value": torch.stack([v for _, v in layers]).cpu()}
     tensors["error"] = error.cpu().contiguous()
-    try:
+    with replaced_when_complete(path) as temporary:
         save_file(tensors, temporary, {"key": key, "seconds": f"{seconds:.3f}"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, key: str, layers: int | None = None) -> list[tuple[Tensor, Tensor]] | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from softprompt_kernels.compress.text_file import read_utf8, trim
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import replaced_when_complete
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,8 @@ def _record(query: Query, split: str) -> dict[str, object]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: under a temporary name, which is then renamed."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
+    with replaced_when_complete(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def hold_out(queries: Sequence[Query], share: float, seed: int) -> tuple[list[Query], list[Query]]:

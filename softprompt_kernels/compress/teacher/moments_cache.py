@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, kl_div, teacher_moments
+from softprompt_kernels.output_file import replaced_when_complete
 
 Form = Literal["moments", "hidden", "hidden_entropy", "entropy"]
 """What is kept for each token: moments (with the entropy), the last hidden state, that and the entropy, the entropy."""
@@ -120,9 +120,8 @@ class TargetWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             _index(self.folder).unlink(missing_ok=True)  # of an earlier call, whose shards are now overwritten
         rows = _target_rows(torch.cat(self.hidden), self.head, self.form, self.temperature)
-        path = _shard(self.folder, self.shards)
-        save_file(rows, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with replaced_when_complete(_shard(self.folder, self.shards)) as temporary:
+            save_file(rows, temporary)
         self.hidden, self.buffered, self.shards = [], 0, self.shards + 1
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.models import FedTokens, QueryTap, ScoreFunction
+from softprompt_kernels.output_file import replaced_when_complete
 from softprompt_kernels.prompts import Prefix
 
 BUFFER_BYTES = 64 << 20
@@ -209,9 +209,8 @@ class RowRecorder:
 def _write_shard(path: Path, tensors: dict[str, Tensor], limit: int) -> int:
     """Write the rows of a priority up to `limit`; returns how many these are."""
     kept = tensors["priority"] <= limit
-    part = path.with_suffix(".part")
-    save_file({name: rows[kept.to(rows.device)].cpu() for name, rows in tensors.items()}, part)
-    os.replace(part, path)
+    with replaced_when_complete(path) as temporary:
+        save_file({name: rows[kept.to(rows.device)].cpu() for name, rows in tensors.items()}, temporary)
     return int(kept.sum())
 
 

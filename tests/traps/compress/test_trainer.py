@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from softprompt_kernels.compress.distill.checkpoint import Checkpoints
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.sources.sequences import Example
@@ -98,9 +99,9 @@ def test_training_stops_at_its_last_step_also_when_it_is_resumed(
     trainer.run(lambda report: done.append(report.step))
     trainer.run(lambda report: done.append(report.step))
     assert done == list(range(1, steps + 1))
-    trainer.save(tmp_path / "checkpoint", "me")
+    trainer.save(Checkpoints(tmp_path / "checkpoint", "me"))
     again = make(model, steps=steps)
-    again.load(tmp_path / "checkpoint", "me")
+    again.load(Checkpoints(tmp_path / "checkpoint", "me"))
     again.run(lambda report: done.append(report.step))
     assert len(done) == steps
 
@@ -111,6 +112,6 @@ def test_saving_a_checkpoint_changes_no_other_file(model: PreTrainedModel, tmp_p
     for name in names:
         (tmp_path / name).write_text(name)
     trainer = make(model, steps=3)
-    trainer.run(lambda report: trainer.save(tmp_path / "checkpoint.safetensors", "me"))
+    trainer.run(lambda report: trainer.save(Checkpoints(tmp_path / "checkpoint.safetensors", "me")))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*names, "checkpoint.safetensors"])
     assert all((tmp_path / name).read_text() == name for name in names)
