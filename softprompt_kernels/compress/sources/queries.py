@@ -96,6 +96,19 @@ def _parse(line: str, place: str) -> Query:
         raise SoftPromptError(f"queries: {place} is not JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise SoftPromptError(f"queries: {place} cannot be read as JSON ({error})") from error
+    return query_of(record, place)
+
+
+def query_of(record: object, place: str) -> Query:
+    """The query of a line, from its JSON.
+
+    Args:
+        record: an object as in the head of this file.
+        place: where it stands, for error messages.
+
+    Raises:
+        SoftPromptError: the record is invalid.
+    """
     if not isinstance(record, dict):
         raise SoftPromptError(
             f'queries: {place} is of type {type(record).__name__}, accepted is an object with "input"'
