@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from softprompt_kernels.compress.compared_answers import compared_answers, prompt_answers
 from softprompt_kernels.compress.config import CompressConfig
@@ -85,53 +85,109 @@ def compress_one(
 def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
     """The stages of a run after its inputs are loaded. Arguments and result are those of `compress`."""
     config, folder = inputs.config, RunFolder(inputs.config.output)
-    folder.claim(identity(inputs, folder.identity), config.to_yaml(), made_with())
-    finished = folder.read_evaluation()
-    if finished is not None:
+    figures = begin(inputs, folder, reporter, times)
+    if figures is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
-        draw_curves(folder, finished, reporter)
-        write_report(folder, reporter)
-        return finished
-    write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
-    if remark := inputs.remark:
-        reporter.message(remark)
-    times.keep_in(folder.stages)
-    check_destination(folder.prompt)
-
-    with tracked(config, folder, reporter) as tracker:
-        figures = _new_figures(inputs, folder, reporter, times, tracker)
-        tracker.finish(figures)
+    else:
+        with tracked(config, folder, reporter) as tracker:
+            figures = _new_figures(inputs, folder, reporter, times, tracker)
+            tracker.finish(figures)
     draw_curves(folder, figures, reporter)
     write_report(folder, reporter)
     return figures
+
+
+def begin(inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: StageTimes) -> dict[str, Any] | None:
+    """Make the folder that of the run.
+
+    Returns:
+        The content of evaluation.json if the run is finished already, else None.
+
+    Raises:
+        SoftPromptError: the folder holds something else.
+    """
+    folder.claim(identity(inputs, folder.identity), inputs.config.to_yaml(), made_with())
+    finished = folder.read_evaluation()
+    if finished is None:
+        write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
+        if remark := inputs.remark:
+            reporter.message(remark)
+        times.keep_in(folder.stages)
+        check_destination(folder.prompt)
+    return finished
 
 
 def _new_figures(
     inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: StageTimes, tracker: Tracker
 ) -> dict[str, Any]:
     """The content of evaluation.json, after all stages of a run that is not finished."""
-    config = inputs.config
-    with times("context"):
-        context = capture_context(inputs.model, inputs.context_ids)
-        prompt = None if config.init == "matched" else initial_prompt(inputs, context)
-    run = _Run(inputs, folder, context, reporter, tracker)
-
-    with times("answers"):
-        taught = Teaching(inputs, folder, context, reporter, run.matched).teach()
-    with times("baselines"):
-        distances = run.measure(run.baselines(), taught)
-        for of_set in distances.values():
-            check_context_matters(of_set["none"].mean().kl)
-
+    run, taught, distances, prompt = learn(inputs, folder, reporter, times, tracker)
     if prompt is None:
         with times("matching"):
             prompt, seconds_before = run.match(taught.rows)
             times.replace_earlier("matching", seconds_before)
     students = run.initial_student(prompt)
     with times("training"):
-        seconds_before = Training(inputs, folder, context, prompt, taught, run.key, reporter, tracker).run()
+        seconds_before = Training(inputs, folder, run.context, prompt, taught, run.key, reporter, tracker).run()
         times.replace_earlier("training", seconds_before)
+    return conclude(run, taught, distances, prompt, students, times)
 
+
+class Learnt(NamedTuple):
+    """What a run has before its matching and its training.
+
+    Args:
+        run: the stages that follow.
+        taught: what the teacher left.
+        distances: of the baselines, by set and key.
+        prompt: before the training; None if it is matched first.
+    """
+
+    run: Run
+    taught: Taught
+    distances: dict[str, dict[str, TokenDistances]]
+    prompt: Prompt | None
+
+
+def learn(inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: StageTimes, tracker: Tracker) -> Learnt:
+    """The stages from the captured context to the baselines.
+
+    Raises:
+        SoftPromptError: the context does not matter for the queries, or something is not finite.
+    """
+    with times("context"):
+        context = capture_context(inputs.model, inputs.context_ids)
+        prompt = None if inputs.config.init == "matched" else initial_prompt(inputs, context)
+    run = Run(inputs, folder, context, reporter, tracker)
+    with times("answers"):
+        taught = Teaching(inputs, folder, context, reporter, run.matched).teach()
+    with times("baselines"):
+        distances = run.measure(run.baselines(), taught)
+        for of_set in distances.values():
+            check_context_matters(of_set["none"].mean().kl)
+    return Learnt(run, taught, distances, prompt)
+
+
+def conclude(
+    run: Run,
+    taught: Taught,
+    distances: dict[str, dict[str, TokenDistances]],
+    prompt: Prompt,
+    students: Mapping[str, Prefix],
+    times: StageTimes,
+) -> dict[str, Any]:
+    """The stages after the training.
+
+    Args:
+        run, taught, distances: from `learn`.
+        prompt: trained.
+        students: from `initial_student`, before the training.
+        times: of the run.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    inputs, folder = run.inputs, run.folder
     with times("evaluation"):
         trained = prefix_of(inputs.model, prompt).detach()
         for name, of_set in run.measure({**students, "prompt": trained}, taught).items():
@@ -139,7 +195,7 @@ def _new_figures(
         figures = run.figures({name: _means(of_set) for name, of_set in distances.items()})
         run.save(prompt, figures)
     with times("answers_compared"):
-        answers = prompt_answers(inputs, trained, reporter)
+        answers = prompt_answers(inputs, trained, run.reporter)
         write_text(folder.answers, compared_answers(inputs, taught.examples, answers))
         write_details(folder.details, run.details(taught, distances, answers))
     figures |= {"seconds": times.total, "stages": times.seconds}
@@ -180,7 +236,7 @@ def _means(students: Mapping[str, TokenDistances]) -> dict[str, Distance]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class Run:
     """The stages after the initial prompt, and what they share.
 
     Args:

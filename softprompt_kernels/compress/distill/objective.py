@@ -120,16 +120,21 @@ class Objective:
             targets: the teacher's targets in this objective's `form`; None if the form is None.
         """
         losses = self.losses(hidden, labels, examples, targets)
-        if self.token_weights == "uniform":
+        weights = self.weights(losses, examples, targets)
+        if weights is None:
             return Summed(losses.sum(), losses.shape[0])
+        return Summed(weighted(losses, weights).sum(), float(weights.sum()))
+
+    def weights(self, losses: Tensor, examples: Sequence[int], targets: Targets | None) -> Tensor | None:
+        """`[n]`: the weights of `losses [n]`, without a gradient; None if all are 1. Arguments as in `loss`."""
+        if self.token_weights == "uniform":
+            return None
         if self.token_weights == "entropy":
             assert targets is not None
-            weights = entropy_weights(targets.entropy(examples, hidden.device))
+            weights = entropy_weights(targets.entropy(examples, losses.device))
         else:
             weights = student_weights(losses, self.temperature)
-        weights = weights.to(losses.dtype)
-        # Without `where`, a loss that is infinite would make a NaN of weight 0.
-        return Summed(torch.where(weights == 0, 0, losses * weights).sum(), float(weights.sum()))
+        return weights.to(losses.dtype)
 
     def losses(self, hidden: Tensor, labels: Tensor, examples: Sequence[int], targets: Targets | None) -> Tensor:
         """`[n]`: the loss of each token, without its weight. Arguments as in `loss`."""
@@ -174,3 +179,8 @@ class Objective:
         mean = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         bias_mean = None if self.head.bias is None else rows
         return TeacherMoments(mean, rows, bias_mean, self.temperature, self.head.logit_scale, None)
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """`losses · weights`, and 0 where a weight is 0: a loss that is infinite would make not-a-number there."""
+    return torch.where(weights == 0, 0, losses * weights)

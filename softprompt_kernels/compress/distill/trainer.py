@@ -191,7 +191,7 @@ class Trainer:
                 loss = summed.loss / tokens
                 loss.backward()
                 total, weight = total + float(loss.detach()), weight + summed.weight
-        outputs, gradients = _tensors_and_gradients(prefix, leaves)
+        outputs, gradients = tensors_and_gradients(prefix, leaves)
         if weight not in (0, tokens):  # the sum of all weights is known only now
             gradients = [gradient * (tokens / weight) for gradient in gradients]
         torch.autograd.backward(outputs, gradients)
@@ -280,7 +280,7 @@ def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
             layer.training = False
 
 
-def _tensors_and_gradients(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:
+def tensors_and_gradients(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of the prefix that have a graph, and for each the gradient accumulated in its leaf."""
     outputs, gradients = [], []
     for pair, leaf_pair in zip(prefix.layers, leaves.layers, strict=True):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -80,10 +80,10 @@ def match(
         SoftPromptError: queries, keys or values are not finite.
     """
     found: list[tuple[Tensor, Tensor]] = []
-    groups = list(_groups(context, rows))
+    groups = list(layer_groups(context, rows))
     with reporter.progress("Matching", context.num_layers * (settings.steps + 1), "layer step") as advance:
         for group in groups:
-            path = None if folder is None else folder / f"matched-{group.start:05d}.safetensors"
+            path = None if folder is None else group_file(folder, group.start)
             stored = None if path is None else _read(path, key, len(group))
             if stored is not None:
                 advance(len(group) * (settings.steps + 1))
@@ -92,7 +92,7 @@ def match(
                 steps: list[dict[str, Any]] = []
                 stored, error = _match_group(context, rows, settings, group, reporter, advance, steps.append)
                 if path is not None:
-                    _write(path, key, stored, error, time.perf_counter() - begin)
+                    write_group(path, key, stored, error, time.perf_counter() - begin)
                 for step in steps:
                     record(step)
             found += [
@@ -113,7 +113,7 @@ def stored_layers(context: Prefix, folder: Path, key: str) -> list[tuple[Tensor,
     """Keys and values of the first layers, up to the first that `match` has not stored under this key."""
     found: list[tuple[Tensor, Tensor]] = []
     while len(found) < context.num_layers:
-        group = _read(folder / f"matched-{len(found):05d}.safetensors", key)
+        group = _read(group_file(folder, len(found)), key)
         if not group:
             break
         found += group
@@ -124,7 +124,7 @@ def stored_seconds(context: Prefix, folder: Path, key: str) -> float:
     """Seconds that the groups took which `match` has stored under this key."""
     seconds, layer = 0.0, 0
     while layer < context.num_layers:
-        path = folder / f"matched-{layer:05d}.safetensors"
+        path = group_file(folder, layer)
         group = _read(path, key)
         if not group:
             break
@@ -146,7 +146,7 @@ def stored_error(context: Prefix, folder: Path, key: str) -> Tensor | None:
     errors: list[Tensor] = []
     layers = 0
     while layers < context.num_layers:
-        path = folder / f"matched-{layers:05d}.safetensors"
+        path = group_file(folder, layers)
         group = _read(path, key)
         if not group:
             return None
@@ -158,11 +158,16 @@ def stored_error(context: Prefix, folder: Path, key: str) -> Tensor | None:
     return torch.cat(errors)
 
 
-def _groups(context: Prefix, rows: Rows) -> Iterator[range]:
+def group_file(folder: Path, layer: int) -> Path:
+    """The file of the group that begins with this layer."""
+    return folder / f"matched-{layer:05d}.safetensors"
+
+
+def layer_groups(context: Prefix, rows: Rows) -> Iterator[range]:
     """Runs of layers of equal shapes and score functions, whose rows fit into GROUP_BYTES."""
     start = 0
     for layer in range(1, context.num_layers):
-        fits = (layer + 1 - start) * _row_bytes(context, rows, layer) <= GROUP_BYTES
+        fits = (layer + 1 - start) * layer_bytes(context, rows, layer) <= GROUP_BYTES
         if not (fits and _same_kind(context, rows, start, layer)):
             yield range(start, layer)
             start = layer
@@ -174,7 +179,7 @@ def _same_kind(context: Prefix, rows: Rows, one: int, other: int) -> bool:
     return shapes[0] == shapes[1] and rows.scores[one] == rows.scores[other]
 
 
-def _row_bytes(context: Prefix, rows: Rows, layer: int) -> int:
+def layer_bytes(context: Prefix, rows: Rows, layer: int) -> int:
     """Bytes of what refinement reads of a layer: query, out and rest in fp32."""
     key, value = context.layers[layer]
     return 4 * rows.count * rows.query_heads * (key.shape[3] + 2 * value.shape[3] + 1)
@@ -190,6 +195,41 @@ def _match_group(
     record: Callable[[dict[str, Any]], None],
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers, and the error `[layers, Hq]` of each head."""
+    start = closed_form(context, rows, settings, group, reporter, advance)
+    stacked, error = (start.key, start.value), start.error
+    if start.rows is not None:
+        stacked = _refine_group(stacked, start.rows, rows.heldout, settings, group, advance, record)
+        with torch.no_grad():
+            error = match_error(start.rows.slice(0, rows.heldout), *stacked)
+    else:
+        advance(len(group) * settings.steps)
+    check_dtype(*stacked, context.dtype, group)
+    return list(zip(*stacked, strict=True)), error
+
+
+class ClosedForm(NamedTuple):
+    """A group of L layers in closed form.
+
+    Args:
+        key, value: `[L, Hkv, k, D]` and `[L, Hkv, k, Dv]`, fp32.
+        error: `[L, Hq]`, on the held-out rows.
+        rows: for the refinement, held-out ones first; None if the layers are not refined.
+    """
+
+    key: Tensor
+    value: Tensor
+    error: Tensor
+    rows: RefineRows | None
+
+
+def closed_form(
+    context: Prefix, rows: Rows, settings: Matching, group: range, reporter: Reporter, advance: Callable[..., None]
+) -> ClosedForm:
+    """A group of layers before their refinement. `advance` is called for each layer; the rest as in `match`.
+
+    Raises:
+        SoftPromptError: queries, keys or values are not finite.
+    """
     keys, values, errors = [], [], []
     refine_rows: RefineRows | None = None
     for index, layer in enumerate(group):
@@ -210,8 +250,6 @@ def _match_group(
             refine_rows.put(index, layer_rows, parts)
         del layer_rows, parts
         advance(1)
-    stacked = torch.stack(keys), torch.stack(values)
-    error = torch.stack(errors)
     if settings.steps and refine_rows is None:
         why = (
             f"{rows.count} rows are too few"
@@ -219,18 +257,16 @@ def _match_group(
             else "a window hides a part of the prompt"
         )
         reporter.message(f"Layers {group.start} to {group.stop - 1} are not refined: {why}.")
-    if refine_rows is not None:
-        stacked = _refine_group(stacked, refine_rows, rows.heldout, settings, group, advance, record)
-        with torch.no_grad():
-            error = match_error(refine_rows.slice(0, rows.heldout), *stacked)
-    else:
-        advance(len(group) * settings.steps)
-    if not all(bool(tensor.to(context.dtype).isfinite().all()) for tensor in stacked):
+    return ClosedForm(torch.stack(keys), torch.stack(values), torch.stack(errors), refine_rows)
+
+
+def check_dtype(key: Tensor, value: Tensor, dtype: torch.dtype, group: range) -> None:
+    """Raise SoftPromptError if keys or values of a group of layers are not finite in `dtype`."""
+    if not all(bool(tensor.to(dtype).isfinite().all()) for tensor in (key, value)):
         raise SoftPromptError(
-            f"dtype: keys or values of layers {group.start} to {group.stop - 1} do not fit into {context.dtype} after "
+            f"dtype: keys or values of layers {group.start} to {group.stop - 1} do not fit into {dtype} after "
             "matching; try float32 or bfloat16, or another init"
         )
-    return list(zip(*stacked, strict=True)), error
 
 
 def _can_refine(rows: LayerRows, heldout: int, settings: Matching, context: Prefix) -> bool:
@@ -250,9 +286,9 @@ def _refine_group(
 ) -> tuple[Tensor, Tensor]:
     last = time.perf_counter()
 
-    def after_step(step: int, error: float) -> None:
+    def after_step(step: int, errors: Tensor) -> None:
         nonlocal last
-        now = time.perf_counter()
+        now, error = time.perf_counter(), float(errors.mean())
         record(
             {
                 "stage": "matching",
@@ -278,7 +314,7 @@ def _refine_group(
     )
 
 
-def _write(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], error: Tensor, seconds: float) -> None:
+def write_group(path: Path, key: str, layers: Sequence[tuple[Tensor, Tensor]], error: Tensor, seconds: float) -> None:
     """Write a finished group atomically, with the error of its heads and the seconds that it took."""
     tensors = {"key": torch.stack([k for k, _ in layers]).cpu(), "value": torch.stack([v for _, v in layers]).cpu()}
     tensors["error"] = error.cpu().contiguous()

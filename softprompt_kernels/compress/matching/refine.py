@@ -133,7 +133,7 @@ def refine(
     learning_rate: float,
     rows_per_step: int,
     frozen_tokens: int,
-    after_step: Callable[[int, float], None] = lambda step, error: None,
+    after_step: Callable[[int, Tensor], None] = lambda step, errors: None,
 ) -> tuple[Tensor, Tensor]:
     """Better keys and values `[L, Hkv, k, ·]`, in their dtype.
 
@@ -144,7 +144,7 @@ def refine(
         steps, learning_rate: of Adam, in units of the standard deviation of a head's keys and values. After a linear
             warm-up the rate falls to 0 by a cosine.
         frozen_tokens: the first tokens, which do not move.
-        after_step: receives the step, from 1, and the mean error on its rows before it.
+        after_step: receives the step, from 1, and the errors `[L, Hq]` on its rows before it.
     """
     scales = [tensor.std(dim=(2, 3), keepdim=True, correction=0).clamp(min=1e-6) for tensor in (key, value)]
     fixed = [tensor[:, :, :frozen_tokens] for tensor in (key, value)]
@@ -175,7 +175,7 @@ def refine(
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best = [torch.where(better[:, None, None, None], n, b) for n, b in zip(now, best, strict=True)]
-        after_step(step, float(errors.detach().mean()))
+        after_step(step, errors.detach())
     return best[0], best[1]
 
 
