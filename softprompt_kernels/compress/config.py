@@ -122,7 +122,10 @@ class CompressConfig(BaseModel):
     )
 
     model: str = Field(min_length=1, description="Folder of the model and its tokenizer, or its name on the hub.")
-    context: FilePath = Field(description="File with the text to compress, in UTF-8.")
+    context: FilePath = Field(
+        description="File with the text to compress, in UTF-8. A folder or a file of JSON Lines (.jsonl) has many "
+        "contexts, and each gets a prompt."
+    )
     output: FilePath = Field(description="Folder of the run: saved prompt, figures, cache, checkpoint.")
 
     template_arguments: ChatArguments | None = Field(
@@ -249,6 +252,16 @@ class CompressConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+    contexts_together: Integer = Field(
+        32, ge=1, description="Of many contexts, so many train in one batch. The others follow."
+    )
+    converged: Number = Field(
+        0.01,
+        ge=0,
+        lt=1,
+        description="Of many contexts, one leaves the training when its loss is below this share of the KL without "
+        "context. 0: none leaves. Only for the plain KL.",
+    )
 
     checkpoint_every: Integer = Field(25, ge=1, description="Steps between checkpoints.")
     evaluate_every: Integer = Field(
@@ -319,7 +332,10 @@ class CompressConfig(BaseModel):
                 )
                 for name in ("server_model", "server_requests", "server_timeout")
             ),
-            (self.queries or self.selfstudy, "queries: missing, and selfstudy=0 generates none"),
+            (
+                self.queries or self.selfstudy or self.context.suffix.lower() == ".jsonl",  # which may have its own
+                "queries: missing, and selfstudy=0 generates none",
+            ),
             (
                 (self.micro_batch_size or 1) <= self.batch_size,
                 f"micro_batch_size: got {self.micro_batch_size}, accepted is at most batch_size={self.batch_size}",

@@ -32,6 +32,21 @@ CHAT_FILE = "chat.json"
 """In the folder of a run: what its chats are rendered from, with the date. A resumed run reads what it began with."""
 
 
+WITHOUT_EFFECT = (
+    "output",
+    "threads",
+    "track",
+    "checkpoint_every",
+    "evaluate_every",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "contexts_together",
+    "server_requests",
+    "server_timeout",
+    "device",
+)
+"""Fields of the configuration that do not decide the result of a run, except by rounding."""
+
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """A model and its tokenizer, from `load_model`."""
 
@@ -239,21 +254,7 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
             or with a default that its version did not have, is given as it is there.
     """
     recorded = recorded or {}
-    config = inputs.config.model_dump(
-        mode="json",
-        exclude={
-            "output",
-            "threads",
-            "track",
-            "checkpoint_every",
-            "evaluate_every",
-            "micro_batch_size",
-            "gradient_checkpointing",
-            "device",
-            "server_requests",
-            "server_timeout",
-        },
-    )
+    config = inputs.config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
     for name, path in (
         ("queries", inputs.config.queries),
         ("heldout", inputs.config.heldout),

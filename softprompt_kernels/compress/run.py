@@ -175,6 +175,7 @@ def conclude(
     prompt: Prompt,
     students: Mapping[str, Prefix],
     times: StageTimes,
+    **more: Any,
 ) -> dict[str, Any]:
     """The stages after the training.
 
@@ -183,6 +184,7 @@ def conclude(
         prompt: trained.
         students: from `initial_student`, before the training.
         times: of the run.
+        more: figures to add.
 
     Returns:
         The content of evaluation.json.
@@ -198,7 +200,7 @@ def conclude(
         answers = prompt_answers(inputs, trained, run.reporter)
         write_text(folder.answers, compared_answers(inputs, taught.examples, answers))
         write_details(folder.details, run.details(taught, distances, answers))
-    figures |= {"seconds": times.total, "stages": times.seconds}
+    figures |= {**more, "seconds": times.total, "stages": times.seconds}
     folder.finish(figures)
     return figures
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from softprompt_kernels.compress.bank.run import compress_bank
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.forecast import Plan, plan_one
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.run import compress_one
+from softprompt_kernels.compress.sources.contexts import holds_many
 
 
 def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -18,7 +20,8 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
         reporter: receives the progress; None reports nothing.
 
     Returns:
-        The content of evaluation.json. KL in nats per token.
+        The content of evaluation.json. KL in nats per token. For a folder or JSON Lines of contexts: the summary of
+        `compress_bank`, with that content for each context by its name.
 
     Raises:
         SoftPromptError: bad input. Most is found before anything is written; otherwise the last good state is kept.
@@ -27,6 +30,8 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
             handler already.
         KeyboardInterrupt: the same in another stage.
     """
+    if is_bank(config):
+        return compress_bank(config, reporter)
     return compress_one(config, reporter)
 
 
@@ -41,3 +46,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
         SoftPromptError: as `compress`.
     """
     return plan_one(config, reporter)
+
+
+def is_bank(config: CompressConfig) -> bool:
+    """Whether a configuration is for many contexts. Its folder may hold the run of a version that knew none."""
+    return holds_many(config.context) and not (config.output / "run.json").exists()

@@ -71,12 +71,21 @@ class Batch:
         padded = None if bool(mask.all()) else mask
         return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
 
-    def hidden(self, model: PreTrainedModel, prefix: Prefix | None, tap: QueryTap | None = None) -> Tensor:
+    def hidden(
+        self,
+        model: PreTrainedModel,
+        prefix: Prefix | None,
+        tap: QueryTap | None = None,
+        prompt_index: Tensor | None = None,
+    ) -> Tensor:
         """`[n, d]`: the last hidden states of `target_rows`, with every sequence behind `prefix` (None: no prefix).
 
-        `tap` receives the queries of some tokens (see `prompted_hidden`).
+        `tap` receives the queries of some tokens, and `prompt_index [B]` says which row of the prefix a sequence reads
+        (see `prompted_hidden`).
         """
-        hidden = prompted_hidden(model, self.input_ids, prefix, attention_mask=self.attention_mask, tap=tap)
+        hidden = prompted_hidden(
+            model, self.input_ids, prefix, attention_mask=self.attention_mask, prompt_index=prompt_index, tap=tap
+        )
         return hidden.flatten(0, 1).index_select(0, self.target_rows)
 
 
