@@ -31,7 +31,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Types whose frequencies depend on the length of the sequence. No single rotation moves their keys."""
 
 
-def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
+def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int | Tensor) -> Prefix:
     """`prefix` with all keys moved by `delta` positions. Values are shared, not copied.
 
     Rotary scores depend on distances only (RoFormer, arXiv 2104.09864), so rotating the keys moves them.
@@ -41,7 +41,7 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
         prefix: keys `[R, Hkv, P, D]` after the rotary embedding, at any positions.
         delta: in tokens; positive is later. Example: k keys are chosen from a context of C tokens and moved by
             `k − C`. A sequence that continues at position k then has the same distances to them as one that continues
-            at C after the whole context.
+            at C after the whole context. Or `[R]` int64, one for each row.
 
     Returns:
         A prefix in the same dtype, differentiable with respect to the given one.
@@ -49,13 +49,13 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
     Raises:
         SoftPromptError: delta ≠ 0 for a model with learned positions, or with frequencies that depend on the length.
     """
-    if delta == 0:
+    if not isinstance(delta, Tensor) and delta == 0:
         return prefix
     config, family = text_config(model), family_of(model)
     parameters = rope_parameters(config)
     if not parameters:
         raise SoftPromptError(
-            f"delta: got {delta} for a '{config.model_type}', whose positions are learned and cannot be moved; "
+            f"delta: got {delta if isinstance(delta, int) else delta.tolist()} for a '{config.model_type}', whose positions are learned and cannot be moved; "
             "accepted is 0"
         )
     check_fixed_frequencies(model)
@@ -89,16 +89,18 @@ def _frequencies(rotary: Any, layer_type: str | None) -> Tensor:
     return frequencies
 
 
-def _rotation(frequencies: Tensor, delta: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of δθ, `[r/2]`. In float64 an angle of thousands of radians is exact to 1e-12."""
-    angle = frequencies.double() * delta
+def _rotation(frequencies: Tensor, delta: int | Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of δθ, `[r/2]`, or `[R, 1, 1, r/2]` for one δ a row. In float64 an angle of thousands of radians is
+    exact to 1e-12."""
+    rows = delta.to(frequencies.device)[:, None, None, None] if isinstance(delta, Tensor) else delta
+    angle = frequencies.double() * rows
     return angle.cos(), angle.sin()
 
 
 def _rotate(key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """`key [R, Hkv, P, D]` with its rotary features rotated and the others unchanged."""
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-    half = cos.shape[0]
+    half = cos.shape[-1]
     cos, sin = cos.to(key.device, dtype), sin.to(key.device, dtype)
     # `[..., r/2, 2]` or `[..., 2, r/2]`: the axis of 2 holds the pairs.
     pairs = key[..., : 2 * half].to(dtype).unflatten(-1, (half, 2) if interleaved else (2, half))

@@ -1,1 +1,1 @@
-"""A compressor that reads a context once: what the model computes for its summary tokens is the prompt."""
+"""A compressor that reads once: learned summary tokens behind a text, whose keys and values are its prompt."""

@@ -36,7 +36,7 @@ def select_tokens(model: PreTrainedModel, context: Prefix, k: int, how: str) -> 
     return initialise.from_prefix(context, k, how, rotate=partial(move_keys, model))
 
 
-def move_keys(model: PreTrainedModel, prefix: Prefix, delta: int) -> Prefix:
+def move_keys(model: PreTrainedModel, prefix: Prefix, delta: int | Tensor) -> Prefix:
     """`shift_keys`, but the keys of a model with learned positions stay: positions cannot be taken out of them."""
     return shift_keys(model, prefix, delta) if rope_parameters(model.config) else prefix
 
