@@ -16,9 +16,16 @@ CAPTURE_TOKENS = 1024
 """Tokens of a context that go through the model at once."""
 
 
-def capture_context(model: PreTrainedModel, ids: Tensor) -> Prefix:
-    """The keys and values of a context, `ids [1, C]`: the prefix that makes the model the teacher."""
-    return capture(model, ids.to(model.device), CAPTURE_TOKENS)
+def capture_context(model: PreTrainedModel, ids: Tensor, *, before: Prefix | None = None) -> Prefix:
+    """The keys and values of a context, `ids [1, C]`: the prefix that makes the model the teacher.
+
+    Args:
+        model: prepared.
+        ids: the tokens of the context.
+        before: a prompt of P tokens that the context follows, as the state of the segments before it. The result has
+            P + C tokens then, the prompt's first. None: the context is first.
+    """
+    return capture(model, ids.to(model.device), CAPTURE_TOKENS, before)
 
 
 def select_tokens(model: PreTrainedModel, context: Prefix, k: int, how: str) -> Prefix:
