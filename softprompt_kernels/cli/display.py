@@ -59,13 +59,3 @@ def show_side_by_side(question: str, answers: dict[str, str]) -> None:
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(Text(text) for text in answers.values()))
     Console().print(table)
-
-
-def size(count: int) -> str:
-    """Bytes as "640 B" or "3.2 MB"; 1 MB is 10⁶ bytes."""
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"

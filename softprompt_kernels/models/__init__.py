@@ -1,6 +1,6 @@
 """Run transformers models with a prefix: capture, forward, generate, sample, head, rotary shifts."""
 
-from softprompt_kernels.models.capture import capture, embed_prefix, prefix_of
+from softprompt_kernels.models.capture import MemoryStore, TokenStore, capture, embed_prefix, prefix_of
 from softprompt_kernels.models.decode.batch import DecodingBatch, DecodingRow, TokenScore
 from softprompt_kernels.models.families import auto_class
 from softprompt_kernels.models.forward import prompted_hidden, prompted_logits
@@ -18,10 +18,12 @@ __all__ = [
     "DecodingRow",
     "FedTokens",
     "Head",
+    "MemoryStore",
     "QueryRecorder",
     "QueryTap",
     "ScoreFunction",
     "TokenScore",
+    "TokenStore",
     "auto_class",
     "capture",
     "check_fixed_frequencies",

@@ -11,7 +11,7 @@ all their tokens, the autograd graph is complete, and gradient checkpointing, wh
 
 from __future__ import annotations
 
-from typing import cast, overload
+from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.families import check_positions, text_config
-from softprompt_kernels.models.finite import check_finite, not_finite
+from softprompt_kernels.models.finite import check_finite, fitting_cast
 from softprompt_kernels.models.forward import check_inputs, prefix_length, run_base
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.bank import PromptBank
@@ -31,9 +31,32 @@ from softprompt_kernels.prompts.offload import input_device
 from softprompt_kernels.prompts.prefix import Prefix
 
 
+class TokenStore(Protocol):
+    """Keeps the keys and values of a context in all layers, while they are computed.
+
+    Args:
+        length: tokens that are complete in all layers.
+    """
+
+    length: int
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write `key [R, Hkv, n, D]` and `value [R, Hkv, n, Dv]` of one layer behind the complete tokens."""
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens are complete."""
+
+    def prefix(self) -> Prefix:
+        """The complete tokens, not copied."""
+
+
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, input_ids: Tensor, chunk_tokens: int | None = None, before: Prefix | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    chunk_tokens: int | None = None,
+    before: Prefix | None = None,
+    store: TokenStore | None = None,
 ) -> Prefix:
     """Keys and values of a context, without a graph.
 
@@ -43,9 +66,11 @@ def capture(
         chunk_tokens: run this many tokens at a time, each chunk with the earlier chunks as its prefix. The result is
             the same; activations shrink from C tokens to `chunk_tokens`. None: all at once.
         before: a prefix of P tokens and R rows that the context follows. It is copied. None: the context is first.
+        store: where the keys and values go; None: memory, in the model's dtype. A chunk reads the tokens before it from
+            there. Tokens that are complete in the store already are not computed again; `before` is among them.
 
     Returns:
-        A prefix of P + C tokens in the model's dtype.
+        A prefix of P + C tokens, from the store.
 
     Raises:
         SoftPromptError: as `prompted_hidden`, or `chunk_tokens` below 1, or `before` has another number of rows or
@@ -60,21 +85,20 @@ def capture(
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise SoftPromptError(f"chunk_tokens: got {chunk_tokens}, accepted is 1 or more, or None")
-    total = input_ids.shape[1]
-    context = _ContextBuffers(prefix_length(before) + total)
-    if before is not None:
-        context.fill(before)
-    finite: list[Tensor] = []
-    for start in range(0, total, chunk_tokens or total):
+    total, given = input_ids.shape[1], prefix_length(before)
+    store = MemoryStore(given + total) if store is None else store
+    if before is not None and store.length == 0:
+        for layer, (key, value) in enumerate(before.layers):
+            store.put(layer, key, value)
+        store.advance(given)
+    for start in range(store.length - given, total, chunk_tokens or total):
         chunk = input_ids[:, start : start + (chunk_tokens or total)]
-        first, earlier = context.length, context.prefix() if context.length else None
+        first, earlier = store.length, store.prefix() if store.length else None
         positions = torch.arange(first, first + chunk.shape[1], device=input_ids.device)[None]
-        hidden = run_base(model, Call(earlier, sink=context), positions, input_ids=chunk)
-        finite.append(hidden.isfinite().all())
-        context.length += chunk.shape[1]
-    if not bool(torch.stack(finite).all()):
-        raise not_finite(model, "hidden states of the context")
-    return context.prefix()
+        hidden = run_base(model, Call(earlier, sink=store), positions, input_ids=chunk)
+        check_finite(model, "hidden states of the context", hidden)
+        store.advance(chunk.shape[1])
+    return store.prefix()
 
 
 def embed_prefix(model: PreTrainedModel, embedding: Tensor, lengths: Tensor | None = None) -> Prefix:
@@ -186,29 +210,39 @@ class LayerSink:
         return Prefix.of((layers[index] for index in range(len(layers))), lengths)
 
 
-class _ContextBuffers:
-    """Buffers for all tokens of every layer. The first `length` tokens are filled."""
+class MemoryStore:
+    """Buffers for all tokens of every layer, in memory. A `TokenStore`.
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    Args:
+        total: tokens that there is room for.
+        dtype: of the buffers; None: that of what is put there.
+        name: of the setting that asks for this dtype, for errors.
+    """
+
+    def __init__(self, total: int, dtype: torch.dtype | None = None, name: str = "dtype") -> None:
+        self.total, self.dtype, self.name = total, dtype, name
         self.length = 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def fill(self, prefix: Prefix) -> None:
-        """Copy a prefix to the start."""
-        for layer, (key, value) in enumerate(prefix.layers):
-            self.put(layer, key, value)
-        self.length = prefix.length
-
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Copy new tokens into the buffers of the layer.
+
+        Raises:
+            SoftPromptError: a number does not fit float16.
+        """
         if layer not in self.layers:
             self.layers[layer] = (self._buffer(key), self._buffer(value))
         for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-            buffer[:, :, self.length : self.length + new.shape[2]] = new
+            buffer[:, :, self.length : self.length + new.shape[2]] = fitting_cast(new, self.dtype, self.name)
 
-    def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_empty(*like.shape[:2], self.total, like.shape[3])
+    def advance(self, tokens: int) -> None:
+        """Count them."""
+        self.length += tokens
 
     def prefix(self) -> Prefix:
+        """Views of the buffers."""
         pairs = (self.layers[index] for index in range(len(self.layers)))
         return Prefix.of((key[:, :, : self.length], value[:, :, : self.length]) for key, value in pairs)
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        return like.new_empty(*like.shape[:2], self.total, like.shape[3], dtype=self.dtype)

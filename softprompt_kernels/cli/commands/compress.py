@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softprompt_kernels.cli.display import show_pairs, show_table, size
+from softprompt_kernels.cli.display import show_pairs, show_table
+from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries

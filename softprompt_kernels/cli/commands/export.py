@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from softprompt_kernels.cli.display import show_table, size
+from softprompt_kernels.cli.display import show_table
+from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.options import DeviceName, Force, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.rounding_loss import Asked, check_asked, errors_text, measured_loss, relative_errors

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompt_kernels.cli.display import show_pairs, size
+from softprompt_kernels.cli.display import show_pairs
+from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.options import DeviceName, DtypeName
 from softprompt_kernels.cli.quiet import quiet_libraries
 

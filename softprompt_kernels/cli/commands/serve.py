@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from softprompt_kernels.cli.display import size
+from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.errors import Stopped
 from softprompt_kernels.cli.options import (
     DeviceName,
