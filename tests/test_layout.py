@@ -27,7 +27,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("losses", "testing"),
         ("ops",),
         ("kernels",),
-        ("output_file",),
+        ("output_file", "sizes"),
         ("errors",),
     ),
     "softprompt_kernels/compress": (
@@ -36,7 +36,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("forecast", "diagnose", "suite_run"),
         ("run", "saved_prompt"),
         ("training",),
-        ("initial_prompt", "compared_answers", "teaching", "tracking"),
+        ("initial_prompt", "compared_answers", "teaching", "tracking", "long_context"),
         ("compressor",),
         ("inputs",),
         ("report",),

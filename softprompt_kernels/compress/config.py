@@ -271,6 +271,17 @@ class CompressConfig(BaseModel):
         24, ge=1, description="Number of training sequences to evaluate. Held-out sequences are all evaluated."
     )
 
+    context_dtype: Dtype = Field(
+        "auto",
+        description="Dtype of the context's stored keys and values. auto: that of the model. 16 bits round them.",
+    )
+    context_memory: Number | None = Field(
+        None,
+        ge=0,
+        description="GiB of memory for the context's keys and values. If they need more, they are kept on disk, which "
+        "changes no result. Default: half of what is free.",
+    )
+
     seed: Integer = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and batch order.")
     dtype: Dtype = Field("auto", description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")

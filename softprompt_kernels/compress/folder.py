@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "cache"
 
     @property
+    def context(self) -> Path:
+        """The keys and values of the context, where they are not kept in memory."""
+        return self.cache / "context.safetensors"
+
+    @property
     def targets(self) -> Path:
         """The folder of the targets of training."""
         return self.cache / "targets"

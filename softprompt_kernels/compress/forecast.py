@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -11,8 +16,10 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
+from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_prompt
 from softprompt_kernels.compress.inputs import Loaded, RunInputs, load_inputs
+from softprompt_kernels.compress.long_context.storage import ContextPlan, plan_context
 from softprompt_kernels.compress.matching.forecast import matching_seconds
 from softprompt_kernels.compress.matching.match import Matching
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
@@ -44,6 +51,9 @@ class Plan:
             queries. It is what a prompt can recover at most.
         seconds_per_step: measured.
         estimated_seconds: by stage, extrapolated from what was measured.
+        context_storage: where the keys and values of the context are, in words.
+        context_memory_bytes, context_disk_bytes: of these keys and values; one of them is 0.
+        peak_bytes: by stage, what it takes beside the model and these keys and values, counted.
     """
 
     context_tokens: int
@@ -57,6 +67,10 @@ class Plan:
     kl_none: float
     seconds_per_step: float
     estimated_seconds: dict[str, float]
+    context_storage: str = ""
+    context_memory_bytes: int = 0
+    context_disk_bytes: int = 0
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
 @own_torch_modes()
@@ -72,8 +86,26 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
     inputs = load_inputs(config, loaded)
     if remark := inputs.remark:
         reporter.message(remark)
+    with _scratch_file(config.output) as file:
+        stored = plan_context(inputs, RunFolder(config.output), file, reporter)
+        return _measured(inputs, stored, reporter)
+
+
+@contextmanager
+def _scratch_file(output: Path) -> Iterator[Path]:
+    """A path for the context on the disk of the run. What is written there is deleted at the end."""
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".softprompt-") as scratch:
+        yield Path(scratch) / "context.safetensors"
+
+
+def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Plan:
+    """The plan, measured on a few queries."""
+    config = inputs.config
     begin = time.perf_counter()
-    context = capture_context(inputs.model, inputs.context_ids)
+    context = capture_context(inputs.model, inputs.context_ids, storage=stored.storage)
     capture_seconds = time.perf_counter() - begin
 
     def sample(queries: int, tokens: int) -> tuple[list[Example], float]:
@@ -156,7 +188,7 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
     step_seconds = time.perf_counter() - begin
 
     with torch.no_grad():
-        prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=context.dtype).nbytes
+        prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=inputs.model.dtype).nbytes
     evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
     passes = EVALUATION_PASSES * evaluated + TEST_PASSES * len(inputs.test)
     return Plan(
@@ -179,6 +211,10 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
             "evaluation": sequence_seconds * passes,
             "answers_compared": compared * one_answer,
         },
+        context_storage=stored.summary,
+        context_memory_bytes=stored.memory_bytes,
+        context_disk_bytes=stored.disk_bytes,
+        peak_bytes=stored.peak_bytes,
     )
 
 

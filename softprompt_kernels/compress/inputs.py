@@ -40,6 +40,7 @@ WITHOUT_EFFECT = (
     "evaluate_every",
     "micro_batch_size",
     "gradient_checkpointing",
+    "context_memory",
     "contexts_together",
     "server_requests",
     "server_timeout",

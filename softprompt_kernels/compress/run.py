@@ -30,6 +30,7 @@ from softprompt_kernels.compress.evaluate.example_details import error_rows, exa
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.long_context.storage import plan_context
 from softprompt_kernels.compress.matching.match import (
     Matching,
     match,
@@ -156,7 +157,9 @@ def learn(inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: Stage
         SoftPromptError: the context does not matter for the queries, or something is not finite.
     """
     with times("context"):
-        context = capture_context(inputs.model, inputs.context_ids)
+        folder.cache.mkdir(exist_ok=True)
+        plan = plan_context(inputs, folder, folder.context, reporter)
+        context = capture_context(inputs.model, inputs.context_ids, storage=plan.storage)
         prompt = None if inputs.config.init == "matched" else initial_prompt(inputs, context)
     run = Run(inputs, folder, context, reporter, tracker)
     with times("answers"):
@@ -319,6 +322,7 @@ class Run:
                     folder=folder.cache,
                     key=self.key,
                     record=self.record,
+                    model=self.inputs.model,
                 )
             except KeyboardInterrupt as stop:
                 done = len(stored_layers(self.context, folder.cache, self.key))

@@ -180,7 +180,8 @@ class Teaching:
         if form is not None and (examples is None or self._read_targets(examples) is None):
             targets = TargetWriter(self.folder.targets, head, form, config.loss_temperature)
         if self._matches and (examples is None or self._read_rows(examples) is None):
-            size = row_bytes(self.context, inputs.model.config.get_text_config().num_attention_heads)
+            heads = inputs.model.config.get_text_config().num_attention_heads
+            size = row_bytes(self.context, heads, inputs.model.dtype)
             rows = RowRecorder(cache, config.matching_rows, size, config.seed)
         if examples is None or self._read_states(examples) is None:
             states = TargetWriter(self.folder.states, head, "hidden", 1.0)

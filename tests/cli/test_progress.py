@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.progress import PlainReporter, RichReporter, terminal_reporter
 from softprompt_kernels.compress.report.durations import duration
+from softprompt_kernels.sizes import size
 
 
 class Clock:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import show_pairs, show_table
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
@@ -19,6 +18,7 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
+from softprompt_kernels.sizes import size
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress import Plan
@@ -111,6 +111,7 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
     test = f", {forecast.test_queries} for the test" if forecast.test_queries else ""
     return [
         ("context", f"{forecast.context_tokens} tokens, {size(forecast.context_kv_bytes)} of keys and values"),
+        ("  stored", forecast.context_storage),
         ("prompt", f"{forecast.prompt_tokens} tokens, {size(forecast.prompt_bytes)} of keys and values"),
         ("ratio", f"{forecast.ratio:.1f}x"),
         ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),
@@ -118,6 +119,8 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("time per step", duration_of_step(forecast.seconds_per_step)),
         *((f"  {name.replace('_', ' ')}", duration(seconds)) for name, seconds in stages.items()),
         ("total time", f"about {duration(sum(stages.values()))}"),
+        ("memory", "beside the model and the context's keys and values, counted:"),
+        *((f"  {name}", size(count)) for name, count in forecast.peak_bytes.items()),
         ("written", "nothing (dry run)"),
     ]
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softprompt_kernels.cli.display import show_table
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.options import DeviceName, Force, Seed
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.cli.rounding_loss import Asked, check_asked, errors_text, measured_loss, relative_errors
 from softprompt_kernels.cli.text import as_text
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.output_file import check_output
+from softprompt_kernels.sizes import size
 
 if TYPE_CHECKING:
     from softprompt_kernels.formats.content import Content

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from softprompt_kernels.cli.display import show_pairs
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.options import DeviceName, DtypeName
 from softprompt_kernels.cli.quiet import quiet_libraries
+from softprompt_kernels.sizes import size
 
 PromptPath = Annotated[
     Path, typer.Argument(metavar="PROMPT", help="File or folder of a prompt, in any format.", show_default=False)

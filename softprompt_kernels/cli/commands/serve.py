@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.cli.errors import Stopped
 from softprompt_kernels.cli.options import (
     DeviceName,
@@ -20,6 +19,7 @@ from softprompt_kernels.cli.options import (
 )
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.sizes import size
 
 KEY = "SOFTPROMPT_API_KEY"
 Prompts = Annotated[

@@ -96,7 +96,9 @@ class JointMatching:
             self.flush()
         begin, groups = time.perf_counter(), {}
         for group in layer_groups(run.context, rows):
-            groups[group] = closed_form(run.context, rows, self.settings, group, run.reporter, lambda count: None)
+            groups[group] = closed_form(
+                run.context, rows, self.settings, group, run.reporter, lambda count: None, run.inputs.model
+            )
         light = replace(run, context=hollow(run.context))
         self.waiting.append(_Waiting(name, light, rows.heldout, groups, time.perf_counter() - begin))
         self.bytes += size
@@ -117,7 +119,7 @@ class JointMatching:
                 seconds = (time.perf_counter() - begin) / len(waiting)
                 for one, (key, value, error), steps in zip(waiting, found, records, strict=True):
                     try:
-                        check_dtype(key, value, one.run.context.dtype, group)
+                        check_dtype(key, value, one.run.inputs.model.dtype, group)
                     except SoftPromptError as problem:
                         self.failed.setdefault(one.name, str(problem))
                         continue

@@ -48,12 +48,13 @@ def capacity_curve(
     layers: dict[int, list[tuple[Tensor, Tensor]]] = {k: [] for k in tried}
     seconds = dict.fromkeys(tried, 0.0)
     with reporter.progress("Matching at other lengths", context.num_layers * len(tried), "layer") as advance:
-        for layer, (key, value) in enumerate(context.layers):
-            layer_rows = rows.layer(layer, context.device)
-            parts = split(layer_rows, key[0], value[0])
+        for layer, pair in enumerate(context.layers):
+            layer_rows = rows.layer(layer, inputs.model.device)
+            key, value = (tensor[0].to(inputs.model.device, layer_rows.query.dtype) for tensor in pair)
+            parts = split(layer_rows, key, value)
             for k in tried:
                 begin = time.perf_counter()
-                fitted = fit_layer(layer_rows, parts, key[0], value[0], k)
+                fitted = fit_layer(layer_rows, parts, key, value, k)
                 layers[k].append((fitted[0][None], fitted[1][None]))
                 seconds[k] += time.perf_counter() - begin
                 advance(1)

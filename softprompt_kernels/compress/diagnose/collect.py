@@ -31,6 +31,7 @@ from softprompt_kernels.compress.evaluate.example_details import GIVEN, example_
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_prompt, matched_prompt
 from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.long_context.storage import plan_context
 from softprompt_kernels.compress.matching.match import stored_match
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.self_study import self_study
@@ -137,7 +138,8 @@ class Collector:
     @cached_property
     def context(self) -> Prefix:
         """The captured context."""
-        return capture_context(self.inputs.model, self.inputs.context_ids)
+        plan = plan_context(self.inputs, self.folder, self.folder.context, self.reporter)
+        return capture_context(self.inputs.model, self.inputs.context_ids, storage=plan.storage)
 
     @cached_property
     def taught(self) -> Taught:

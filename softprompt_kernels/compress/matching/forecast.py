@@ -50,7 +50,8 @@ def matching_seconds(
     """
     seconds = 0.0
     for layers, recorded in _kinds(model, context, examples):
-        key, value = (tensor[0] for tensor in context.layers[layers[0]])
+        device, dtype = recorded.query.device, recorded.query.dtype
+        key, value = (tensor[0].to(device, dtype) for tensor in context.layers[layers[0]])
         seconds += len(layers) * _layer_seconds(recorded, key, value, settings, rows)
     return seconds
 

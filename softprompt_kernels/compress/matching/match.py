@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_prompt
 from softprompt_kernels.compress.matching.parts import split
@@ -60,6 +61,7 @@ def match(
     folder: Path | None = None,
     key: str = "",
     record: Callable[[dict[str, Any]], None] = lambda record: None,
+    model: PreTrainedModel | None = None,
 ) -> Prefix:
     """The prompt of k tokens for a captured context, with keys at the positions of the context, fp32.
 
@@ -75,11 +77,13 @@ def match(
         record: receives `{"stage": "matching", "first_layer", "layers", "step", "error", "seconds"}` for each step of
             refinement: mean error over heads, and the seconds since the step before. The steps of a group come when
             its result is stored, so that an interrupted group is not recorded twice.
+        model: the fit runs on its device, and the prompt has to fit its dtype. None: those of the context.
 
     Raises:
         SoftPromptError: queries, keys or values are not finite.
     """
     found: list[tuple[Tensor, Tensor]] = []
+    place = context if model is None else model
     groups = list(layer_groups(context, rows))
     with reporter.progress("Matching", context.num_layers * (settings.steps + 1), "layer step") as advance:
         for group in groups:
@@ -90,14 +94,12 @@ def match(
             else:
                 begin = time.perf_counter()
                 steps: list[dict[str, Any]] = []
-                stored, error = _match_group(context, rows, settings, group, reporter, advance, steps.append)
+                stored, error = _match_group(context, rows, settings, group, reporter, advance, steps.append, place)
                 if path is not None:
                     write_group(path, key, stored, error, time.perf_counter() - begin)
                 for step in steps:
                     record(step)
-            found += [
-                (layer_key.to(context.device), layer_value.to(context.device)) for layer_key, layer_value in stored
-            ]
+            found += [(layer_key.to(place.device), layer_value.to(place.device)) for layer_key, layer_value in stored]
     return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
 
 
@@ -193,9 +195,10 @@ def _match_group(
     reporter: Reporter,
     advance: Callable[..., None],
     record: Callable[[dict[str, Any]], None],
+    place: Prefix | PreTrainedModel,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Keys `[Hkv, k, D]` and values `[Hkv, k, Dv]` of some layers, and the error `[layers, Hq]` of each head."""
-    start = closed_form(context, rows, settings, group, reporter, advance)
+    start = closed_form(context, rows, settings, group, reporter, advance, place)
     stacked, error = (start.key, start.value), start.error
     if start.rows is not None:
         stacked = _refine_group(stacked, start.rows, rows.heldout, settings, group, advance, record)
@@ -203,7 +206,7 @@ def _match_group(
             error = match_error(start.rows.slice(0, rows.heldout), *stacked)
     else:
         advance(len(group) * settings.steps)
-    check_dtype(*stacked, context.dtype, group)
+    check_dtype(*stacked, place.dtype, group)
     return list(zip(*stacked, strict=True)), error
 
 
@@ -223,9 +226,16 @@ class ClosedForm(NamedTuple):
 
 
 def closed_form(
-    context: Prefix, rows: Rows, settings: Matching, group: range, reporter: Reporter, advance: Callable[..., None]
+    context: Prefix,
+    rows: Rows,
+    settings: Matching,
+    group: range,
+    reporter: Reporter,
+    advance: Callable[..., None],
+    place: Prefix | PreTrainedModel,
 ) -> ClosedForm:
-    """A group of layers before their refinement. `advance` is called for each layer; the rest as in `match`.
+    """A group of layers before their refinement, on the device of `place`. `advance` is called for each layer; the rest
+    as in `match`.
 
     Raises:
         SoftPromptError: queries, keys or values are not finite.
@@ -233,8 +243,11 @@ def closed_form(
     keys, values, errors = [], [], []
     refine_rows: RefineRows | None = None
     for index, layer in enumerate(group):
-        context_key, context_value = (tensor[0] for tensor in context.layers[layer])
-        layer_rows = rows.layer(layer, context.device)
+        layer_rows = rows.layer(layer, place.device)
+        # One layer of a context that is stored in 16 bits, or on another device, at a time.
+        context_key, context_value = (
+            tensor[0].to(place.device, layer_rows.query.dtype) for tensor in context.layers[layer]
+        )
         parts = split(layer_rows, context_key, context_value)
         key, value = fit_layer(layer_rows, parts, context_key, context_value, settings.tokens)
         if not bool(key.isfinite().all() and value.isfinite().all()):
@@ -248,7 +261,7 @@ def closed_form(
         if settings.steps and _can_refine(layer_rows, rows.heldout, settings, context):
             refine_rows = refine_rows or RefineRows.empty(len(group), layer_rows)
             refine_rows.put(index, layer_rows, parts)
-        del layer_rows, parts
+        del layer_rows, parts, context_key, context_value
         advance(1)
     if settings.steps and refine_rows is None:
         why = (

@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompt_kernels.compress.sizes import size
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models.finite import fitting_cast
 from softprompt_kernels.prompts import Prefix
+from softprompt_kernels.sizes import size
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ALIGNMENT = 4096  # of the first tensor
@@ -225,17 +225,16 @@ def _new_header(
 ) -> tuple[bytes, dict[str, _Place], int]:
     """The header of an empty file, the places of its tensors, and that of the number of complete tokens."""
     names = {value: name for name, value in DTYPES.items()}
-    tensors, end = {}, 0
+    tensors, places, end = {}, {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         tensors[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        places[name] = begin
     text = json.dumps({"__metadata__": {"filled": _digits(0).decode(), **made_from}, **tensors}).encode()
     text = text.ljust((len(text) + 8 + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT - 8)
     header = len(text).to_bytes(8, "little") + text
-    places = {
-        name: _Place(len(header) + one["data_offsets"][0], tuple(one["shape"]), dtype) for name, one in tensors.items()
-    }
-    return header, places, header.index(_digits(0))
+    found = {name: _Place(len(header) + begin, shapes[name], dtype) for name, begin in places.items()}
+    return header, found, header.index(_digits(0))
 
 
 def _digits(tokens: int) -> bytes:

@@ -231,9 +231,9 @@ def enough_examples(examples: Sequence[Example], rows: int, seed: int) -> list[i
     return chosen
 
 
-def row_bytes(context: Prefix, query_heads: int) -> int:
-    """Bytes of one row in all layers, for a model that computes in the dtype of the captured context."""
-    size = sum(key.shape[3] + value.shape[3] for key, value in context.layers) * context.layers[0][0].element_size()
+def row_bytes(context: Prefix, query_heads: int, dtype: torch.dtype) -> int:
+    """Bytes of one row in all layers, for a model that computes in this dtype."""
+    size = sum(key.shape[3] + value.shape[3] for key, value in context.layers) * dtype.itemsize
     return query_heads * (size + 4 * context.num_layers)
 
 

@@ -29,7 +29,7 @@ def matched(
     """Rows of all tokens of `sequences`, then a prompt at the positions where a sequence continues at k."""
     examples = [Example(tuple(row[:2].tolist()), tuple(row[2:].tolist())) for row in sequences]
     heads = model.config.get_text_config().num_attention_heads
-    recorder = RowRecorder(folder, 10_000, row_bytes(context, heads), 0)
+    recorder = RowRecorder(folder, 10_000, row_bytes(context, heads, context.dtype), 0)
     recording = Recording(len(examples), rows=recorder)
     watch(model, context, examples, range(len(examples)), recording, SilentReporter(), "")
     recorder.close("this")

@@ -30,7 +30,7 @@ def record(
 ) -> Rows:
     settings = {"seed": 0, "key": "this"} | options
     folder.mkdir(exist_ok=True)
-    recorder = RowRecorder(folder, rows, row_bytes(context, 4), settings["seed"])
+    recorder = RowRecorder(folder, rows, row_bytes(context, 4, context.dtype), settings["seed"])
     read(model, context, examples, recorder)
     recorder.close(settings["key"])
     found = read_rows(folder, settings["key"])
@@ -151,7 +151,7 @@ def test_the_disk_bounds_the_rows(
     examples: list[Example],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert row_bytes(context, 4) == ONE_ROW
+    assert row_bytes(context, 4, context.dtype) == ONE_ROW
     monkeypatch.setattr(module, "DISK_BYTES", 2 * 9 * ONE_ROW + 1)
     monkeypatch.setattr(module, "BUFFER_BYTES", 1)
     monkeypatch.setattr("softprompt_kernels.compress.teacher.answers.TOKENS_PER_BATCH", 10)
@@ -195,7 +195,7 @@ def test_an_interrupted_recording_leaves_no_rows(
     tmp_path: Path, model: PreTrainedModel, context: Prefix, examples: list[Example]
 ) -> None:
     record(tmp_path, model, context, examples)
-    recorder = RowRecorder(tmp_path, 1000, row_bytes(context, 4), 0)
+    recorder = RowRecorder(tmp_path, 1000, row_bytes(context, 4, context.dtype), 0)
     read(model, context, examples[:3], recorder)
     recorder._flush()  # without `close`
     assert read_rows(tmp_path, "this") is None
@@ -215,7 +215,7 @@ def test_rows_of_a_16_bit_model_are_stored_in_16_bits_and_read_in_fp32(
     layer = rows.layer(0, CPU)
     assert {t.dtype for t in (layer.query, layer.out, layer.lse)} == {torch.float32}
     assert torch.equal(layer.query, layer.query.to(dtype).float())
-    assert sum(path.stat().st_size for path in rows.files) < TOTAL * (row_bytes(context, 4) + 8) + 3000
+    assert sum(path.stat().st_size for path in rows.files) < TOTAL * (row_bytes(context, 4, context.dtype) + 8) + 3000
 
 
 def test_tokens_after_equal_beginnings_count_once(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_rows_of_sampled_answers_are_those_of_reading_them(
     wanted: int,
 ) -> None:
     inputs = [example.input_ids for example in examples] * 2
-    recorder = RowRecorder(tmp_path, wanted, row_bytes(context, 4), 0)
+    recorder = RowRecorder(tmp_path, wanted, row_bytes(context, 4, context.dtype), 0)
     sampled = {one.index: one.tokens for one in sample(model, inputs, context, new_tokens=6, recorder=recorder)}
     recorder.close("this")
     rows = read_rows(tmp_path, "this")
