@@ -67,7 +67,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "benchmarks": (
         ("device",),
-        ("suites", "study", "serve"),
+        ("suites", "study", "serve", "long_context"),
         ("counted", "step"),
         ("harness",),
     ),

@@ -210,7 +210,7 @@ class ContextFile:
         return self.partial
 
     def _cannot_write(self, error: OSError) -> SoftPromptError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(self.path.parent).free
             return SoftPromptError(
                 f"output: {self.path.parent} has no room for the keys and values of the context: {size(self.nbytes)} "
