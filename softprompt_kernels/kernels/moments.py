@@ -58,9 +58,12 @@ def teacher_moments(
 
 
 def forward(
-    problem: MomentsProblem, need_gradient: bool, expectation: ExpectationKernel
+    problem: MomentsProblem, need_gradient: bool, expectation: ExpectationKernel, labels_subtracted: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed."""
+    """Loss of each row [N], and ∂ loss[n] / ∂ student[n] [N, d] if it is needed.
+
+    `labels_subtracted`: the mean that `expectation` gives is E_p[W] − λ W_y already.
+    """
     temperature, head = problem.temperature, problem.head
     labels = problem.labels if problem.label_weight > 0 else None
     found = expectation(
@@ -82,7 +85,7 @@ def forward(
     loss = (loss.clamp(min=0) * temperature**2).to(dtype)
     gradient = found.mean
     if gradient is not None:
-        _subtract_targets_(gradient, problem, labels, row_label_weight.to(dtype)[:, None])
+        _subtract_targets_(gradient, problem, labels, row_label_weight.to(dtype)[:, None], labels_subtracted)
         gradient.mul_(head.logit_scale * temperature)
     if problem.weights is not None:
         loss = torch.where(problem.weights == 0, 0, loss)
@@ -91,13 +94,19 @@ def forward(
     return loss, gradient
 
 
-def _subtract_targets_(mean: Tensor, problem: MomentsProblem, labels: Tensor | None, row_label_weight: Tensor) -> None:
+def _subtract_targets_(
+    mean: Tensor,
+    problem: MomentsProblem,
+    labels: Tensor | None,
+    row_label_weight: Tensor,
+    labels_subtracted: bool,
+) -> None:
     """E_p[W] becomes E_p[W] − (1−λ) m − λ W_y, in place."""
     if problem.mean is not None and labels is None:
         mean -= problem.mean
     elif problem.mean is not None:
         mean.addcmul_(problem.mean, row_label_weight - 1)
-    if labels is not None:
+    if labels is not None and not labels_subtracted:
         for rows in _blocks(mean):
             label_rows = problem.head.weight[labels[rows].clamp(min=0)].to(mean.dtype)
             mean[rows].addcmul_(label_rows, row_label_weight[rows], value=-1)

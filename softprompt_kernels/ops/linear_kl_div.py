@@ -10,17 +10,23 @@ of one GEMM of the head's size, U = 2·N·V·d FLOP:
 The teacher is a constant: its logits give no gradient to its hidden states or to the head.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 from softprompt_kernels.kernels.problems.loss import Divergence, Head, HeadNeeds, HeadProblem
-from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.kernels.sharded.shards import refusals_shared
+from softprompt_kernels.ops import checks, dispatch, sharded
 from softprompt_kernels.ops.autograd import forbid_double_backward, row_gradient_dtype, run_kernel, scale_rows
 from softprompt_kernels.ops.kl_div import check_divergence
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_kl_div"
 
@@ -42,6 +48,7 @@ def linear_kl_div(
     valid_vocab: int | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Divergence between the distributions of two language-model heads.
 
@@ -59,40 +66,53 @@ def linear_kl_div(
         divergence, beta, temperature, weights, reduction, backend: as in `kl_div`.
         valid_vocab: only the first `valid_vocab` rows of weight, teacher_weight and bias count.
         chunk_tokens: tokens per chunk, whose logits exist at a time. None: as many as fit the workspace.
+        group: the ranks over which the vocabulary is split (`ops/sharded.py`). Each gives its rows of weight,
+            teacher_weight and bias, and the same hidden states, and gets the whole loss and gradient; valid_vocab
+            counts the entries of all ranks. The backend is then None or "composed".
 
     Returns:
         The loss in fp32 (float64 for float64 students): a scalar, or [N] with reduction "none".
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        ValueError, TypeError: naming the argument, what it got and what it accepts; with a group on all ranks.
         RuntimeError: on a second derivative, or when the weight was changed in place before the backward.
     """
-    student_hidden, weight = checks.autocast(student_hidden, weight)
-    checks.hidden_and_weight("student_hidden", student_hidden, "weight", weight)
-    checks.same_dtype_and_device("weight", weight, "student_hidden", student_hidden)
-    if teacher_weight is None:
-        checks.hidden_and_weight("teacher_hidden", teacher_hidden, "weight", weight)
-    else:
-        checks.hidden_and_weight("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight)
-        checks.device("teacher_weight", teacher_weight, student_hidden.device)
-        if valid_vocab is None and teacher_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"valid_vocab must be given where the heads have different vocabularies; got None with "
-                f"{weight.shape[0]} rows of weight and {teacher_weight.shape[0]} of teacher_weight"
-            )
-    checks.device("teacher_hidden", teacher_hidden, student_hidden.device)
-    checks.same_rows("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
-    checks.head_options(weight, bias, logit_scale, chunk_tokens)
-    checks.positive("softcap", softcap)
-    check_divergence(divergence, beta, temperature)
-    check_reduction(reduction)
-    vocab = checks.vocabulary(
-        valid_vocab, weight.shape[0], (weight if teacher_weight is None else teacher_weight).shape[0]
-    )
-    student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
-    weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
-    dispatch.check_backend(backend)
+    with refusals_shared(group, student_hidden):
+        student_hidden, weight = checks.autocast(student_hidden, weight)
+        checks.hidden_and_weight("student_hidden", student_hidden, "weight", weight)
+        checks.same_dtype_and_device("weight", weight, "student_hidden", student_hidden)
+        if teacher_weight is None:
+            checks.hidden_and_weight("teacher_hidden", teacher_hidden, "weight", weight)
+        else:
+            checks.hidden_and_weight("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight)
+            checks.device("teacher_weight", teacher_weight, student_hidden.device)
+            if (valid_vocab is None or group is not None) and teacher_weight.shape[0] != weight.shape[0]:
+                raise ValueError(
+                    f"valid_vocab must be given where the heads have different vocabularies, and group be None; got "
+                    f"{valid_vocab} with {weight.shape[0]} rows of weight and {teacher_weight.shape[0]} of "
+                    f"teacher_weight"
+                )
+        checks.device("teacher_hidden", teacher_hidden, student_hidden.device)
+        checks.same_rows("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+        checks.head_options(weight, bias, logit_scale, chunk_tokens)
+        checks.positive("softcap", softcap)
+        check_divergence(divergence, beta, temperature)
+        check_reduction(reduction)
+        teacher_rows = (weight if teacher_weight is None else teacher_weight).shape[0]
+        vocab = 0 if group is not None else checks.vocabulary(valid_vocab, weight.shape[0], teacher_rows)
+        student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
+        weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
+        dispatch.check_backend(backend)
+        if group is not None:
+            sharded.check_backend(backend)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if group is not None:
+        call = sharded.LiveCall(
+            softcap, float(logit_scale), divergence, float(beta), float(temperature), valid_vocab, chunk_tokens
+        )
+        heads = None if teacher_weight is None else teacher_weight.detach()
+        rows = sharded.linear_kl_div(student, weight, bias, teacher, heads, weights, call, group)
+        return reduce_rows(rows, weights, reduction)
     rows, _ = forward_op(
         student,
         weight,

@@ -7,18 +7,24 @@ such GEMMs, forward and backward together. Both numbers are 3 for 16-bit heads o
 the same op.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from softprompt_kernels.kernels import moments
+from softprompt_kernels.kernels import moments as moments_kernels
 from softprompt_kernels.kernels.problems.attention import accumulate_dtype
 from softprompt_kernels.kernels.problems.loss import ExpectationProblem, Head
-from softprompt_kernels.ops import checks, dispatch
+from softprompt_kernels.kernels.sharded.shards import refusals_shared
+from softprompt_kernels.ops import checks, dispatch, sharded
 from softprompt_kernels.ops.autograd import row_gradient_dtype, run_kernel, scale_rows
 from softprompt_kernels.ops.reduction import check_reduction, check_weights, reduce_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TEACHER_OP = "teacher_moments"
 STUDENT_OP = "linear_kl_div_from_moments"
@@ -46,7 +52,7 @@ class TeacherMoments:
     logit_scale: float = 1.0
     valid_vocab: int | None = None
 
-    def __getitem__(self, rows: Any) -> "TeacherMoments":
+    def __getitem__(self, rows: Any) -> TeacherMoments:
         """The moments of some rows; `rows` is any index of the first dimension."""
         bias_mean = None if self.bias_mean is None else self.bias_mean[rows]
         return TeacherMoments(
@@ -64,6 +70,7 @@ def teacher_moments(
     valid_vocab: int | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> TeacherMoments:
     """The moments of a teacher's distribution, which are all that the forward KL needs of it. No gradient.
 
@@ -79,14 +86,23 @@ def teacher_moments(
         valid_vocab: only the first `valid_vocab` entries of weight and bias count.
         chunk_tokens: tokens per chunk, whose logits exist at a time. None: as many as fit the workspace.
         backend: the name of a backend; None chooses one.
+        group: the ranks over which the vocabulary is split (`ops/sharded.py`). Each gives its rows of weight and bias,
+            and the same hidden states, and gets the moments of the whole vocabulary; valid_vocab counts the entries of
+            all ranks.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it accepts.
+        ValueError, TypeError: naming the argument, what it got and what it accepts; with a group on all ranks.
     """
-    teacher_hidden, weight = checks.autocast(teacher_hidden, weight)
-    _check_head("teacher_hidden", teacher_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
-    dispatch.check_backend(backend)
+    with refusals_shared(group, teacher_hidden):
+        teacher_hidden, weight = checks.autocast(teacher_hidden, weight)
+        _check_head("teacher_hidden", teacher_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
+        vocab = 0 if group is not None else checks.vocabulary(valid_vocab, weight.shape[0])
+        dispatch.check_backend(backend)
+    if group is not None:
+        hidden, scale = teacher_hidden.detach().flatten(0, -2), float(logit_scale)
+        head = Head(weight.detach(), None if bias is None else bias.detach(), None, scale)
+        found = sharded.teacher_moments(hidden, head, float(temperature), valid_vocab, chunk_tokens, backend, group)
+        return TeacherMoments(*found, float(temperature), scale, valid_vocab)
     mean, entropy, bias_mean = teacher_op(
         teacher_hidden.detach().flatten(0, -2),
         weight.detach(),
@@ -117,6 +133,7 @@ def linear_kl_div_from_moments(
     valid_vocab: int | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """(1 − label_weight) · KL(teacher‖student) + label_weight · NLL(labels), each times T².
 
@@ -134,6 +151,9 @@ def linear_kl_div_from_moments(
         logit_scale, temperature, valid_vocab, chunk_tokens, backend: as in `teacher_moments`.
         weights: [N], at least 0. Rows of weight 0 are skipped: they may hold anything.
         reduction: "mean" (over the sum of weights; 0 if that is 0), "sum", or "none" (weighted rows, [N]).
+        group: the ranks over which the vocabulary is split (`ops/sharded.py`). Each gives its rows of weight and bias,
+            and the same of everything else, and gets the whole loss and gradient. Labels and valid_vocab count the
+            entries of all ranks.
 
     The loss is a difference of numbers of the size of a logit: its absolute error is about 1e-6 in fp32. It is never
     negative. The gradient is as accurate as that of `linear_kl_div`. Heads with a softcap are not linear, so moments
@@ -146,30 +166,49 @@ def linear_kl_div_from_moments(
         ValueError, TypeError: naming the argument, what it got and what it accepts.
         RuntimeError: on a second derivative, or when the weight was changed in place before the backward.
     """
-    student_hidden, weight = checks.autocast(student_hidden, weight)
-    _check_head("student_hidden", student_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient: the moments were made with its old value; "
-                f"freeze it, or use linear_kl_div"
-            )
-    student = student_hidden.flatten(0, -2)
-    tokens = student.shape[0]
-    vocab = checks.vocabulary(valid_vocab, weight.shape[0])
-    weights = check_weights(weights, tokens, accumulate_dtype(student.dtype), student.device)
-    labels = _check_labels(labels, label_weight, tokens, student.device)
-    check_reduction(reduction)
-    if moments is not None:
-        _check_moments(moments, student, weight, bias, logit_scale, temperature, vocab)
-    else:
-        if labels is None or label_weight != 1:
-            raise ValueError(
-                f"moments must be given unless label_weight is 1; got None and label_weight {label_weight}"
-            )
-        labelled = (labels >= 0).to(accumulate_dtype(student.dtype))
-        weights = labelled if weights is None else weights * labelled
-    dispatch.check_backend(backend)
+    with refusals_shared(group, student_hidden):
+        student_hidden, weight = checks.autocast(student_hidden, weight)
+        _check_head("student_hidden", student_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name} must not require a gradient: the moments were made with its old value; "
+                    f"freeze it, or use linear_kl_div"
+                )
+        student = student_hidden.flatten(0, -2)
+        tokens = student.shape[0]
+        vocab = 0 if group is not None else checks.vocabulary(valid_vocab, weight.shape[0])
+        weights = check_weights(weights, tokens, accumulate_dtype(student.dtype), student.device)
+        labels = _check_labels(labels, label_weight, tokens, student.device)
+        check_reduction(reduction)
+        if moments is not None:
+            _check_moments(moments, student, bias, logit_scale, temperature)
+            if group is None:
+                _check_vocabulary(moments, vocab, weight.shape[0])
+        else:
+            if labels is None or label_weight != 1:
+                raise ValueError(
+                    f"moments must be given unless label_weight is 1; got None and label_weight {label_weight}"
+                )
+            labelled = (labels >= 0).to(accumulate_dtype(student.dtype))
+            weights = labelled if weights is None else weights * labelled
+        dispatch.check_backend(backend)
+    if group is not None:
+        problem = moments_kernels.MomentsProblem(
+            student,
+            None if moments is None else moments.mean,
+            None if moments is None else moments.entropy,
+            None if moments is None else moments.bias_mean,
+            Head(weight, bias, None, float(logit_scale)),
+            labels,
+            float(label_weight),
+            weights,
+            float(temperature),
+            chunk_tokens,
+        )
+        made = None if moments is None else lambda vocab, rows: _check_vocabulary(moments, vocab, rows)
+        rows = sharded.linear_kl_div_from_moments(problem, valid_vocab, made, backend, group)
+        return reduce_rows(rows, weights, reduction)
     rows, _ = student_op(
         student,
         weight,
@@ -208,9 +247,8 @@ def teacher_op(
     problem = ExpectationProblem(hidden, head, None, None, temperature, chunk_tokens, need_mean=True)
     kernel = dispatch.select(TEACHER_OP, problem, backend, hidden.device)
     arguments = hidden, head, temperature, chunk_tokens, kernel.forward
-    mean, entropy, bias_mean = run_kernel(
-        f"{TEACHER_OP}.forward", kernel, hidden.device, moments.teacher_moments, *arguments
-    )
+    function = moments_kernels.teacher_moments
+    mean, entropy, bias_mean = run_kernel(f"{TEACHER_OP}.forward", kernel, hidden.device, function, *arguments)
     return mean, entropy, mean.new_empty(0) if bias_mean is None else bias_mean
 
 
@@ -240,13 +278,13 @@ def student_op(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     head = Head(weight, bias, None, logit_scale).cut(vocab)
-    problem = moments.MomentsProblem(
+    problem = moments_kernels.MomentsProblem(
         student, mean, entropy, bias_mean, head, labels, label_weight, weights, temperature, chunk_tokens
     )
     expectation = ExpectationProblem(student, head, labels, weights, temperature, chunk_tokens, need_gradient)
     kernel = dispatch.select(STUDENT_OP, expectation, backend, student.device)
     rows, gradient = run_kernel(
-        f"{STUDENT_OP}.forward", kernel, student.device, moments.forward, problem, need_gradient, kernel.forward
+        f"{STUDENT_OP}.forward", kernel, student.device, moments_kernels.forward, problem, need_gradient, kernel.forward
     )
     dtype = row_gradient_dtype(student.dtype)
     return rows, student.new_empty(0, dtype=dtype) if gradient is None else gradient.to(dtype)
@@ -315,23 +353,14 @@ def _check_labels(labels: Tensor | None, label_weight: float, tokens: int, devic
 def _check_moments(
     moments: TeacherMoments,
     student: Tensor,
-    weight: Tensor,
     bias: Tensor | None,
     logit_scale: float,
     temperature: float,
-    vocab: int,
 ) -> None:
     if not isinstance(moments, TeacherMoments):
         raise TypeError(f"moments must be TeacherMoments; got {type(moments).__name__}")
-    made_with = weight.shape[0] if moments.valid_vocab is None else moments.valid_vocab
-    settings = (
-        ("temperature", float(temperature), moments.temperature),
-        ("logit_scale", float(logit_scale), moments.logit_scale),
-        ("valid_vocab", vocab, made_with),
-    )
-    for name, got, made in settings:
-        if got != made:
-            raise ValueError(f"{name} must be {made}, which the moments were made with; got {got}")
+    _check_setting("temperature", float(temperature), moments.temperature)
+    _check_setting("logit_scale", float(logit_scale), moments.logit_scale)
     if (bias is None) != (moments.bias_mean is None):
         raise ValueError(
             f"bias must be {'None' if moments.bias_mean is None else 'given'}, as for the moments; "
@@ -344,3 +373,13 @@ def _check_moments(
         checks.device(f"moments.{name}", tensor, student.device)
         if tensor.dtype != dtype:
             raise TypeError(f"moments.{name} must be {dtype} for a student in {student.dtype}; got {tensor.dtype}")
+
+
+def _check_vocabulary(moments: TeacherMoments, vocab: int, rows: int) -> None:
+    """The moments were made with the `vocab` entries that count, of a head of `rows` entries."""
+    _check_setting("valid_vocab", vocab, rows if moments.valid_vocab is None else moments.valid_vocab)
+
+
+def _check_setting(name: str, got: float, made: float) -> None:
+    if got != made:
+        raise ValueError(f"{name} must be {made}, which the moments were made with; got {got}")

@@ -23,7 +23,7 @@ from softprompt_kernels.kernels.problems.loss import FORWARD, JSD, REVERSE, Dive
 
 def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """Loss [N] and its gradient [N, V] by the student's logits, both [N, V] and already divided by the temperature."""
-    student_max, teacher_max = _finite_max(student), _finite_max(teacher)
+    student_max, teacher_max = finite_max(student), finite_max(teacher)
     student_exp, teacher_exp = torch.exp(student - student_max), torch.exp(teacher - teacher_max)
     student_sum, teacher_sum = student_exp.sum(-1, keepdim=True), teacher_exp.sum(-1, keepdim=True)
     no_student, no_teacher = student_sum == 0, teacher_sum == 0
@@ -32,9 +32,9 @@ def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tens
     # Differences first, normalisers after: equal logits give exactly 0, and close ones lose no digits.
     delta = student - teacher - (student_max - teacher_max) - torch.log(student_sum / teacher_sum)
     if divergence.kind == FORWARD:
-        loss, gradient = _kl(p_t, p_s, delta), p_s - p_t
+        loss, gradient = kl_sum(p_t, p_s, delta), p_s - p_t
     elif divergence.kind == REVERSE:
-        loss = _kl(p_s, p_t, -delta)
+        loss = kl_sum(p_s, p_t, -delta)
         gradient = torch.where(p_s == 0, 0, p_s * (delta - loss))
         gradient = torch.where(torch.isinf(loss), 0, gradient)
     elif divergence.kind == JSD:
@@ -46,13 +46,13 @@ def rows(student: Tensor, teacher: Tensor, divergence: Divergence) -> tuple[Tens
     return loss.squeeze(-1), torch.where(no_student | no_teacher, 0, gradient)
 
 
-def _finite_max(logits: Tensor) -> Tensor:
+def finite_max(logits: Tensor) -> Tensor:
     """The largest logit [N, 1]; 0 for rows of −inf, and for an empty vocabulary."""
     largest = logits.amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:-1], 1)
     return torch.where(torch.isinf(largest), 0, largest)
 
 
-def _kl(p: Tensor, q: Tensor, delta: Tensor) -> Tensor:
+def kl_sum(p: Tensor, q: Tensor, delta: Tensor) -> Tensor:
     """Σ p φ(δ) [N, 1], with δ = log q/p. Where δ is large, p φ(δ) is q − p − p δ, which cannot overflow."""
     cost = torch.where(p == 0, 0, p * delta)
     near = delta <= 1
@@ -64,15 +64,15 @@ def _kl(p: Tensor, q: Tensor, delta: Tensor) -> Tensor:
 
 def _jsd(p_s: Tensor, p_t: Tensor, delta: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     mixture = beta * p_t + (1 - beta) * p_s
-    mixture_over_teacher = _log_mix(delta, 1 - beta)
-    mixture_over_student = _log_mix(-delta, beta)
-    student_cost = _kl(p_s, mixture, mixture_over_student)
-    loss = beta * _kl(p_t, mixture, mixture_over_teacher) + (1 - beta) * student_cost
+    mixture_over_teacher = log_mix(delta, 1 - beta)
+    mixture_over_student = log_mix(-delta, beta)
+    student_cost = kl_sum(p_s, mixture, mixture_over_student)
+    loss = beta * kl_sum(p_t, mixture, mixture_over_teacher) + (1 - beta) * student_cost
     gradient = (1 - beta) * p_s * (-mixture_over_student - student_cost)
     return loss, torch.where(p_s == 0, 0, gradient)
 
 
-def _log_mix(delta: Tensor, share: float) -> Tensor:
+def log_mix(delta: Tensor, share: float) -> Tensor:
     """log((1 − share) + share · e^δ), accurate near δ = 0 and safe for large δ."""
     near = torch.log1p(share * torch.expm1(torch.clamp(delta, max=1)))
     far = delta + torch.log(share + (1 - share) * torch.exp(-torch.clamp(delta, min=0)))
