@@ -8,6 +8,7 @@ import typer
 
 from softprompt_kernels.cli.commands.bench import bench
 from softprompt_kernels.cli.commands.chat import chat
+from softprompt_kernels.cli.commands.compose import compose
 from softprompt_kernels.cli.commands.compress import compress
 from softprompt_kernels.cli.commands.diagnose import diagnose
 from softprompt_kernels.cli.commands.evaluate import evaluate
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 for _command in (
     compress,
+    compose,
     evaluate,
     diagnose,
     report,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -57,12 +57,32 @@ def parse_template_arguments(text: str | None) -> dict[str, Any] | None:
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Replaces `**options` of a command by one option for each field of `CompressConfig`; None if not given."""
+    return with_some_config_options(CompressConfig.model_fields, {})(command)
+
+
+def with_some_config_options(
+    names: Iterable[str], defaults: Mapping[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As `with_config_options`, for some of the fields.
+
+    Args:
+        names: of the fields.
+        defaults: which the command has in place of those of the fields, for the help.
+    """
+    return lambda command: _with_options(command, set(names), defaults)
+
+
+def _with_options(
+    command: Callable[..., None], names: Collection[str], defaults: Mapping[str, Any]
+) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields, panel = [], ""
     for name, field in CompressConfig.model_fields.items():
         panel = PANELS.get(name, panel)
-        info = typer.Option(_flag(name), help=_help(name), rich_help_panel=panel, show_default=False)
+        if name not in names:
+            continue
+        info = typer.Option(_flag(name), help=_help(name, defaults), rich_help_panel=panel, show_default=False)
         option_type: Any = _plain_type(field.annotation) | None
         annotation: Any = Annotated[option_type, info]
         fields.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
@@ -75,9 +95,11 @@ def _flag(name: str) -> str:
     return f"{flag}/--no-{name.replace('_', '-')}" if CompressConfig.model_fields[name].annotation is bool else flag
 
 
-def _help(name: str) -> str:
+def _help(name: str, defaults: Mapping[str, Any]) -> str:
     field = CompressConfig.model_fields[name]
     text = field.description or ""
+    if name in defaults:
+        return f"{text} Default: {defaults[name]}."
     if field.is_required():
         return f"{text} Required."
     return text if field.default in (None, PydanticUndefined) else f"{text} Default: {field.default}."

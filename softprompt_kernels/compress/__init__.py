@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softprompt_kernels.compress.composition.compose import compose
+    from softprompt_kernels.compress.composition.forecast import plan_composition
+    from softprompt_kernels.compress.composition.join import join_prompts
     from softprompt_kernels.compress.config import CompressConfig
     from softprompt_kernels.compress.config_file import load_config
     from softprompt_kernels.compress.diagnose.run import diagnose_run
@@ -30,20 +33,26 @@ __all__ = [
     "Reporter",
     "SilentReporter",
     "Suite",
+    "compose",
     "compress",
     "diagnose_run",
     "evaluate_prompt",
     "evaluate_suite",
+    "join_prompts",
     "load_config",
     "load_model",
     "make_suite",
     "plan",
+    "plan_composition",
     "suite_config",
     "suite_of",
     "write_suite",
 ]
 
 _MODULES = {
+    "compose": "softprompt_kernels.compress.composition.compose",
+    "plan_composition": "softprompt_kernels.compress.composition.forecast",
+    "join_prompts": "softprompt_kernels.compress.composition.join",
     "ChatFormat": "softprompt_kernels.compress.sources.chat",
     "CompressConfig": "softprompt_kernels.compress.config",
     "load_config": "softprompt_kernels.compress.config_file",

@@ -1,1 +1,1 @@
-"""Prompts of several contexts, joined to one."""
+"""Prompts of several contexts, joined to one, and trained a little."""

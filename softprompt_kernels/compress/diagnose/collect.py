@@ -30,7 +30,7 @@ from softprompt_kernels.compress.evaluate.distance import NEGLIGIBLE_KL, measure
 from softprompt_kernels.compress.evaluate.example_details import GIVEN, example_details
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_prompt, matched_prompt
-from softprompt_kernels.compress.inputs import RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.inputs import Loaded, RunInputs, identity, load_inputs, sha256
 from softprompt_kernels.compress.long_context.storage import plan_context
 from softprompt_kernels.compress.matching.match import stored_match
 from softprompt_kernels.compress.reporter import Reporter
@@ -68,20 +68,25 @@ def run_config(folder: RunFolder) -> CompressConfig:
     return load_config(folder.path / "config.yaml", {"output": folder.path})
 
 
-def load_run(folder: RunFolder) -> RunInputs:
+def load_run(folder: RunFolder, config: CompressConfig | None = None, loaded: Loaded | None = None) -> RunInputs:
     """The inputs of the run in a folder, which must be what they were.
+
+    Args:
+        folder: of the run.
+        config: its configuration, with another device where one is wished; None: `run_config`.
+        loaded: as in `load_inputs`.
 
     Raises:
         SoftPromptError: the folder holds no run, an input has gone, or is another one now.
     """
-    config = run_config(folder)
+    config = config or run_config(folder)
     if folder.read_evaluation() is None and not folder.examples.exists():
         raise SoftPromptError(
             f"run: {folder.path} is not finished: the teacher has not answered the queries; run the command of the run "
-            "again, and diagnose it then"
+            "again first"
         )
     try:
-        inputs = load_inputs(config)
+        inputs = load_inputs(config, loaded)
     except SoftPromptError as error:
         raise SoftPromptError(
             f"{error}. It is named in {folder.path / 'config.yaml'}: correct it there if it has moved. Relative paths "
@@ -113,7 +118,7 @@ def scratch_folder(folder: RunFolder) -> Iterator[RunFolder]:
             (scratch.cache / name).mkdir(exist_ok=True)
             for path in (folder.cache / name).glob("*"):
                 if path.is_file() and not path.name.startswith(("rows", "matched")):
-                    _link(path, scratch.cache / name / path.name)
+                    link(path, scratch.cache / name / path.name)
         yield scratch
     finally:
         shutil.rmtree(scratch.path, ignore_errors=True)
@@ -272,8 +277,8 @@ def mean_none(examples: tuple[ExampleDetails, ...]) -> float:
     return sum(sum(one.kl["none"]) for one in examples) / max(1, tokens)
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
+def link(source: Path, target: Path) -> None:
+    """Make a hard link to a file, or a copy of it where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
