@@ -46,8 +46,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("matching",),
         ("teacher",),
         ("sources",),
-        ("config_file",),
-        ("config", "reporter", "process", "parallel"),
+        ("config_file", "parallel"),
+        ("config", "reporter", "process"),
         ("text_file",),
     ),
     "softprompt_kernels/kernels": (

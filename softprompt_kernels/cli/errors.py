@@ -9,7 +9,7 @@
 | SIGTERM, SIGHUP while `compress` works | how to resume | 143, 129 |
 | anything else | the traceback: it is a bug of this package | 1 |
 
-With `--debug` the first three show their traceback too.
+With `--debug` the first three show their traceback too. Of the processes of one run, the first prints.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompt_kernels.compress.parallel.launch import is_first
 from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the Python traceback of an error.")]
@@ -69,7 +70,8 @@ def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **options)
             except (Stopped, KeyboardInterrupt) as error:
                 with suppress(OSError):  # the terminal is gone
-                    typer.echo(f"\n{str(error) or 'Interrupted.'}", err=True)
+                    if not _first_tells():
+                        typer.echo(f"\n{str(error) or 'Interrupted.'}", err=True)
                 raise typer.Exit(error.exit_code if isinstance(error, Stopped) else 130) from None
             except BrokenPipeError:
                 raise  # the reader of stdout has closed it: typer exits silently
@@ -77,7 +79,8 @@ def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
                 message = message_of(error)
                 if debug or message is None:
                     raise
-                typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {message}", err=True)
+                if not _first_tells():
+                    typer.echo(f"{typer.style('Error:', fg='red', bold=True)} {message}", err=True)
                 raise typer.Exit(2) from None
 
     signature = inspect.signature(command, eval_str=True)
@@ -85,6 +88,15 @@ def with_error_messages(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*signature.parameters.values(), option]
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _first_tells() -> bool:
+    """Whether this is one of many processes of a run, and the first of them says what stopped it."""
+    if is_first():
+        return False
+    from softprompt_kernels.compress.parallel import ranks
+
+    return ranks.told()
 
 
 def message_of(error: Exception) -> str | None:
@@ -109,4 +121,5 @@ def message_of(error: Exception) -> str | None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"{typer.style('Warning:', fg='yellow')} {' '.join(str(message).split())}", err=True)
+    if is_first():
+        typer.echo(f"{typer.style('Warning:', fg='yellow')} {' '.join(str(message).split())}", err=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.lock import LOCK
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
@@ -196,7 +197,9 @@ class RunFolder:
         return self.metrics.exists() and self.metrics.stat().st_size > 0
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append the record of a step to the metrics."""
+        """Append the record of a step to the metrics. Of many ranks the first does."""
+        if not ranks.is_first():
+            return
         with self.metrics.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(record) + "\n")
 
@@ -217,5 +220,6 @@ class RunFolder:
             if record["stage"] == "training" and record["step"] > step:
                 break
             kept.append(record)
-        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        if ranks.is_first():
+            write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return float(sum(record["seconds"] for record in kept if record["stage"] == "training"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +18,8 @@ from softprompt_kernels.compress.config import CompressConfig, is_own
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.own_loss import check_own_loss, load_own_loss, source_digest
 from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.compress.parallel import ranks
+from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model, resolve_device
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
@@ -242,6 +246,26 @@ def check_window(
 def sha256(text: str) -> str:
     """The SHA-256 of a text, hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_same_run(inputs: RunInputs, reporter: Reporter) -> None:
+    """Check that all ranks have the same inputs. Says to the reporter that there are many.
+
+    Raises:
+        SoftPromptError: they differ; the message names a rank, and in what.
+    """
+    if ranks.world() == 1:
+        return
+    own = inputs.config.model_dump(mode="json", exclude={"device", "threads"})
+    config = own | identity(inputs) | {"output": str(inputs.config.output.absolute())}
+    queries = [inputs.chat.query_ids(query.input) for of_set in inputs.sets.values() for query in of_set]
+    tokens = sha256(json.dumps([inputs.context_ids.tolist(), queries]))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    ranks.check_same(
+        {**config, "tokens of context and queries": tokens, **versions},
+        "accepted are the same options, files and versions for all processes",
+    )
+    reporter.message(f"{ranks.world()} processes. What is shown here is the part of the first.")
 
 
 def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:

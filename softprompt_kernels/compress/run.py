@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,7 +30,15 @@ from softprompt_kernels.compress.evaluate.distance import (
 from softprompt_kernels.compress.evaluate.example_details import error_rows, example_details
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_baseline, initial_prompt, matched_prompt
-from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, RunInputs, identity, load_inputs, sha256
+from softprompt_kernels.compress.inputs import (
+    CHAT_FILE,
+    Loaded,
+    RunInputs,
+    check_same_run,
+    identity,
+    load_inputs,
+    sha256,
+)
 from softprompt_kernels.compress.long_context.storage import plan_context
 from softprompt_kernels.compress.matching.match import (
     Matching,
@@ -39,6 +48,7 @@ from softprompt_kernels.compress.matching.match import (
     stored_match,
     stored_seconds,
 )
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signal_of, signals_as_interrupts
@@ -73,13 +83,16 @@ def compress_one(
         reporter: receives the progress; None reports nothing.
         loaded: as in `load_inputs`.
     """
-    reporter, times = reporter or SilentReporter(), StageTimes()
-    with signals_as_interrupts():
-        check_unlocked(config.output)
+    with ranks.started(), signals_as_interrupts():
+        first, times = ranks.is_first(), StageTimes()
+        reporter = (reporter if first else None) or SilentReporter()
+        if first:
+            check_unlocked(config.output)
         check_service(config.track)
         with times("load"):
             inputs = load_inputs(config, loaded)
-        with locked(config.output):
+        check_same_run(inputs, reporter)
+        with locked(config.output) if first else nullcontext():
             return run_stages(inputs, reporter, times)
 
 
@@ -90,7 +103,8 @@ def run_stages(inputs: RunInputs, reporter: Reporter, times: StageTimes) -> dict
     if figures is not None:
         reporter.message(f"The run in {folder.path} is already finished.")
     else:
-        with tracked(config, folder, reporter) as tracker:
+        tracking = config if ranks.is_first() else config.model_copy(update={"track": None})
+        with tracked(tracking, folder, reporter) as tracker:
             figures = _new_figures(inputs, folder, reporter, times, tracker)
             tracker.finish(figures)
     draw_curves(folder, figures, reporter)
@@ -107,15 +121,19 @@ def begin(inputs: RunInputs, folder: RunFolder, reporter: Reporter, times: Stage
     Raises:
         SoftPromptError: the folder holds something else.
     """
-    folder.claim(identity(inputs, folder.identity), inputs.config.to_yaml(), made_with())
+    if ranks.is_first():
+        folder.claim(identity(inputs, folder.identity), inputs.config.to_yaml(), made_with())
+    ranks.barrier(folder.path / "run.json")
     finished = folder.read_evaluation()
-    if finished is None:
+    if ranks.of_first(finished is not None):
+        return finished or {}
+    if ranks.is_first():
         write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
-        if remark := inputs.remark:
-            reporter.message(remark)
         times.keep_in(folder.stages)
-        check_destination(folder.prompt)
-    return finished
+    if remark := inputs.remark:
+        reporter.message(remark)
+    check_destination(folder.prompt)
+    return None
 
 
 def _new_figures(
@@ -198,9 +216,12 @@ def conclude(
         for name, of_set in run.measure({**students, "prompt": trained}, taught).items():
             distances[name] |= of_set
         figures = run.figures({name: _means(of_set) for name, of_set in distances.items()})
-        run.save(prompt, figures)
+        if ranks.is_first():
+            run.save(prompt, figures)
     with times("answers_compared"):
         answers = prompt_answers(inputs, trained, run.reporter)
+        if not ranks.is_first():
+            return figures
         write_text(folder.answers, compared_answers(inputs, taught.examples, answers))
         write_details(folder.details, run.details(taught, distances, answers))
     figures |= {**more, "seconds": times.total, "stages": times.seconds}
@@ -210,7 +231,9 @@ def conclude(
 
 def draw_curves(folder: RunFolder, figures: Mapping[str, Any], reporter: Reporter) -> None:
     """Draw the curves of a finished run, unless they are there. A picture may fail, and the run stays finished."""
-    if folder.curves.exists() or not folder.has_metrics:  # no step was taken for a prompt in closed form
+    if not ranks.is_first() or folder.curves.exists():
+        return
+    if not folder.has_metrics:  # no step was taken for a prompt in closed form
         return
     try:
         save_curves(folder.metrics, figures, folder.curves)
@@ -222,7 +245,7 @@ def draw_curves(folder: RunFolder, figures: Mapping[str, Any], reporter: Reporte
 
 def write_report(folder: RunFolder, reporter: Reporter) -> None:
     """Write the report of a finished run, unless it is there, or the run is of a version that kept no details."""
-    if folder.report.exists() or not folder.details.exists():
+    if not ranks.is_first() or folder.report.exists() or not folder.details.exists():
         return
     try:
         save_report(read_run(folder.path), folder.report)
@@ -309,7 +332,7 @@ class Run:
         config, folder = self.inputs.config, self.folder
         seconds_before = stored_seconds(self.context, folder.cache, self.key)
         matched = stored_match(self.context, folder.cache, self.key)
-        if matched is None:
+        if ranks.of_first(matched is None):
             assert rows is not None, "the teacher leaves rows where nothing is matched"
             settings = Matching(config.tokens, config.matching_steps, config.frozen)
             folder.drop_metrics_after(config.steps)  # only a line that a crash cut off
@@ -327,7 +350,9 @@ class Run:
             except KeyboardInterrupt as stop:
                 done = len(stored_layers(self.context, folder.cache, self.key))
                 raise Interrupted("layer", done, self.context.num_layers, folder.path, signal_of(stop)) from None
-        delete_rows(folder.cache)
+        assert matched is not None, "all ranks see the same folder"
+        if ranks.is_first():
+            delete_rows(folder.cache)
         return matched_prompt(self.inputs, self.context, matched), seconds_before
 
     def record(self, record: Mapping[str, Any]) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 from softprompt_kernels.compress.bank.run import compress_bank
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.forecast import Plan, plan_one
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.run import compress_one
 from softprompt_kernels.compress.sources.contexts import holds_many
 
 
+@ranks.started()
 def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[str, Any]:
     """Compress a context into a soft prompt.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import RunInputs, server_options
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.queries import Query, save_queries, write_text
 from softprompt_kernels.compress.sources.sequences import Example
@@ -80,22 +81,23 @@ class Teaching:
             SoftPromptError: the records cannot be read back.
         """
         examples = self._read_examples()
-        if examples is None:
+        if ranks.of_first(examples is None):
             recording = self._recording(None)
             examples = self._answer(recording)
             self._finish(recording, examples)
             token_ids = {name: [(e.input_ids, e.output_ids) for e in examples[name]] for name in examples}
-            write_text(self.folder.examples, json.dumps(token_ids))  # last: it says that all is there
-            self.folder.server_answers.unlink(missing_ok=True)
+            if ranks.is_first():
+                write_text(self.folder.examples, json.dumps(token_ids))  # last: it says that all is there
+                self.folder.server_answers.unlink(missing_ok=True)
+            ranks.barrier(self.folder.examples)
+        elif examples is None:
+            raise self._unreadable()
         else:
             self._finish(self._recording(examples), examples)
         targets, states, rows = self._read_targets(examples), self._read_states(examples), self._read_rows(examples)
         missing = (targets is None and self._form is not None) or (rows is None and self._matches)
         if states is None or missing:
-            raise SoftPromptError(
-                f"output: what the teacher left in {self.folder.cache} cannot be read back; delete that folder, and "
-                "the same call makes it again"
-            )
+            raise self._unreadable()
         by_set = {
             name: [states.hidden([number], self.inputs.model.device) for number in numbers]
             for name, numbers in self._evaluated_numbers.items()
@@ -104,6 +106,12 @@ class Teaching:
         queries = {name: list(of_set) for name, of_set in self.inputs.sets.items()}
         queries["train"] = [queries["train"][index] for index in self._training_sample]
         return Taught(examples, examples | {"train": sample}, queries, by_set, targets, rows)
+
+    def _unreadable(self) -> SoftPromptError:
+        return SoftPromptError(
+            f"output: what the teacher left in {self.folder.cache} cannot be read back; delete that folder, and the "
+            "same call makes it again"
+        )
 
     def _answer(self, recording: Recording) -> Examples:
         inputs, config, queries = self.inputs, self.inputs.config, self.inputs.sets
@@ -131,9 +139,15 @@ class Teaching:
                 config.seed,
                 self.folder.server_answers,
             )
-            found = server_answers(inputs.model, inputs.chat, self.context, everything, asking, self.reporter)
+            found = ranks.of_first(
+                server_answers(inputs.model, inputs.chat, self.context, everything, asking, self.reporter)
+                if ranks.is_first()
+                else []
+            )
         answers = iter(found)
         examples = {name: list(islice(answers, len(of_set))) for name, of_set in queries.items()}
+        if not ranks.is_first():
+            return examples
         texts = {name: inputs.as_text(examples[name]) for name in queries}
         save_queries(
             self.folder.queries,
@@ -152,23 +166,29 @@ class Teaching:
     def _finish(self, recording: Recording, examples: Examples) -> None:
         """Let the teacher read what the recording needs and has not seen, and close it."""
         config, train = self.inputs.config, examples["train"]
+        already = {number for of_rank in ranks.gather(sorted(recording.seen)) for number in of_rank}
         wanted = set(recording.evaluated if recording.states is not None else ())
         if recording.targets is not None:
             wanted.update(range(len(train)))
         elif recording.rows is not None:
             # A part of the examples is enough, but would be too few beside all of those that have been seen.
-            seen = any(number < len(train) for number in recording.seen)
+            seen = any(number < len(train) for number in already)
             few = enough_examples(train, config.matching_rows, config.seed)
             wanted.update(range(len(train)) if seen else few)
-        missing = sorted(wanted - recording.seen)
+        missing = sorted(wanted - already)
         everything = [example for of_set in examples.values() for example in of_set]
-        if missing:
-            chosen = [everything[number] for number in missing]
-            watch(self.inputs.model, self.context, chosen, missing, recording, self.reporter, "Given answers")
+        own = [missing[index] for index in ranks.share([everything[number].length for number in missing])]
+        if own:
+            chosen = [everything[number] for number in own]
+            watch(self.inputs.model, self.context, chosen, own, recording, self.reporter, "Given answers")
         if recording.targets is not None:
             recording.targets.close(self._targets_key(examples))
         if recording.rows is not None:
-            recording.rows.close(self._rows_key(examples))
+            # Those that were answered came by length and tokens, and then those that were read, by length.
+            seen_at = sorted(already, key=lambda n: (len(everything[n].input_ids), everything[n].input_ids, n))
+            seen_at += sorted(missing, key=lambda n: (everything[n].length, n))
+            turns = {number: turn for turn, number in enumerate(seen_at)}
+            recording.rows.close(self._rows_key(examples), turns)
         if recording.states is not None:
             recording.states.close(self._states_key(examples))
 
@@ -177,13 +197,20 @@ class Teaching:
         inputs, config, cache = self.inputs, self.inputs.config, self.folder.cache
         head, form = inputs.objective.head, self._form
         targets = rows = states = None
-        if form is not None and (examples is None or self._read_targets(examples) is None):
+        no_targets, no_rows, no_states = ranks.of_first(
+            [
+                form is not None and (examples is None or self._read_targets(examples) is None),
+                self._matches and (examples is None or self._read_rows(examples) is None),
+                examples is None or self._read_states(examples) is None,
+            ]
+        )
+        if form is not None and no_targets:
             targets = TargetWriter(self.folder.targets, head, form, config.loss_temperature)
-        if self._matches and (examples is None or self._read_rows(examples) is None):
+        if no_rows:
             heads = inputs.model.config.get_text_config().num_attention_heads
             size = row_bytes(self.context, heads, inputs.model.dtype)
             rows = RowRecorder(cache, config.matching_rows, size, config.seed)
-        if examples is None or self._read_states(examples) is None:
+        if no_states:
             states = TargetWriter(self.folder.states, head, "hidden", 1.0)
         evaluated = [number for numbers in self._evaluated_numbers.values() for number in numbers]
         return Recording(len(inputs.train), evaluated, targets=targets, rows=rows, states=states)

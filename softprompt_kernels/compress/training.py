@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass
 from softprompt_kernels.compress.distill.checkpoint import Checkpoints
 from softprompt_kernels.compress.distill.on_policy import OnPolicy, parts
 from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
-from softprompt_kernels.compress.evaluate.distance import distance
+from softprompt_kernels.compress.evaluate.distance import measure
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import RunInputs
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.signals import signal_of
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
-from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teaching import Taught
 from softprompt_kernels.compress.tracking.tracker import Tracker
-from softprompt_kernels.models import head_of, prefix_of
+from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import Prefix
 
 
@@ -56,23 +56,24 @@ class Training:
         if config.steps == 0:
             return folder.drop_metrics_after(0)
         checkpoints = Checkpoints(folder.checkpoint, self.key, reporter=self.reporter)
+        ranks.copy_first_([*prompt.parameters()])  # machines may differ in the last bits of its start
         trainer = self.trainer()
         if trainer.load(checkpoints) is not None:
             self.reporter.message(f"Resuming from step {trainer.step}.")
         on_policy = self.on_policy()
         seconds_before = folder.drop_metrics_after(trainer.step) + on_policy.seconds(config.rounds)
-        head = head_of(inputs.model)
         heldout = taught.examples["heldout"]
         teacher = taught.states["heldout"] if config.evaluate_every else None
 
         def after_step(report: StepReport) -> None:
             record = {"stage": "training", **asdict(report), **({"round": part.round} if config.rounds else {})}
             if teacher is not None and report.step % config.evaluate_every == 0:
-                prefix = prefix_of(inputs.model, prompt).detach()
-                student = hidden_states(inputs.model, prefix, heldout, SilentReporter(), "")
-                record["heldout_kl"] = distance(head, student, teacher).kl
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
+                students = {"prompt": prefix_of(inputs.model, prompt).detach()}
+                measured = measure(inputs.model, self.context, students, heldout, SilentReporter(), "", teacher=teacher)
+                record["heldout_kl"] = measured["prompt"].kl
+            if ranks.is_first():
+                metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
             self.tracker.log(record)
             figures = {"loss": report.loss}
             if "heldout_kl" in record:

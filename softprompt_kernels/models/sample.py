@@ -65,6 +65,7 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     recorder: QueryRecorder | None = None,
+    chosen: Collection[int] | None = None,
 ) -> Iterator[Continuation]:
     """Continue each input after a prefix that all share, without top-k or top-p.
 
@@ -83,6 +84,7 @@ def sample(
         seed: of sampling, 0 or more.
         recorder: chooses tokens whose queries are watched; an input's index is the number of its sequence. None
             watches nothing.
+        chosen: the indices of the inputs that are continued, as all together would be; None: all.
 
     Returns:
         An iterator of continuations. Each comes when it has ended.
@@ -111,9 +113,10 @@ def sample(
     rows = []
     for index in sorted(range(len(ids)), key=lambda i: (len(ids[i]), ids[i])):
         seed_of_row = (seed, _digest(ids[index]), seen[ids[index]])
-        rows.append(DecodingRow(ids[index], seed=seed_of_row, temperature=temperature, index=index))
+        if chosen is None or index in chosen:
+            rows.append(DecodingRow(ids[index], seed=seed_of_row, temperature=temperature, index=index))
         seen[ids[index]] += 1
-    batch = DecodingBatch(model, prefix, min(batch_size, len(ids) or 1), recorder=recorder, keep_hidden=True)
+    batch = DecodingBatch(model, prefix, min(batch_size, len(rows) or 1), recorder=recorder, keep_hidden=True)
     return _Sampler(batch, new_tokens, frozenset(end_tokens)).run(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from softprompt_kernels.cli.options import with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.config_file import load_config
+from softprompt_kernels.compress.parallel.launch import is_first, launched
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
 from softprompt_kernels.sizes import size
@@ -47,24 +49,38 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     Ctrl-C, SIGTERM and SIGHUP keep what is finished. Run the same command again to resume, or to show the results of a
     finished run. Relative paths start at the current folder, also those in the YAML file.
     """
-    # Before torch and the model are loaded, so that an error in the options shows at once.
-    settings = load_config(config, {name: value for name, value in options.items() if value is not None})
-    quiet_libraries()
-    if dry_run:
-        _forecast(settings)
-    else:
-        _compress(settings)
+    if dry_run and not is_first():
+        return  # of the processes that torchrun started, one measures
+    with nullcontext() if dry_run else _together():
+        # Before torch and the model are loaded, so that an error in the options shows at once.
+        settings = load_config(config, {name: value for name, value in options.items() if value is not None})
+        quiet_libraries()
+        if dry_run:
+            _forecast(settings)
+        else:
+            _compress(settings)
+
+
+def _together() -> AbstractContextManager[None]:
+    """Within the context, the processes that torchrun started are one run. A process alone does not load torch here."""
+    if launched().world == 1:
+        return nullcontext()
+    from softprompt_kernels.compress.parallel.ranks import started
+
+    return started()
 
 
 def _compress(settings: CompressConfig) -> None:
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.compress import compress
+    from softprompt_kernels.compress import SilentReporter, compress
     from softprompt_kernels.compress.folder import RunFolder
 
-    reporter = terminal_reporter()
+    reporter = terminal_reporter() if is_first() else SilentReporter()
     reporter.message(f"Loading {settings.model}")
     with resumable():
         figures = compress(settings, reporter)
+    if not is_first():
+        return
     folder = RunFolder(settings.output)
     header, rows = evaluation_table(figures)
     typer.echo("")

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress.distill.objective import Objective
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query, write_text
@@ -98,7 +99,7 @@ class OnPolicy:
             SoftPromptError: nothing that can be read is stored, and the prompt is another one by now.
         """
         found = self._read(number)
-        if found is None and student is not None:
+        if ranks.of_first(found is None) and student is not None:
             self._make(number, student)
             found = self._read(number)
         if found is None:
@@ -131,14 +132,17 @@ class OnPolicy:
         writer = TargetWriter(folder, self.objective.head, self.objective.form, self.objective.temperature)
         recording = Recording(len(examples), targets=writer)
         description = f"Teacher reads them, round {number}"
-        watch(self.model, self.context, examples, range(len(examples)), recording, self.reporter, description)
+        own = ranks.share([example.length for example in examples])
+        watch(self.model, self.context, [examples[i] for i in own], own, recording, self.reporter, description)
         writer.close(self._key(number))
         record = {
             "key": self._key(number),
             "seconds": time.perf_counter() - begin,
             "examples": [(example.input_ids, example.output_ids) for example in examples],
         }
-        write_text(folder / "answers.json", json.dumps(record))  # last: it says that all is there
+        if ranks.is_first():
+            write_text(folder / "answers.json", json.dumps(record))  # last: it says that all is there
+        ranks.barrier(folder / "answers.json")
 
     def _read(self, number: int) -> StudentAnswers | None:
         stored, objective = self._stored(number), self.objective

@@ -12,6 +12,10 @@ The micro-batches see the prefix as a leaf, and autograd runs through the prefix
 embedding prompt costs one pass through the model a step. The order of examples depends on seed and epoch only, the
 choice between answers of teacher and student (`on_policy.py`) on seed and step, and nothing else is random: a resumed
 run gives the same bits as an uninterrupted one.
+
+Of many ranks each takes a share of the batch. They exchange two numbers and the gradient of σ once a step: 4 bytes for
+each trained number. Batch and loss are those of one process, because the sums are divided by the tokens or weights of
+the whole batch.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from softprompt_kernels.compress.distill.checkpoint import Checkpoint, Checkpoints
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.relative_adamw import RelativeAdamW
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
 from softprompt_kernels.compress.teacher.moments_cache import Targets
 from softprompt_kernels.errors import SoftPromptError
@@ -182,9 +187,10 @@ class Trainer:
         leaves = Prefix.of((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.layers)
         tokens = total_targets([self.examples[i] for i in chosen])
         total = weight = 0.0
+        own = [chosen[i] for i in ranks.share([self.examples[i].length for i in chosen])]
         with recompute_activations(self.model):
-            for start in range(0, len(chosen), self.micro_batch_size):
-                part = chosen[start : start + self.micro_batch_size]
+            for start in range(0, len(own), self.micro_batch_size):
+                part = own[start : start + self.micro_batch_size]
                 batch = Batch.of([self.examples[i] for i in part], self.model.device)
                 hidden = batch.hidden(self.model, leaves)
                 summed = self.objective.loss(hidden, batch.labels, part, self.targets)
@@ -192,9 +198,12 @@ class Trainer:
                 loss.backward()
                 total, weight = total + float(loss.detach()), weight + summed.weight
         outputs, gradients = tensors_and_gradients(prefix, leaves)
+        total, weight = ranks.sum_of(total, weight)
         if weight not in (0, tokens):  # the sum of all weights is known only now
             gradients = [gradient * (tokens / weight) for gradient in gradients]
-        torch.autograd.backward(outputs, gradients)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        ranks.sum_([_gradient(parameter) for parameter in self.parameters])
         return total * (tokens / weight) if weight else total
 
     def batch_at(self, step: int) -> list[int]:
@@ -229,6 +238,9 @@ class Trainer:
             OSError: it cannot be written. The previous checkpoint is as it was.
         """
         if not self.consistent:
+            return
+        if not ranks.is_first():  # it is the same on all
+            self.saved_step = self.step
             return
         tensors = {f"prompt.{name}": tensor for name, tensor in self.prompt.state_dict().items() if tensor.numel()}
         for index, parameter in enumerate(self.parameters):
@@ -278,6 +290,14 @@ def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in chosen:
             layer.training = False
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter: zeros on a rank without a share of the batch."""
+    if parameter.grad is None and ranks.world() > 1:
+        parameter.grad = torch.zeros_like(parameter)
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def tensors_and_gradients(prefix: Prefix, leaves: Prefix) -> tuple[list[Tensor], list[Tensor]]:

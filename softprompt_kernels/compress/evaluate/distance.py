@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress.evaluate.student_names import STUDENT_NAMES
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import hidden_states
@@ -94,6 +95,8 @@ def token_distances(head: Head, students: Mapping[str, Tensor], teacher: Tensor)
             found[name].append((kl, logits.argmax(-1) == top, row_entropies(logits), teacher_entropy))
     return {
         name: TokenDistances(*(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+        if parts
+        else TokenDistances(torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0), torch.empty(0))
         for name, parts in found.items()
     }
 
@@ -125,6 +128,8 @@ def measure_tokens(
 ) -> dict[str, TokenDistances]:
     """The distances of several students from the teacher at each token, example after example.
 
+    Of many ranks each measures a share of the examples, and all get all distances.
+
     Args:
         model: prepared.
         context: the teacher's prefix.
@@ -138,13 +143,39 @@ def measure_tokens(
         The distances, by the same keys.
     """
     head, names = head_of(model), {key: label[0].upper() + label[1:] for key, label in STUDENT_NAMES.items()}
+    own = ranks.share([example.length for example in examples])
+    chosen = [examples[index] for index in own]
     if teacher is None:
-        teacher = hidden_states(model, context, examples, reporter, f"Full context, {name} queries")
+        teacher = hidden_states(model, context, chosen, reporter, f"Full context, {name} queries")
+    else:
+        teacher = [teacher[index] for index in own]
     hidden = {}
     for student, prefix in students.items():
         label = f"{names.get(student, student)}, {name} queries"
-        hidden[student] = torch.cat(hidden_states(model, prefix, examples, reporter, label))
-    return token_distances(head, hidden, torch.cat(list(teacher)))
+        hidden[student] = _rows(hidden_states(model, prefix, chosen, reporter, label), head)
+    found = token_distances(head, hidden, _rows(teacher, head))
+    return found if ranks.world() == 1 else _of_all_ranks(found, [example.targets for example in examples], own)
+
+
+def _rows(states: Sequence[Tensor], head: Head) -> Tensor:
+    """`[n, d]`: the hidden states of examples, of which there may be none."""
+    return torch.cat(list(states)) if states else head.weight.new_empty(0, head.weight.shape[1])
+
+
+def _of_all_ranks(
+    own: Mapping[str, TokenDistances], tokens: Sequence[int], numbers: Sequence[int]
+) -> dict[str, TokenDistances]:
+    """The distances at the tokens of all examples, from those of the examples that this rank has measured."""
+    place = torch.arange(sum(tokens)).split(list(tokens))
+    mine = torch.cat([place[number] for number in numbers]) if numbers else torch.arange(0)
+    every = {name: torch.zeros(4, sum(tokens)) for name in own}
+    for name, of_student in own.items():
+        parts = (of_student.kl, of_student.agrees, of_student.entropy, of_student.teacher_entropy)
+        every[name][:, mine] = torch.stack([part.float() for part in parts])
+    ranks.sum_(list(every.values()))  # zeros of the others: exact
+    return {
+        name: TokenDistances(kl, agrees > 0, own, of_teacher) for name, (kl, agrees, own, of_teacher) in every.items()
+    }
 
 
 def summary(distances: Mapping[str, Distance]) -> dict[str, float | int]:

@@ -3,6 +3,11 @@
 Layers are independent of each other. They are done in groups, so that the rows of a group fit into `GROUP_BYTES`, and
 the result of a group is stored before the next one begins: an interrupted run resumes there.
 
+Of many ranks each matches some of the groups, with all rows. Groups are cut so that there is one for each rank, while
+there are layers. So the result has the bits of one process for the same rows, and nothing is exchanged before the end.
+Then each rank gets the prompt: 4·k·Σ Hkv·(D + Dv) bytes, summed over layers. To share out the rows instead would sum
+that many bytes over the ranks in every step of refinement, and twice 8·k²·Hkv for each layer before it.
+
 Peak memory beyond the captured context and the finished layers: the rows of a group, and what one layer needs for its
 closed form: its rows and parts, a chunk of P, and Gram matrices of k².
 """
@@ -25,6 +30,7 @@ from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_pr
 from softprompt_kernels.compress.matching.parts import split
 from softprompt_kernels.compress.matching.prompt_error import prompt_error
 from softprompt_kernels.compress.matching.refine import RefineRows, match_error, refine
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.errors import SoftPromptError
@@ -82,25 +88,56 @@ def match(
     Raises:
         SoftPromptError: queries, keys or values are not finite.
     """
-    found: list[tuple[Tensor, Tensor]] = []
     place = context if model is None else model
-    groups = list(layer_groups(context, rows))
-    with reporter.progress("Matching", context.num_layers * (settings.steps + 1), "layer step") as advance:
-        for group in groups:
-            path = None if folder is None else group_file(folder, group.start)
-            stored = None if path is None else _read(path, key, len(group))
-            if stored is not None:
-                advance(len(group) * (settings.steps + 1))
-            else:
-                begin = time.perf_counter()
-                steps: list[dict[str, Any]] = []
-                stored, error = _match_group(context, rows, settings, group, reporter, advance, steps.append, place)
-                if path is not None:
-                    write_group(path, key, stored, error, time.perf_counter() - begin)
-                for step in steps:
-                    record(step)
-            found += [(layer_key.to(place.device), layer_value.to(place.device)) for layer_key, layer_value in stored]
-    return Prefix.of((layer_key[None], layer_value[None]) for layer_key, layer_value in found)
+    groups = list(layer_groups(context, rows, -(-context.num_layers // ranks.world())))
+    paths = [None if folder is None else group_file(folder, group.start) for group in groups]
+    found = [None if path is None else _read(path, key, len(g)) for path, g in zip(paths, groups, strict=True)]
+    missing = ranks.of_first([index for index, stored in enumerate(found) if stored is None])
+    own = [missing[index] for index in ranks.share([len(groups[index]) for index in missing])]
+    layers = context.num_layers - sum(len(groups[index]) for index in {*missing} - {*own})
+    later: list[dict[str, Any]] = []  # records of other ranks than the first
+    with reporter.progress("Matching", layers * (settings.steps + 1), "layer step") as advance:
+        advance((layers - sum(len(groups[index]) for index in own)) * (settings.steps + 1))
+        for index in own:
+            begin, path = time.perf_counter(), paths[index]
+            steps: list[dict[str, Any]] = []
+            matched, error = _match_group(context, rows, settings, groups[index], reporter, advance, steps.append, place)
+            if path is not None:
+                write_group(path, key, matched, error, time.perf_counter() - begin)
+            found[index] = matched
+            for step in steps if ranks.is_first() else ():
+                record(step)
+            later += [] if ranks.is_first() else steps
+    for step in (step for of_rank in ranks.gather(later) for step in of_rank if ranks.world() > 1):
+        record(step)
+    if ranks.world() > 1:
+        _exchange(context, settings, groups, found, missing, place)
+    return Prefix.of(
+        (layer_key[None].to(place.device), layer_value[None].to(place.device))
+        for group in found
+        for layer_key, layer_value in group or ()
+    )
+
+
+def _exchange(
+    context: Prefix,
+    settings: Matching,
+    groups: Sequence[range],
+    found: list[list[tuple[Tensor, Tensor]] | None],
+    missing: Sequence[int],
+    place: Prefix | PreTrainedModel,
+) -> None:
+    """Give all ranks the `missing` groups, each of which one rank has found."""
+    for index in missing:
+        mine = found[index]
+        if mine is None:
+            tokens = min(settings.tokens, context.length)
+            shapes = [[(t.shape[1], tokens, t.shape[3]) for t in context.layers[layer]] for layer in groups[index]]
+            mine = [(torch.zeros(k, device=place.device), torch.zeros(v, device=place.device)) for k, v in shapes]
+        ranks.sum_([tensor for pair in mine for tensor in pair])  # zeros of the others: exact
+        found[index] = mine
+    if any(group is None for group in found):
+        raise SoftPromptError("output: layers that were matched before cannot be read; the same command goes on")
 
 
 def stored_match(context: Prefix, folder: Path, key: str) -> Prefix | None:
@@ -165,11 +202,12 @@ def group_file(folder: Path, layer: int) -> Path:
     return folder / f"matched-{layer:05d}.safetensors"
 
 
-def layer_groups(context: Prefix, rows: Rows) -> Iterator[range]:
-    """Runs of layers of equal shapes and score functions, whose rows fit into GROUP_BYTES."""
+def layer_groups(context: Prefix, rows: Rows, most: int | None = None) -> Iterator[range]:
+    """Runs of at most `most` layers of equal shapes and score functions, whose rows fit into GROUP_BYTES."""
     start = 0
     for layer in range(1, context.num_layers):
-        fits = (layer + 1 - start) * layer_bytes(context, rows, layer) <= GROUP_BYTES
+        few = most is None or layer - start < most
+        fits = few and (layer + 1 - start) * layer_bytes(context, rows, layer) <= GROUP_BYTES
         if not (fits and _same_kind(context, rows, start, layer)):
             yield range(start, layer)
             start = layer

@@ -1,1 +1,1 @@
-"""One run on many processes: ranks, and what they exchange."""
+"""One run on many processes, each with its own copy of the model: who they are, what they share out and exchange."""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
+from softprompt_kernels.compress.parallel.launch import launched
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import auto_class, prepare
@@ -200,11 +201,15 @@ def _take_settings(model: PreTrainedModel) -> None:
 def resolve_device(device: str) -> torch.device:
     """The torch device of a name; "auto" is "cuda" if there is one, else "cpu".
 
+    Of the processes that torchrun starts, each has a GPU of its own: "auto" and "cuda" are that one.
+
     Raises:
         SoftPromptError: not a device name, or a device that does not exist here.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and launched().world > 1:
+        device = f"cuda:{launched().local_rank}"
     try:
         resolved = torch.device(device)
         if resolved.type != "cuda" or torch.cuda.is_available():

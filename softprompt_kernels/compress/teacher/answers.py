@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.queries import Query
@@ -51,7 +52,7 @@ def answer(
 
     Answers are sampled from the teacher's whole distribution, without top-k and top-p, because the training targets are
     the whole distribution too. They depend on `seed`, and on `batch_size` only by rounding (see `models.sample`). The
-    caller's random state is not changed.
+    caller's random state is not changed. Of many ranks each samples a share, and all get all answers.
 
     Args:
         model, chat: the model and its chat format.
@@ -62,11 +63,14 @@ def answer(
         batch_size: the largest number of answers sampled at a time.
         seed: of sampling.
         reporter, description: receives the progress under this description.
-        recorder: watches the queries that are answered, by their index; None: nobody does.
+        recorder: watches the queries that this rank answers, by their index; None: nobody does.
     """
     inputs = [tuple(chat.query_ids(query.input, answered=query.output is not None)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     unanswered = [index for index, output in enumerate(outputs) if output is None]
+    # Equal queries share the tokens of their input, so they stay together.
+    costs = [len(inputs[index]) + new_tokens for index in unanswered]
+    own = frozenset(ranks.share(costs, [inputs[index] for index in unanswered]))
     continuations = sample(
         model,
         [inputs[index] for index in unanswered],
@@ -77,14 +81,19 @@ def answer(
         batch_size=batch_size,
         seed=seed,
         recorder=None if recorder is None else _Renumbered(recorder, unanswered),
+        chosen=own,
     )
-    with reporter.progress(description, len(unanswered), "query") as advance:
+    sampled_here: dict[int, tuple[int, ...]] = {}
+    with reporter.progress(description, len(own), "query") as advance:
         for sampled in continuations:
             number = unanswered[sampled.index]
-            outputs[number] = sampled.tokens
+            sampled_here[number] = sampled.tokens
             if recorder is not None:
                 recorder.add(number, sampled.hidden)
             advance(1)
+    for of_rank in ranks.gather(list(sampled_here.items())):
+        for number, tokens in of_rank:
+            outputs[number] = tuple(tokens)
     return [Example(x, y) for x, y in zip(inputs, outputs, strict=True) if y is not None]
 
 

@@ -8,7 +8,8 @@ teacher's entropy keeps that too, or alone where it needs nothing else: it costs
 
 On disk: `00000.safetensors`, … with the rows of examples in the order in which they came, and `index.json`,
 which is written last. It says where the rows of each example are, and under which key: a digest of everything that they
-depend on. With another model, context, set of examples or form they are computed again.
+depend on. With another model, context, set of examples or form they are computed again. Of many ranks each writes the
+shards of its examples, which are numbered at the end, and all ranks read all of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from softprompt_kernels.compress.parallel import ranks
+from softprompt_kernels.compress.parallel.files import number_files, own_file
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.models import Head
 from softprompt_kernels.ops import TeacherMoments, kl_div, teacher_moments
@@ -110,8 +114,12 @@ class TargetWriter:
     def close(self, key: str) -> None:
         """Write what is buffered, and the index, which names the targets by `key`."""
         self._flush()
-        index = {"key": key, "shards": self.shards, "rows": list(self.rows.items())}
-        write_text(_index(self.folder), json.dumps(index))
+        first, shards = number_files(self.shards, partial(_shard, self.folder))
+        rows = [(example, (first + shard, start, stop)) for example, (shard, start, stop) in self.rows.items()]
+        every = [row for of_rank in ranks.gather(rows) for row in of_rank]
+        if ranks.is_first():
+            write_text(_index(self.folder), json.dumps({"key": key, "shards": shards, "rows": every}))
+        ranks.barrier(_index(self.folder))
 
     def _flush(self) -> None:
         if not self.hidden:
@@ -120,7 +128,7 @@ class TargetWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             _index(self.folder).unlink(missing_ok=True)  # of an earlier call, whose shards are now overwritten
         rows = _target_rows(torch.cat(self.hidden), self.head, self.form, self.temperature)
-        with replaced_when_complete(_shard(self.folder, self.shards)) as temporary:
+        with replaced_when_complete(own_file(_shard(self.folder, self.shards))) as temporary:
             save_file(rows, temporary)
         self.hidden, self.buffered, self.shards = [], 0, self.shards + 1
 

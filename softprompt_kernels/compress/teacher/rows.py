@@ -14,15 +14,17 @@ the opening of a chat, or two answers to one question. It then belongs to the qu
 Some rows are held out, to judge a fit to the others. They come from questions of their own.
 Rows are written to disk as `rows-00000.safetensors`, … whenever `BUFFER_BYTES` are full, and read back one layer at a
 time. `rows.json` is written last and holds a digest of everything the rows depend on. Displaced rows are deleted when
-the disk holds `DISK_BYTES`, and at the end.
+the disk holds `DISK_BYTES`, and at the end. Of many ranks each records what it reads and writes. At the end they
+compare priorities, and keep the rows that one process would have kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from softprompt_kernels.compress.parallel import ranks
+from softprompt_kernels.compress.parallel.files import number_files, own_file
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.models import FedTokens, QueryTap, ScoreFunction
@@ -125,13 +129,17 @@ class RowRecorder:
         self.folder, self.row_bytes, self.seed = folder, row_bytes, seed
         self.wanted = max(1, min(rows, DISK_BYTES // (2 * row_bytes)))
         self.limit = 2**63 - 1  # no token of a higher priority becomes a row
-        self.priorities: set[int] = set()  # of what is recorded and not displaced
+        self.priorities: dict[int, int] = {}  # of what is recorded and not displaced, with the number of its sequence
         self.beginnings: dict[int, tuple[bytes, int]] = {}  # by sequence: its hash so far, and its question
         self.scores: dict[int, ScoreFunction] = {}
         self.tensors: dict[str, list[Tensor]] = {}
         self.tokens: list[tuple[int, int, int]] = []  # offset, question and priority of each buffered row
         self.shards: list[int] = []  # rows of each
         self.query_heads = 0
+        if ranks.world() > 1:  # what an earlier call recorded goes before any rank writes
+            if ranks.is_first():
+                delete_rows(folder)
+            ranks.barrier()
 
     def tap(self, fed: Sequence[FedTokens]) -> QueryTap | None:
         """The tap for those of these tokens that are recorded. The first tokens of a sequence are its question."""
@@ -148,7 +156,7 @@ class RowRecorder:
                 state = hashlib.blake2b(state + token.to_bytes(8, "little"), digest_size=8).digest()
                 priority = _priority(state)
                 if priority <= self.limit and priority not in self.priorities:
-                    self.priorities.add(priority)
+                    self.priorities[priority] = part.sequences[0]
                     found.append((part.place + index, part.start + index, question, priority))
             if not part.start:
                 question = _priority(state)
@@ -166,49 +174,75 @@ class RowRecorder:
         for name, tensor in (("query", query), ("out", out), ("lse", lse)):
             self.tensors.setdefault(f"{name}.{layer}", []).append(tensor.detach())
 
-    def close(self, key: str) -> None:
-        """Write what is buffered, and the index, which names the rows by `key`."""
+    def close(self, key: str, turns: Mapping[int, int] | None = None) -> None:
+        """Write what is buffered, and the index, which names the rows by `key`.
+
+        Args:
+            key: as in `read_rows`.
+            turns: by the number of a sequence, its place in the order in which one process sees all of them. Many ranks
+                need it.
+        """
         self._flush()
         self._displace()
+        count = self._leave_to_others(turns)
         self._drop_displaced()
+        _, shards = number_files(len(self.shards), partial(_shard, self.folder))
         scores = [asdict(self.scores[layer]) for layer in range(len(self.scores))]
+        # A rank that has recorded nothing knows no heads.
+        query_heads, scores = max(ranks.gather((self.query_heads, scores)), key=lambda known: known[0])
         index = {
             "key": key,
-            "shards": len(self.shards),
-            "rows": len(self.priorities),
-            "query_heads": self.query_heads,
+            "shards": shards,
+            "rows": count,
+            "query_heads": query_heads,
             "seed": self.seed,
             "scores": scores,
         }
-        write_text(_index(self.folder), json.dumps(index))
+        if ranks.is_first():
+            write_text(_index(self.folder), json.dumps(index))
+        ranks.barrier(_index(self.folder))
+
+    def _leave_to_others(self, turns: Mapping[int, int] | None) -> int:
+        """Give up what other ranks keep. Returns how many rows all of them keep."""
+        if turns is None or ranks.world() == 1:
+            return len(self.priorities)
+        own = [(priority, turns[sequence]) for priority, sequence in self.priorities.items()]
+        keepers: dict[int, tuple[int, int]] = {}  # by priority: the turn and the rank that come first
+        for number, of_rank in enumerate(ranks.gather(own)):
+            for priority, turn in of_rank:
+                keepers[priority] = min((turn, number), keepers.get(priority, (turn, number)))
+        lowest = sorted(keepers)[: self.wanted]
+        kept = {priority for priority in lowest if keepers[priority][1] == ranks.rank()}
+        self.priorities = {priority: n for priority, n in self.priorities.items() if priority in kept}
+        return len(lowest)
 
     def _flush(self) -> None:
         if not self.tokens:
             return
-        if not self.shards:
+        if not self.shards and ranks.world() == 1:
             delete_rows(self.folder)  # of an earlier recording
         tensors = {name: torch.cat(parts) for name, parts in self.tensors.items()}
         tensors |= dict(zip(("offset", "question", "priority"), torch.tensor(self.tokens).T.contiguous(), strict=True))
-        self.shards.append(_write_shard(_shard(self.folder, len(self.shards)), tensors, self.limit))
+        self.shards.append(_write_shard(own_file(_shard(self.folder, len(self.shards))), tensors, self.priorities))
         self.tensors, self.tokens = {}, []
         if sum(self.shards) * self.row_bytes > DISK_BYTES:
             self._drop_displaced()
 
     def _displace(self) -> None:
         """Keep the lowest priorities."""
-        self.priorities = set(sorted(self.priorities)[: self.wanted])
+        self.priorities = {priority: self.priorities[priority] for priority in sorted(self.priorities)[: self.wanted]}
         self.limit = max(self.priorities, default=self.limit)
 
     def _drop_displaced(self) -> None:
         """Delete displaced rows from the disk."""
         if sum(self.shards) > len(self.priorities):
-            paths = [_shard(self.folder, number) for number in range(len(self.shards))]
-            self.shards = [_write_shard(path, load_file(path), self.limit) for path in paths]
+            paths = [own_file(_shard(self.folder, number)) for number in range(len(self.shards))]
+            self.shards = [_write_shard(path, load_file(path), self.priorities) for path in paths]
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], limit: int) -> int:
-    """Write the rows of a priority up to `limit`; returns how many these are."""
-    kept = tensors["priority"] <= limit
+def _write_shard(path: Path, tensors: dict[str, Tensor], priorities: Collection[int]) -> int:
+    """Write the rows of these priorities; returns how many these are."""
+    kept = torch.isin(tensors["priority"], torch.tensor(list(priorities), dtype=torch.int64))
     with replaced_when_complete(path) as temporary:
         save_file({name: rows[kept.to(rows.device)].cpu() for name, rows in tensors.items()}, temporary)
     return int(kept.sum())
