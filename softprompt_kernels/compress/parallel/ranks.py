@@ -40,6 +40,7 @@ from softprompt_kernels.compress.parallel.shares import shares
 from softprompt_kernels.errors import SoftPromptError
 
 TIMEOUT = timedelta(hours=6)
+JOIN_TIMEOUT = timedelta(minutes=10)  # of a process for the others: one may still load its packages
 LOOK_EVERY = 0.5  # seconds between two looks for a failure of another rank
 SHORTEST_SLEEP, LONGEST_SLEEP = 2e-5, 2e-3
 SEE_FILE = 60.0  # seconds until a file of another machine must be visible: a network disk remembers what was not there
@@ -54,6 +55,7 @@ class _Ranks:
 
 _ALONE = _Ranks(0, 1)
 _current = _ALONE
+_meeting: dist.Store | None = None  # where the processes find each other; rank 0 may hold it, so it stays
 _runs = 0  # how many times ranks were started: each time has its own keys in the store
 _told = False
 
@@ -113,21 +115,23 @@ def started() -> Iterator[None]:
 
 def _join(rank: int, world: int, local_rank: int, own: bool) -> dist.Store:
     """Start the process group, if it is our own to start. Returns the store of this run."""
+    global _meeting
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=timedelta(minutes=10)))
+        if _meeting is None:
+            _meeting, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
         if own:
             if gpu and local_rank < torch.cuda.device_count():
                 torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            group_store = dist.PrefixStore(f"group-{_runs}", store)
+            group_store = dist.PrefixStore(f"group-{_runs}", _meeting)
             dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise SoftPromptError(
             f"torchrun: process {rank} of {world} cannot reach the others ({' '.join(str(error).split())}); accepted "
             "are processes that torchrun started, and a network between their machines"
         ) from error
-    return dist.PrefixStore(f"softprompt-{_runs}", store)
+    return dist.PrefixStore(f"softprompt-{_runs}", _meeting)
 
 
 def _raise_as_known(error: BaseException, store: dist.Store) -> None:
