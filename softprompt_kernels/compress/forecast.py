@@ -22,6 +22,7 @@ from softprompt_kernels.compress.inputs import Loaded, RunInputs, load_inputs
 from softprompt_kernels.compress.long_context.storage import ContextPlan, plan_context
 from softprompt_kernels.compress.matching.forecast import matching_seconds
 from softprompt_kernels.compress.matching.match import Matching
+from softprompt_kernels.compress.parallel.launch import launched
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
@@ -50,10 +51,13 @@ class Plan:
         kl_none: KL of the model without the context from the model with it, nats per token, on a few held-out
             queries. It is what a prompt can recover at most.
         seconds_per_step: measured.
-        estimated_seconds: by stage, extrapolated from what was measured.
+        estimated_seconds: by stage, extrapolated from what was measured. Of many processes that each have processors of
+            their own.
         context_storage: where the keys and values of the context are, in words.
         context_memory_bytes, context_disk_bytes: of these keys and values; one of them is 0.
         peak_bytes: by stage, what it takes beside the model and these keys and values, counted.
+        processes: that torchrun started.
+        exchanged_bytes: what they sum over all of them in each step: the gradient of the prompt.
     """
 
     context_tokens: int
@@ -71,6 +75,8 @@ class Plan:
     context_memory_bytes: int = 0
     context_disk_bytes: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    processes: int = 1
+    exchanged_bytes: int = 0
 
 
 @own_torch_modes()
@@ -191,6 +197,8 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
         prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=inputs.model.dtype).nbytes
     evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
     passes = EVALUATION_PASSES * evaluated + TEST_PASSES * len(inputs.test)
+    world, layers, batch_size = launched().world, context.num_layers, len(batch)
+    trained = sum(parameter.numel() for parameter in prompt.parameters())
     return Plan(
         context_tokens=inputs.context_tokens,
         prompt_tokens=config.tokens,
@@ -204,17 +212,20 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
         seconds_per_step=step_seconds,
         estimated_seconds={
             "context": capture_seconds,
-            "answers": unanswered * one_answer + sequence_seconds * given * recorded + moments_seconds,
-            **({"matching": matching} if config.init == "matched" else {}),
-            "training": step_seconds * config.steps,
-            **({"rounds": config.rounds * one_round} if config.rounds else {}),
-            "evaluation": sequence_seconds * passes,
-            "answers_compared": compared * one_answer,
+            "answers": (unanswered * one_answer + sequence_seconds * given * recorded + moments_seconds) / world,
+            # Layers and sequences are not divided.
+            **({"matching": matching * -(-layers // world) / layers} if config.init == "matched" else {}),
+            "training": step_seconds * config.steps * -(-batch_size // world) / batch_size,
+            **({"rounds": config.rounds * one_round / world} if config.rounds else {}),
+            "evaluation": sequence_seconds * passes / world,
+            "answers_compared": compared * one_answer / world,
         },
         context_storage=stored.summary,
         context_memory_bytes=stored.memory_bytes,
         context_disk_bytes=stored.disk_bytes,
         peak_bytes=stored.peak_bytes,
+        processes=world,
+        exchanged_bytes=4 * trained if world > 1 else 0,
     )
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softprompt_kernels.cli.commands.compress import duration_of_step, stage_line
-from softprompt_kernels.cli.display import show_pairs, show_table, size
+from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_some_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.composition.options import DEFAULTS, OPTIONS
 from softprompt_kernels.compress.report.durations import duration
+from softprompt_kernels.sizes import size
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress.composition.forecast import CompositionPlan

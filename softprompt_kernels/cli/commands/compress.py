@@ -51,7 +51,7 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     """
     if dry_run and not is_first():
         return  # of the processes that torchrun started, one measures
-    with nullcontext() if dry_run else _together():
+    with nullcontext() if dry_run else resumable(), nullcontext() if dry_run else _together():
         # Before torch and the model are loaded, so that an error in the options shows at once.
         settings = load_config(config, {name: value for name, value in options.items() if value is not None})
         quiet_libraries()
@@ -77,8 +77,7 @@ def _compress(settings: CompressConfig) -> None:
 
     reporter = terminal_reporter() if is_first() else SilentReporter()
     reporter.message(f"Loading {settings.model}")
-    with resumable():
-        figures = compress(settings, reporter)
+    figures = compress(settings, reporter)
     if not is_first():
         return
     folder = RunFolder(settings.output)
@@ -132,12 +131,24 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("ratio", f"{forecast.ratio:.1f}x"),
         ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),
         ("KL without context", f"{forecast.kl_none:.3f} nats per token on a few queries: what a prompt can recover"),
+        *_processes(forecast),
         ("time per step", duration_of_step(forecast.seconds_per_step)),
         *((f"  {name.replace('_', ' ')}", duration(seconds)) for name, seconds in stages.items()),
         ("total time", f"about {duration(sum(stages.values()))}"),
         ("memory", "beside the model and the context's keys and values, counted:"),
         *((f"  {name}", size(count)) for name, count in forecast.peak_bytes.items()),
         ("written", "nothing (dry run)"),
+    ]
+
+
+def _processes(forecast: Plan) -> list[tuple[str, str]]:
+    """What many processes share out and exchange; nothing for one."""
+    if forecast.processes == 1:
+        return []
+    layers = "layers of matching, sequences of a step, queries and examples are shared out"
+    return [
+        ("processes", f"{forecast.processes}: {layers}"),
+        ("exchanged per step", f"{size(forecast.exchanged_bytes)}: the gradient of the prompt"),
     ]
 
 

@@ -27,7 +27,9 @@ def runs(make_config: Callable[..., CompressConfig], tmp_path: Path) -> Callable
 
     def make(name: str, **options: Any) -> CompressConfig:
         settings: Settings = {"steps": 20, "matching_steps": 60, "samples": 2, "micro_batch_size": 2, "batch_size": 5}
-        return make_config(**(settings | {"output": tmp_path / name, "checkpoint_every": 5, "evaluate_every": 10} | options))
+        return make_config(
+            **(settings | {"output": tmp_path / name, "checkpoint_every": 5, "evaluate_every": 10} | options)
+        )
 
     return make
 

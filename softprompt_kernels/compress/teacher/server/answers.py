@@ -93,7 +93,7 @@ def server_answers(
     unanswered = [index for index, output in enumerate(outputs) if output is None]
     name = served_model(asking.options) if unanswered else ""
     digests = _digests(asking, name, [inputs[index] for index in unanswered])
-    stored = _stored(asking.file)
+    stored = stored_answers(asking.file)
     found = {i: stored[digest] for i, digest in zip(unanswered, digests, strict=True) if digest in stored}
     missing = [(i, digest) for i, digest in zip(unanswered, digests, strict=True) if i not in found]
     ends, told = end_tokens(model, chat), False
@@ -220,7 +220,7 @@ class _Check:
         examples = [Example(self.inputs[index], output) for index, output in self.found.items() if output]
         hidden = hidden_states(self.model, self.context, examples, SilentReporter(), "")
         labels = torch.tensor([token for example in examples for token in example.output_ids])
-        surprise, entropy = _surprise(self.model, torch.cat(hidden), labels, self.temperature or 1.0)
+        surprise, entropy = surprises_and_entropies(self.model, torch.cat(hidden), labels, self.temperature or 1.0)
         excess = (surprise - entropy).double()
         error = float(excess.std()) / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
         if float(excess.mean()) > LARGEST_GAP + ERRORS * error:
@@ -232,7 +232,7 @@ class _Check:
 
 
 @torch.no_grad()
-def _surprise(model: PreTrainedModel, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def surprises_and_entropies(model: PreTrainedModel, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """−log p of each label, and the entropy of its distribution, nats, `[n]` on the CPU."""
     head, surprises, entropies = head_of(model), [], []
     for start in range(0, len(labels), _ROWS):
@@ -260,7 +260,7 @@ def _keep(file: Path, digest: str, tokens: tuple[int, ...]) -> None:
         lines.write(json.dumps({"question": digest, "tokens": tokens}) + "\n")
 
 
-def _stored(file: Path) -> dict[str, tuple[int, ...]]:
+def stored_answers(file: Path) -> dict[str, tuple[int, ...]]:
     """The answers that an earlier call has kept. A line that a crash cut off is dropped, from the file too."""
     found: dict[str, tuple[int, ...]] = {}
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []

@@ -18,7 +18,7 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.teacher.answers import end_tokens
 from softprompt_kernels.compress.teacher.server import answers as answers_module
 from softprompt_kernels.compress.teacher.server import client as client_module
-from softprompt_kernels.compress.teacher.server.answers import _stored, answer_tokens
+from softprompt_kernels.compress.teacher.server.answers import stored_answers, answer_tokens
 from softprompt_kernels.compress.teacher.server.client import Completion, check_packages
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import sample
@@ -200,7 +200,7 @@ def test_answers_that_came_are_kept_when_the_server_breaks(make: Make, server: F
     server.behave = lambda number: None if number <= 3 else 500
     with pytest.raises(SoftPromptError, match=r"answers 500: .*not now"):
         compress(make(server_requests=1))
-    assert len(_stored(make().output / "cache" / "server-answers.jsonl")) == 3
+    assert len(stored_answers(make().output / "cache" / "server-answers.jsonl")) == 3
     server.behave, before = lambda number: None, len(server.requests)
     with (make().output / "cache" / "server-answers.jsonl").open("a") as lines:
         lines.write('{"question": "ab')  # a crash cuts a line off
@@ -212,7 +212,7 @@ def test_ctrl_c_keeps_what_came(make: Make, server: Fake, recording_reporter: An
     server.behave = lambda number: time.sleep(0.02 * number)
     with pytest.raises(KeyboardInterrupt):
         compress(make(), recording_reporter("Answers of the server", 2))
-    kept = len(_stored(make().output / "cache" / "server-answers.jsonl"))
+    kept = len(stored_answers(make().output / "cache" / "server-answers.jsonl"))
     assert kept == 2
     before = len(server.requests)
     compress(make())
@@ -303,8 +303,8 @@ def test_tokens_of_an_answer_end_as_the_model_s_own(loaded_sharp: Any) -> None:
 
 def test_the_check_needs_tokens_enough_and_runs_once(monkeypatch: pytest.MonkeyPatch, make: Make) -> None:
     looks = []
-    original = answers_module._surprise
-    monkeypatch.setattr(answers_module, "_surprise", lambda *a: looks.append(len(a[2])) or original(*a))
+    original = answers_module.surprises_and_entropies
+    monkeypatch.setattr(answers_module, "surprises_and_entropies", lambda *a: looks.append(len(a[2])) or original(*a))
     monkeypatch.setattr(answers_module, "CHECKED_TOKENS", 20)
     compress(make())
     assert len(looks) == 1 and 20 <= looks[0] < 36
