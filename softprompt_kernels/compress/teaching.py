@@ -139,11 +139,11 @@ class Teaching:
                 config.seed,
                 self.folder.server_answers,
             )
-            found = ranks.of_first(
-                server_answers(inputs.model, inputs.chat, self.context, everything, asking, self.reporter)
-                if ranks.is_first()
-                else []
-            )
+            found = []
+            if ranks.is_first():
+                found = server_answers(inputs.model, inputs.chat, self.context, everything, asking, self.reporter)
+            told = ranks.of_first([(example.input_ids, example.output_ids) for example in found])
+            found = [Example(tuple(x), tuple(y)) for x, y in told]
         answers = iter(found)
         examples = {name: list(islice(answers, len(of_set))) for name, of_set in queries.items()}
         if not ranks.is_first():

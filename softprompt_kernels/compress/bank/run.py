@@ -31,6 +31,7 @@ from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepRe
 from softprompt_kernels.compress.evaluate.distance import TokenDistances, distance
 from softprompt_kernels.compress.inputs import Loaded, load_inputs
 from softprompt_kernels.compress.matching.match import Matching
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signal_of, signals_as_interrupts
@@ -69,6 +70,7 @@ def compress_bank(
         Interrupted: as `compress`, during the training. KeyboardInterrupt: in another stage.
     """
     reporter = reporter or SilentReporter()
+    ranks.check_alone("many contexts")
     check_config(config)
     with signals_as_interrupts():
         check_unlocked(config.output)

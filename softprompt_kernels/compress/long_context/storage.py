@@ -25,6 +25,8 @@ import torch
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import RunInputs
 from softprompt_kernels.compress.matching.match import GROUP_BYTES
+from softprompt_kernels.compress.parallel import ranks
+from softprompt_kernels.compress.parallel.launch import launched
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.context import CAPTURE_TOKENS, ContextStorage
 from softprompt_kernels.models import capture
@@ -77,11 +79,13 @@ def plan_context(inputs: RunInputs, folder: RunFolder, file: Path, reporter: Rep
     dtype = first.dtype if config.context_dtype == "auto" else getattr(torch, config.context_dtype)
     total = inputs.context_tokens * first.nbytes * dtype.itemsize // first.dtype.itemsize
     free = free_memory(model.device)
-    budget = None if free is None else free // 2
+    shared = launched().local_world if model.device.type == "cpu" else 1
+    budget = None if free is None else free // 2 // shared
     if config.context_memory is not None:
         budget = round(config.context_memory * GIB)
     begun = file.exists() or file.with_name(file.name + ".partial").exists()
-    on_disk = begun or (budget is not None and total > budget)
+    # What one rank needs on the disk all read from there. It changes no bits.
+    on_disk = any(ranks.gather(begun or (budget is not None and total > budget)))
     saved = folder.identity
     made_from = {
         "model": json_hash(as_recorded(saved.get("model"), model_fingerprint(model, saved.get("model")))),

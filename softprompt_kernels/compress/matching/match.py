@@ -101,8 +101,9 @@ def match(
         for index in own:
             begin, path = time.perf_counter(), paths[index]
             steps: list[dict[str, Any]] = []
-            group = groups[index]
-            matched, error = _match_group(context, rows, settings, group, reporter, advance, steps.append, place)
+            matched, error = _match_group(
+                context, rows, settings, groups[index], reporter, advance, steps.append, place
+            )
             if path is not None:
                 write_group(path, key, matched, error, time.perf_counter() - begin)
             found[index] = matched

@@ -227,6 +227,16 @@ def of_first(value: Any) -> Any:
     return gather(value if is_first() else None)[0]
 
 
+def check_alone(what: str) -> None:
+    """Refuse many ranks for what is made for one process.
+
+    Raises:
+        SoftPromptError: there are many; `what` begins the message.
+    """
+    if _current.world > 1:
+        raise SoftPromptError(f"torchrun: got {_current.world} processes for {what}, accepted is one")
+
+
 def check_same(facts: dict[str, Any], accepted: str) -> None:
     """Compare what all ranks must have in common.
 

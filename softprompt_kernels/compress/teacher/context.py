@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.teacher.context_file import ContextFile
@@ -55,7 +56,8 @@ def capture_context(
         before: a prompt of P tokens that the context follows, as the state of the segments before it. The result has
             P + C tokens then, the prompt's first. None: the context is first.
         storage: None: memory, in the model's dtype. A file that holds this context is read back, and one that was
-            interrupted goes on.
+            interrupted goes on. Of many ranks the first writes it, and the others read it then. In memory each computes
+            its own.
 
     Raises:
         SoftPromptError: as `models.capture` and `ContextFile`.
@@ -72,13 +74,18 @@ def capture_context(
         "chunk": str(CAPTURE_TOKENS),
     }
     first = capture(model, ids[:, :1])
+    if not ranks.is_first():
+        ranks.barrier(storage.file)
     file = ContextFile(storage.file, made_from, first, total, storage.dtype or first.dtype)
     try:
         if file.remark is not None:
             storage.reporter.message(file.remark)
         if 0 < file.length < total:
             storage.reporter.message(f"Resuming the context from token {file.length} of {total}.")
-        return _capture(model, ids, before, file, storage.reporter)
+        found = _capture(model, ids, before, file, storage.reporter)
+        if ranks.is_first():
+            ranks.barrier()
+        return found
     finally:
         file.close()
 

@@ -21,7 +21,7 @@ Settings = dict[str, Any]
 
 @pytest.fixture
 def runs(make_config: Callable[..., CompressConfig], tmp_path: Path) -> Callable[..., CompressConfig]:
-    """`runs("name")`: twenty steps after matching, with equal queries, a given output and a micro-batch, in a folder."""
+    """`runs("name")`: twenty steps after matching, with equal queries, a given output and micro-batches, in a folder."""
     with (tmp_path / "queries.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"input": "Whose mill?", "output": "Mira's."}) + "\n")
 
@@ -49,7 +49,7 @@ def test_two_ranks_give_the_prompt_of_one_process(
         "matched": {},
         "rounds": {"rounds": 1, "init": "strided", "steps": 6},
         "embedding": {"kind": "embedding", "init": "strided", "token_weights": "student", "objective": "jsd"},
-        "small": {"batch_size": 1, "micro_batch_size": 1, "init": "first", "steps": 4},
+        "small": {"batch_size": 1, "micro_batch_size": 1, "init": "first", "steps": 4, "context_memory": 1e-9},
     }
     ended = on_ranks(2, lambda rank: [compress(runs(f"{name} two", **v))["heldout"] for name, v in variants.items()])
     for end in ended:
@@ -67,6 +67,8 @@ def test_the_end_of_one_rank_ends_all_and_the_run_resumes_with_the_same_bits(
     runs: Callable[..., CompressConfig], on_ranks: Callable[..., Any], no_plot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped, whole, step_of = runs("stopped"), runs("whole"), Trainer.train_step
+    other_text = stopped.output.with_name("other.txt")
+    other_text.write_text("Another text, which is long enough to be compressed.", encoding="utf-8")
 
     def stop_at(step: int, stop: Callable[[], None]) -> None:
         def train_step(trainer: Trainer) -> Any:
@@ -89,7 +91,7 @@ def test_the_end_of_one_rank_ends_all_and_the_run_resumes_with_the_same_bits(
         return [str(raised.value), time.monotonic() - begin]
 
     def broken(rank: int) -> list[Any]:
-        other = stopped.model_copy(update={"context": stopped.queries}) if rank else stopped
+        other = stopped.model_copy(update={"context": other_text}) if rank else stopped
         found = [outcome(other)]
         for step, stop in ((7, fail), (12, signalled(signal.SIGTERM)), (17, signalled(signal.SIGKILL))):
             if rank == 1:
