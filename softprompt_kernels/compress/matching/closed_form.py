@@ -14,7 +14,8 @@ Importance comes from the op. The gradient by the values of an attention with va
 Σ_i v_i P_ij. With scores doubled, P' = softmax(2 s q Kᵀ) and Λ' = lse(2 s q Kᵀ), so P_ij² = P'_ij exp(Λ'_i − 2 Λ_i).
 Nothing of size [rows, C] is formed.
 
-Cost for each key head with m = n·Hq/Hkv rows: 2 GEMMs of m·C·D for the importance, and 2 Gram matrices of m·k².
+Cost for each key head with m = n·Hq/Hkv rows: 2 GEMMs of m·C·D for the importance, and 2 Gram matrices of m·k². A team
+of ranks shares the rows, and sums importance (C numbers a head), Gram matrices and right sides (16·k² bytes a head).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def key_importance(rows: LayerRows, parts: Parts, key: Tensor) -> Tensor:
         weight = (2 * (parts.share[:, index].log() - parts.context_lse[:, index]) + lse[0].detach()).exp()
         (gradient,) = torch.autograd.grad(out, value, weight[None, ..., None].to(dtype))
         found[:, keys] += gradient[0, ..., 0]
+    rows.team.sum_([found])
     return found
 
 
@@ -87,7 +89,7 @@ class _Problem:
     """The least-squares problems of one layer: m = n·Hq/Hkv rows for each key head, k unknowns."""
 
     def __init__(self, rows: LayerRows, parts: Parts, kv_heads: int, tokens: int) -> None:
-        self.scores = rows.scores
+        self.scores, self.team = rows.scores, rows.team
         self.query = _by_key_head(rows.query, kv_heads)
         self.out = _by_key_head(parts.context_out, kv_heads)
         self.lse = _by_key_head(parts.context_lse[..., None], kv_heads)
@@ -105,9 +107,12 @@ class _Problem:
             gram = gram + (p.mT @ (p * weight)).double()
             right = right + (p * weight).sum(1, dtype=torch.float64)
         assert isinstance(gram, Tensor) and isinstance(right, Tensor)
+        self.team.sum_([gram, right])
         mass = box_least_squares(gram, right, SMALLEST_MASS, LARGEST_MASS)
         weighted = self.query * self.weight
-        direction = _ridge(weighted.mT @ self.query, weighted.sum(1)[..., None], DIRECTION_RIDGE)[..., 0]
+        products, sums = weighted.mT @ self.query, weighted.sum(1)[..., None]
+        self.team.sum_([products, sums])
+        direction = _ridge(products, sums, DIRECTION_RIDGE)[..., 0]
         return mass.log()[..., None].to(key.dtype) * direction[:, None].to(key.dtype) / self.scores.scale
 
     def values(self, key: Tensor, start: Tensor) -> Tensor:
@@ -121,6 +126,7 @@ class _Problem:
             gram = gram + (weighted.mT @ p).double()
             right = right + (weighted.mT @ (self.out[:, part] - p @ start)).double()
         assert isinstance(gram, Tensor) and isinstance(right, Tensor)
+        self.team.sum_([gram, right])
         return start + _ridge(gram, right, VALUE_RIDGE).to(start.dtype)
 
     def _chunks(self, tokens: int) -> Iterator[tuple[slice, Tensor]]:
@@ -150,7 +156,8 @@ class _Problem:
 
 def hides_prompt(rows: LayerRows, tokens: int) -> bool:
     """Whether the layer's window hides some of k prompt tokens from some row."""
-    return rows.scores.window is not None and tokens + int(rows.offset.max()) >= rows.scores.window
+    window = rows.scores.window
+    return window is not None and tokens + int(rows.team.largest(rows.offset.max())) >= window
 
 
 def _by_key_head(tensor: Tensor, kv_heads: int) -> Tensor:

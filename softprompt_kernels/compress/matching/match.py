@@ -5,8 +5,9 @@ the result of a group is stored before the next one begins: an interrupted run r
 
 Of many ranks each matches some of the groups, with all rows. Groups are cut so that there is one for each rank, while
 there are layers. So the result has the bits of one process for the same rows, and nothing is exchanged before the end.
-Then each rank gets the prompt: 4·k·Σ Hkv·(D + Dv) bytes, summed over layers. To share out the rows instead would sum
-that many bytes over the ranks in every step of refinement, and twice 8·k²·Hkv for each layer before it.
+Then each rank gets the prompt: 4·k·Σ Hkv·(D + Dv) bytes over the layers. With more ranks than layers, a team of ranks
+matches each layer and shares its rows. That sums as many bytes over the team in every step of refinement, and Gram
+matrices of 16·k²·Hkv bytes for each layer before it.
 
 Peak memory beyond the captured context and the finished layers: the rows of a group, and what one layer needs for its
 closed form: its rows and parts, a chunk of P, and Gram matrices of k².
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,10 @@ from transformers import PreTrainedModel
 from softprompt_kernels.compress.matching.closed_form import fit_layer, hides_prompt
 from softprompt_kernels.compress.matching.parts import split
 from softprompt_kernels.compress.matching.prompt_error import prompt_error
-from softprompt_kernels.compress.matching.refine import RefineRows, match_error, refine
+from softprompt_kernels.compress.matching.refine import RefineRows, refine, team_error
 from softprompt_kernels.compress.parallel import ranks
+from softprompt_kernels.compress.parallel.shares import shares
+from softprompt_kernels.compress.parallel.teams import in_teams
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.errors import SoftPromptError
@@ -41,6 +44,7 @@ GROUP_BYTES = 192 << 20
 LEARNING_RATE = 4e-2
 ROWS_PER_STEP = 512
 FEWEST_TO_REFINE = 64  # with fewer rows the held-out ones decide nothing
+FEWEST_OF_A_RANK = 32  # held-out rows, and others, of each rank of a team
 
 
 @dataclass(frozen=True)
@@ -93,23 +97,27 @@ def match(
     paths = [None if folder is None else group_file(folder, group.start) for group in groups]
     found = [None if path is None else _read(path, key, len(g)) for path, g in zip(paths, groups, strict=True)]
     missing = ranks.of_first([index for index, stored in enumerate(found) if stored is None])
-    own = [missing[index] for index in ranks.share([len(groups[index]) for index in missing])]
-    layers = context.num_layers - sum(len(groups[index]) for index in {*missing} - {*own})
     later: list[dict[str, Any]] = []  # records of other ranks than the first
-    with reporter.progress("Matching", layers * (settings.steps + 1), "layer step") as advance:
-        advance((layers - sum(len(groups[index]) for index in own)) * (settings.steps + 1))
-        for index in own:
-            begin, path = time.perf_counter(), paths[index]
-            steps: list[dict[str, Any]] = []
-            matched, error = _match_group(
-                context, rows, settings, groups[index], reporter, advance, steps.append, place
-            )
-            if path is not None:
-                write_group(path, key, matched, error, time.perf_counter() - begin)
-            found[index] = matched
-            for step in steps if ranks.is_first() else ():
-                record(step)
-            later += [] if ranks.is_first() else steps
+    with in_teams(len(missing), _most_of_a_team(rows)) as (number, teams, team):
+        costs = [len(groups[index]) for index in missing]
+        own = [missing[index] for index in shares(costs, teams)[number]] if number < teams else []
+        layers = context.num_layers - sum(len(groups[index]) for index in {*missing} - {*own})
+        with reporter.progress("Matching", layers * (settings.steps + 1), "layer step") as advance:
+            advance((layers - sum(len(groups[index]) for index in own)) * (settings.steps + 1))
+            for index in own:
+                begin, path = time.perf_counter(), paths[index]
+                steps: list[dict[str, Any]] = []
+                matched, error = _match_group(
+                    context, replace(rows, team=team), settings, groups[index], reporter, advance, steps.append, place
+                )
+                if team.rank:
+                    continue  # the first of the team has it too
+                if path is not None:
+                    write_group(path, key, matched, error, time.perf_counter() - begin)
+                found[index] = matched
+                for step in steps if ranks.is_first() else ():
+                    record(step)
+                later += [] if ranks.is_first() else steps
     for step in (step for of_rank in ranks.gather(later) for step in of_rank if ranks.world() > 1):
         record(step)
     if ranks.world() > 1:
@@ -119,6 +127,12 @@ def match(
         for group in found
         for layer_key, layer_value in group or ()
     )
+
+
+def _most_of_a_team(rows: Rows) -> int:
+    """How many ranks may share the rows of a layer."""
+    fewest = min(rows.heldout, rows.count - rows.heldout) if rows.heldout else rows.count
+    return max(1, fewest // FEWEST_OF_A_RANK)
 
 
 def _exchange(
@@ -242,8 +256,7 @@ def _match_group(
     stacked, error = (start.key, start.value), start.error
     if start.rows is not None:
         stacked = _refine_group(stacked, start.rows, rows.heldout, settings, group, advance, record)
-        with torch.no_grad():
-            error = match_error(start.rows.slice(0, rows.heldout), *stacked)
+        error = team_error(start.rows.slice(0, rows.heldout), *stacked)
     else:
         advance(len(group) * settings.steps)
     check_dtype(*stacked, place.dtype, group)
@@ -324,7 +337,7 @@ def check_dtype(key: Tensor, value: Tensor, dtype: torch.dtype, group: range) ->
 
 def _can_refine(rows: LayerRows, heldout: int, settings: Matching, context: Prefix) -> bool:
     """Not with few rows or none held out, not to the context itself, not where a window hides a part of the prompt."""
-    enough = rows.count >= FEWEST_TO_REFINE and heldout > 0
+    enough = (rows.total or rows.count) >= FEWEST_TO_REFINE and heldout > 0
     return enough and settings.tokens < context.length and not hides_prompt(rows, settings.tokens)
 
 

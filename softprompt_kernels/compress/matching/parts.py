@@ -126,7 +126,7 @@ def split(rows: LayerRows, key: Tensor, value: Tensor) -> Parts:
     share, rest = log_share.exp(), -torch.expm1(log_share)
     rest_out = (rows.out - share[..., None] * context_out) / rest[..., None]
     # The rest is a mean of values. Where a is near 1, cancellation leaves noise that is divided by a small number.
-    largest = rows.out.abs().amax().clamp(min=value.abs().amax().to(dtype))
+    largest = rows.team.largest(rows.out.abs().amax()).clamp(min=value.abs().amax().to(dtype))
     noisy = (rest < NOISY_REST)[..., None]
     rest_out = torch.where(noisy, rest_out.clamp(-largest, largest), rest_out)
     return Parts(context_out, context_lse, rest_out, rows.lse + rest.log(), share)

@@ -25,9 +25,10 @@ def prompt_error(rows: LayerRows, parts: Parts, key: Tensor, value: Tensor, coun
     Args:
         rows, parts: of the layer.
         key, value: of the prompt, `[Hkv, k, D]` and `[Hkv, k, Dv]`, with keys at the positions of the context.
-        count: from 1.
+        count: from 1; of the rows of a team.
     """
-    measured, dtype = rows.take(slice(count)), rows.query.dtype
+    measured, dtype = rows.take(slice(rows.team.own(count))), rows.query.dtype
+    own = measured.count
     out = torch.zeros_like(measured.out)
     lse = torch.full_like(measured.lse, -torch.inf)
     # A query stands as far behind the prompt as it stood behind the context, so the window hides the same distances.
@@ -37,7 +38,12 @@ def prompt_error(rows: LayerRows, parts: Parts, key: Tensor, value: Tensor, coun
             seen, key[None, :, keys].to(dtype), value[None, :, keys].to(dtype), rows.scores
         )
         out[:, index], lse[:, index] = run_out[0], run_lse[0].to(dtype)
-    share = torch.sigmoid(lse - parts.rest_lse[:, :count])[..., None]
-    given = torch.lerp(parts.rest_out[:, :count], out, share)
-    size = rows.out.square().sum(-1).mean(-1).clamp(min=1e-20)
-    return (given - measured.out).square().sum(-1).mean(-1).div(size).float()
+    share = torch.sigmoid(lse - parts.rest_lse[:, :own])[..., None]
+    given = torch.lerp(parts.rest_out[:, :own], out, share)
+    size = rows.mean_square().clamp(min=1e-20)
+    squares = (given - measured.out).square().sum(-1)
+    if rows.team.size == 1:
+        return squares.mean(-1).div(size).float()
+    found = squares.sum(-1)
+    rows.team.sum_([found])
+    return found.div(count * size).float()

@@ -10,7 +10,8 @@ sequences of a batch, each with its own prompt of a bank, without own keys. The 
 Some rows are held out. The prompt is compared on them every few steps, and each layer keeps its best keys and values:
 where rows are few for k, refinement would fit their noise.
 
-Cost of a step: attention of the step's rows over k keys, forward and backward.
+Cost of a step: attention of the step's rows over k keys, forward and backward. A team of ranks shares the rows of each
+step, and sums the gradient: 4·k·Hkv·(D + Dv) bytes a layer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softprompt_kernels.compress.matching.parts import Parts, attend_prompts
+from softprompt_kernels.compress.parallel.teams import ALONE, Team
 from softprompt_kernels.compress.teacher.rows import LayerRows
 from softprompt_kernels.models.tap import ScoreFunction
 
@@ -45,6 +47,9 @@ class RefineRows:
         rest_lse: Λ^rest `[L, Hq, n]`.
         size: `[L, Hq]`, the mean of ‖out‖² over the rows that these were taken from.
         scores: of the layers. A window is not applied.
+        team: of ranks that share the rows; these are n of them, and sums over rows are parts of the team's.
+        first: the number of the first row that the team has here.
+        total: how many the team has here; None: n.
     """
 
     query: Tensor
@@ -53,6 +58,9 @@ class RefineRows:
     rest_lse: Tensor
     size: Tensor
     scores: ScoreFunction
+    team: Team = ALONE
+    first: int = 0
+    total: int | None = None
 
     @classmethod
     def of(cls, rows: Sequence[LayerRows], parts: Sequence[Parts]) -> RefineRows:
@@ -66,27 +74,34 @@ class RefineRows:
     def empty(cls, layers: int, like: LayerRows) -> RefineRows:
         """Room for the rows of several layers, each of the shape of `like`. Layer by layer, `put` fills it."""
         query, rest_out, lse = (tensor.new_empty(layers, *tensor.shape) for tensor in (like.query, like.out, like.lse))
-        return cls(query, rest_out, torch.empty_like(rest_out), lse, lse.new_empty(lse.shape[:2]), like.scores)
+        size = lse.new_empty(lse.shape[:2])
+        return cls(query, rest_out, torch.empty_like(rest_out), lse, size, like.scores, like.team, 0, like.total)
 
     def put(self, index: int, rows: LayerRows, parts: Parts) -> None:
         """Copy the rows of one layer to their place."""
         self.query[index], self.rest_out[index], self.rest_lse[index] = rows.query, parts.rest_out, parts.rest_lse
         torch.sub(parts.rest_out, rows.out, out=self.rest_error[index])
-        self.size[index] = rows.out.square().sum(-1).mean(-1).clamp(min=1e-20)
+        self.size[index] = rows.mean_square().clamp(min=1e-20)
 
     @property
     def count(self) -> int:
-        """n, the rows of each layer."""
-        return self.query.shape[2]
+        """The rows of each layer: n, or those of the team."""
+        return self.query.shape[2] if self.total is None else self.total
 
     def slice(self, start: int, stop: int) -> RefineRows:
-        """Rows `start` to `stop − 1` of every layer, as views."""
-        query, rest_out, rest_error = (t[:, :, start:stop] for t in (self.query, self.rest_out, self.rest_error))
-        return RefineRows(query, rest_out, rest_error, self.rest_lse[:, :, start:stop], self.size, self.scores)
+        """Rows `start` to `stop − 1` of every layer, as views. Of a team: this rank's among them."""
+        own, first = self.team.own, self.first + start
+        part = slice(own(first) - own(self.first), own(self.first + stop) - own(self.first))
+        query, rest_out, rest_error = (t[:, :, part] for t in (self.query, self.rest_out, self.rest_error))
+        total = None if self.total is None else stop - start
+        rest_lse = self.rest_lse[:, :, part]
+        return RefineRows(query, rest_out, rest_error, rest_lse, self.size, self.scores, self.team, first, total)
 
 
 def match_error(rows: RefineRows, key: Tensor, value: Tensor) -> Tensor:
     """The mean of ‖out' − out‖² over the rows, relative to `rows.size`: `[L, Hq]`, differentiable.
+
+    Of a team it is what this rank's rows add to the mean over all.
 
     Args:
         rows: of L layers.
@@ -95,6 +110,14 @@ def match_error(rows: RefineRows, key: Tensor, value: Tensor) -> Tensor:
     out, lse = attend_prompts(rows.query, key, value, rows.scores)
     squares: Tensor = _SquaredError.apply(out, lse, rows.rest_out, rows.rest_error, rows.rest_lse)
     return squares / (rows.size * rows.count)
+
+
+def team_error(rows: RefineRows, key: Tensor, value: Tensor) -> Tensor:
+    """`match_error` over the rows of a team, without a gradient."""
+    with torch.no_grad():
+        errors = match_error(rows, key, value)
+        rows.team.sum_([errors])
+    return errors
 
 
 class _SquaredError(torch.autograd.Function):
@@ -160,22 +183,24 @@ def refine(
     steps_rows = batches(rows, rows_per_step)
     with torch.no_grad():
         best = [key, value]
-        best_error = match_error(heldout, key, value).sum(1)
+        best_error = team_error(heldout, key, value).sum(1)
     for step in range(1, steps + 1):
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / WARMUP_STEPS) * cosine
         errors = match_error(next(steps_rows), *current())
         optimizer.zero_grad()
         errors.sum().backward()
+        errors = errors.detach()
+        rows.team.sum_([*(tensor.grad for tensor in free if tensor.grad is not None), errors])
         optimizer.step()
         if step % CHECK_EVERY == 0 or step == steps:
             with torch.no_grad():
                 now = current()
-                error = match_error(heldout, *now).sum(1)
+                error = team_error(heldout, *now).sum(1)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best = [torch.where(better[:, None, None, None], n, b) for n, b in zip(now, best, strict=True)]
-        after_step(step, errors.detach())
+        after_step(step, errors)
     return best[0], best[1]
 
 

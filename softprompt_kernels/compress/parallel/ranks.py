@@ -172,16 +172,20 @@ def barrier(*paths: Path) -> None:
             time.sleep(0.2)
 
 
-def sum_(tensors: Sequence[Tensor]) -> None:
+def sum_(tensors: Sequence[Tensor], group: Any = None) -> None:
     """Replace tensors by their sums over all ranks. They have the same shapes on all ranks, and one device.
 
     One exchange, in fp32; in float64 if all are. The sum is rounded to the dtype of a tensor at the end.
+
+    Args:
+        tensors: changed in place.
+        group: of torch.distributed, some of the ranks; None: all of them.
     """
     if _current.world == 1 or not tensors:
         return
     dtype = torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
-    _wait(dist.all_reduce(flat, async_op=True))
+    _wait(dist.all_reduce(flat, group=group, async_op=True))
     with torch.no_grad():
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))

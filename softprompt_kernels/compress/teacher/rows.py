@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.parallel.files import number_files, own_file
+from softprompt_kernels.compress.parallel.teams import ALONE, Team
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.models import FedTokens, QueryTap, ScoreFunction
@@ -57,6 +58,8 @@ class LayerRows:
         lse: `[Hq, n]`, of all keys and the sink.
         offset: `[n]` int64, the position of a query minus C: 0 for the first token behind the context.
         scores: the layer's score function.
+        team: of ranks that share the rows of the layer; these are n of them.
+        total: how many rows the team has; None: n.
     """
 
     query: Tensor
@@ -64,6 +67,8 @@ class LayerRows:
     lse: Tensor
     offset: Tensor
     scores: ScoreFunction
+    team: Team = ALONE
+    total: int | None = None
 
     @property
     def count(self) -> int:
@@ -72,7 +77,17 @@ class LayerRows:
 
     def take(self, index: Tensor | slice) -> LayerRows:
         """Some of the rows."""
-        return LayerRows(self.query[:, index], self.out[:, index], self.lse[:, index], self.offset[index], self.scores)
+        query, out, lse = (tensor[:, index] for tensor in (self.query, self.out, self.lse))
+        return replace(self, query=query, out=out, lse=lse, offset=self.offset[index])
+
+    def mean_square(self) -> Tensor:
+        """`[Hq]`: the mean of ‖out‖² over all rows of the team."""
+        squares = self.out.square().sum(-1)
+        if self.total is None:
+            return squares.mean(-1)
+        found = squares.sum(-1)
+        self.team.sum_([found])
+        return found / self.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +100,7 @@ class Rows:
         query_heads: Hq.
         order: `[n]` int64, the place of each row in the files.
         heldout: how many of the first rows are held out; their questions have no other rows.
+        team: of ranks that share the rows of a layer.
     """
 
     files: tuple[Path, ...]
@@ -92,6 +108,7 @@ class Rows:
     query_heads: int
     order: Tensor
     heldout: int
+    team: Team = ALONE
 
     @property
     def count(self) -> int:
@@ -99,7 +116,9 @@ class Rows:
         return self.order.numel()
 
     def layer(self, index: int, device: torch.device) -> LayerRows:
-        """The rows of one layer, read from disk."""
+        """The rows of one layer, read from disk: those of this rank."""
+        team = self.team
+        order = self.order[team.rank :: team.size]
         parts: dict[str, list[Tensor]] = {"query": [], "out": [], "lse": [], "offset": []}
         for path in self.files:
             with safe_open(path, framework="pt") as file:
@@ -108,11 +127,12 @@ class Rows:
 
         def by_head(name: str) -> Tensor:
             """`[n, Hq, ·]` of all shards to `[Hq, n, ·]`."""
-            rows = torch.cat(parts.pop(name))[self.order].to(device, torch.float32)
+            rows = torch.cat(parts.pop(name))[order].to(device, torch.float32)
             return rows.transpose(0, 1).contiguous()
 
-        offset = torch.cat(parts["offset"])[self.order].to(device)
-        return LayerRows(by_head("query"), by_head("out"), by_head("lse"), offset, self.scores[index])
+        offset = torch.cat(parts["offset"])[order].to(device)
+        total = None if team.size == 1 else self.count
+        return LayerRows(by_head("query"), by_head("out"), by_head("lse"), offset, self.scores[index], team, total)
 
 
 class RowRecorder:
