@@ -11,7 +11,7 @@ What the stages take beside the model and these bytes is counted, not measured. 
 
     8·C                                  the token ids
     one layer of the context             where it is cast or moved to another device to be read; in matching in fp32
-    8·Hkv·C + the largest tensor         matching: the importance of each key, and checks of keys and values
+    BYTES_FOR_EACH_KEY·Hkv·C             matching: the importance of each key, its gradient, and the choice of keys
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from softprompt_kernels.prompts.fingerprint import as_recorded, json_hash, model
 from softprompt_kernels.sizes import size
 
 GIB = 1 << 30
+BYTES_FOR_EACH_KEY = 72
+"""What matching takes for each key of one layer."""
 _CGROUPS = (  # the limit of a container, what it uses, and the file with what of that can be dropped
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -140,9 +142,10 @@ def peak_bytes(inputs: RunInputs, first: Prefix, dtype: torch.dtype, moved: bool
     if config.init == "matched":
         row = 4 * heads * (key_size + 2 * value_size + 1) * config.matching_rows
         fp32 = 4 * layer if dtype != torch.float32 or moved else 0
-        checks = 8 * kv_heads * tokens + 4 * kv_heads * tokens * max(key_size, value_size)
         # The rows of a group; of one layer its rows as they are read, sorted, and split; Gram matrices and P.
-        found["matching"] = max(GROUP_BYTES, row) + 4 * row + 6 * 8 * kv_heads * config.tokens**2 + fp32 + checks
+        grams = 6 * 8 * kv_heads * config.tokens**2
+        keys = BYTES_FOR_EACH_KEY * kv_heads * tokens
+        found["matching"] = max(GROUP_BYTES, row) + 4 * row + grams + keys + fp32
     return found
 
 

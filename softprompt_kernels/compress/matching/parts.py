@@ -18,6 +18,7 @@ its position, so there is one call for each distance of a query from the end of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -109,7 +110,7 @@ def split(rows: LayerRows, key: Tensor, value: Tensor) -> Parts:
     """
     tensors = {"queries": rows.query, "results": rows.out, "sums": rows.lse, "keys": key, "values": value}
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if not math.isfinite(_largest(tensor)):
             raise SoftPromptError(
                 f"model: the {name} of a layer's attention behind the context are not finite, accepted are finite "
                 "numbers; a 16-bit model may overflow where float32 does not (dtype)"
@@ -126,7 +127,14 @@ def split(rows: LayerRows, key: Tensor, value: Tensor) -> Parts:
     share, rest = log_share.exp(), -torch.expm1(log_share)
     rest_out = (rows.out - share[..., None] * context_out) / rest[..., None]
     # The rest is a mean of values. Where a is near 1, cancellation leaves noise that is divided by a small number.
-    largest = rows.team.largest(rows.out.abs().amax()).clamp(min=value.abs().amax().to(dtype))
+    largest_out = rows.team.largest(rows.out.new_tensor(_largest(rows.out)))
+    largest = max(float(largest_out), _largest(value))
     noisy = (rest < NOISY_REST)[..., None]
     rest_out = torch.where(noisy, rest_out.clamp(-largest, largest), rest_out)
     return Parts(context_out, context_lse, rest_out, rows.lse + rest.log(), share)
+
+
+def _largest(tensor: Tensor) -> float:
+    """max |x|, not finite if one of the numbers is not. Nothing of the size of the tensor is made."""
+    low, high = (float(found) for found in tensor.aminmax())
+    return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.nan

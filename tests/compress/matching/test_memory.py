@@ -1,6 +1,5 @@
-"""Peak memory of matching behind a long context, in the shapes of the demo's model."""
+"""Peak memory of matching in the shapes of the demo's model, and how it grows with the context."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,18 @@ import torch
 from safetensors.torch import save_file
 
 from softprompt_kernels.compress import SilentReporter
+from softprompt_kernels.compress.long_context.storage import BYTES_FOR_EACH_KEY
 from softprompt_kernels.compress.matching import match as module
+from softprompt_kernels.compress.matching.closed_form import fit_layer
 from softprompt_kernels.compress.matching.match import Matching, match
-from softprompt_kernels.compress.teacher.rows import Rows
+from softprompt_kernels.compress.matching.parts import split
+from softprompt_kernels.compress.teacher.rows import LayerRows, Rows
 from softprompt_kernels.kernels.cpu import native
 from softprompt_kernels.models.tap import ScoreFunction
 from softprompt_kernels.prompts import Prefix
 
-CONTEXT, ROWS, TOKENS = 32_768, 4096, 512
+CONTEXT, ROWS, TOKENS = 4096, 4096, 512
+LONG, FEW_ROWS = 131_072, 64  # rows and keys cost time together, and memory each alone
 HEADS, KV_HEADS, SIZE = 9, 3, 64
 LIMIT = 512 << 20
 
@@ -75,15 +78,48 @@ def peak_of_matching(folder: str) -> tuple[int, int]:
     return peak.growth, full
 
 
-@pytest.mark.slow
-def test_matching_needs_at_most_512_mib_beyond_a_context_of_32768_tokens() -> None:
+def peak_of_a_layer(tokens: int) -> int:
+    """Peak growth of resident memory in bytes, in the closed form of one layer with few rows."""
+    from softprompt_kernels.bench.memory import PeakResident, release_freed_memory
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(KV_HEADS, tokens, SIZE, generator=generator) for _ in range(2))
+    query, out = (torch.randn(HEADS, FEW_ROWS, SIZE, generator=generator) for _ in range(2))
+    lse = torch.full((HEADS, FEW_ROWS), 14.0)
+    rows = LayerRows(query, out, lse, torch.arange(FEW_ROWS), ScoreFunction(SIZE**-0.5))
+    release_freed_memory()
+    with PeakResident() as peak:
+        fit_layer(rows, split(rows, key, value), key, value, TOKENS)
+    return peak.growth
+
+
+def all_peaks(folder: str) -> tuple[int, int, int, int]:
+    """Of a layer with a short and a long context, of matching, and the layers of its first group: in one process."""
+    return peak_of_a_layer(LONG // 16), peak_of_a_layer(LONG), *peak_of_matching(folder)
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int, int, int]:
     pytest.importorskip("psutil")
     from softprompt_kernels.bench.memory import in_fresh_process
 
     if native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
-    with tempfile.TemporaryDirectory() as folder:
-        growth, layers = in_fresh_process(peak_of_matching, folder)
+    return in_fresh_process(all_peaks, str(tmp_path_factory.mktemp("rows")))
+
+
+@pytest.mark.slow
+def test_the_memory_of_matching_grows_with_the_context_as_counted(peaks: tuple[int, int, int, int]) -> None:
+    short, long, _, _ = peaks
+    counted = BYTES_FOR_EACH_KEY * KV_HEADS * LONG
+    print(f"{short / 2**20:.0f} and {long / 2**20:.0f} MiB, counted {counted / 2**20:.0f}")
+    assert long - short <= counted
+
+
+@pytest.mark.slow
+def test_matching_needs_at_most_512_mib_beyond_its_context(peaks: tuple[int, int, int, int]) -> None:
+    _, _, growth, layers = peaks
     print(f"peak {growth / 2**20:.0f} MiB, {layers} layers in the group")
     assert layers > 3
     assert growth <= LIMIT

@@ -202,7 +202,7 @@ def test_what_a_disk_took_before_it_was_full_is_kept(
 
 def test_a_folder_that_cannot_be_written_to_is_refused(model: PreTrainedModel, ids: Tensor, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SoftPromptError, match="output: .* cannot be written"):
+    with pytest.raises(SoftPromptError, match=r"output: .* cannot be written"):
         capture_context(model, ids, storage=ContextStorage(file=tmp_path / "file" / "context.safetensors"))
 
 
@@ -247,7 +247,7 @@ def test_the_memory_of_a_capture_on_disk_does_not_grow_with_the_context(
     ids = torch.randint(0, 50, (1, 4096))
     context = capture_context(model, ids, storage=ContextStorage(file=path, reporter=reporter))
     written = context.nbytes * (4096 - 1024) // 4096
-    assert written > 12 << 20
+    assert written > 8 << 20
     assert found[4096] - found[1024] < written // 8
 
 
