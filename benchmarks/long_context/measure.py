@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from softprompt_kernels.bench.memory import release_freed_memory
+from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.matching.closed_form import fit_layer
 from softprompt_kernels.compress.matching.parts import split
 from softprompt_kernels.compress.teacher.context import ContextStorage, capture_context
@@ -66,6 +67,7 @@ def watched() -> Iterator[Peak]:
 
 def load(folder: str, tokens: int, layers: int | None, yarn: bool) -> PreTrainedModel:
     """The model, with a longer window if `yarn`."""
+    quiet_libraries()
     config = AutoConfig.from_pretrained(folder)
     window = config.max_position_embeddings
     if layers is not None:

@@ -16,9 +16,11 @@ What the stages take beside the model and these bytes is counted, not measured. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,13 +90,7 @@ def plan_context(inputs: RunInputs, folder: RunFolder, file: Path, reporter: Rep
     begun = file.exists() or file.with_name(file.name + ".partial").exists()
     # What one rank needs on the disk all read from there. It changes no bits.
     on_disk = any(ranks.gather(begun or (budget is not None and total > budget)))
-    saved = folder.identity
-    made_from = {
-        "model": json_hash(as_recorded(saved.get("model"), model_fingerprint(model, saved.get("model")))),
-        "tokenizer": json_hash(
-            as_recorded(saved.get("tokenizer"), tokenizer_fingerprint(inputs.tokenizer, saved.get("tokenizer")))
-        ),
-    }
+    made_from = _made_from(inputs, folder.identity) if on_disk else None
     storage = ContextStorage(dtype, file if on_disk else None, made_from, reporter)
     name = str(dtype).removeprefix("torch.")
     where = "on the disk" if on_disk else "in memory"
@@ -111,6 +107,15 @@ def plan_context(inputs: RunInputs, folder: RunFolder, file: Path, reporter: Rep
         peak_bytes(inputs, first, dtype, moved),
         summary,
     )
+
+
+def _made_from(inputs: RunInputs, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """What a file depends on, as the identity of the run has it."""
+    model, tokenizer = recorded.get("model"), recorded.get("tokenizer")
+    return {
+        "model": json_hash(as_recorded(model, model_fingerprint(inputs.model, model))),
+        "tokenizer": json_hash(as_recorded(tokenizer, tokenizer_fingerprint(inputs.tokenizer, tokenizer))),
+    }
 
 
 def peak_bytes(inputs: RunInputs, first: Prefix, dtype: torch.dtype, moved: bool) -> dict[str, int]:
@@ -131,7 +136,7 @@ def peak_bytes(inputs: RunInputs, first: Prefix, dtype: torch.dtype, moved: bool
     layer = tokens * kv_heads * (key_size + value_size)
     copy = layer * number if moved else 0
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    activations = number * (4 * text.hidden_size + 2 * (heads + kv_heads) * (key_size + value_size) + 3 * inner)
+    activations = number * (4 * text.hidden_size + 2 * (heads + kv_heads) * (key_size + value_size) + 4 * inner)
     queries = [query for of_set in inputs.sets.values() for query in of_set]
     longest = max(len(inputs.chat.query_ids(query.input)) for query in queries) + config.new_tokens
     rows = min(config.sample_batch, len(queries))

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from softprompt_kernels.compress.reporter import Advance, SilentReporter
 from softprompt_kernels.compress.teacher import context as module
 from softprompt_kernels.compress.teacher.context import ContextStorage, capture_context
+from softprompt_kernels.compress.teacher.context_file import ContextFile
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.kernels.cpu import native
-from softprompt_kernels.models import capture, prepare, prompted_logits
+from softprompt_kernels.models import MemoryStore, capture, prepare, prompted_logits
 from softprompt_kernels.ops import prompt_attention
 from softprompt_kernels.prompts import Prefix
 
@@ -207,8 +208,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused(model: PreTrainedModel, i
 
 
 def test_keys_that_float16_cannot_hold_are_refused(model: PreTrainedModel, path: Path) -> None:
-    from softprompt_kernels.models import MemoryStore
-
     large = torch.full((1, 2, 3, 8), 1e5)
     with pytest.raises(SoftPromptError, match="context_dtype: got float16"):
         MemoryStore(3, torch.float16, "context_dtype").put(0, large, large)
@@ -227,10 +226,10 @@ def test_sixteen_bits_change_the_teacher_a_little(model: PreTrainedModel, ids: T
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process's own pages: without those of files, which the system can drop."""
+def status(name: str) -> int:
+    """Bytes of this process. RssAnon: its own pages, without those of files, which the system can drop."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssAnon:")).split()[1])
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the memory counts of Linux")
@@ -243,7 +242,7 @@ def test_the_memory_of_a_capture_on_disk_does_not_grow_with_the_context(
     model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
     prepare(model)
     found: dict[int, int] = {}
-    reporter = Messages(lambda done: found.update({done: anonymous_memory()}))
+    reporter = Messages(lambda done: found.update({done: status("RssAnon")}))
     ids = torch.randint(0, 50, (1, 4096))
     context = capture_context(model, ids, storage=ContextStorage(file=path, reporter=reporter))
     written = context.nbytes * (4096 - 1024) // 4096
@@ -255,12 +254,12 @@ def test_the_memory_of_a_capture_on_disk_does_not_grow_with_the_context(
 def test_attention_reads_a_mapped_context_without_a_copy(path: Path) -> None:
     if native.missing():
         pytest.skip(f"the cpu backend: {native.missing()}")
-    from softprompt_kernels.compress.teacher.context_file import ContextFile
+    import resource
 
     tokens = 1 << 17
     file = ContextFile(path, {}, Prefix.of([(torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, 32))]), tokens, torch.float)
+    some = torch.randn(1, 1, tokens // 8, 32)
     for _ in range(8):
-        some = torch.randn(1, 1, tokens // 8, 32)
         file.put(0, some, some)
         file.advance(tokens // 8)
     file.close()
@@ -268,10 +267,15 @@ def test_attention_reads_a_mapped_context_without_a_copy(path: Path) -> None:
     query = torch.randn(2, 2, 3, 32)
     none = torch.zeros(2, 1, 0, 32)
     prompt_attention(query, none, none, key[:, :, :64], value[:, :, :64], causal=False)  # makes the threads' buffers
-    before = anonymous_memory()
-    for part in (slice(None), slice(0, tokens - 5)):  # the second is not contiguous
-        prompt_attention(query, none, none, key[:, :, part], value[:, :, part], causal=False)
-    assert anonymous_memory() - before < file.prefix().nbytes // 8
+    used, before = status("VmData"), resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + key.nbytes // 2, before[1]))  # no room for a copy of the keys
+    try:
+        for part in (slice(None), slice(0, tokens - 5)):  # the second is not contiguous
+            prompt_attention(query, none, none, key[:, :, part], value[:, :, part], causal=False)
+        with pytest.raises(RuntimeError, match="memory"):
+            key.clone()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_the_header_is_padded_to_a_page(model: PreTrainedModel, ids: Tensor, path: Path) -> None:
