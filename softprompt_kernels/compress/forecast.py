@@ -234,5 +234,5 @@ def _moments_seconds(inputs: RunInputs, context: Prefix, examples: list[Example]
     hidden = torch.cat(hidden_states(inputs.model, context, examples, SilentReporter(), ""))
     head = inputs.objective.head
     begin = time.perf_counter()
-    teacher_moments(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale)
+    teacher_moments(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, group=head.group)
     return (time.perf_counter() - begin) / hidden.shape[0]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.attention import Call
 from softprompt_kernels.models.cache import OwnCache
 from softprompt_kernels.models.finite import check_finite
 from softprompt_kernels.models.forward import check_complete, check_inputs, first_position
+from softprompt_kernels.models.head import is_split
 from softprompt_kernels.models.padding import Placement, is_right_padded
 from softprompt_kernels.models.prepare import check_prepared
 from softprompt_kernels.prompts.prefix import Prefix
@@ -73,6 +74,10 @@ def generate(
     check_prepared(model)
     if not model.can_generate():
         raise SoftPromptError(f"model: {type(model).__name__} cannot generate, accepted is a ...ForCausalLM")
+    if is_split(model):
+        raise NotServedError(
+            "model: its head is split over ranks, accepted by generate is a whole one; sample takes both"
+        )
     new_tokens = _new_token_limit(model, input_ids, generate_kwargs)
     check_inputs(model, input_ids, prefix, attention_mask, prompt_index, new_tokens)
     state = _GenerationState(model, input_ids, prefix, attention_mask, prompt_index)

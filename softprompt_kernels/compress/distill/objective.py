@@ -45,7 +45,7 @@ class Objective:
 
     Args:
         name: "kl", "reverse_kl", "jsd" or "nll"; with a function, any name of it.
-        head: the model's head.
+        head: the model's head. With a group of ranks, all call `loss` with the same hidden states.
         nll_weight: λ, from 0 to 1; above 0 only with "kl".
         beta: weight of the teacher in the mixture of "jsd".
         temperature: T. Divides the logits of student and teacher; the divergence is multiplied by T².
@@ -155,6 +155,7 @@ class Objective:
                 beta=self.beta,
                 temperature=self.temperature,
                 reduction="none",
+                group=head.group,
             )
         if targets is not None and self.form == "moments":
             moments = targets.moments(examples, hidden.device)
@@ -170,6 +171,7 @@ class Objective:
             logit_scale=head.logit_scale,
             temperature=self.temperature,
             reduction="none",
+            group=head.group,
         )
 
     def _unused_moments(self, hidden: Tensor) -> TeacherMoments:

@@ -156,7 +156,7 @@ def _target_rows(hidden: Tensor, head: Head, form: Form, temperature: float) -> 
         tensors = {"hidden": hidden.cpu().contiguous()} if form != "entropy" else {}
         return tensors if form == "hidden" else tensors | {"entropy": _entropy(hidden, head, temperature).cpu()}
     moments = teacher_moments(
-        hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, temperature=temperature
+        hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, temperature=temperature, group=head.group
     )
     tensors = {"mean": moments.mean.cpu(), "entropy": moments.entropy.cpu()}
     if moments.bias_mean is not None:
