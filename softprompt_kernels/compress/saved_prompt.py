@@ -84,8 +84,7 @@ def evaluate_prompt(
     model, tokenizer = load_model(model_name, dtype, device)
     prompt, record = load(prompt_dir, model, tokenizer, force=force)
     chat = ChatFormat(tokenizer, recorded_arguments(record) if template_arguments is None else template_arguments)
-    made_from = (record or {}).get("context") or {}
-    if made_from.get("sha256") not in (None, sha256(text)):
+    if made_from_another(record, text):
         reporter.message(f"The prompt in {prompt_dir} was made from another text than {context}.")
     ids = chat.context_ids(text)
     check_ids(model, tokenizer, ids[0].tolist(), "context")
@@ -137,6 +136,22 @@ def named_dissimilarity(given: str | Dissimilarity | None) -> dict[str, Dissimil
         raise SoftPromptError(f"dissimilarity: got {given!r}, accepted is a function of two texts, or its name")
     named = given if hasattr(given, "__qualname__") else type(given)
     return {f"{named.__module__}:{named.__qualname__}": given}
+
+
+def made_from_another(record: Mapping[str, Any] | None, text: str) -> bool:
+    """Whether a record says that its prompt was made from other texts than this one.
+
+    Args:
+        record: from `softprompt_kernels.prompts.load`. That of a joined prompt names each of its texts.
+        text: the context.
+    """
+    context = (record or {}).get("context")
+    if not isinstance(context, dict):
+        return False
+    parts = context.get("contexts")
+    named = [context, *(part for part in parts if isinstance(part, dict))] if isinstance(parts, list) else [context]
+    known = {one.get("sha256") for one in named} - {None}
+    return bool(known) and sha256(text) not in known
 
 
 def recorded_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:

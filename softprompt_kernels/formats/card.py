@@ -96,6 +96,8 @@ def origin(context: dict[str, Any], objective: dict[str, Any]) -> Iterator[str]:
     """What is known of the text and of the training."""
     if isinstance(context.get("sha256"), str):
         yield f"a text with the SHA-256 `{context['sha256']}`"
+    if isinstance(context.get("contexts"), list):
+        yield f"{len(context['contexts'])} texts, whose prompts were joined"
     if isinstance(context.get("tokens"), int):
         yield f"{context['tokens']} tokens of the model"
     if objective:

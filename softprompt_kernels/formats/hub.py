@@ -32,7 +32,7 @@ LONGEST_TEXT = 64
 """Characters of a text in the record that is uploaded."""
 
 _PATH = re.compile(r"[/\\]|^~")
-_OF_CONTEXT = ("sha256", "tokens", "template_arguments")
+_OF_CONTEXT = ("sha256", "tokens", "contexts", "template_arguments")
 _FREE = {".gitattributes", README}
 
 

@@ -62,8 +62,8 @@ def chat(
     from softprompt_kernels.cli.chat.session import Session
     from softprompt_kernels.cli.chat.terminal import FULL, NOTHING, SOFT, Terminal, notice
     from softprompt_kernels.compress import ChatFormat, load_model
-    from softprompt_kernels.compress.inputs import read_text, sha256
-    from softprompt_kernels.compress.saved_prompt import recorded_arguments
+    from softprompt_kernels.compress.inputs import read_text
+    from softprompt_kernels.compress.saved_prompt import made_from_another, recorded_arguments
     from softprompt_kernels.compress.sources.model import check_ids
     from softprompt_kernels.compress.teacher.context import capture_context, no_context_prefix
     from softprompt_kernels.models.families import max_positions
@@ -73,8 +73,7 @@ def chat(
     if prompt is not None:
         _, record = describe(prompt)  # raises before the model is loaded if this is not a saved prompt
         arguments = recorded_arguments(record) if arguments is None else arguments
-        made_from = ((record or {}).get("context") or {}).get("sha256")
-        if text is not None and made_from not in (None, sha256(text)):
+        if text is not None and made_from_another(record, text):
             notice(f"The prompt in {prompt} was made from another text than {context}.")
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype, device)

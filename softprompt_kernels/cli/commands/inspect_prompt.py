@@ -75,7 +75,8 @@ def rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "positions", facts["positions"]
     context = facts["context"]
     if context.get("sha256"):
-        yield "context", f"{context.get('tokens', '?')} tokens, SHA-256 {context['sha256']}"
+        texts = f" in {len(context['contexts'])} texts" if isinstance(context.get("contexts"), list) else ""
+        yield "context", f"{context.get('tokens', '?')} tokens{texts}, SHA-256 {context['sha256']}"
     for name in ("objective", "figures"):
         if facts[name]:
             yield name, ", ".join(f"{key} {shown(value)}" for key, value in facts[name].items())

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.diagnose.collect import load_run
 from softprompt_kernels.compress.distill.trainer import Prompt
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import Loaded, RunInputs, sha256
-from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import describe, load
 from softprompt_kernels.prompts.adapter import CONFIG, RECORD
@@ -180,7 +177,7 @@ def _source(name: str, folder: RunFolder, update: dict[str, Any]) -> Source:
     path = folder.path
     if not folder.identity or not (path / "config.yaml").is_file():
         raise SoftPromptError(f"runs: {path} holds no run, accepted are folders that `softprompt compress` wrote")
-    if is_composition(folder):
+    if "runs" in folder.identity:
         raise SoftPromptError(
             f"runs: {path} is a composition, accepted are runs of `compress`: name the runs that it was made of"
         )
@@ -194,15 +191,6 @@ def _source(name: str, folder: RunFolder, update: dict[str, Any]) -> Source:
             "as `compress` wrote it"
         )
     return Source(name, folder, config, adapter, record)
-
-
-def is_composition(folder: RunFolder) -> bool:
-    """Whether the run in a folder is a composition, by its config.yaml."""
-    try:
-        config = yaml.safe_load(read_utf8(folder.path / "config.yaml", "config.yaml"))
-    except (SoftPromptError, yaml.YAMLError):
-        return False
-    return isinstance(config, dict) and "runs" in config
 
 
 def _differences(first: Source, other: Source) -> list[str]:

@@ -65,6 +65,11 @@ def run_config(folder: RunFolder) -> CompressConfig:
             f"run: {folder.path} holds no run: run.json or config.yaml is missing or broken; accepted is the folder "
             "that `compress` wrote"
         )
+    if "runs" in folder.identity:
+        raise SoftPromptError(
+            f"run: {folder.path} is a composition, accepted is the folder of a run of `compress`; diagnose the runs "
+            "that it was made of"
+        )
     return load_config(folder.path / "config.yaml", {"output": folder.path})
 
 

@@ -76,6 +76,10 @@ def read_run(path: Path) -> RunData:
         )
     if not _has_figures(figures):
         raise SoftPromptError(f"run: {folder.evaluation} lacks figures of an evaluation")
+    if "documents" in figures:
+        raise SoftPromptError(
+            f"run: {path} is a composition, which has no report; its `softprompt compose` prints its table"
+        )
     if not folder.details.exists():
         raise SoftPromptError(
             f"run: {path} has no details.json, because an older version finished it. Delete {folder.evaluation} and "
