@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from softprompt_kernels.compress.bank.forecast import BankPlan, plan_bank
 from softprompt_kernels.compress.bank.run import compress_bank
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.forecast import Plan, plan_one
@@ -37,7 +38,7 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     return compress_one(config, reporter)
 
 
-def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
+def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan | BankPlan:
     """Measure on a few queries what `compress` would do with all of them. Nothing is written.
 
     Args:
@@ -47,6 +48,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan:
     Raises:
         SoftPromptError: as `compress`.
     """
+    if is_bank(config):
+        return plan_bank(config, reporter)
     return plan_one(config, reporter)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from softprompt_kernels.cli.bank import bank_forecast_lines, show_bank
 from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.cli.errors import resumable
 from softprompt_kernels.cli.options import with_config_options
@@ -46,6 +47,9 @@ def compress(config: ConfigFile = None, dry_run: DryRun = False, **options: Any)
     prompt instead. A prompt of keys and values is first fitted to the teacher's attention, layer by layer. Training
     then minimises the divergence between their next-token distributions.
 
+    With a folder or a file of JSON Lines as context, each text in it gets a prompt. One that cannot be compressed is
+    skipped with the reason, and the exit code is then 3. With more texts, the same command adds them.
+
     Ctrl-C, SIGTERM and SIGHUP keep what is finished. Run the same command again to resume, or to show the results of a
     finished run. Relative paths start at the current folder, also those in the YAML file.
     """
@@ -80,6 +84,9 @@ def _compress(settings: CompressConfig) -> None:
     figures = compress(settings, reporter)
     if not is_first():
         return
+    if "contexts" in figures:
+        show_bank(settings, figures)
+        return
     folder = RunFolder(settings.output)
     header, rows = evaluation_table(figures)
     typer.echo("")
@@ -109,13 +116,13 @@ def try_it(settings: CompressConfig, prompt: Path) -> str:
 
 def _forecast(settings: CompressConfig) -> None:
     from softprompt_kernels.cli.progress import terminal_reporter
-    from softprompt_kernels.compress import plan
+    from softprompt_kernels.compress import Plan, plan
 
     reporter = terminal_reporter()
     reporter.message(f"Loading {settings.model}")
     forecast = plan(settings, reporter)
     typer.echo("")
-    show_pairs(forecast_lines(forecast))
+    show_pairs(forecast_lines(forecast) if isinstance(forecast, Plan) else bank_forecast_lines(forecast))
     if settings.server is not None:
         typer.echo(f"The time that {settings.server} takes to write the answers is not counted.")
 
