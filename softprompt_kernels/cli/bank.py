@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softprompt_kernels.cli.display import show_pairs, show_table, size
+from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.report.durations import duration
+from softprompt_kernels.sizes import size
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress.bank.forecast import BankPlan

@@ -111,6 +111,7 @@ Kind = Literal["kv", "embedding"]
 Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
 Objective = Annotated[str, BeforeValidator(_parse_objective)]
 TokenWeights = Literal["uniform", "entropy", "student"]
+State = Literal["replaced", "accumulated"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -159,6 +160,24 @@ class CompressConfig(BaseModel):
         ge=0,
         description="First tokens of the prompt that are not trained (the attention sink). "
         "Default: 1 for kv, 0 for embedding.",
+    )
+
+    segment_tokens: Integer | None = Field(
+        None,
+        ge=2,
+        description="Compress segment by segment, for a text of any length: most tokens of a segment. The model reads "
+        "each behind the prompt of those before. Default: the whole text at once.",
+    )
+    state: State = Field(
+        "replaced",
+        description="With --segment-tokens. replaced: one prompt of k tokens stands for all segments so far. "
+        "accumulated: k more tokens for each segment.",
+    )
+    replay: Integer = Field(
+        256,
+        ge=0,
+        description="With --segment-tokens: most queries about earlier segments that each segment is trained on too, "
+        "so that they are not forgotten.",
     )
 
     queries: FilePath | None = Field(
@@ -346,6 +365,24 @@ class CompressConfig(BaseModel):
             (
                 self.queries or self.selfstudy or self.context.suffix.lower() == ".jsonl",  # which may have its own
                 "queries: missing, and selfstudy=0 generates none",
+            ),
+            (
+                self.segment_tokens is not None or (self.state == "replaced" and self.replay == 256),
+                f"state, replay: got {self.state} and {self.replay}, accepted without segment_tokens are replaced and "
+                "256: only segments use them",
+            ),
+            (
+                self.segment_tokens is None or self.segment_tokens > self.tokens,
+                f"segment_tokens: got {self.segment_tokens}, accepted is more than tokens={self.tokens}",
+            ),
+            (
+                self.segment_tokens is None or (self.kind == "kv" and self.init in ("matched", "strided", "first")),
+                f"segment_tokens: got kind={self.kind} and init={self.init}, accepted are kind=kv and init=matched, "
+                "strided or first",
+            ),
+            (
+                self.segment_tokens is None or self.rounds == 0,
+                f"rounds: got {self.rounds}, accepted with segment_tokens is 0",
             ),
             (
                 (self.micro_batch_size or 1) <= self.batch_size,

@@ -58,6 +58,8 @@ class Plan:
         peak_bytes: by stage, what it takes beside the model and these keys and values, counted.
         processes: that torchrun started.
         exchanged_bytes: what they sum over all of them in each step: the gradient of the prompt.
+        segments: that the context is read in. Keys and values are those of one of them then, with the prompt before it.
+        disk_bytes: most that a run in segments has on disk; None for another run.
     """
 
     context_tokens: int
@@ -77,6 +79,8 @@ class Plan:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     processes: int = 1
     exchanged_bytes: int = 0
+    segments: int = 1
+    disk_bytes: int | None = None
 
 
 @own_torch_modes()
@@ -92,8 +96,19 @@ def plan_one(config: CompressConfig, reporter: Reporter | None = None, loaded: L
     inputs = load_inputs(config, loaded)
     if remark := inputs.remark:
         reporter.message(remark)
-    with _scratch_file(config.output) as file:
-        stored = plan_context(inputs, RunFolder(config.output), file, reporter)
+    return plan_inputs(inputs, reporter)
+
+
+def plan_inputs(inputs: RunInputs, reporter: Reporter) -> Plan:
+    """What a run with these inputs would be, measured on a few of its queries.
+
+    Args:
+        inputs: of the run.
+        reporter: receives the progress.
+    """
+    output = inputs.config.output
+    with _scratch_file(output) as file:
+        stored = plan_context(inputs, RunFolder(output), file, reporter)
         return _measured(inputs, stored, reporter)
 
 

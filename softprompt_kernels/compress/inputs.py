@@ -184,7 +184,8 @@ def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInpu
         )
     if config.kind == "kv" and config.init in ("matched", "strided"):
         check_fixed_frequencies(model)
-    check_window(model, chat, context_tokens, (*train, *heldout, *test), config.new_tokens)
+    if config.segment_tokens is None:  # else a segment has to fit, with the prompt of those before it
+        check_window(model, chat, context_tokens, (*train, *heldout, *test), config.new_tokens)
     if config.gradient_checkpointing:
         # This takes effect only in training mode. The model stays in evaluation mode, and the trainer switches the
         # layers while it needs them to recompute (see `recompute_activations`).
@@ -222,7 +223,7 @@ def check_window(
     given = [
         (
             query,
-            chat.query_ids(query.input, answered=query.output is not None),
+            [*query.lead, *chat.query_ids(query.input, answered=query.output is not None)],
             None if query.output is None else chat.output_ids(query.output),
         )
         for query in queries

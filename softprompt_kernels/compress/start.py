@@ -11,6 +11,8 @@ from softprompt_kernels.compress.forecast import Plan, plan_one
 from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.run import compress_one
+from softprompt_kernels.compress.sequential.forecast import plan_segments
+from softprompt_kernels.compress.sequential.run import compress_segments
 from softprompt_kernels.compress.sources.contexts import holds_many
 
 
@@ -35,6 +37,8 @@ def compress(config: CompressConfig, reporter: Reporter | None = None) -> dict[s
     """
     if is_bank(config):
         return compress_bank(config, reporter)
+    if config.segment_tokens is not None:
+        return compress_segments(config, reporter)
     return compress_one(config, reporter)
 
 
@@ -50,6 +54,8 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan | Ban
     """
     if is_bank(config):
         return plan_bank(config, reporter)
+    if config.segment_tokens is not None:
+        return plan_segments(config, reporter)
     return plan_one(config, reporter)
 
 

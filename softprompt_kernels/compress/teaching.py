@@ -25,7 +25,7 @@ from softprompt_kernels.compress.sources.queries import Query, save_queries, wri
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, watch
 from softprompt_kernels.compress.teacher.moments_cache import Form, Targets, TargetWriter, read_targets
-from softprompt_kernels.compress.teacher.recording import Recording
+from softprompt_kernels.compress.teacher.recording import Recording, RowsAlone
 from softprompt_kernels.compress.teacher.rows import RowRecorder, Rows, enough_examples, read_rows, row_bytes
 from softprompt_kernels.compress.teacher.server.answers import Asking, server_answers
 from softprompt_kernels.errors import SoftPromptError
@@ -57,6 +57,19 @@ class Taught:
 
 
 @dataclass(frozen=True, eq=False)
+class Replay:
+    """Examples of another teacher, which the prompt is trained on too: those of earlier segments of a text.
+
+    Args:
+        examples: queries with that teacher's answers.
+        targets: what that teacher left for them; None for an objective that needs none, or without training.
+    """
+
+    examples: Sequence[Example]
+    targets: Targets | None
+
+
+@dataclass(frozen=True, eq=False)
 class Teaching:
     """The teacher of a run.
 
@@ -66,6 +79,8 @@ class Teaching:
         context: the captured context.
         reporter: receives the progress.
         matched: the prompt is already matched, so that no rows are needed.
+        replay: examples of another teacher, added to the training set with its targets. This teacher reads them for
+            rows alone.
     """
 
     inputs: RunInputs
@@ -73,6 +88,7 @@ class Teaching:
     context: Prefix
     reporter: Reporter
     matched: bool = False
+    replay: Replay | None = None
 
     def teach(self) -> Taught:
         """What the teacher leaves: read from the folder, or made now and stored there.
@@ -105,7 +121,12 @@ class Teaching:
         sample = [examples["train"][index] for index in self._training_sample]
         queries = {name: list(of_set) for name, of_set in self.inputs.sets.items()}
         queries["train"] = [queries["train"][index] for index in self._training_sample]
-        return Taught(examples, examples | {"train": sample}, queries, by_set, targets, rows)
+        evaluated = examples | {"train": sample}
+        if self.replay is not None:
+            offset, examples = len(examples["train"]), examples | {"train": [*examples["train"], *self.replay.examples]}
+            if targets is not None and self.replay.targets is not None:
+                targets = targets.joined(self.replay.targets, offset)
+        return Taught(examples, evaluated, queries, by_set, targets, rows)
 
     def _unreadable(self) -> SoftPromptError:
         return SoftPromptError(
@@ -181,6 +202,12 @@ class Teaching:
         if own:
             chosen = [everything[number] for number in own]
             watch(self.inputs.model, self.context, chosen, own, recording, self.reporter, "Given answers")
+        if recording.rows is not None and self.replay is not None and self.replay.examples:
+            again, first = self.replay.examples, len(everything)
+            own = ranks.share([example.length for example in again])
+            chosen, numbers = [again[index] for index in own], [first + index for index in own]
+            recorder, title = RowsAlone(recording.rows), "Queries about earlier segments"
+            watch(self.inputs.model, self.context, chosen, numbers, recorder, self.reporter, title)
         if recording.targets is not None:
             recording.targets.close(self._targets_key(examples))
         if recording.rows is not None:

@@ -118,7 +118,7 @@ def measure(
 
 def measure_tokens(
     model: PreTrainedModel,
-    context: Prefix,
+    context: Prefix | None,
     students: Mapping[str, Prefix | None],
     examples: Sequence[Example],
     reporter: Reporter,
@@ -132,7 +132,7 @@ def measure_tokens(
 
     Args:
         model: prepared.
-        context: the teacher's prefix.
+        context: the teacher's prefix; not read if its hidden states are known.
         students: the students' prefixes, by key; None is the model without a prefix.
         examples: queries with answers of the teacher.
         reporter: receives the progress.

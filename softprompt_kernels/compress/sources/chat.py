@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.compress.sources.conversation import conversation
-from softprompt_kernels.compress.sources.encoder import Encoder
+from softprompt_kernels.compress.sources.encoder import Encoder, Tokens
 from softprompt_kernels.compress.sources.template import ChatTemplate
 from softprompt_kernels.compress.text_file import trim
 from softprompt_kernels.errors import SoftPromptError
@@ -125,12 +125,21 @@ class ChatFormat:
         Raises:
             SoftPromptError: the text is empty or blank.
         """
+        return torch.tensor([self.context_tokens(text).ids])
+
+    def context_tokens(self, text: str) -> Tokens:
+        """The tokens of `context_ids`, and their places in `trim(text)`. Those of what stands before it are below 0.
+
+        Raises:
+            SoftPromptError: as `context_ids`.
+        """
         if not text.strip():
             raise SoftPromptError("context: got an empty text, accepted is text with at least one word")
         rest = self._between + _QUERY + self._after
         chat = self._rendered("context", self._before, rest, f"{INSTRUCTION}{trim(text)}", _QUERY)
         end = len(chat) - len(rest)
-        return torch.tensor([self._head(chat, end + self._cut, (len(self._before), end))])
+        found = self._head(chat, end + self._cut, (len(self._before), end))
+        return found.shifted(-chat.index(INSTRUCTION, len(self._before)) - len(INSTRUCTION))
 
     def no_context_ids(self) -> Tensor | None:
         """`[1, n]` int64: the tokens that the template puts before a query without a context; None if there are none.
@@ -139,7 +148,7 @@ class ChatFormat:
         make the baseline "no context" the chat that the template renders for the query alone.
         """
         alone = self._alone
-        ids = self._head(alone, alone.index(_QUERY) - len(self._query_start)) if _QUERY in alone else ()
+        ids = self._head(alone, alone.index(_QUERY) - len(self._query_start)).ids if _QUERY in alone else ()
         return torch.tensor([ids]) if ids else None
 
     def query_ids(self, text: str, answered: bool = False) -> list[int]:
@@ -320,9 +329,12 @@ class ChatFormat:
         pairs = [each.strip().removeprefix(marks[0]).split(marks[1]) for each in (found, text)]
         return [part.strip() for part in pairs[0]] == [part.strip() for part in pairs[1]]
 
-    def _head(self, chat: str, place: int, plain: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
-        cut = self._encoder.encode(chat, plain).cut(place)
-        return self._encoder.encode(chat[:place], plain).ids if cut is None else cut[0]
+    def _head(self, chat: str, place: int, plain: tuple[int, int] = (0, 0)) -> Tokens:
+        whole = self._encoder.encode(chat, plain)
+        cut = whole.cut(place)
+        if cut is None:
+            return self._encoder.encode(chat[:place], plain)
+        return Tokens(cut[0], whole.spans[: len(cut[0])])
 
     def _tail(self, chat: str, place: int, *plain: tuple[int, int]) -> tuple[int, ...]:
         cut = self._encoder.encode(chat, *plain).cut(place)

@@ -29,12 +29,14 @@ class Query:
         family: the kind of query, by which an evaluation is broken down: "general", "phrase" or "sentence" from
             self-study, any name from a file; None if it has none.
         references: the accepted answers, for evaluation; empty where none are known.
+        lead: tokens that are read before the query, such as text that follows on the context.
     """
 
     input: str
     output: str | None = None
     family: str | None = None
     references: tuple[str, ...] = ()
+    lead: tuple[int, ...] = ()
 
 
 def load_queries(path: Path) -> list[Query]:

@@ -65,7 +65,7 @@ def answer(
         reporter, description: receives the progress under this description.
         recorder: watches the queries that this rank answers, by their index; None: nobody does.
     """
-    inputs = [tuple(chat.query_ids(query.input, answered=query.output is not None)) for query in queries]
+    inputs = [(*q.lead, *chat.query_ids(q.input, answered=q.output is not None)) for q in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
     unanswered = [index for index, output in enumerate(outputs) if output is None]
     # Equal queries share the tokens of their input, so they stay together.

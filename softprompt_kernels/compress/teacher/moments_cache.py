@@ -37,6 +37,7 @@ from softprompt_kernels.output_file import replaced_when_complete
 Form = Literal["moments", "hidden", "hidden_entropy", "entropy"]
 """What is kept for each token: moments (with the entropy), the last hidden state, that and the entropy, the entropy."""
 ROWS_PER_SHARD = 4096
+_EXAMPLES_PER_SHARD = 64  # of copied targets
 _ENTROPY_ROWS = 256  # rows of logits in memory at once
 
 
@@ -78,6 +79,11 @@ class Targets:
         first = len(self.shards)
         added = {offset + n: (first + shard, start, stop) for n, (shard, start, stop) in others.rows.items()}
         return replace(self, shards=self.shards + others.shards, rows=self.rows | added)
+
+    def rows_of(self, examples: Sequence[int]) -> dict[str, Tensor]:
+        """All that is stored for the rows of several examples, by name, concatenated in this order, on the CPU."""
+        names = sorted(self.shards[0].keys()) if self.shards else []
+        return {name: self._gather(name, examples, torch.device("cpu")) for name in names}
 
     def _gather(self, name: str, examples: Sequence[int], device: torch.device) -> Tensor:
         parts = []
@@ -131,6 +137,31 @@ class TargetWriter:
         with replaced_when_complete(own_file(_shard(self.folder, self.shards))) as temporary:
             save_file(rows, temporary)
         self.hidden, self.buffered, self.shards = [], 0, self.shards + 1
+
+
+def copy_targets(targets: Targets, examples: Sequence[int], folder: Path, key: str) -> None:
+    """Write the targets of some examples to another folder, under the numbers 0, 1, ….
+
+    Args:
+        targets: read from their folder.
+        examples: their numbers there, in the new order.
+        folder: where to. It is made.
+        key: that `read_targets` asks for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _index(folder).unlink(missing_ok=True)
+    rows, shards = [], 0
+    for start in range(0, len(examples), _EXAMPLES_PER_SHARD):
+        chosen, place = examples[start : start + _EXAMPLES_PER_SHARD], 0
+        for number, example in enumerate(chosen, start):
+            _, first, stop = targets.rows[example]
+            rows.append((number, (shards, place, place + stop - first)))
+            place += stop - first
+        path = _shard(folder, shards)
+        save_file(targets.rows_of(chosen), path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+        shards += 1
+    write_text(_index(folder), json.dumps({"key": key, "shards": shards, "rows": rows}))
 
 
 def read_targets(folder: Path, key: str, head: Head, form: Form, temperature: float) -> Targets | None:

@@ -18,6 +18,24 @@ from softprompt_kernels.compress.teacher.rows import RowRecorder
 from softprompt_kernels.models import FedTokens, QueryTap
 
 
+class RowsAlone:
+    """A `Recorder` that records rows for matching, and nothing else.
+
+    Args:
+        rows: records them.
+    """
+
+    def __init__(self, rows: RowRecorder) -> None:
+        self.rows = rows
+
+    def tap(self, fed: Sequence[FedTokens]) -> QueryTap | None:
+        """The tap for some of these tokens."""
+        return self.rows.tap(fed)
+
+    def add(self, number: int, hidden: Tensor) -> None:
+        """Does nothing with the hidden states."""
+
+
 class Recording:
     """A `Recorder` of a run. Examples are known by numbers, and the training examples come first.
 
