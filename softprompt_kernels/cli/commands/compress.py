@@ -21,6 +21,7 @@ from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.parallel.launch import is_first, launched
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
+from softprompt_kernels.compress.sequential.table import distance_table, teacher_line
 from softprompt_kernels.sizes import size
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ def _compress(settings: CompressConfig) -> None:
     show_table(header, rows, highlight="soft prompt")
     context, prompt = figures["context_tokens"], figures["prompt_tokens"]
     typer.echo(LEGEND)
+    if segments := figures.get("segments"):
+        typer.echo(f"{teacher_line(segments)}\n")
+        show_table(*distance_table(segments))
+        typer.echo("")
     typer.echo(f"{context} tokens in a prompt of {prompt} ({context / prompt:.1f}x), {duration(figures['seconds'])}.")
     typer.echo(f"{stage_line(figures.get('stages', {}))}\n")
     show_pairs(
@@ -136,6 +141,7 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("  stored", forecast.context_storage),
         ("prompt", f"{forecast.prompt_tokens} tokens, {size(forecast.prompt_bytes)} of keys and values"),
         ("ratio", f"{forecast.ratio:.1f}x"),
+        *([("segments", f"{forecast.segments}")] if forecast.segments > 1 else []),
         ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),
         ("KL without context", f"{forecast.kl_none:.3f} nats per token on a few queries: what a prompt can recover"),
         *_processes(forecast),
@@ -144,6 +150,7 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("total time", f"about {duration(sum(stages.values()))}"),
         ("memory", "beside the model and the context's keys and values, counted:"),
         *((f"  {name}", size(count)) for name, count in forecast.peak_bytes.items()),
+        *([("disk", f"at most about {size(forecast.disk_bytes)}")] if forecast.disk_bytes else []),
         ("written", "nothing (dry run)"),
     ]
 

@@ -56,7 +56,7 @@ def run_config(folder: RunFolder) -> CompressConfig:
     """The configuration of the run in a folder.
 
     Raises:
-        SoftPromptError: the folder holds no run.
+        SoftPromptError: the folder holds no run, or one in segments.
     """
     if not folder.path.is_dir():
         raise SoftPromptError(f"run: {folder.path} is no folder, accepted is the folder of a run of `compress`")
@@ -70,7 +70,13 @@ def run_config(folder: RunFolder) -> CompressConfig:
             f"run: {folder.path} is a composition, accepted is the folder of a run of `compress`; diagnose the runs "
             "that it was made of"
         )
-    return load_config(folder.path / "config.yaml", {"output": folder.path})
+    config = load_config(folder.path / "config.yaml", {"output": folder.path})
+    if config.segment_tokens is not None:
+        raise SoftPromptError(
+            f"run: {folder.path} compressed a text in segments, accepted is a run without segment_tokens; the figures "
+            "of each segment are in its evaluation.json"
+        )
+    return config
 
 
 def load_run(folder: RunFolder, config: CompressConfig | None = None, loaded: Loaded | None = None) -> RunInputs:

@@ -20,6 +20,7 @@ from softprompt_kernels.compress.inputs import RunInputs
 from softprompt_kernels.compress.report.table import SETS
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sequential.asked import Asked
+from softprompt_kernels.compress.sequential.table import OWN, WHOLE
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import answer, hidden_states
@@ -132,7 +133,7 @@ def segment_figures(
         first = stop
     return {
         "state": state,
-        "teacher": "whole text" if with_whole else "each segment's own",
+        "teacher": WHOLE if with_whole else OWN,
         "by_distance": by_distance,
         "by_segment": by_segment,
     }

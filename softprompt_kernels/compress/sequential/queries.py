@@ -8,6 +8,10 @@ has read the segment nearest to it, so each query belongs to one segment: the on
 and the last of several that are equally near. A query that shares no such word belongs to the last segment, where the
 model has the prompt of all others before it.
 
+A prompt will be read before later text, and must not distract from it. What a query about later text makes of a prompt
+is decided only beside that text. So a segment's prompt is also trained on queries about the next segment, each behind
+the piece of that segment that is nearest to it; the teacher reads the same piece. None of them is evaluated.
+
 Held-out queries are chosen among the inputs of all segments, so none of them is trained on anywhere. A general request
 ("What is this text about?") has another answer behind every segment. So it is neither asked again later nor evaluated,
 except for the last segment, whose answer is that of the whole text.
@@ -28,10 +32,11 @@ from softprompt_kernels.compress.sources.queries import Query, hold_out, load_qu
 from softprompt_kernels.compress.sources.self_study import self_study
 from softprompt_kernels.errors import SoftPromptError
 
-READ_ON = int(__import__("os").environ.get("READ_ON", 64))
-PIECE = int(__import__("os").environ.get("PIECE", 128))
 GENERAL = "general"
 """The family of self-study's requests that fit any text."""
+
+READ_ON, PIECE = 64, 128
+"""Queries about the next segment, and most tokens of the piece of it that is read before each."""
 
 _WORD = re.compile(r"\w+")
 

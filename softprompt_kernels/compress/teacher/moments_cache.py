@@ -157,9 +157,8 @@ def copy_targets(targets: Targets, examples: Sequence[int], folder: Path, key: s
             _, first, stop = targets.rows[example]
             rows.append((number, (shards, place, place + stop - first)))
             place += stop - first
-        path = _shard(folder, shards)
-        save_file(targets.rows_of(chosen), path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with replaced_when_complete(_shard(folder, shards)) as temporary:
+            save_file(targets.rows_of(chosen), temporary)
         shards += 1
     write_text(_index(folder), json.dumps({"key": key, "shards": shards, "rows": rows}))
 

@@ -232,7 +232,9 @@ class _Check:
 
 
 @torch.no_grad()
-def surprises_and_entropies(model: PreTrainedModel, hidden: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def surprises_and_entropies(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """−log p of each label, and the entropy of its distribution, nats, `[n]` on the CPU."""
     head, surprises, entropies = head_of(model), [], []
     for start in range(0, len(labels), _ROWS):

@@ -18,7 +18,7 @@ from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.teacher.answers import end_tokens
 from softprompt_kernels.compress.teacher.server import answers as answers_module
 from softprompt_kernels.compress.teacher.server import client as client_module
-from softprompt_kernels.compress.teacher.server.answers import stored_answers, answer_tokens
+from softprompt_kernels.compress.teacher.server.answers import answer_tokens, stored_answers
 from softprompt_kernels.compress.teacher.server.client import Completion, check_packages
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import sample
