@@ -18,8 +18,10 @@ from softprompt_kernels.cli.commands.import_prompt import import_
 from softprompt_kernels.cli.commands.inspect_prompt import inspect
 from softprompt_kernels.cli.commands.profile import profile
 from softprompt_kernels.cli.commands.push import push
+from softprompt_kernels.cli.commands.read import read
 from softprompt_kernels.cli.commands.report import report
 from softprompt_kernels.cli.commands.serve import serve
+from softprompt_kernels.cli.commands.train_compressor import train_compressor
 from softprompt_kernels.cli.doctor.report import doctor
 from softprompt_kernels.cli.errors import with_error_messages
 from softprompt_kernels.cli.text import prepare_streams
@@ -41,6 +43,8 @@ app = typer.Typer(
 for _command in (
     compress,
     compose,
+    train_compressor,
+    read,
     evaluate,
     diagnose,
     report,
@@ -55,7 +59,9 @@ for _command in (
     profile,
     doctor,
 ):
-    app.command(_command.__name__.rstrip("_"), help=_unwrap(_command.__doc__))(with_error_messages(_command))
+    app.command(_command.__name__.rstrip("_").replace("_", "-"), help=_unwrap(_command.__doc__))(
+        with_error_messages(_command)
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:

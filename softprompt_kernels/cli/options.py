@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from softprompt_kernels.compress.config import ChatArguments, CompressConfig, Dtype, accepted
@@ -113,3 +113,32 @@ def _plain_type(annotation: Any) -> Any:
         if part is not type(None) and (hasattr(part, "__metadata__") or part is Path):
             return _plain_type(part)
     return getattr(annotation, "__origin__", annotation) if hasattr(annotation, "__metadata__") else annotation
+
+
+def with_options_of(
+    of: type[BaseModel], panels: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As `with_config_options`, for the fields of another configuration.
+
+    Args:
+        of: its class.
+        panels: the headings of the help page, by the first field under each.
+    """
+
+    def replaced(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields, panel = [], ""
+        for name, field in of.model_fields.items():
+            panel = panels.get(name, panel)
+            needed, default = field.is_required(), field.default
+            end = " Required." if needed else "" if default in (None, PydanticUndefined) else f" Default: {default}."
+            flag = "--" + name.replace("_", "-")
+            info = typer.Option(flag, help=f"{field.description}{end}", rich_help_panel=panel, show_default=False)
+            option_type: Any = _plain_type(field.annotation) | None
+            annotation: Any = Annotated[option_type, info]
+            fields.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        return command
+
+    return replaced

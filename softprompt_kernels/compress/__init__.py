@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from softprompt_kernels.compress.composition.compose import compose
     from softprompt_kernels.compress.composition.forecast import plan_composition
     from softprompt_kernels.compress.composition.join import join_prompts
+    from softprompt_kernels.compress.compressor.compressor import Compressor, read_once
+    from softprompt_kernels.compress.compressor.store import load_compressor
+    from softprompt_kernels.compress.compressor_runs.config import CompressorConfig
+    from softprompt_kernels.compress.compressor_runs.forecast import CompressorPlan, plan_compressor
+    from softprompt_kernels.compress.compressor_runs.once import read_context
+    from softprompt_kernels.compress.compressor_runs.run import train_compressor
     from softprompt_kernels.compress.config import CompressConfig
     from softprompt_kernels.compress.config_file import load_config
     from softprompt_kernels.compress.diagnose.run import diagnose_run
@@ -28,6 +34,9 @@ __all__ = [
     "Advance",
     "ChatFormat",
     "CompressConfig",
+    "Compressor",
+    "CompressorConfig",
+    "CompressorPlan",
     "Interrupted",
     "Plan",
     "Reporter",
@@ -39,13 +48,18 @@ __all__ = [
     "evaluate_prompt",
     "evaluate_suite",
     "join_prompts",
+    "load_compressor",
     "load_config",
     "load_model",
     "make_suite",
     "plan",
     "plan_composition",
+    "plan_compressor",
+    "read_context",
+    "read_once",
     "suite_config",
     "suite_of",
+    "train_compressor",
     "write_suite",
 ]
 
@@ -55,6 +69,14 @@ _MODULES = {
     "join_prompts": "softprompt_kernels.compress.composition.join",
     "ChatFormat": "softprompt_kernels.compress.sources.chat",
     "CompressConfig": "softprompt_kernels.compress.config",
+    "Compressor": "softprompt_kernels.compress.compressor.compressor",
+    "read_once": "softprompt_kernels.compress.compressor.compressor",
+    "load_compressor": "softprompt_kernels.compress.compressor.store",
+    "CompressorConfig": "softprompt_kernels.compress.compressor_runs.config",
+    "CompressorPlan": "softprompt_kernels.compress.compressor_runs.forecast",
+    "plan_compressor": "softprompt_kernels.compress.compressor_runs.forecast",
+    "read_context": "softprompt_kernels.compress.compressor_runs.once",
+    "train_compressor": "softprompt_kernels.compress.compressor_runs.run",
     "load_config": "softprompt_kernels.compress.config_file",
     "Plan": "softprompt_kernels.compress.forecast",
     "plan": "softprompt_kernels.compress.start",

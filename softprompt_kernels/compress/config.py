@@ -108,7 +108,7 @@ Number = Annotated[float, BeforeValidator(_refuse_bool)]
 FilePath = Annotated[Path, BeforeValidator(_refuse_empty_path), AfterValidator(_expand_home)]
 ChatArguments = Annotated[dict[str, JsonValue], BeforeValidator(_parse_mapping)]
 Kind = Literal["kv", "embedding"]
-Init = Literal["matched", "strided", "first", "text", "vocabulary", "random"]
+Init = Literal["matched", "strided", "first", "text", "vocabulary", "random", "compressor"]
 Objective = Annotated[str, BeforeValidator(_parse_objective)]
 TokenWeights = Literal["uniform", "entropy", "student"]
 State = Literal["replaced", "accumulated"]
@@ -144,9 +144,13 @@ class CompressConfig(BaseModel):
         default_factory=lambda fields: "matched" if fields.get("kind", "kv") == "kv" else "strided",
         description="How the prompt is initialised. matched: fitted to the attention of the teacher, layer by layer. "
         "strided: k tokens spread evenly over the context. first: its first k tokens. text: the text of "
-        "--init-text. vocabulary: random tokens. random: noise. Default: matched for kv, strided for embedding.",
+        "--init-text. vocabulary: random tokens. random: noise. compressor: read once by that of --compressor. "
+        "Default: matched for kv, strided for embedding.",
     )
     init_text: FilePath | None = Field(None, description="File with the text for init=text, in UTF-8.")
+    compressor: FilePath | None = Field(
+        None, description="Folder of a compressor for init=compressor, from train-compressor."
+    )
     matching_rows: Integer = Field(
         6144,
         ge=1,
@@ -250,9 +254,9 @@ class CompressConfig(BaseModel):
         "Default: batch_size.",
     )
     learning_rate: Number = Field(
-        default_factory=lambda fields: 5e-3 if fields.get("init") == "matched" else 2e-2,
+        default_factory=lambda fields: 5e-3 if fields.get("init") in ("matched", "compressor") else 2e-2,
         gt=0,
-        description="Peak learning rate. Default: 5e-3 with init=matched, else 2e-2.",
+        description="Peak learning rate. Default: 5e-3 with init=matched or compressor, else 2e-2.",
     )
     relative_learning_rate: bool = Field(
         True,
@@ -328,6 +332,15 @@ class CompressConfig(BaseModel):
                 self.init != "matched" or self.kind == "kv",
                 f"init: got matched with kind={self.kind}, accepted are strided, first, text, vocabulary and random",
             ),
+            (
+                self.init != "compressor" or (self.kind == "kv" and self.compressor),
+                f"compressor: got {self.compressor} with kind={self.kind}, accepted with init=compressor is a folder, "
+                "and kind=kv",
+            ),
+            (
+                self.init == "compressor" or not self.compressor,
+                f"compressor: given, but init={self.init} does not use it",
+            ),
             (self.init == "text" or not self.init_text, f"init_text: given, but init={self.init} does not use it"),
             (
                 self.nll_weight == 0 or self.objective == "kl",
@@ -402,13 +415,18 @@ class CompressConfig(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def accepted(name: str) -> str:
-    """The accepted values of a field, in words."""
-    field: FieldInfo = CompressConfig.model_fields[name]
+def accepted(name: str, of: type[BaseModel] = CompressConfig) -> str:
+    """The accepted values of a field, in words.
+
+    Args:
+        name: of the field.
+        of: the configuration that it belongs to.
+    """
+    field: FieldInfo = of.model_fields[name]
     type_name, bounds = _type_name(field.annotation), []
     if name == "template_arguments":
         return "a mapping of names to JSON values"
-    if name == "objective":
+    if name == "objective" and of is CompressConfig:
         return f"one of {', '.join(OBJECTIVES)}, or package.module:function"
     if name == "device":
         return "auto, cpu, cuda, cuda:1 or similar"

@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from softprompt_kernels.compress.compressor.compressor import read_once
+from softprompt_kernels.compress.compressor.store import load_compressor
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt
 from softprompt_kernels.compress.inputs import RunInputs, read_text
@@ -32,6 +34,8 @@ def initial_prompt(inputs: RunInputs, context: Prefix) -> Prompt:
             prefix = select_tokens(model, context, k, config.init)
         elif config.init == "random":
             prefix = initialise.random_prefix(context, k, generator=generator)
+        elif config.init == "compressor":
+            prefix = _read_by_compressor(inputs)
         else:
             prefix = capture(model, initial_token_ids(inputs, generator)[None].to(model.device))
         return KVPrompt.from_prefix(prefix, frozen_tokens=config.frozen).to(model.device)
@@ -42,6 +46,17 @@ def initial_prompt(inputs: RunInputs, context: Prefix) -> Prompt:
     else:
         rows = initialise.embed_tokens(embed, initial_token_ids(inputs, generator).to(model.device))
     return EmbeddingPrompt(rows, frozen_tokens=config.frozen).to(model.device)
+
+
+def _read_by_compressor(inputs: RunInputs) -> Prefix:
+    """The prompt that the compressor of the configuration reads from the context."""
+    assert inputs.config.compressor is not None
+    compressor = load_compressor(inputs.config.compressor, inputs.model, inputs.tokenizer)
+    try:
+        return read_once(compressor, inputs.context_ids)
+    finally:
+        if compressor.lora is not None:
+            compressor.lora.detach()
 
 
 def matched_prompt(inputs: RunInputs, context: Prefix, matched: Prefix) -> KVPrompt:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softprompt_kernels.compress.compressor.store import check_compressor, digest
 from softprompt_kernels.compress.config import CompressConfig, is_own
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.own_loss import check_own_loss, load_own_loss, source_digest
@@ -184,6 +185,8 @@ def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInpu
         )
     if config.kind == "kv" and config.init in ("matched", "strided"):
         check_fixed_frequencies(model)
+    if config.compressor is not None:
+        check_compressor(config.compressor, model, tokenizer, context_tokens, config.tokens)
     if config.segment_tokens is None:  # else a segment has to fit, with the prompt of those before it
         check_window(model, chat, context_tokens, (*train, *heldout, *test), config.new_tokens)
     if config.gradient_checkpointing:
@@ -289,6 +292,8 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
     ):
         if path is not None:
             config[name] = sha256(read_utf8(path, f"{name}: {path}"))
+    if inputs.config.compressor is not None:
+        config["compressor"] = digest(inputs.config.compressor)
     if inputs.objective.function is not None:
         config["objective"] += " " + source_digest(inputs.objective.function)
     config["server"] = config["server"] and "yes"  # a server may move

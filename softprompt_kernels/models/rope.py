@@ -54,8 +54,9 @@ def shift_keys(model: PreTrainedModel, prefix: Prefix, delta: int | Tensor) -> P
     config, family = text_config(model), family_of(model)
     parameters = rope_parameters(config)
     if not parameters:
+        shown = delta.tolist() if isinstance(delta, Tensor) else delta
         raise SoftPromptError(
-            f"delta: got {delta if isinstance(delta, int) else delta.tolist()} for a '{config.model_type}', whose positions are learned and cannot be moved; "
+            f"delta: got {shown} for a '{config.model_type}', whose positions are learned and cannot be moved; "
             "accepted is 0"
         )
     check_fixed_frequencies(model)

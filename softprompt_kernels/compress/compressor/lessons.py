@@ -158,7 +158,7 @@ class Teacher:
 
 
 def all_targets(lessons: Sequence[Lesson]) -> Targets | None:
-    """The targets of all examples of all lessons, numbered one lesson after the other; None for an objective without."""
+    """The targets of all examples of all lessons, numbered one lesson after the other; None if they have none."""
     shards: list[object] = []
     rows: dict[int, tuple[int, int, int]] = {}
     first, targets = 0, None

@@ -25,7 +25,7 @@ def random_lengths(tokens: int, longest: int, count: int, draw: random.Random) -
         count: so that `count ≤ tokens ≤ count · longest`.
         draw: of the cuts.
     """
-    lengths = []
+    lengths: list[int] = []
     for left in range(count, 0, -1):
         rest = tokens - sum(lengths)
         lengths.append(draw.randint(max(1, rest - (left - 1) * longest), min(longest, rest - (left - 1))))

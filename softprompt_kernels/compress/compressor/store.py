@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softprompt_kernels.compress.compressor.compressor import Compressor
 from softprompt_kernels.compress.compressor.form import Form, State
 from softprompt_kernels.compress.compressor.lora import CONFIG, WEIGHTS, Lora
+from softprompt_kernels.compress.compressor.segments import even_lengths
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.models.families import max_positions
 from softprompt_kernels.prompts.atomic_folder import check_replaceable, recover, replace_folder
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint, tokenizer_fingerprint
 from softprompt_kernels.prompts.json_file import dump, integer, read_object, to_json
@@ -139,6 +141,32 @@ def load_compressor(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
             lora.detach()
             raise
     return Compressor(model, form, summary["summary"], lora)
+
+
+def check_compressor(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context_tokens: int, tokens: int
+) -> None:
+    """Check that a saved compressor can read a context into a prompt of so many tokens. The model stays as it is.
+
+    Args:
+        path, model, tokenizer: as in `load_compressor`.
+        context_tokens: C.
+        tokens: k.
+
+    Raises:
+        SoftPromptError: as `load_compressor`, or the lengths do not fit.
+    """
+    compressor = load_compressor(path, model, tokenizer)
+    if compressor.lora is not None:
+        compressor.lora.detach()
+    form = compressor.form
+    if tokens != form.prompt_tokens(context_tokens):
+        raise SoftPromptError(
+            f"tokens: got {tokens}, accepted with the compressor {path} and a context of {context_tokens} tokens is "
+            f"{form.prompt_tokens(context_tokens)}"
+        )
+    lengths = even_lengths(context_tokens, form.segment_tokens)
+    form.check_window(max_positions(model.config), len(lengths), max(lengths))
 
 
 def check_belongs(

@@ -23,16 +23,14 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from softprompt_kernels.compress.compressor.compressor import Compressor
 from softprompt_kernels.compress.compressor.lessons import Lesson, all_targets
 from softprompt_kernels.compress.compressor.segments import even_lengths, random_lengths
+from softprompt_kernels.compress.distill.checkpoint import Checkpoint, Checkpoints
 from softprompt_kernels.compress.distill.objective import Objective
 from softprompt_kernels.compress.distill.trainer import BETAS, Schedule, StepReport, recompute_activations
 from softprompt_kernels.compress.sources.sequences import Batch, Example, total_targets
@@ -105,7 +103,7 @@ class CompressorTrainer:
         self.step = self.saved_step = 0
         self.consistent = True  # False while an update is under way
         self.best: dict[str, Tensor] = {}
-        self.best_kl, self.best_step = math.inf, 0
+        self.best_kl, self.best_step, self.judged_step = math.inf, 0, 0
 
     def train_step(self) -> StepReport:
         """One update.
@@ -206,6 +204,7 @@ class CompressorTrainer:
 
     def judged(self, kl: float) -> None:
         """Keep the present state if its KL on held-out contexts is the lowest so far."""
+        self.judged_step = self.step
         if kl < self.best_kl:
             self.best_kl, self.best_step = kl, self.step
             self.best = {name: parameter.detach().clone() for name, parameter in self.named.items()}
@@ -216,14 +215,16 @@ class CompressorTrainer:
         for name, tensor in self.best.items():
             self.named[name].copy_(tensor)
 
-    def save(self, path: Path, identity: str) -> None:
-        """Write a checkpoint, atomically: what is trained, the optimiser, the step and the best state.
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint of what is trained, the optimiser, the step and the best state.
 
         Nothing is written if an update was interrupted in the middle: the previous checkpoint is the last good state.
 
         Args:
-            path: the file.
-            identity: of the run; `load` compares it.
+            checkpoints: of the run.
+
+        Raises:
+            OSError: it cannot be written. The previous checkpoint is as it was.
         """
         if not self.consistent:
             return
@@ -231,48 +232,37 @@ class CompressorTrainer:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.named.items():
             tensors |= {f"optimizer.{kind}.{name}": value for kind, value in self.optimizer.state[parameter].items()}
-        metadata = {
-            "step": str(self.step),
-            "identity": identity,
-            "best_kl": repr(self.best_kl),
-            "best_step": str(self.best_step),
-        }
-        temporary = path.with_name(path.name + ".partial")
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-            temporary.replace(path)
-            self.saved_step = self.step
-        finally:
-            temporary.unlink(missing_ok=True)
+        steps = {"best_step": str(self.best_step), "judged_step": str(self.judged_step)}
+        notes = {"best_kl": repr(self.best_kl), **steps}
+        checkpoints.write(Checkpoint(self.step, tensors, notes))
+        self.saved_step = self.step
 
     @torch.no_grad()
-    def load(self, path: Path, identity: str) -> None:
-        """Resume from a checkpoint.
+    def load(self, checkpoints: Checkpoints) -> bool:
+        """Resume from the newest checkpoint; False if there is none.
 
         Raises:
-            SoftPromptError: the file is damaged or belongs to another run.
+            SoftPromptError: it is damaged, or belongs to another run.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-        except (OSError, SafetensorError) as error:
-            raise SoftPromptError(f"checkpoint: {path} cannot be read ({error}); delete it to start over") from error
-        if metadata.get("identity") != identity:
-            raise SoftPromptError(f"checkpoint: {path} belongs to another run; delete it to start over")
+        found = checkpoints.read()
+        if found is None:
+            return False
         for name, parameter in self.named.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
-            device = parameter.device
+            parameter.copy_(found.tensors[f"parameter.{name}"])
             state = {
-                kind: tensors[key]
+                kind: found.tensors[key]
                 for kind in ("step", "exp_avg", "exp_avg_sq")
-                if (key := f"optimizer.{kind}.{name}") in tensors
+                if (key := f"optimizer.{kind}.{name}") in found.tensors
             }
-            self.optimizer.state[parameter] = {k: v if k == "step" else v.to(device) for k, v in state.items()}
+            self.optimizer.state[parameter] = {
+                kind: value if kind == "step" else value.to(parameter.device) for kind, value in state.items()
+            }
         self.best = {
-            name: tensors[f"best.{name}"].to(parameter.device)
+            name: found.tensors[key].to(parameter.device)
             for name, parameter in self.named.items()
-            if f"best.{name}" in tensors
+            if (key := f"best.{name}") in found.tensors
         }
-        self.best_kl, self.best_step = float(metadata["best_kl"]), int(metadata["best_step"])
-        self.step = self.saved_step = int(metadata["step"])
+        self.best_kl = float(found.notes["best_kl"])
+        self.best_step, self.judged_step = int(found.notes["best_step"]), int(found.notes["judged_step"])
+        self.step = self.saved_step = found.step
+        return True
