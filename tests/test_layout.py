@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     "": (("tests",), ("benchmarks", "examples"), ("softprompt_kernels",), ("build_helper",)),
     "softprompt_kernels": (
+        ("__main__",),
         ("cli",),
         ("serve",),
         ("compress",),
@@ -51,7 +52,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text_file",),
     ),
     "softprompt_kernels/kernels": (
-        ("triton", "cuda", "cpu"),
+        ("triton", "cuda", "cpu", "sharded"),
         ("composed",),
         ("reference",),
         ("device", "host"),

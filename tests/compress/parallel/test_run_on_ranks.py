@@ -21,7 +21,7 @@ Settings = dict[str, Any]
 
 @pytest.fixture
 def runs(make_config: Callable[..., CompressConfig], tmp_path: Path) -> Callable[..., CompressConfig]:
-    """`runs("name")`: twenty steps after matching, with equal queries, a given output and micro-batches, in a folder."""
+    """`runs("name")`: twenty steps after matching in a folder, with equal queries, a given output and micro-batches."""
     with (tmp_path / "queries.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"input": "Whose mill?", "output": "Mira's."}) + "\n")
 
