@@ -67,6 +67,7 @@ PROGRAMS = {  # that blocks of `bash` start, and why no test does
     "ncu": "it needs a GPU",
     "proton": "it needs a GPU",
     "proton-viewer": "it needs a run of Proton",
+    "torchrun": "it takes many processes; tests/compress/parallel runs the same on two",
     "perf": "it needs Linux's perf, and the right to use it",
     "py-spy": "it needs the right to trace a process",
     "softprompt": "the program of the line before starts it",

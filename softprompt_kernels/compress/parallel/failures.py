@@ -18,7 +18,7 @@ from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.signals import Terminated, signal_of
 from softprompt_kernels.errors import SoftPromptError
 
-RECORD, HEARD = "stopped", "heard"  # keys of the store
+RECORD, HEARD, LEFT = "stopped", "heard", "left"  # keys of the store; each other rank than the first has a `left`
 PATIENCE = 5.0  # seconds that a rank waits for rank 0 to hear of its end, or for the record of a rank that is gone
 _PAUSE = 0.02
 
@@ -87,14 +87,29 @@ def raise_lost(store: Store, cause: BaseException) -> NoReturn:
     ) from cause
 
 
-def hear(store: Store, first: bool) -> bool:
-    """Rank 0 says that it knows of the end of the run; the others wait for that. Returns whether rank 0 knows."""
-    if first:
+def hear(store: Store, rank: int, world: int, holds_store: bool) -> bool:
+    """Rank 0 says that it knows of the end of the run, and the others wait for that. Returns whether rank 0 knows.
+
+    Args:
+        store: of the run.
+        rank, world: of this rank, and how many there are.
+        holds_store: whether the store ends with rank 0, which then waits until the others have looked.
+    """
+    if rank == 0:
         store.set(HEARD, "1")
+        if holds_store:
+            _wait_for(store, [f"{LEFT}-{other}" for other in range(1, world)])
         return True
+    found = _wait_for(store, [HEARD])
+    store.set(f"{LEFT}-{rank}", "1")
+    return found
+
+
+def _wait_for(store: Store, keys: list[str]) -> bool:
+    """Whether all keys are there, within `PATIENCE`."""
     end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if store.check([HEARD]):
-            return True
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
         time.sleep(_PAUSE)
-    return False
+    return True

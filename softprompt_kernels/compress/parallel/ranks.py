@@ -22,6 +22,7 @@ so a run gives the same bits each time with the same number.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -115,23 +116,34 @@ def started() -> Iterator[None]:
 
 def _join(rank: int, world: int, local_rank: int, own: bool) -> dist.Store:
     """Start the process group, if it is our own to start. Returns the store of this run."""
-    global _meeting
+    global _meeting, _told
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
+    store: dist.Store | None = None
     try:
         if _meeting is None:
             _meeting, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
+        store = dist.PrefixStore(f"softprompt-{_runs}", _meeting)
         if own:
             if gpu and local_rank < torch.cuda.device_count():
                 torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
             group_store = dist.PrefixStore(f"group-{_runs}", _meeting)
             dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=TIMEOUT)
+        return store
     except (RuntimeError, ValueError) as error:
+        with suppress(RuntimeError):
+            if store is not None and (stop := recorded(store)) is not None:  # another has failed at once
+                _told = hear(store, rank, world, _holds_store())
+                stop.raise_here()
         raise SoftPromptError(
             f"torchrun: process {rank} of {world} cannot reach the others ({' '.join(str(error).split())}); accepted "
             "are processes that torchrun started, and a network between their machines"
         ) from error
-    return dist.PrefixStore(f"softprompt-{_runs}", _meeting)
+
+
+def _holds_store() -> bool:
+    """Whether the store ends with rank 0. torchrun's own lasts longer."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _raise_as_known(error: BaseException, store: dist.Store) -> None:
@@ -139,11 +151,11 @@ def _raise_as_known(error: BaseException, store: dist.Store) -> None:
     global _told
     try:
         stop = record(store, Stop.of(error, _current.rank))
-        _told = hear(store, is_first())
+        _told = hear(store, _current.rank, _current.world, _holds_store())
     except RuntimeError:  # the store is gone with the process that held it
         return
-    caused = isinstance(error, SoftPromptError) and not isinstance(error, OtherRankFailed)
-    if stop.rank != _current.rank and stop.signal is None and not caused and not isinstance(error, OtherRankFailed):
+    caused = isinstance(error, SoftPromptError)
+    if stop.rank != _current.rank and stop.signal is None and not caused:
         stop.raise_here()
 
 

@@ -1,8 +1,10 @@
 """A whole run on two processes, against the same run on one."""
 
+import io
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softprompt_kernels.cli import main
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
 from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.errors import SoftPromptError
@@ -109,6 +112,24 @@ def test_the_end_of_one_rank_ends_all_and_the_run_resumes_with_the_same_bits(
     assert max(seconds) < 20
     assert os.WTERMSIG(second.status) == signal.SIGKILL
 
-    for end in on_ranks(2, lambda rank: [compress(config)["heldout"]["kl_prompt"] for config in (stopped, whole)]):
-        assert not end.error, end.error
+    def printed(rank: int, *arguments: str) -> str:
+        streams, text = (sys.stdout, sys.stderr), io.StringIO()
+        sys.stdout = sys.stderr = text
+        with pytest.raises(SystemExit) as ended:
+            main(["compress", "--config", str(whole.output / "config.yaml"), *arguments])
+        sys.stdout, sys.stderr = streams
+        return f"{ended.value.code} {text.getvalue()}"
+
+    def resumed(rank: int) -> list[str]:
+        compress(stopped)
+        compress(whole)
+        again = ("--output", str(whole.output.with_name("new")))
+        return [printed(rank), printed(rank, *again, "--tokens", "999"), printed(rank, *again, "--frozen-tokens", "99")]
+
+    first, second = on_ranks(2, resumed)
+    assert not first.error and not second.error, first.error + second.error
     assert torch.equal(sigma(stopped), sigma(whole))
+    assert "is already finished" in first.value[0] and "soft prompt" in first.value[0]
+    assert first.value[1].startswith("2 Loading") and "Error: tokens: got 999" in first.value[1]
+    assert first.value[2].startswith("2 Error: frozen_tokens: got 99")
+    assert second.value == ["0 ", "2 ", "2 "]
