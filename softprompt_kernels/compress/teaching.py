@@ -213,7 +213,9 @@ class Teaching:
         if recording.rows is not None:
             # Those that were answered came by length and tokens, and then those that were read, by length.
             seen_at = sorted(already, key=lambda n: (len(everything[n].input_ids), everything[n].input_ids, n))
-            seen_at += sorted(missing, key=lambda n: (everything[n].length, n))
+            everyone = [*everything, *(() if self.replay is None else self.replay.examples)]
+            for of_pass in (missing, range(len(everything), len(everyone))):
+                seen_at += sorted(of_pass, key=lambda n: (everyone[n].length, n))
             turns = {number: turn for turn, number in enumerate(seen_at)}
             recording.rows.close(self._rows_key(examples), turns)
         if recording.states is not None:

@@ -137,7 +137,7 @@ def measure_tokens(
         examples: queries with answers of the teacher.
         reporter: receives the progress.
         name: what the progress calls the set of examples.
-        teacher: the teacher's hidden states of the examples, if they are known.
+        teacher: the teacher's hidden states of the examples in their order, if they are known, in one tensor or more.
 
     Returns:
         The distances, by the same keys.
@@ -147,8 +147,9 @@ def measure_tokens(
     chosen = [examples[index] for index in own]
     if teacher is None:
         teacher = hidden_states(model, context, chosen, reporter, f"Full context, {name} queries")
-    else:
-        teacher = [teacher[index] for index in own]
+    elif ranks.world() > 1:
+        by_example = torch.cat(list(teacher)).split([example.targets for example in examples])
+        teacher = [by_example[index] for index in own]
     hidden = {}
     for student, prefix in students.items():
         label = f"{names.get(student, student)}, {name} queries"

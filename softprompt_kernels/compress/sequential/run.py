@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,8 @@ from softprompt_kernels.compress.evaluate.details import Details, write_details
 from softprompt_kernels.compress.evaluate.distance import summary
 from softprompt_kernels.compress.evaluate.example_details import example_details
 from softprompt_kernels.compress.folder import RunFolder
-from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, identity, sha256
+from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, check_same_run, identity, sha256
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signals_as_interrupts
@@ -64,32 +65,38 @@ def compress_segments(
     Returns:
         As `compress`, with "segments": see `segment_figures` in evaluation.py.
     """
-    reporter, times = reporter or SilentReporter(), StageTimes()
-    with signals_as_interrupts():
-        check_unlocked(config.output)
+    with ranks.started(), signals_as_interrupts():
+        first, times = ranks.is_first(), StageTimes()
+        reporter = (reporter if first else None) or SilentReporter()
+        if first:
+            check_unlocked(config.output)
         check_service(config.track)
         with times("load"):
             text = load_long_text(config, loaded)
-        with locked(config.output):
+        check_same_run(text.inputs, reporter)
+        with locked(config.output) if first else nullcontext():
             return _run(text, reporter, times)
 
 
 def _run(text: LongText, reporter: Reporter, times: StageTimes) -> dict[str, Any]:
     inputs, folder = text.inputs, RunFolder(text.inputs.config.output)
-    recorded = identity(inputs, folder.identity)
-    folder.claim(recorded, inputs.config.to_yaml(), made_with())
+    recorded = ranks.of_first(identity(inputs, folder.identity))
+    if ranks.is_first():
+        folder.claim(recorded, inputs.config.to_yaml(), made_with())
+    ranks.barrier(folder.path / "run.json")
     finished = folder.read_evaluation()
-    if finished is not None:
+    if ranks.of_first(finished is not None):
         reporter.message(f"The run in {folder.path} is already finished.")
         write_report(folder, reporter)
-        return finished
-    write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
-    times.keep_in(folder.stages)
+        return finished or {}
+    if ranks.is_first():
+        write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
+        times.keep_in(folder.stages)
     check_destination(folder.prompt)
     prompt = _read_segments(text, folder, sha256(json.dumps(recorded, sort_keys=True)), reporter, times)
     figures = _evaluate(text, folder, prompt, reporter, times)
     write_report(folder, reporter)
-    for number in range(1, len(text.segments) + 1):
+    for number in range(1, len(text.segments) + 1) if ranks.is_first() else ():
         delete_asked(segment_folder(folder, number))
     return figures
 
@@ -103,11 +110,12 @@ def _read_segments(text: LongText, folder: RunFolder, key: str, reporter: Report
     """The prompt after the last segment. Segments that are finished are read back."""
     inputs, last = text.inputs, len(text.segments)
     prompt: KVPrompt | None = None
-    done = next((n for n in range(last, 0, -1) if (segment_folder(folder, n) / DONE).exists()), 0)
+    done: int = ranks.of_first(next((n for n in range(last, 0, -1) if (segment_folder(folder, n) / DONE).exists()), 0))
     if done:
         found, _ = load(segment_folder(folder, done) / "prompt", inputs.model, inputs.tokenizer)
         prompt = cast(KVPrompt, found)
-        tidy(RunFolder(segment_folder(folder, done)))
+        if ranks.is_first():
+            tidy(RunFolder(segment_folder(folder, done)))
         reporter.message(f"{done} of {last} segments are done.")
     for segment in text.segments[done:]:
         number = segment.number
@@ -121,12 +129,13 @@ def _read_segments(text: LongText, folder: RunFolder, key: str, reporter: Report
         counts = f"{segment.tokens} tokens, {len(of_segment.train)} queries, {len(earlier.segments)} about earlier ones"
         reporter.message(f"Segment {number} of {last}: {counts}")
         own.path.mkdir(parents=True, exist_ok=True)
-        with tracked(inputs.config, own, reporter) as tracker, _named(f"segment {number} of {last}", folder):
+        tracking = inputs.config if ranks.is_first() else inputs.config.model_copy(update={"track": None})
+        with tracked(tracking, own, reporter) as tracker, _named(f"segment {number} of {last}", folder):
             in_segment = _Numbered(reporter, f"{number}/{last}")
             run = SegmentRun(of_segment, number, last, own, own_key, prompt, earlier, in_segment, times, tracker)
             prompt = run.run()
             tracker.finish({})
-        if number > 1:
+        if number > 1 and ranks.is_first():
             earlier_folder = segment_folder(folder, number - 1)
             shutil.rmtree(earlier_folder / REPLAY, ignore_errors=True)
             if inputs.config.state == "accumulated":  # the new prompt begins with the earlier one
@@ -158,30 +167,33 @@ def _evaluate(
             **{name: summary({k: v.mean() for k, v in of_set.distances.items()}) for name, of_set in found.items()},
             "segments": segment_figures(found["heldout"], done, config.state, text.fits),
         }
-        save(
-            folder.prompt,
-            prompt,
-            model=inputs.model,
-            tokenizer=inputs.tokenizer,
-            context={
-                "sha256": sha256(inputs.text),
-                "tokens": inputs.context_tokens,
-                **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
-            },
-            objective={
-                "name": config.objective,
-                "nll_weight": config.nll_weight,
-                "steps": config.steps,
-                "init": config.init,
-                "segments": len(text.segments),
-                "state": config.state,
-            },
-            figures=figures["heldout"],
-        )
+        if ranks.is_first():
+            save(
+                folder.prompt,
+                prompt,
+                model=inputs.model,
+                tokenizer=inputs.tokenizer,
+                context={
+                    "sha256": sha256(inputs.text),
+                    "tokens": inputs.context_tokens,
+                    **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
+                },
+                objective={
+                    "name": config.objective,
+                    "nll_weight": config.nll_weight,
+                    "steps": config.steps,
+                    "init": config.init,
+                    "segments": len(text.segments),
+                    "state": config.state,
+                },
+                figures=figures["heldout"],
+            )
     with times("answers_compared"):
         asked = {name: of_set.queries for name, of_set in found.items() if name != "train"}
         shown = replace(inputs, heldout=tuple(asked["heldout"]), test=tuple(asked.get("test", ())))
         answers = prompt_answers(shown, final, reporter)
+        if not ranks.is_first():
+            return figures
         examples = {name: of_set.examples for name, of_set in found.items()}
         write_text(folder.answers, compared_answers(shown, examples, answers))
         ends = end_tokens(inputs.model, inputs.chat)

@@ -29,6 +29,7 @@ from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_prompt
 from softprompt_kernels.compress.inputs import RunInputs, sha256
 from softprompt_kernels.compress.matching.match import Matching, match, stored_layers, stored_match
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.signals import signal_of
 from softprompt_kernels.compress.reporter import Reporter
@@ -107,7 +108,7 @@ class SegmentRun:
         if config.init != "matched":
             return prefix_of(inputs.model, initial_prompt(inputs, own)).detach()
         matched = stored_match(own, folder.cache, self.key)
-        if matched is None:
+        if ranks.of_first(matched is None):
             assert rows is not None, "the teacher leaves rows where nothing is matched"
             settings = Matching(config.tokens, config.matching_steps, 0 if self._kept else config.frozen)
             folder.drop_metrics_after(config.steps)  # only a line that a crash cut off
@@ -124,6 +125,7 @@ class SegmentRun:
             except KeyboardInterrupt as stop:
                 done = len(stored_layers(own, folder.cache, self.key))
                 raise Interrupted("layer", done, own.num_layers, folder.path, signal_of(stop)) from None
+        assert matched is not None, "all ranks see the same folder"
         return move_keys(inputs.model, matched, matched.length - own.length)
 
     def _prompt(self, first: Prefix) -> KVPrompt:
@@ -143,8 +145,9 @@ class SegmentRun:
     def _save(self, prompt: KVPrompt, taught: Taught, context: Prefix, seconds: float) -> None:
         inputs, config, folder = self.inputs, self.inputs.config, self.folder
         asked = Asked.of(taught, lambda q: not q.lead and (q.family != GENERAL or self.number == self.last))
-        asked.save(folder.path)
-        if self.number < self.last:
+        if ranks.is_first():
+            asked.save(folder.path)
+        if self.number < self.last and ranks.is_first():
             store(self._asked_later(taught), config.replay, config.seed + self.number, folder.path / REPLAY, self.key)
         found: dict[str, float] = {
             "tokens": inputs.context_tokens,
@@ -157,6 +160,9 @@ class SegmentRun:
         students["prompt"] = prefix_of(inputs.model, prompt).detach()
         for name, distances in asked.measure(inputs.model, "heldout", students, self.reporter).items():
             found[f"kl_{name}"] = distances.mean().kl
+        if not ranks.is_first():
+            ranks.barrier(folder.path / DONE)
+            return
         save(
             folder.prompt,
             prompt,
@@ -166,6 +172,7 @@ class SegmentRun:
             objective={"name": config.objective, "steps": config.steps, "init": config.init},
         )
         write_text(folder.path / DONE, json.dumps({**found, "seconds": seconds}, indent=1) + "\n")
+        ranks.barrier()
         tidy(folder)
 
     def _asked_later(self, taught: Taught) -> Replayed:

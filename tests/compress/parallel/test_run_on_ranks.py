@@ -29,7 +29,7 @@ def runs(make_config: Callable[..., CompressConfig], tmp_path: Path) -> Callable
         file.write(json.dumps({"input": "Whose mill?", "output": "Mira's."}) + "\n")
 
     def make(name: str, **options: Any) -> CompressConfig:
-        settings: Settings = {"steps": 20, "matching_steps": 60, "samples": 2, "micro_batch_size": 2, "batch_size": 5}
+        settings: Settings = {"steps": 20, "matching_steps": 20, "samples": 2, "micro_batch_size": 2, "batch_size": 5}
         return make_config(
             **(settings | {"output": tmp_path / name, "checkpoint_every": 5, "evaluate_every": 10} | options)
         )
@@ -51,8 +51,15 @@ def test_two_ranks_give_the_prompt_of_one_process(
     variants: dict[str, Settings] = {
         "matched": {},
         "rounds": {"rounds": 1, "init": "strided", "steps": 6},
-        "embedding": {"kind": "embedding", "init": "strided", "token_weights": "student", "objective": "jsd"},
+        "embedding": {
+            "kind": "embedding",
+            "init": "strided",
+            "steps": 6,
+            "token_weights": "student",
+            "objective": "jsd",
+        },
         "small": {"batch_size": 1, "micro_batch_size": 1, "init": "first", "steps": 4, "context_memory": 1e-9},
+        "segments": {"segment_tokens": 64, "selfstudy": 6, "queries": None, "replay": 5, "steps": 3, "tokens": 6},
     }
     ended = on_ranks(2, lambda rank: [compress(runs(f"{name} two", **v))["heldout"] for name, v in variants.items()])
     for end in ended:
@@ -61,8 +68,9 @@ def test_two_ranks_give_the_prompt_of_one_process(
     for (name, settings), figures in zip(variants.items(), ended[0].value, strict=True):
         one, two = runs(f"{name} one", **settings), runs(f"{name} two", **settings)
         assert compress(one)["heldout"] == pytest.approx(figures, rel=1e-4, abs=1e-6), name
-        assert difference(one, two) < 1e-6, name
-        for file in ("cache/examples.json", "queries.jsonl"):
+        # A segment begins with the rounding of the one before.
+        assert difference(one, two) < (1e-6 if name != "segments" else 1e-4), name
+        for file in ("cache/examples.json", "queries.jsonl") if "segment_tokens" not in settings else ():
             assert (one.output / file).read_text() == (two.output / file).read_text(), (name, file)
 
 
