@@ -72,23 +72,31 @@ def replaced_when_complete(target: Path, *, flush: bool = False) -> Iterator[Pat
             power leaves a file without content.
 
     Raises:
-        OSError: the disk is full, or cannot be written for another reason. It names the target, also where the writer
-            does not: Python for a write, safetensors for everything.
+        OSError: the disk is full, or cannot be written for another reason. It names the target, which neither Python
+            nor safetensors does when a write fails.
     """
     temporary = target.with_name(target.name + ".partial")
     try:
-        yield temporary
-        if flush:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        temporary.replace(target)
+        with disk_errors_named(target):
+            yield temporary
+            if flush:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors_named(target: Path) -> Iterator[None]:
+    """Within the context, an error of the disk becomes an OSError that names the file."""
+    try:
+        yield
     except Exception as error:
         if (reason := _disk_error(error)) is None:
             raise
         raise OSError(reason, os.strerror(reason), str(target)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _disk_error(error: Exception) -> int | None:

@@ -290,6 +290,20 @@ class CompressConfig(BaseModel):
     evaluate_every: Integer = Field(
         0, ge=0, description="Steps between held-out evaluations. 0: only before and after training."
     )
+    keep_checkpoints: Integer = Field(
+        1, ge=1, description="Checkpoints to keep. If the newest is damaged, the run goes on from the one before it."
+    )
+    save_best: bool = Field(
+        False,
+        description="Save the prompt of the lowest held-out KL, of the evaluations during training and the prompt "
+        "before it, and not that of the last step. Needs evaluate_every.",
+    )
+    patience: Integer = Field(
+        0,
+        ge=0,
+        description="Stop training when so many held-out evaluations in a row are not below the best one. The schedule "
+        "of the learning rate keeps its length. Needs evaluate_every. 0: train to the last step.",
+    )
     evaluation_sequences: Integer = Field(
         24, ge=1, description="Number of training sequences to evaluate. Held-out sequences are all evaluated."
     )
@@ -396,6 +410,13 @@ class CompressConfig(BaseModel):
             (
                 self.segment_tokens is None or self.rounds == 0,
                 f"rounds: got {self.rounds}, accepted with segment_tokens is 0",
+            ),
+            *(
+                (
+                    not value or self.evaluate_every,
+                    f"{name}: got {str(value).lower()}, but evaluate_every=0 evaluates nothing during training",
+                )
+                for name, value in (("save_best", self.save_best), ("patience", self.patience))
             ),
             (
                 (self.micro_batch_size or 1) <= self.batch_size,

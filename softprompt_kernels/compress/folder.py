@@ -3,6 +3,8 @@
     config.yaml  run.json  chat.json  queries.jsonl  cache/  checkpoint.safetensors  metrics.jsonl
     stages.json  curves.png  prompt/  answers.md  details.json  evaluation.json  report.html
 
+`best.safetensors` comes from `save_best`, and `checkpoint.before-1.safetensors`, … from `keep_checkpoints`.
+
 `diagnosis.json` comes from `softprompt diagnose`; `tracking.json`, `tensorboard/` and `wandb/` from `track`.
 
 `run.json` holds the identity of the run, and what it was made with. The same command on the same folder resumes the
@@ -22,6 +24,10 @@ from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.lock import LOCK
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.output_file import disk_errors_named
+
+AFTER_DIVERGENCE = ("learning_rate", "max_grad_norm")
+"""The options that may change after the training has diverged. The run goes on from its last good state with them."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The prompt of the best held-out evaluation during training."""
+        return self.path / "best.safetensors"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object for each step, of matching (by groups of layers) and of training."""
         return self.path / "metrics.jsonl"
@@ -123,19 +134,44 @@ class RunFolder:
     @property
     def identity(self) -> dict[str, Any]:
         """The identity in run.json; empty if there is none that can be read."""
+        saved = self._record.get("identity")
+        return saved if isinstance(saved, dict) else {}
+
+    @property
+    def current(self) -> dict[str, Any]:
+        """The identity, with the options as they are after all changes."""
+        found = dict(self.identity)
+        for change in self.changes:
+            found |= {name: value for name, value in change.items() if name != "step"}
+        return found
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """The options that were changed after the training had diverged: each with "step", from which they hold."""
+        saved = self._record.get("changes")
+        return saved if isinstance(saved, list) else []
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """The content of run.json; empty if it cannot be read."""
         try:
-            saved = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
+            saved = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
         return saved if isinstance(saved, dict) else {}
+
+    def mark_diverged(self, step: int) -> None:
+        """Record that the training cannot go on as it is. Then the options in `AFTER_DIVERGENCE` may change.
+
+        Args:
+            step: of the last good state.
+        """
+        write_text(self.path / "run.json", json.dumps(self._record | {"diverged": step}, indent=1))
 
     @property
     def made_with(self) -> dict[str, str]:
         """The versions and the machine that began the run; empty if they were not recorded."""
-        try:
-            saved = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["made_with"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+        saved = self._record.get("made_with")
         return {str(name): str(value) for name, value in saved.items()} if isinstance(saved, dict) else {}
 
     def claim(self, identity: dict[str, Any], config_yaml: str, made_with: Mapping[str, str] | None = None) -> None:
@@ -153,11 +189,17 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise SoftPromptError(f"output: {self.path} is a file, accepted is a folder")
         if record.exists():
-            saved = self.identity
+            saved = self.current
             if not saved:
                 raise SoftPromptError(f"output: {record} cannot be read; choose another folder")
             names = sorted(name for name in {*saved, *identity} if saved.get(name) != identity.get(name))
-            if names:
+            content = self._record
+            if names and "diverged" in content and set(names) <= set(AFTER_DIVERGENCE):
+                change = {"step": content.pop("diverged"), **{name: identity.get(name) for name in names}}
+                content["changes"] = [*self.changes, change]
+                write_text(self.path / "config.yaml", config_yaml)
+                write_text(record, json.dumps(content, indent=1))
+            elif names:
                 raise SoftPromptError(
                     f"output: {self.path} holds another run, which differs in {', '.join(names)}; choose another folder"
                 )
@@ -200,7 +242,7 @@ class RunFolder:
         """Append the record of a step to the metrics. Of many ranks the first does."""
         if not ranks.is_first():
             return
-        with self.metrics.open("a", encoding="utf-8") as metrics:
+        with disk_errors_named(self.metrics), self.metrics.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(record) + "\n")
 
     def drop_metrics_after(self, step: int) -> float:

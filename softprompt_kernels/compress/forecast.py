@@ -47,6 +47,7 @@ class Plan:
         context_tokens, prompt_tokens: C and k.
         ratio: C / k.
         prompt_bytes, context_kv_bytes: bytes of the keys and values of both, in the model's dtype.
+        checkpoint_bytes: of all checkpoints on disk: the prompt and two moments of the optimiser in each.
         train_queries, heldout_queries, test_queries: number of each.
         kl_none: KL of the model without the context from the model with it, nats per token, on a few held-out
             queries. It is what a prompt can recover at most.
@@ -66,6 +67,7 @@ class Plan:
     prompt_tokens: int
     ratio: float
     prompt_bytes: int
+    checkpoint_bytes: int
     context_kv_bytes: int
     train_queries: int
     heldout_queries: int
@@ -208,9 +210,12 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
     trainer.accumulate(range(len(batch)))
     step_seconds = time.perf_counter() - begin
 
+    trained_bytes = sum(parameter.nbytes for parameter in trainer.parameters)
+    checkpoint_bytes = (3 * config.keep_checkpoints + config.save_best) * trained_bytes if config.steps else 0
     with torch.no_grad():
         prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=inputs.model.dtype).nbytes
     evaluated = min(config.evaluation_sequences, len(inputs.train)) + len(inputs.heldout)
+    heldout_passes = len(inputs.heldout) * (config.steps // config.evaluate_every if config.evaluate_every else 0)
     passes = EVALUATION_PASSES * evaluated + TEST_PASSES * len(inputs.test)
     world, layers, batch_size = launched().world, context.num_layers, len(batch)
     trained = sum(parameter.numel() for parameter in prompt.parameters())
@@ -219,6 +224,7 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
         prompt_tokens=config.tokens,
         ratio=inputs.context_tokens / config.tokens,
         prompt_bytes=prompt_bytes,
+        checkpoint_bytes=checkpoint_bytes,
         context_kv_bytes=context.nbytes,
         train_queries=len(inputs.train),
         heldout_queries=len(inputs.heldout),
@@ -231,6 +237,7 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
             # Layers and sequences are not divided.
             **({"matching": matching * -(-layers // world) / layers} if config.init == "matched" else {}),
             "training": step_seconds * config.steps * -(-batch_size // world) / batch_size,
+            **({"heldout_evaluations": sequence_seconds * heldout_passes / world} if config.evaluate_every else {}),
             **({"rounds": config.rounds * one_round / world} if config.rounds else {}),
             "evaluation": sequence_seconds * passes / world,
             "answers_compared": compared * one_answer / world,

@@ -42,6 +42,7 @@ WITHOUT_EFFECT = (
     "threads",
     "track",
     "checkpoint_every",
+    "keep_checkpoints",
     "evaluate_every",
     "micro_batch_size",
     "gradient_checkpointing",
@@ -283,7 +284,10 @@ def identity(inputs: RunInputs, recorded: Mapping[str, Any] | None = None) -> di
             or with a default that its version did not have, is given as it is there.
     """
     recorded = recorded or {}
-    config = inputs.config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    without = {*WITHOUT_EFFECT}
+    if inputs.config.save_best or inputs.config.patience:
+        without.remove("evaluate_every")  # it decides for them
+    config = inputs.config.model_dump(mode="json", exclude=without)
     for name, path in (
         ("queries", inputs.config.queries),
         ("heldout", inputs.config.heldout),

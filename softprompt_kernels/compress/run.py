@@ -67,7 +67,7 @@ from softprompt_kernels.compress.teacher.rows import Rows, delete_rows
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.tracking.service import check_service
 from softprompt_kernels.compress.tracking.tracker import Tracker, tracked
-from softprompt_kernels.compress.training import Training
+from softprompt_kernels.compress.training import Trained, Training
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
@@ -147,9 +147,9 @@ def _new_figures(
             times.replace_earlier("matching", seconds_before)
     students = run.initial_student(prompt)
     with times("training"):
-        seconds_before = Training(inputs, folder, run.context, prompt, taught, run.key, reporter, tracker).run()
-        times.replace_earlier("training", seconds_before)
-    return conclude(run, taught, distances, prompt, students, times)
+        training = Training(inputs, folder, run.context, prompt, taught, run.key, reporter, tracker).run()
+        times.replace_earlier("training", training.seconds_before)
+    return conclude(run, taught, distances, prompt, students, times, training)
 
 
 class Learnt(NamedTuple):
@@ -196,6 +196,7 @@ def conclude(
     prompt: Prompt,
     students: Mapping[str, Prefix],
     times: StageTimes,
+    training: Trained,
     **more: Any,
 ) -> dict[str, Any]:
     """The stages after the training.
@@ -205,6 +206,7 @@ def conclude(
         prompt: trained.
         students: from `initial_student`, before the training.
         times: of the run.
+        training: how it went.
         more: figures to add.
 
     Returns:
@@ -215,9 +217,9 @@ def conclude(
         trained = prefix_of(inputs.model, prompt).detach()
         for name, of_set in run.measure({**students, "prompt": trained}, taught).items():
             distances[name] |= of_set
-        figures = run.figures({name: _means(of_set) for name, of_set in distances.items()})
+        figures = run.figures({name: _means(of_set) for name, of_set in distances.items()}, training)
         if ranks.is_first():
-            run.save(prompt, figures)
+            run.save(prompt, figures, training)
     with times("answers_compared"):
         answers = prompt_answers(inputs, trained, run.reporter)
         if not ranks.is_first():
@@ -360,7 +362,7 @@ class Run:
         self.folder.add_metrics(record)
         self.tracker.log(record)
 
-    def figures(self, distances: Mapping[str, Mapping[str, Distance]]) -> dict[str, Any]:
+    def figures(self, distances: Mapping[str, Mapping[str, Distance]], training: Trained) -> dict[str, Any]:
         """The content of evaluation.json, without the seconds."""
         inputs, config = self.inputs, self.inputs.config
         return {
@@ -368,8 +370,18 @@ class Run:
             "prompt_tokens": config.tokens,
             "ratio": inputs.context_tokens / config.tokens,
             "start": initial_baseline(config),
+            **self.chosen(training),
             **{name: summary(of_set) for name, of_set in distances.items()},
         }
+
+    def chosen(self, training: Trained) -> dict[str, Any]:
+        """What was decided during the training, for evaluation.json; empty if nothing was."""
+        config, changes = self.inputs.config, self.folder.changes
+        if not (config.save_best or config.patience or changes):
+            return {}
+        figures = {"steps": training.steps, "of": config.steps, "saved_step": training.saved_step}
+        best = {} if training.best_kl is None else {"best_heldout_kl": training.best_kl}
+        return {"training": figures | best | ({"changes": changes} if changes else {})}
 
     def details(
         self,
@@ -387,7 +399,7 @@ class Run:
         }
         return Details(sets=sets, match_error=error_rows(stored_error(self.context, self.folder.cache, self.key)))
 
-    def save(self, prompt: Prompt, figures: Mapping[str, Any]) -> None:
+    def save(self, prompt: Prompt, figures: Mapping[str, Any], training: Trained) -> None:
         """Write the prompt."""
         inputs, folder, config = self.inputs, self.folder, self.inputs.config
         save(
@@ -403,7 +415,7 @@ class Run:
             objective={
                 "name": config.objective,
                 "nll_weight": config.nll_weight,
-                "steps": config.steps,
+                "steps": training.saved_step,
                 "init": config.init,
             },
             figures=figures["heldout"],

@@ -20,7 +20,7 @@ from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.config_file import load_config
 from softprompt_kernels.compress.parallel.launch import is_first, launched
 from softprompt_kernels.compress.report.durations import duration
-from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
+from softprompt_kernels.compress.report.table import LEGEND, evaluation_table, training_line
 from softprompt_kernels.compress.sequential.table import distance_table, teacher_line
 from softprompt_kernels.sizes import size
 
@@ -94,6 +94,8 @@ def _compress(settings: CompressConfig) -> None:
     show_table(header, rows, highlight="soft prompt")
     context, prompt = figures["context_tokens"], figures["prompt_tokens"]
     typer.echo(LEGEND)
+    if line := training_line(figures):
+        typer.echo(line)
     if segments := figures.get("segments"):
         typer.echo(f"{teacher_line(segments)}\n")
         show_table(*distance_table(segments))
@@ -140,6 +142,7 @@ def forecast_lines(forecast: Plan) -> list[tuple[str, str]]:
         ("context", f"{forecast.context_tokens} tokens, {size(forecast.context_kv_bytes)} of keys and values"),
         ("  stored", forecast.context_storage),
         ("prompt", f"{forecast.prompt_tokens} tokens, {size(forecast.prompt_bytes)} of keys and values"),
+        *([("checkpoints", f"{size(forecast.checkpoint_bytes)} on disk")] if forecast.checkpoint_bytes else []),
         ("ratio", f"{forecast.ratio:.1f}x"),
         *([("segments", f"{forecast.segments}")] if forecast.segments > 1 else []),
         ("queries", f"{forecast.train_queries} for training, {forecast.heldout_queries} held out{test}"),

@@ -44,6 +44,7 @@ from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.tracking.tracker import Tracker
+from softprompt_kernels.compress.training import Trained
 from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import Prefix
@@ -315,7 +316,14 @@ class _Bank:
                 start = time.perf_counter()
                 taught = self._taught(run)
                 self.finished[name] = conclude(
-                    run, taught, part.distances, part.prompt, part.students, times, steps=part.steps
+                    run,
+                    taught,
+                    part.distances,
+                    part.prompt,
+                    part.students,
+                    times,
+                    Trained(0.0, part.steps, part.steps, None),
+                    steps=part.steps,
                 )
                 write_report(run.folder, run.reporter)
                 self._write_summary()

@@ -209,7 +209,7 @@ class _Run:
             training = Training(
                 inputs, self.folder, self._joined, self.work.prompt, taught, key, self.reporter, tracker
             )
-            return training.run()
+            return training.run().seconds_before
 
     def figures(self, measured: dict[str, list[Measured]]) -> dict[str, Any]:
         """The content of evaluation.json, without the seconds."""

@@ -103,7 +103,7 @@ def load_run(folder: RunFolder, config: CompressConfig | None = None, loaded: Lo
             f"{error}. It is named in {folder.path / 'config.yaml'}: correct it there if it has moved. Relative paths "
             "start at the current folder"
         ) from error
-    recorded = folder.identity
+    recorded = folder.current
     now = identity(inputs, recorded)
     changed = sorted(name for name in {*now, *recorded} if now.get(name) != recorded.get(name))
     if changed:

@@ -74,6 +74,10 @@ class StepReport:
     seconds: float
 
 
+class Diverged(SoftPromptError):
+    """Training cannot go on: a loss, a gradient, the prompt or its optimiser is not finite."""
+
+
 class Trainer:
     """Trains one prompt.
 
@@ -126,8 +130,9 @@ class Trainer:
         adamw = RelativeAdamW if relative and isinstance(prompt, KVPrompt) else torch.optim.AdamW
         self.optimizer = adamw(self.parameters, lr=schedule.learning_rate, betas=BETAS, weight_decay=weight_decay)
         self.step = 0
-        self.consistent = True  # False while an update of σ is under way
-        self.saved_step = 0  # the step of the last checkpoint
+        self.report: StepReport | None = None  # of the last step
+        self.consistent = True  # False while an update of σ is under way, and after one that went wrong
+        self.saved_step: int | None = None  # the step of the last checkpoint
 
     def take(self, examples: Sequence[Example], targets: Targets | None, share: float) -> None:
         """From now on, train on other answers to the same queries too, in place of those that were taken before.
@@ -141,16 +146,19 @@ class Trainer:
         if targets is not None and self.teacher_targets is not None:
             self.targets = self.teacher_targets.joined(targets, self.queries)
 
-    def run(self, after_step: Callable[[StepReport], None], until: int | None = None) -> None:
-        """Train from the current step to `until` (None: the last); `after_step` is called after each update of σ."""
+    def run(self, after_step: Callable[[StepReport], bool | None], until: int | None = None) -> None:
+        """Train from the current step to `until` (None: the last), or until `after_step`, which is called after each
+        update of σ, returns True."""
         while self.step < (self.schedule.steps if until is None else until):
-            after_step(self.train_step())
+            if after_step(self.train_step()):
+                return
 
     def train_step(self) -> StepReport:
         """One update of σ.
 
         Raises:
-            SoftPromptError: loss or gradient is not finite. σ is not changed.
+            Diverged: loss or gradient is not finite, and σ is not changed. Or σ is not finite after the update, and is
+                no longer saved.
         """
         begin = time.perf_counter()
         chosen = self.batch_at(self.step)
@@ -160,7 +168,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SoftPromptError(
+            raise Diverged(
                 f"learning_rate: at step {self.step + 1} the loss is {loss:.3g} and the gradient norm "
                 f"{float(norm):.3g}; try a smaller learning rate"
                 + ", or look at your own loss" * (self.objective.function is not None)
@@ -168,10 +176,22 @@ class Trainer:
             )
         self.consistent = False
         self.optimizer.step()
-        self.step += 1
-        self.consistent = True
+        if not self._finite():
+            raise Diverged(
+                f"learning_rate: the update of step {self.step + 1} made the prompt or its optimiser infinite or NaN, "
+                f"after a loss of {loss:.3g} and a gradient norm of {float(norm):.3g}; try a smaller learning rate"
+            )
         tokens = total_targets([self.examples[i] for i in chosen])
-        return StepReport(self.step, loss, float(norm), rate, tokens, time.perf_counter() - begin)
+        report = StepReport(self.step + 1, loss, float(norm), rate, tokens, time.perf_counter() - begin)
+        self.step, self.report = report.step, report
+        self.consistent = True
+        return report
+
+    def _finite(self) -> bool:
+        """Whether σ and the moments of the optimiser are finite. A second moment that overflows would freeze σ."""
+        state = (value for parameter in self.parameters for value in self.optimizer.state[parameter].values())
+        tensors = [*self.parameters, *(value for value in state if value.device == self.parameters[0].device)]
+        return bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
     def accumulate(self, chosen: Sequence[int]) -> float:
         """Compute the gradient of σ for a batch: that of the mean loss over its tokens, by their weights.
@@ -227,8 +247,8 @@ class Trainer:
     def save(self, checkpoints: Checkpoints, notes: Mapping[str, str] | None = None) -> None:
         """Write a checkpoint of σ, the optimiser and the step.
 
-        Nothing is written if an update of σ was interrupted in the middle: the previous checkpoint is the last good
-        state.
+        Nothing is written if an update of σ was interrupted in the middle, or if the last checkpoint is of this step:
+        it is the last good state.
 
         Args:
             checkpoints: of the run.
@@ -237,7 +257,7 @@ class Trainer:
         Raises:
             OSError: it cannot be written. The previous checkpoint is as it was.
         """
-        if not self.consistent:
+        if not self.consistent or self.saved_step == self.step:
             return
         if not ranks.is_first():  # it is the same on all
             self.saved_step = self.step

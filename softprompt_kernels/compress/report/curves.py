@@ -43,7 +43,7 @@ def save_curves(metrics: Path, figures: Mapping[str, Any], target: Path) -> None
     if matching:
         _draw_matching(axes.pop(0), matching)
     if training:
-        _draw_loss(axes[0], training, figures.get("heldout") or {}, figures.get("start"))
+        _draw_loss(axes[0], training, figures)
         _draw_metric(axes[1], training, "learning_rate", "learning rate")
         _draw_metric(axes[2], training, "grad_norm", "gradient norm [nats]")
         if any(step.get("grad_norm") for step in training):
@@ -92,13 +92,13 @@ def _draw_matching(axes: Axes, records: list[dict[str, Any]]) -> None:
     axes.legend(fontsize="small", loc="best")
 
 
-def _draw_loss(axes: Axes, steps: list[dict[str, Any]], heldout: Mapping[str, Any], start_row: str | None) -> None:
+def _draw_loss(axes: Axes, steps: list[dict[str, Any]], figures: Mapping[str, Any]) -> None:
     """Training loss, its moving average, held-out KL from step 0 on, and each baseline as a horizontal line."""
     x = [step["step"] for step in steps]
     loss = [step["loss"] for step in steps]
     axes.plot(x, loss, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(x, smooth(loss), color="tab:blue", label="training loss (mean of the last 10 steps)")
-    points = heldout_points(steps, heldout, start_row)
+    points, heldout = heldout_points(steps, figures), figures.get("heldout") or {}
     if points:
         axes.plot(*zip(*points, strict=True), "o--", color="tab:orange", label="held-out KL")
     for key, style in (("none", ":"), ("truncated", "-."), ("untrained", "--")):

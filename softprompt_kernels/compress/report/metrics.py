@@ -50,22 +50,20 @@ def matching_error(records: Sequence[Record]) -> tuple[list[int], list[float]]:
     return steps, [error[step] / layers[step] for step in steps]
 
 
-def heldout_points(
-    training: Sequence[Record], heldout: Mapping[str, Any], start: str | None
-) -> list[tuple[int, float]]:
+def heldout_points(training: Sequence[Record], figures: Mapping[str, Any]) -> list[tuple[int, float]]:
     """Pairs of a step and the held-out KL after it, from step 0 to the last one.
 
     Args:
         training: the steps, at least one.
-        heldout: the figures of the held-out set in evaluation.json, or a part of them.
-        start: the key of the student that the prompt equals before training.
+        figures: the content of evaluation.json, or a part of it.
     """
+    heldout = figures.get("heldout") or {}
     points = {step["step"]: step["heldout_kl"] for step in training if step.get("heldout_kl") is not None}
-    before, after = heldout.get(f"kl_{start}"), heldout.get("kl_prompt")
+    before, after = heldout.get(f"kl_{figures.get('start')}"), heldout.get("kl_prompt")
     if before is not None:
         points.setdefault(0, before)
     if after is not None:
-        points[training[-1]["step"]] = after
+        points[(figures.get("training") or {}).get("saved_step", training[-1]["step"])] = after
     return sorted(points.items())
 
 

@@ -42,6 +42,29 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> tuple[list[str], list[lis
     return header, rows
 
 
+def training_line(evaluation: Mapping[str, Any]) -> str:
+    """What was decided during the training, in a sentence or two; empty if nothing was.
+
+    Args:
+        evaluation: the content of evaluation.json.
+    """
+    training = evaluation.get("training")
+    if not isinstance(training, Mapping):
+        return ""
+    steps, of, saved = training["steps"], training["of"], training["saved_step"]
+    stopped = f", stopped at step {steps} by a plateau of the held-out KL" if steps < of else ""
+    changed = "".join(
+        f", from step {change['step']} on with "
+        + " and ".join(f"{name} {value}" for name, value in change.items() if name != "step")
+        for change in training.get("changes", ())
+    )
+    if saved == steps and not (stopped or changed):
+        return ""
+    chosen = ", chosen by the held-out KL" if saved < steps else ""
+    remark = " Its held-out figures are of the queries that chose it." if chosen and "test" not in evaluation else ""
+    return f"Prompt of step {saved} of {of}{chosen}{stopped}{changed}.{remark}"
+
+
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as plain text. The first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]

@@ -24,7 +24,7 @@ from softprompt_kernels.compress.report.html.answers import LEVELS, answer_set
 from softprompt_kernels.compress.report.html.distance_charts import distance_charts
 from softprompt_kernels.compress.report.html.run_charts import diagnosis_charts, run_charts
 from softprompt_kernels.compress.report.html.run_data import RunData
-from softprompt_kernels.compress.report.table import LEGEND, SETS, evaluation_table
+from softprompt_kernels.compress.report.table import LEGEND, SETS, evaluation_table, training_line
 from softprompt_kernels.compress.sources.queries import write_text
 
 REPEATING = ("context", "queries", "heldout", "test", "init_text", "tokenizer", "model")
@@ -82,7 +82,7 @@ def headline(run: RunData) -> str:
     ]
     return (
         f"{prompt} tokens stand in for the {context} of {run.context_name}. They recover {' and '.join(known)} of what "
-        "the full text gives."
+        f"the full text gives. {training_line(figures)}".rstrip()
     )
 
 

@@ -69,7 +69,7 @@ def training_chart(run: RunData) -> Chart | None:
     heldout = run.figures.get("heldout") or {}
     steps = [record["step"] for record in run.training]
     loss = [record["loss"] for record in run.training]
-    points = heldout_points(run.training, heldout, run.figures.get("start"))
+    points = heldout_points(run.training, run.figures)
     baselines = [(key, heldout.get(f"kl_{key}")) for key in ("none", "truncated", "untrained")]
     drawn = [*loss, *(value for _, value in (*points, *baselines))]
     figure = new_figure("step of training", "nats per token", yaxis=log_axis(drawn))
