@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test changed docs bench study compile counters gpu load sanitize simt mutants clean
+.PHONY: help demo lint test changed docs bench study compile counters gpu load kills sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -67,6 +67,11 @@ gpu: $(VENV)/test ## on a machine with a GPU: test the ops on it, and time them 
 
 load: $(VENV)/test ## 64 clients of `softprompt serve` for a minute: right, fast, flat; a part: LOAD="--seconds 10"
 	$(BIN)/python -m benchmarks.serve $(LOAD)
+
+KILL_SEEDS ?= 1 2 3
+kills: $(VENV)/test ## kill a small run at 20 random moments and resume it, with each of three seeds; it must not show
+	for seed in $(KILL_SEEDS); do SOFTPROMPT_KILLS=20 SOFTPROMPT_KILL_SEED=$$seed OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -s tests/compress/process/test_killed_runs.py || exit 1; done
 
 # A copy of the package with its own module, which is found before the installed one. A test that limits the address
 # space is left out: AddressSanitizer takes terabytes of it.

@@ -83,6 +83,7 @@ NOT_IN_CI = {
     "compile": "15 minutes; tests/kernels/triton compiles a part of them",
     "counters": "minutes; tests/benchmarks counts small cases",
     "gpu": "it needs a GPU",
+    "kills": "a minute; `make test` kills the run a few times",
     "load": "minutes; tests/serve runs the same clients for two seconds",
     "clean": "it deletes what the other targets need",
 }

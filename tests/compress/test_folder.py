@@ -69,3 +69,27 @@ def test_a_run_with_missing_or_truncated_figures_is_not_finished(tmp_path: Path,
     assert folder.read_evaluation() is None
     folder.evaluation.write_text('{"seconds": 1}')
     assert folder.read_evaluation() == {"seconds": 1}
+
+
+def test_only_a_run_that_diverged_may_change_its_rate(tmp_path: Path) -> None:
+    folder, identity = RunFolder(tmp_path / "run"), {"learning_rate": 0.1, "max_grad_norm": None, "steps": 3}
+    slower = identity | {"learning_rate": 0.01}
+    folder.claim(identity, "learning_rate: 0.1\n", {"torch": "2"})
+    with pytest.raises(SoftPromptError, match="differs in learning_rate;"):
+        folder.claim(slower, "")
+    folder.mark_diverged(2)
+    with pytest.raises(SoftPromptError, match="differs in learning_rate, steps;"):
+        folder.claim(slower | {"steps": 4}, "")
+    folder.claim(identity, "")  # as it was
+    folder.claim(slower, "learning_rate: 0.01\n")
+    folder.claim(slower, "")
+    assert folder.identity == identity, "what is stored in the folder belongs to the run that began"
+    assert (folder.current, folder.changes) == (slower, [{"step": 2, "learning_rate": 0.01}])
+    assert folder.made_with == {"torch": "2"}
+    assert (folder.path / "config.yaml").read_text() == "learning_rate: 0.01\n"
+    for other in (identity, identity | {"learning_rate": 0.001}):
+        with pytest.raises(SoftPromptError, match="differs in learning_rate;"):
+            folder.claim(other, "")
+    folder.mark_diverged(2)
+    folder.claim(slower | {"max_grad_norm": 1.0}, "")
+    assert folder.current == slower | {"max_grad_norm": 1.0}

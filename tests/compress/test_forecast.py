@@ -32,7 +32,15 @@ def files_in(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kind": "embedding"}, {"objective": "jsd"}, {"init": "random"}, {"steps": 0}], ids=str
+    "options",
+    [
+        {"keep_checkpoints": 3, "save_best": True, "evaluate_every": 2},
+        {"kind": "embedding"},
+        {"objective": "jsd"},
+        {"init": "random"},
+        {"steps": 0},
+    ],
+    ids=str,
 )
 def test_a_plan_measures_and_writes_nothing(make_config: Make, tmp_path: Path, options: dict[str, Any]) -> None:
     config = make_config(**options)
@@ -49,6 +57,10 @@ def test_a_plan_measures_and_writes_nothing(make_config: Make, tmp_path: Path, o
     assert found.kl_none > 0.01
     assert found.seconds_per_step > 0
     assert found.estimated_seconds["training"] == pytest.approx(found.seconds_per_step * config.steps)
+    if config.kind == "kv" and config.steps:  # σ without its frozen token, and two moments of it
+        files = 3 * config.keep_checkpoints + config.save_best
+        assert found.checkpoint_bytes == files * found.prompt_bytes * 7 // 8
+    assert ("heldout_evaluations" in found.estimated_seconds) == (config.evaluate_every > 0)
     assert all(seconds >= 0 for seconds in found.estimated_seconds.values())
     assert ("matching" in found.estimated_seconds) == (config.init == "matched")
 

@@ -3,7 +3,8 @@
 import errno
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
+from softprompt_kernels.compress.distill import checkpoint
 from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.compress.folder import RunFolder
+from softprompt_kernels.compress.matching import match
 from softprompt_kernels.compress.report.html.page import headline
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.report.metrics import heldout_points, read_metrics
 from softprompt_kernels.compress.report.table import training_line
+from softprompt_kernels.compress.teacher import moments_cache, rows
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import load
 
@@ -68,7 +72,11 @@ def assert_same_results(first: Path, second: Path) -> None:
 
 
 def test_the_best_prompt_is_saved_and_training_stops_at_a_plateau(
-    make_config: Make, heldout_kls: Any, recording_reporter: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    make_config: Make,
+    heldout_kls: Any,
+    recording_reporter: Any,
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, config, reporter = heldout_kls(0.5, 0.4, 0.6, 0.45, 0.1), make_config(**CHOOSING), recording_reporter()
     at_step: dict[int, torch.Tensor] = {}
@@ -205,7 +213,7 @@ def test_a_run_that_diverges_goes_on_from_its_last_good_state_with_a_smaller_rat
         else:
             patch.setattr(torch.optim.AdamW, "step", bad_update)
         for _ in range(2):  # the same call ends in the same way
-            with pytest.raises(SoftPromptError, match=rf"step 4 .*The last good state, of step {good}, is in .*smaller"):
+            with pytest.raises(SoftPromptError, match=rf"step 4 .*last good state, of step {good}, is in .*smaller"):
                 compress(config)
     state = load_file(config.output / "checkpoint.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
@@ -226,12 +234,11 @@ def test_a_run_that_diverges_goes_on_from_its_last_good_state_with_a_smaller_rat
 # A full disk
 
 FILES = (
-    "queries.jsonl",
     "cache/targets/00000.safetensors",
     "cache/targets/index.json",
     "cache/rows-00000.safetensors",
     "cache/examples.json",
-    "cache/matched-00000-00001.safetensors",
+    "cache/matched-00000.safetensors",
     "checkpoint.safetensors",
     "best.safetensors",
     "metrics.jsonl",
@@ -252,24 +259,37 @@ def test_a_full_disk_is_named_and_loses_nothing(
     compress(whole)
     with pytest.raises(KeyboardInterrupt):
         compress(config, recording_reporter("Teacher's answers", 6))
-    add = RunFolder.add_metrics
     for name in FILES:
         target = config.output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name == "metrics.jsonl":  # the only file that grows
-
-            def add_metrics(self: RunFolder, record: Any) -> None:
-                with full_disk(self.metrics.stat().st_size + 20):
-                    add(self, record)
-
-            monkeypatch.setattr(RunFolder, "add_metrics", add_metrics)
-        else:
-            target.with_name(f"{target.name}.partial").symlink_to("/dev/full")
-        with pytest.raises(OSError, match=str(target)) as error:
-            compress(config)
-        assert error.value.errno == (errno.EFBIG if name == "metrics.jsonl" else errno.ENOSPC)
+        with monkeypatch.context() as patch:
+            if name == "metrics.jsonl":  # the only file that grows
+                fill(patch, full_disk, RunFolder, "add_metrics", lambda folder, _: folder.metrics.stat().st_size + 20)
+            elif target.suffix == ".safetensors":
+                for module in (moments_cache, rows, match, checkpoint):
+                    fill(patch, full_disk, module, "save_file", partial(room_for, target.name))
+            else:
+                target.with_name(f"{target.name}.partial").symlink_to("/dev/full")
+            with pytest.raises(OSError, match=str(target)) as error:
+                compress(config)
+        assert error.value.errno == (errno.ENOSPC if target.suffix in (".json", ".md") else errno.EFBIG)
         assert error.value.filename == str(target)
-        monkeypatch.setattr(RunFolder, "add_metrics", add)
         assert not list(config.output.rglob("*.partial"))
     compress(config)
     assert_same_results(config.output, whole.output)
+
+
+def room_for(full: str, tensors: Any, path: Path, *_: Any) -> int:
+    return 64 if full in path.name else 0
+
+
+def fill(patch: pytest.MonkeyPatch, full_disk: FullDisk, owner: Any, name: str, room: Callable[..., int]) -> None:
+    """The disk has no more than `room` bytes while a function writes; 0: it is not full."""
+    write = getattr(owner, name)
+
+    def limited(*arguments: Any) -> Any:
+        left = room(*arguments)
+        with full_disk(left) if left else nullcontext():
+            return write(*arguments)
+
+    patch.setattr(owner, name, limited)

@@ -1,11 +1,15 @@
 """The last checkpoints of a run: how many stay, under which names, and which one is read where a file is damaged."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from softprompt_kernels.compress.distill import checkpoint
 from softprompt_kernels.compress.distill.checkpoint import Checkpoint, Checkpoints
 from softprompt_kernels.errors import SoftPromptError
 
@@ -21,9 +25,9 @@ def steps(folder: Path) -> dict[str, int]:
     """The step of each checkpoint in a folder, by its name."""
     found = {}
     for path in folder.glob("*.safetensors"):
-        checkpoint = Checkpoints(path, "me").read()
-        assert checkpoint is not None
-        found[path.name] = checkpoint.step
+        one = Checkpoints(path, "me").read()
+        assert one is not None
+        found[path.name] = one.step
     return found
 
 
@@ -42,7 +46,7 @@ def test_the_last_checkpoints_stay(tmp_path: Path, keep: int) -> None:
 
 
 def test_no_other_file_is_touched(tmp_path: Path) -> None:
-    others = ["checkpoint-2.safetensors", "checkpoint.before-1", "checkpoint.before-1.safetensors.mine", "best.before-1"]
+    others = ["checkpoint-2.safetensors", "checkpoint.before-1", "checkpoint.before-1.safetensors.mine"]
     for name in others:
         (tmp_path / name).write_text(name)
     for name in ("checkpoint", "checkpoint.before", "best"):  # names that begin alike
@@ -121,9 +125,25 @@ def test_fewer_are_kept_from_the_next_one_on(tmp_path: Path) -> None:
     assert steps(tmp_path) == {NAMES[0]: 4}
 
 
-def test_a_checkpoint_of_the_version_before_is_read(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path / NAMES[0], "me", 2)
+    checkpoints.write(at(1))
 
+    def fail(*_: Any) -> None:
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match="No space left on device") as error:
+        checkpoints.write(at(2))
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / NAMES[0]))
+    text = "another error"
+    with pytest.raises(SafetensorError, match=text):
+        checkpoints.write(at(2))
+    assert steps(tmp_path) == {NAMES[0]: 1}
+
+
+def test_a_checkpoint_of_the_version_before_is_read(tmp_path: Path) -> None:
     save_file(at(3).tensors, tmp_path / NAMES[0], {"step": "3", "identity": "me"})
     found = Checkpoints(tmp_path / NAMES[0], "me").read()
     assert found is not None

@@ -1,4 +1,4 @@
-"""What a training remembers: the best evaluation, how long it waited since then, and a step that is not recorded yet."""
+"""What a training remembers: the best evaluation, how many came since then, and a step that is not recorded yet."""
 
 import math
 

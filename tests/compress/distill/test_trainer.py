@@ -90,6 +90,36 @@ def test_loss_and_gradient_are_the_mean_over_all_tokens_of_the_batch(make_traine
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"name": "kl"}, "moments"),
+        ({"name": "nll"}, None),
+        ({"name": "jsd", "beta": 0.3}, "hidden"),
+        ({"name": "kl", "nll_weight": 0.4}, "moments"),
+        ({"name": "kl", "token_weights": "entropy"}, "moments"),
+        ({"name": "jsd", "token_weights": "student"}, "hidden"),
+    ],
+    ids=str,
+)
+def test_accumulated_gradients_equal_those_of_the_whole_batch(
+    make_trainer: MakeTrainer, make_targets: Any, options: dict[str, Any], form: str | None
+) -> None:
+    results = []
+    for micro in (None, 1, 3):
+        trainer = make_trainer(batch_size=7, micro_batch_size=micro)
+        trainer.objective = Objective(head=head_of(trainer.model), **options)
+        assert trainer.objective.form == form
+        trainer.targets = None if form is None else make_targets(form=form)
+        loss = trainer.accumulate([6, 0, 3, 1, 5, 2, 4])
+        results.append((loss, [parameter.grad.clone() for parameter in trainer.parameters]))
+    (whole, expected), *parts = results
+    for loss, found in parts:
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for gradient, of_whole in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient, of_whole, rtol=0, atol=1e-5 * float(of_whole.abs().max()))
+
+
 def test_frozen_tokens_never_change_and_the_others_do(make_trainer: MakeTrainer, kind: str) -> None:
     trainer = make_trainer(kind, frozen_tokens=2, weight_decay=0.1)
     before = {name: value.clone() for name, value in trainer.prompt.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, at random moments, and resumed each time, ends with the bits of an unbroken one.
+"""A run that is killed again and again at random moments, and resumed each time, ends with the bits of an unbroken one.
 
 Each life of the run is a child by `os.fork` of this process, which has imported everything and loaded the model. Its
 length is drawn from a seed over the length of an unbroken run, and it ends by SIGKILL, SIGTERM or SIGINT. When a life
@@ -31,7 +31,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 KILLS = int(os.environ.get("SOFTPROMPT_KILLS", "6"))
 SEED = int(os.environ.get("SOFTPROMPT_KILL_SEED", "3"))
-TEXTS = ("answers.md", "details.json", "queries.jsonl", "config.yaml", "chat.json")
+TEXTS = ("answers.md", "details.json", "queries.jsonl", "config.yaml")
 
 pytestmark = [
     pytest.mark.usefixtures("no_plot", "default_signals", "one_thread"),
