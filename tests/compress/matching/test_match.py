@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +243,16 @@ def test_a_context_in_16_bits(
         assert key.isfinite().all() and value.isfinite().all()
         # The choice of keys may differ, but not by much.
         assert (key - same_key).abs().mean() < same_key.abs().mean()
+
+
+def test_a_prompt_has_to_fit_the_dtype_of_the_model_and_not_that_of_its_context(
+    make_layer: MakeLayer, stored: Callable[..., tuple[Prefix, Rows]]
+) -> None:
+    layer = make_layer(context=20, count=70)
+    layer.value.mul_(1e6)
+    run(stored([layer]))
+    with pytest.raises(SoftPromptError, match=r"do not fit into torch\.float16"):
+        run(stored([layer]), model=SimpleNamespace(device=torch.device("cpu"), dtype=torch.float16))
 
 
 @pytest.mark.parametrize("name", ["query", "out", "key", "value"])
