@@ -65,6 +65,11 @@ gpu: $(VENV)/test ## on a machine with a GPU: test the ops on it, and time them 
 	$(BIN)/python -m pytest -m gpu tests
 	$(BIN)/python -m benchmarks.device
 
+# In a folder of its own: importing PEFT imports these packages, which takes each process a second.
+quantized: $(VENV)/test ## models in 8 and 4 bits: the tests that need bitsandbytes and torchao
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quantized --constraint constraints.txt bitsandbytes torchao
+	PYTHONPATH=build/quantized $(BIN)/python -m pytest tests/compress/sources/test_quantize.py
+
 load: $(VENV)/test ## 64 clients of `softprompt serve` for a minute: right, fast, flat; a part: LOAD="--seconds 10"
 	$(BIN)/python -m benchmarks.serve $(LOAD)
 

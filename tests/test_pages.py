@@ -84,6 +84,7 @@ NOT_IN_CI = {
     "counters": "minutes; tests/benchmarks counts small cases",
     "gpu": "it needs a GPU",
     "kills": "a minute; `make test` kills the run a few times",
+    "quantized": "it installs two packages that slow each process down; `make test` runs what needs neither",
     "load": "minutes; tests/serve runs the same clients for two seconds",
     "clean": "it deletes what the other targets need",
 }

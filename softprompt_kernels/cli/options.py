@@ -15,7 +15,13 @@ from softprompt_kernels.compress.config import ChatArguments, CompressConfig, Dt
 from softprompt_kernels.errors import SoftPromptError
 
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
-DtypeName = Annotated[Dtype, typer.Option(help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")]
+DtypeName = Annotated[
+    Dtype,
+    typer.Option(
+        help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
+        "bitsandbytes (extra quantize)."
+    ),
+]
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Force = Annotated[
     bool, typer.Option("--force", help="Use the prompt even if it was made for another model or tokenizer.")

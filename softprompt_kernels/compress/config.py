@@ -112,7 +112,8 @@ Init = Literal["matched", "strided", "first", "text", "vocabulary", "random", "c
 Objective = Annotated[str, BeforeValidator(_parse_objective)]
 TokenWeights = Literal["uniform", "entropy", "student"]
 State = Literal["replaced", "accumulated"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
+KeptDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class CompressConfig(BaseModel):
@@ -308,7 +309,7 @@ class CompressConfig(BaseModel):
         24, ge=1, description="Number of training sequences to evaluate. Held-out sequences are all evaluated."
     )
 
-    context_dtype: Dtype = Field(
+    context_dtype: KeptDtype = Field(
         "auto",
         description="Dtype of the context's stored keys and values. auto: that of the model. 16 bits round them.",
     )
@@ -320,7 +321,11 @@ class CompressConfig(BaseModel):
     )
 
     seed: Integer = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and batch order.")
-    dtype: Dtype = Field("auto", description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
+        "bitsandbytes, which compute as with auto. Needs the extra quantize.",
+    )
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
     track: Literal["tensorboard", "wandb"] | None = Field(

@@ -49,8 +49,9 @@ def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, An
 
     Fields: `family`, `layers`, `hidden_size`, `attention_heads`, `kv_heads`, `head_dim`, `vocabulary`, `rope` (None
     without rotary embedding), `weights` and `body {"float16", "bfloat16"}` (SHA-256, hexadecimal; `body` is without
-    embedding and head), `rows {"1", "2", "4", …}` (such hashes of the first rows of embedding and head), and, if rows
-    were left out, `all_tokens` (a number). All values can be written as JSON.
+    embedding and head), `rows {"1", "2", "4", …}` (such hashes of the first rows of embedding and head), if rows were
+    left out `all_tokens` (a number), and of a quantised model `quantization` (such as "bitsandbytes 4bit"). All values
+    can be written as JSON.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -67,7 +68,21 @@ def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, An
         "rope": json.loads(json.dumps(rope)) if rope else None,
         **weights_hashes(model, fewer),
         **({"all_tokens": config.vocab_size} if fewer else {}),
+        **({"quantization": how} if (how := _quantization(model)) else {}),
     }
+
+
+def _quantization(model: PreTrainedModel) -> str | None:
+    """How the weights are quantised, such as "bitsandbytes 4bit"; None: they are not."""
+    how = getattr(model.config, "quantization_config", None)
+    if how is None or getattr(model, "hf_quantizer", None) is None:
+        return None
+    settings = how if isinstance(how, dict) else how.to_dict()
+    method = settings.get("quant_method")
+    bits = [
+        f"{bits}bit" for bits in (8, 4) if settings.get(f"load_in_{bits}bit") or settings.get(f"_load_in_{bits}bit")
+    ]
+    return " ".join([str(getattr(method, "value", method)), *bits])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, saved: Any = None) -> dict[str, Any]:
@@ -119,6 +134,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     known = saved.get("vocabulary")
     if type(known) is int and known > now.get("vocabulary", known) and {"body", "tokens_without_added"} & saved.keys():
         hashes, left_out = ["body", "rows"], {"weights", "body", "rows", "all_tokens", "vocabulary", "tokens"}
+    if "weights" in now:
+        now = {**now, "quantization": now.get("quantization")}  # a model in full precision has none
     phrases = [
         phrase
         for field, here in now.items()
@@ -234,7 +251,7 @@ def _sample(
     It may be offloaded, and is `name` of a module at `path`.
     """
     if not parameter.is_meta:
-        return [sample_elements(parameter[:rows]) for rows in counts]
+        return [sample_elements(parameter if rows is None else parameter[:rows]) for rows in counts]
     if module is not None:
         with loaded(module):
             here: Tensor = getattr(module, name)
@@ -248,7 +265,10 @@ def _sample(
 
 def sample_elements(parameter: Tensor) -> Tensor:
     """`SAMPLES` evenly spaced elements of a parameter, in fp32 on the CPU (repeated if it has fewer)."""
-    flat = parameter.detach().reshape(-1)
+    parameter = parameter.detach()
+    if hasattr(parameter, "tensor_data_names"):  # torchao's: integers and scales, of which few operations are known
+        parameter = parameter.dequantize()
+    flat = parameter.reshape(-1)
     if flat.numel() == 0:
         return torch.zeros(0, device="cpu")
     index = torch.arange(SAMPLES, device=flat.device) * flat.numel() // SAMPLES

@@ -15,6 +15,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from softprompt_kernels.compress.parallel.launch import launched
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
+from softprompt_kernels.compress.sources.quantize import check_quantization, keep_arithmetic, loading_options
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import auto_class, prepare
 from softprompt_kernels.models.families import max_positions
@@ -33,22 +34,29 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     Args:
         name: a folder in transformers' layout, or a name on the hub; also of a PEFT adapter, which is put on its model.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where it is fastest, else as stored.
+            "8bit", "4bit": weights quantised by bitsandbytes, that compute as "auto" does (see `quantize.py`).
         device: a torch device, or "auto": "cuda" if there is one, else "cpu".
 
     Raises:
         SoftPromptError: nothing can be loaded under that name, its weights do not match its configuration, the model
-            family is not supported, or the device does not exist.
+            family is not supported, the device does not exist, or a package for quantised weights is missing.
     """
     resolved = resolve_device(device)
     torch_dtype = DTYPES.get(dtype) or (torch.float32 if resolved.type == "cpu" else "auto")
     with _loading("model", name):
         base = _base_of_adapter(name)
-        auto = auto_class(AutoConfig.from_pretrained(base or name))  # what is wrong here is not the tokenizer's fault
+        config = AutoConfig.from_pretrained(base or name)
+        auto = auto_class(config)  # what is wrong here is not the tokenizer's fault
+    options: dict[str, Any] = {}
+    if check_quantization(name, config, dtype):
+        stored = getattr(config, "dtype", None)
+        compute = stored if torch_dtype == "auto" and isinstance(stored, torch.dtype) else torch_dtype
+        options = loading_options(dtype, torch.float32 if compute == "auto" else compute, resolved)
     tokenizer = _load_tokenizer(name, base)
     with _loading("model", name):
         try:
             loaded: Any = auto.from_pretrained(
-                base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                base or name, dtype=torch_dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except RuntimeError as error:
             if keys := _not_converted(error):
@@ -62,7 +70,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     check_tokenizer(model, tokenizer)
     _take_settings(model)
     prepare(model)
-    torch.nn.Module.to(model, resolved)  # the type of transformers' own `to` is wrong
+    if options:
+        keep_arithmetic(model)  # it was loaded to its device
+    else:
+        torch.nn.Module.to(model, resolved)  # the type of transformers' own `to` is wrong
     return model.eval().requires_grad_(False), tokenizer
 
 
