@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from softprompt_kernels.compress.config import ChatArguments, CompressConfig, Dtype, accepted
+from softprompt_kernels.compress.config import DEVICE_HELP, ChatArguments, CompressConfig, Dtype, accepted
 from softprompt_kernels.errors import SoftPromptError
 
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
@@ -22,7 +22,7 @@ DtypeName = Annotated[
         "bitsandbytes (extra quantize)."
     ),
 ]
-DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+DeviceName = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Force = Annotated[
     bool, typer.Option("--force", help="Use the prompt even if it was made for another model or tokenizer.")
 ]

@@ -115,6 +115,8 @@ State = Literal["replaced", "accumulated"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
 KeptDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+DEVICE_HELP = "auto, cpu, cuda, cuda:1, ... split: the layers over all GPUs, the rest in the CPU's memory and on disk."
+
 
 class CompressConfig(BaseModel):
     """The configuration of a run: model and context, the prompt, the queries, the objective, training, evaluation."""
@@ -326,7 +328,7 @@ class CompressConfig(BaseModel):
         description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
         "bitsandbytes, which compute as with auto. Needs the extra quantize.",
     )
-    device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
+    device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description=DEVICE_HELP)
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
     track: Literal["tensorboard", "wandb"] | None = Field(
         None, description="Log every step and the final figures to this service too. Needs the extra tracking."
@@ -455,7 +457,7 @@ def accepted(name: str, of: type[BaseModel] = CompressConfig) -> str:
     if name == "objective" and of is CompressConfig:
         return f"one of {', '.join(OBJECTIVES)}, or package.module:function"
     if name == "device":
-        return "auto, cpu, cuda, cuda:1 or similar"
+        return "auto, cpu, cuda, cuda:1, split or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:
         for kind, attribute, text in ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<")):
             if isinstance(bound, kind):

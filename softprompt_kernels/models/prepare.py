@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from softprompt_kernels.errors import SoftPromptError
+from softprompt_kernels.errors import NotServedError, SoftPromptError
 from softprompt_kernels.models.attention import NAME, register
 from softprompt_kernels.models.families import check_supported, decoder_of, is_wrapper, text_config
 
@@ -31,8 +31,10 @@ def prepare(model: PreTrainedModel) -> None:
     Raises:
         TypeError: `model` is not a transformers model.
         SoftPromptError: the model's attention is not supported.
+        NotServedError: its layers are split over ranks by tensor parallelism.
     """
     check_supported(model)
+    _check_layers(model)
     register()
     configs = model.config, model.config.get_text_config()
     attention, previous = decoder_of(model).config._attn_implementation, getattr(model, _PREVIOUS, None)
@@ -45,6 +47,27 @@ def prepare(model: PreTrainedModel) -> None:
     if attention != NAME:
         _set_attention(model, NAME)
     setattr(model, _PREVIOUS, previous)
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    """Refuse tensor parallelism: a rank has a part of the heads, and a prefix has all of them. FSDP2's shards are whole
+    when a layer runs.
+    """
+    ends = [each.weight for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    split = [
+        name
+        for name, parameter in model.named_parameters()
+        if hasattr(parameter, "placements") and not any(parameter is end for end in ends)
+    ]
+    if not split:
+        return
+    from torch.distributed.fsdp import FSDPModule  # a parameter in shards: torch.distributed is there
+
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise NotServedError(
+            f"model: its weight {split[0]} is split over ranks by tensor parallelism, accepted are whole layers, those "
+            "in shards of FSDP2 (fully_shard), layers on several devices (device split), and a head in rows over ranks"
+        )
 
 
 def release(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any, cast
@@ -23,6 +24,7 @@ from softprompt_kernels.prompts.adapter import PEFT_TYPES
 from softprompt_kernels.prompts.json_file import read_object
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPLIT = "split"  # the device of a model that lies on several
 
 
 @own_torch_modes()
@@ -35,7 +37,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         name: a folder in transformers' layout, or a name on the hub; also of a PEFT adapter, which is put on its model.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where it is fastest, else as stored.
             "8bit", "4bit": weights quantised by bitsandbytes, that compute as "auto" does (see `quantize.py`).
-        device: a torch device, or "auto": "cuda" if there is one, else "cpu".
+        device: a torch device, or "auto": "cuda" if there is one, else "cpu". "split": accelerate spreads the layers
+            over all GPUs; what does not fit them lies in the CPU's memory, then on the disk, and is read for each run.
 
     Raises:
         SoftPromptError: nothing can be loaded under that name, its weights do not match its configuration, the model
@@ -52,6 +55,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
         stored = getattr(config, "dtype", None)
         compute = stored if torch_dtype == "auto" and isinstance(stored, torch.dtype) else torch_dtype
         options = loading_options(dtype, torch.float32 if compute == "auto" else compute, resolved)
+    if device == SPLIT:
+        options["device_map"] = "auto"
     tokenizer = _load_tokenizer(name, base)
     with _loading("model", name):
         try:
@@ -210,14 +215,18 @@ def _take_settings(model: PreTrainedModel) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device of a name; "auto" is "cuda" if there is one, else "cpu".
+    """The torch device of a name; "auto" is "cuda" if there is one, else "cpu", as is the first of "split".
 
     Of the processes that torchrun starts, each has a GPU of its own: "auto" and "cuda" are that one.
 
     Raises:
         SoftPromptError: not a device name, or a device that does not exist here.
     """
-    if device == "auto":
+    if device == SPLIT and find_spec("accelerate") is None:
+        raise SoftPromptError("device: got split, for which accelerate must be installed: pip install accelerate")
+    if device == SPLIT and launched().world > 1:
+        raise SoftPromptError("device: got split with several processes, which would all take the same devices")
+    if device in ("auto", SPLIT):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and launched().world > 1:
         device = f"cuda:{launched().local_rank}"
@@ -227,7 +236,8 @@ def resolve_device(device: str) -> torch.device:
             torch.empty(0, device=resolved)  # a valid name may still be a device that does not exist
     except (RuntimeError, AssertionError, ImportError) as error:
         raise SoftPromptError(
-            f'device: got {device!r}, which torch cannot use here; accepted are "auto", "cpu", "cuda", "cuda:1", …'
+            f"device: got {device!r}, which torch cannot use here; "
+            'accepted are "auto", "cpu", "cuda", "cuda:1", "split", …'
         ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise SoftPromptError(f'device: got {device!r}, but torch sees no CUDA device here; accepted is "cpu"')

@@ -85,9 +85,17 @@ def on_a_rank(folder: Path) -> dict[str, dict[str, torch.Tensor] | str]:
         generate(split, torch.tensor([[3, 4]]), None, max_new_tokens=2)
     except NotServedError as error:
         found["generate"] = str(error)
+    parallel = tiny_model()
+    query = parallel.model.layers[0].self_attn.q_proj
+    query.weight = nn.Parameter(distribute_tensor(query.weight.detach(), mesh, [Shard(0)]), requires_grad=False)
+    try:
+        prepare(parallel)
+    except NotServedError as error:
+        found["tensor parallel"] = str(error)
     layers = tiny_model()
     for layer in layers.model.layers:
         fully_shard(layer, mesh=mesh)
+    prepare(layers)
     found["layers"] = results_of(layers, mine / "layers")
     return found
 
@@ -119,3 +127,8 @@ def test_transformers_generate_is_refused_with_a_head_in_parts(ranks) -> None:
     assert all(
         "its head is split over ranks, accepted by generate is a whole one" in found["generate"] for found in ranks
     )
+
+
+def test_tensor_parallel_layers_are_refused(ranks) -> None:
+    said = "weight model.layers.0.self_attn.q_proj.weight is split over ranks by tensor parallelism, accepted are"
+    assert all(said in found["tensor parallel"] for found in ranks)
