@@ -77,6 +77,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "LICENSE": (*PAGES, "tests/build_helper"),
     ".gitignore": (),
     "tests/affected.py": ("tests/test_affected.py",),
+    "tests/ranks.py": ("tests/ops/test_sharded.py", "tests/compress/parallel"),
 }
 # What Triton's kernels are built on, and tests that run them: a change here needs the run in the interpreter too.
 INTERPRETED = (

@@ -52,8 +52,8 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text_file",),
     ),
     "softprompt_kernels/kernels": (
-        ("triton", "cuda", "cpu", "sharded"),
-        ("composed",),
+        ("triton", "cuda", "cpu"),
+        ("composed", "sharded"),
         ("reference",),
         ("device", "host"),
         ("moments",),
