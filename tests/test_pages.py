@@ -51,6 +51,7 @@ SMALL = {  # a shape of each op in place of a suite of `softprompt bench`
     "teacher_moments": "N8 d16 V64",
     "prompt_attention": "B2 H4/2 M8 P8 D16",
 }
+PLACES = ("mill", "lighthouse", "library", "ferry")
 ELSEWHERE = {
     "python demo/fetch_model.py --out my-model": "it fetches 98 MB; a tiny model stands in its place",
     "softprompt push my-run/prompt --repo ada/my-text --base-model HuggingFaceTB/SmolLM2-135M-Instruct": "it uploads; "
@@ -66,6 +67,16 @@ ELSEWHERE = {
     "softprompt compress --model my-model --context my-text.txt --output my-run-split --tokens 16 --device split": "it takes "
     "seconds; tests/compress/sources/test_split.py",
     "softprompt serve --model my-model --prompt handbook=my-run/prompt": "it does not end; tests/serve/test_command.py",
+    **dict.fromkeys(
+        (
+            *(f"softprompt compress --config demo/places/{name}.yaml" for name in PLACES),
+            "softprompt compose runs/mill runs/lighthouse --output runs/both --dry-run",
+            "softprompt compose runs/mill runs/lighthouse --output runs/both",
+            "softprompt compose runs/mill runs/lighthouse runs/library runs/ferry --output runs/all",
+            'softprompt generate --model .cache/SmolLM2-135M-Instruct --prompt runs/both/prompt "How high is it?"',
+        ),
+        "minutes; tests/compress/composition composes two runs of a tiny model, and runs the command",
+    ),
 }
 PROGRAMS = {  # that blocks of `bash` start, and why no test does
     "nsys": "it needs a GPU",

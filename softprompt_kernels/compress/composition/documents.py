@@ -99,7 +99,8 @@ def sources_of(paths: Sequence[Path], *, device: str | None = None) -> tuple[Sou
     for path, folder in zip(paths, folders, strict=True):
         if (other := seen.setdefault(folder.path.resolve(), path)) is not path:
             raise SoftPromptError(f"runs: got {path} twice (as {other}), accepted is each run once")
-    update = {} if device is None else {"device": device}
+    # What a run's configuration asks of the machine is not for the composition.
+    update = {"threads": None, "gradient_checkpointing": False} | ({} if device is None else {"device": device})
     names = [folder.path.resolve().name for folder in folders]
     sources = tuple(
         _source(name if names.count(name) == 1 else str(folder.path), folder, update)

@@ -12,12 +12,15 @@ from typer.testing import CliRunner
 from softprompt_kernels.cli import app
 from softprompt_kernels.compress import Interrupted, compose, diagnose_run
 from softprompt_kernels.compress.composition.documents import SEPARATOR
+from softprompt_kernels.compress.composition.settings import composition_of
+from softprompt_kernels.compress.composition.teaching import check_queries, unclear_queries
+from softprompt_kernels.compress.composition.work import check_joined_window, prepare
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.saved_prompt import made_from_another
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import load
-from tests.compress.composition.conftest import QUESTIONS, TEXTS
+from tests.compress.composition.conftest import QUESTIONS, TEXTS, make_run
 
 Runs = dict[str, Path]
 SHORT: dict[str, Any] = {"steps": 3, "batch_size": 2, "checkpoint_every": 2, "device": "cpu"}
@@ -120,6 +123,13 @@ def test_the_command_shows_the_table_and_a_dry_run_writes_nothing(runs: Runs, tm
     assert len(lines[5].split()) == 6
 
 
+def test_embedding_prompts_are_composed_too(tiny_model_folder: Path, tmp_path: Path, no_plot: None) -> None:
+    given = [make_run(name, tiny_model_folder, tmp_path / name, kind="embedding", init="strided") for name in TEXTS]
+    figures = compose(given, tmp_path / "both", **SHORT | {"steps": 1})
+    assert figures["prompt_tokens"] == 12
+    assert "naive" not in figures["mean"]["heldout"], "vectors have no positions to leave as they are"
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +177,21 @@ def test_runs_that_do_not_fit_together_are_refused(runs: Runs, tmp_path: Path) -
         with pytest.raises(SoftPromptError, match=message):
             compose(given, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_joined_prompt_beyond_the_window_is_refused(runs: Runs, tmp_path: Path) -> None:
+    work = prepare(composition_of(list(runs.values()), tmp_path / "out", {"device": "cpu"}))
+    assert work.fits_whole
+    with pytest.raises(
+        SoftPromptError, match="the joined prompt has 500 tokens, too many for the model's window of 512"
+    ):
+        check_joined_window(work.inputs, 500)
+
+
+def test_a_run_without_a_query_that_names_its_text_is_refused(runs: Runs, tmp_path: Path) -> None:
+    documents = prepare(composition_of(list(runs.values()), tmp_path / "out", {"device": "cpu"})).documents
+    with pytest.raises(SoftPromptError, match="no held-out query that says which document it means"):
+        check_queries(documents, unclear_queries(documents) | set(QUESTIONS["tower"][:2]))
 
 
 def test_options_out_of_range_are_refused(runs: Runs, tmp_path: Path) -> None:

@@ -50,12 +50,12 @@ def test_contexts_captured_alone_have_the_keys_of_one_text_in_the_layer_that_rea
 
 
 def test_only_the_first_prompt_keeps_its_sink(model: PreTrainedModel, whole: Prefix) -> None:
-    first, second = whole.slice(0, 9), shift_keys(model, whole.slice(9, 23), -9)
-    prompts = [KVPrompt.from_prefix(prefix, frozen_tokens=2) for prefix in (first, second)]
-    joined = join_prompts(model, prompts)
+    cuts = ((0, 9), (9, 16), (16, 23))
+    parts = [shift_keys(model, whole.slice(start, stop), -start) for start, stop in cuts]
+    joined = join_prompts(model, [KVPrompt.from_prefix(part, frozen_tokens=2) for part in parts])
     assert isinstance(joined, KVPrompt)
-    kept = shift_keys(model, whole.slice(11, 23), -2)
-    close(joined.prefix(), beside_each_other([first, kept]))
+    kept = [whole.slice(0, 9), shift_keys(model, whole.slice(11, 16), -2), shift_keys(model, whole.slice(18, 23), -4)]
+    close(joined.prefix(), beside_each_other(kept))
     assert joined.frozen_tokens == 2
 
 
