@@ -53,7 +53,15 @@ class CompositionPlan:
 def plan_composition(
     runs: Sequence[Path], output: Path, *, reporter: Reporter | None = None, **options: Any
 ) -> CompositionPlan:
-    """Measure on a few queries what `compose` would do. Nothing is written. Arguments and errors as `compose`."""
+    """Measure on a few queries what `compose` would do. Nothing is written.
+
+    Args:
+        runs, output, options: as in `compose`.
+        reporter: receives the progress; None reports nothing.
+
+    Raises:
+        SoftPromptError: as `compose`.
+    """
     reporter = reporter or SilentReporter()
     composition = composition_of([Path(run) for run in runs], Path(output), options)
     work = prepare(composition)

@@ -12,10 +12,10 @@ TEXTS = {
     "tower": "Ole Brandt looks after the green tower. It has 168 steps. Its lamp was lit in 1856.",
 }
 QUESTIONS = {
-    "mill": ("Who keeps it?", "What turns it?", "How many sacks?", "Which river?", "Which hue?"),
-    "tower": ("Who looks after it?", "How many steps?", "When was it lit?", "Is there a lamp?", "Which hue?"),
+    "mill": ("Who keeps it?", "What turns it?", "Which hue?", "How many sacks?", "Which river?"),
+    "tower": ("Who looks after it?", "How many steps?", "Which hue?", "When was it lit?", "Is there a lamp?"),
 }
-"""The last one is asked of both."""
+"""Two are held out. The third is asked of both texts."""
 
 
 def make_run(name: str, model: Path, folder: Path, **options: object) -> Path:

@@ -10,15 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 from softprompt_kernels.cli import app
-from softprompt_kernels.compress import Interrupted, compose, diagnose_run
+from softprompt_kernels.compress import Interrupted, SilentReporter, compose, diagnose_run
 from softprompt_kernels.compress.composition.documents import SEPARATOR
 from softprompt_kernels.compress.composition.settings import composition_of
-from softprompt_kernels.compress.composition.teaching import check_queries, unclear_queries
+from softprompt_kernels.compress.composition.teaching import check_queries, joined, teach, unclear_queries
 from softprompt_kernels.compress.composition.work import check_joined_window, prepare
+from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.report.html.run_data import read_run
 from softprompt_kernels.compress.saved_prompt import made_from_another
+from softprompt_kernels.compress.teacher.answers import hidden_states
+from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
+from softprompt_kernels.ops import teacher_moments
 from softprompt_kernels.prompts import load
 from tests.compress.composition.conftest import QUESTIONS, TEXTS, make_run
 
@@ -61,6 +65,29 @@ def test_a_composition_measures_each_text(runs: Runs, composed: Path) -> None:
     assert compose(list(runs.values()), composed, **SHORT) == figures, "a finished one is shown again"
     answers = (composed / "answers.md").read_text()
     assert all(question in answers for questions in QUESTIONS.values() for question in questions[:2])
+
+
+def test_each_query_is_taught_by_the_model_behind_its_own_text_alone(runs: Runs, tmp_path: Path) -> None:
+    work = prepare(composition_of(list(runs.values()), tmp_path / "out", {"device": "cpu"}))
+    model, objective = work.inputs.model, work.inputs.objective
+    contexts = [capture_context(model, document.inputs.context_ids) for document in work.documents]
+    parts = [
+        teach(document, objective, 1, RunFolder(tmp_path / name), context, work.unclear, SilentReporter())
+        for document, name, context in zip(work.documents, runs, contexts, strict=True)
+    ]
+    taught, number = joined(parts), 0
+    assert taught.targets is not None
+    for part, context in zip(parts, contexts, strict=True):
+        for example, hidden in zip(
+            part.examples["train"],
+            hidden_states(model, context, part.examples["train"], SilentReporter(), ""),
+            strict=True,
+        ):
+            assert taught.examples["train"][number] == example
+            expected = teacher_moments(hidden, objective.head.weight)
+            torch.testing.assert_close(taught.targets.moments([number], model.device).mean, expected.mean)
+            number += 1
+    assert number == len(work.inputs.train) == 8
 
 
 def test_an_interrupted_composition_ends_with_the_same_bits(
