@@ -66,6 +66,7 @@ ELSEWHERE = {
     'softprompt generate "What is it about?" --model my-model --prompt my-run-4bit/prompt --dtype 4bit': "as compress",
     "softprompt compress --model my-model --context my-text.txt --output my-run-split --tokens 16 --device split": "it takes "
     "seconds; tests/compress/sources/test_split.py",
+    "softprompt serve --model my-model --prompts my-bank/runs": "it does not end; tests/serve/test_command.py",
     "softprompt serve --model my-model --prompt handbook=my-run/prompt": "it does not end; tests/serve/test_command.py",
     **dict.fromkeys(
         (
@@ -114,6 +115,11 @@ FILES: dict[str, dict[str, str | None]] = {
         "demo/queries.jsonl": QUESTIONS,
         "demo/heldout.jsonl": '{"input": "where is the cat?"}\n',
         "demo/test.jsonl": '{"input": "who ran to the house?"}\n',
+    },
+    "docs/how-to/many-contexts.md": {
+        "my-texts/mill.txt": TEXT,
+        "my-texts/boat.txt": TEXT.replace("cat", "boat"),
+        "my-contexts.jsonl": json.dumps({"name": "mill", "text": TEXT}),
     },
     "docs/benchmarks.md": {
         "benchmarks/study/texts/garden.yaml": None,

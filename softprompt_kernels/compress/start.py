@@ -60,5 +60,5 @@ def plan(config: CompressConfig, reporter: Reporter | None = None) -> Plan | Ban
 
 
 def is_bank(config: CompressConfig) -> bool:
-    """Whether a configuration is for many contexts. Its folder may hold the run of a version that knew none."""
-    return holds_many(config.context) and not (config.output / "run.json").exists()
+    """Whether a configuration is for many contexts, and not for a run of a version that read JSON Lines as one."""
+    return holds_many(config.context) and (config.context.is_dir() or not (config.output / "run.json").exists())

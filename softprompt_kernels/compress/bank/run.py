@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from softprompt_kernels.compress.bank.contexts import context_config
 from softprompt_kernels.compress.bank.folder import BankFolder
 from softprompt_kernels.compress.bank.matching import JointMatching, hollow
@@ -234,6 +236,8 @@ class _Bank:
         for name, part in parts.items():
             left = members[name].left
             part.run.folder.drop_metrics_after(trainer.step if left is None else left)
+        evaluated = parts if config.evaluate_every else {}
+        teacher = {name: self._taught(part.run).states["heldout"] for name, part in evaluated.items()}
         try:
             with ExitStack() as files:
                 metrics = {
@@ -246,7 +250,7 @@ class _Bank:
                 while trainer.step < config.steps and trainer.training:
                     reports = trainer.train_step()
                     for name, report in reports.items():
-                        record = self._record(parts[name], report)
+                        record = self._record(parts[name], report, teacher.get(name))
                         metrics[name].write(json.dumps(record) + "\n")
                         metrics[name].flush()
                         if members[name].left is not None:
@@ -289,15 +293,15 @@ class _Bank:
             enough = config.converged * part.distances["train"]["none"].mean().kl
         return Member(trainer, run.key, enough)
 
-    def _record(self, part: _Part, report: StepReport) -> dict[str, Any]:
-        """The line of a step in metrics.jsonl."""
+    def _record(self, part: _Part, report: StepReport, teacher: Sequence[Tensor] | None) -> dict[str, Any]:
+        """The line of a step in metrics.jsonl. `teacher` has the states of held-out examples, if they are evaluated."""
         record = {"stage": "training", **asdict(report)}
-        if self.config.evaluate_every and report.step % self.config.evaluate_every == 0:
-            model, run = self.loaded[0], part.run
+        if teacher is not None and report.step % self.config.evaluate_every == 0:
+            model = self.loaded[0]
             assert part.prompt is not None
             prefix = prefix_of(model, part.prompt).detach()
             student = hidden_states(model, prefix, part.taught.examples["heldout"], SilentReporter(), "")
-            record["heldout_kl"] = distance(head_of(model), student, self._taught(run).states["heldout"]).kl
+            record["heldout_kl"] = distance(head_of(model), student, teacher).kl
         return record
 
     def _taught(self, run: Run) -> Taught:

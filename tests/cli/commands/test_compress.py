@@ -192,3 +192,17 @@ def test_a_signal_gives_its_exit_code(run, inputs, tmp_path, monkeypatch, number
     monkeypatch.setattr("softprompt_kernels.compress.run.capture_context", lambda *_: signal.raise_signal(number))
     stopped = run(*inputs.compress(tmp_path / "other"))
     assert stopped.exit_code == 128 + number and "Run the same command again" in stopped.stderr
+
+
+def test_many_contexts_are_a_table_and_a_bad_one_is_named(run, inputs, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "one.txt").write_text(inputs.context.read_text())
+    (texts / "bad.txt").write_text("")
+    command = inputs.compress(tmp_path / "bank", context=texts, steps=0)
+    dry = run(*command, "--dry-run")
+    assert dry.exit_code == 0 and "skipped bad" in dry.stdout and not (tmp_path / "bank").exists()
+    result = run(*command)
+    assert result.exit_code == 3, result.output
+    assert "one: recovered" in result.stderr and "bad.txt is empty" in result.stdout
+    assert (tmp_path / "bank" / "runs" / "one" / "prompt").is_dir()
