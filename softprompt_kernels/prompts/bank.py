@@ -60,7 +60,8 @@ class PromptBank(nn.Module):
 
     def ragged_lengths(self) -> Tensor | None:
         """The prompts' lengths `[R]` int64, or None if all are equal."""
-        ragged = any(prompt.length != self.length for prompt in self.prompts)
+        longest = self.length
+        ragged = any(prompt.length != longest for prompt in self.prompts)
         return self.lengths if ragged else None
 
     def prefix(self, dtype: torch.dtype | None = None) -> Prefix:
@@ -72,9 +73,10 @@ class PromptBank(nn.Module):
         if not self.is_kv:
             raise TypeError("prefix: got a bank of EmbeddingPrompt, accepted is KVPrompt (see models.prefix_of)")
         keys, values = [], []
+        longest = self.length
         for prompt in self.prompts:
             key, value = cast(KVPrompt, prompt).stacked(dtype)
-            padding = (0, 0, 0, self.length - key.shape[2])
+            padding = (0, 0, 0, longest - key.shape[2])
             keys.append(pad(key, padding))
             values.append(pad(value, padding))
         layers = zip(torch.stack(keys, dim=1).unbind(), torch.stack(values, dim=1).unbind(), strict=True)
@@ -91,7 +93,8 @@ class PromptBank(nn.Module):
         if self.is_kv:
             raise TypeError("vectors: got a bank of KVPrompt, accepted is EmbeddingPrompt")
         rows = [cast(EmbeddingPrompt, prompt).vectors(dtype) for prompt in self.prompts]
-        return torch.stack([pad(row, (0, 0, 0, self.length - row.shape[0])) for row in rows]), self.ragged_lengths()
+        longest = self.length
+        return torch.stack([pad(row, (0, 0, 0, longest - row.shape[0])) for row in rows]), self.ragged_lengths()
 
     def forward(self, dtype: torch.dtype | None = None) -> Prefix | tuple[Tensor, Tensor | None]:
         """As `prefix` or `vectors`. DistributedDataParallel and hooks see a use of the bank only if it is called."""

@@ -47,6 +47,8 @@ from softprompt_kernels.prompts import Prefix, PromptBank
 
 PASS_TOKENS = 2048
 """Padded tokens that go through the model at once, with gradients."""
+MOST_IN_MEMORY = 256 << 20
+"""Bytes of targets that are kept in memory. More are read from the disk in every step."""
 FEWEST_STEPS = 5  # whose mean loss says that a context has converged
 
 
@@ -117,6 +119,12 @@ class BankTrainer:
                 own = member.trainer.targets
                 self.targets = own if self.targets is None else self.targets.joined(own, self.offsets[name])
             self.examples += member.trainer.examples
+        if self.targets is not None:
+            self.targets = self.targets.in_memory(MOST_IN_MEMORY)
+        # One optimiser, which on a GPU updates all prompts with the same few kernels. They share the schedule.
+        first = next(iter(self.members.values())).trainer.optimizer
+        options = {name: first.defaults[name] for name in ("lr", "betas", "weight_decay")}
+        self.optimizer = type(first)([p for m in self.members.values() for p in m.trainer.parameters], **options)
 
     @property
     def steps(self) -> int:
@@ -137,33 +145,29 @@ class BankTrainer:
         begin, training = time.perf_counter(), self.training
         chosen = {name: member.trainer.batch_at(self.step) for name, member in training.items()}
         losses = self.accumulate(chosen)
-        norms = {
-            name: torch.nn.utils.clip_grad_norm_(member.trainer.parameters, member.trainer.max_grad_norm or math.inf)
-            for name, member in training.items()
-        }
-        sizes = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
-        rates = {}
-        self.consistent = False
+        norms = dict(zip(training, torch.stack([_norm(m.trainer) for m in training.values()]).tolist(), strict=True))
+        rate = next(iter(training.values())).trainer.schedule.at(self.step)
         for name, member in training.items():
-            rates[name] = member.trainer.schedule.at(self.step)
-            if math.isfinite(losses[name]) and math.isfinite(sizes[name]):
-                for group in member.trainer.optimizer.param_groups:
-                    group["lr"] = rates[name]
-                member.trainer.optimizer.step()
-            else:
+            if not (math.isfinite(losses[name]) and math.isfinite(norms[name])):
                 member.failed = (
                     f"learning_rate: at step {self.step + 1} the loss is {losses[name]:.3g} and the gradient norm "
-                    f"{sizes[name]:.3g}; try a smaller learning rate"
+                    f"{norms[name]:.3g}; try a smaller learning rate"
                 )
+                _drop_gradient(member.trainer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.consistent = False
+        self.optimizer.step()
         self.step += 1
         for name, member in training.items():
             member.recent.append(losses[name])
             if member.failed is None and member.converged:
                 member.left = self.step
+            _drop_gradient(member.trainer)  # of one that leaves, the optimiser would go on using the last
         self.consistent = True
         seconds = (time.perf_counter() - begin) / len(training)
         return {
-            name: StepReport(self.step, losses[name], sizes[name], rates[name], self._tokens(name, chosen), seconds)
+            name: StepReport(self.step, losses[name], norms[name], rate, self._tokens(name, chosen), seconds)
             for name, member in training.items()
             if member.failed is None
         }
@@ -178,8 +182,6 @@ class BankTrainer:
             The mean losses.
         """
         members, names = self.members, list(chosen)
-        for name in names:
-            members[name].trainer.optimizer.zero_grad(set_to_none=True)
         prefix = prefix_of(self.model, PromptBank([members[name].trainer.prompt for name in names]))
         leaves = Prefix.of(
             ((k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in prefix.layers), prefix.lengths
@@ -261,7 +263,7 @@ class BankTrainer:
                 tensors[f"{name}/prompt.{part}"] = tensor
             if member.trains:
                 for index, parameter in enumerate(trainer.parameters):
-                    for part, tensor in trainer.optimizer.state[parameter].items():
+                    for part, tensor in self.optimizer.state[parameter].items():
                         tensors[f"{name}/optimizer.{index}.{part}"] = tensor
         temporary = path.with_name(path.name + ".partial")
         try:
@@ -295,7 +297,7 @@ class BankTrainer:
             trainer.prompt.load_state_dict(saved)
             for index, parameter in enumerate(trainer.parameters):
                 start = f"optimizer.{index}."
-                trainer.optimizer.state[parameter] = {
+                self.optimizer.state[parameter] = {
                     key.removeprefix(start): value if key == f"{start}step" else value.to(parameter.device)
                     for key, value in own.items()
                     if key.startswith(start)
@@ -313,6 +315,19 @@ class _Sums(NamedTuple):
 
     loss: Tensor
     weight: Tensor
+
+
+def _norm(trainer: Trainer) -> Tensor:
+    """The norm of the gradient, which is clipped to the trainer's largest."""
+    if trainer.max_grad_norm is not None:
+        return torch.nn.utils.clip_grad_norm_(trainer.parameters, trainer.max_grad_norm)
+    gradients = [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+
+
+def _drop_gradient(trainer: Trainer) -> None:
+    for parameter in trainer.parameters:
+        parameter.grad = None
 
 
 def stored_members(path: Path) -> dict[str, str]:

@@ -57,19 +57,24 @@ class Batch:
     def of(cls, examples: Sequence[Example], device: torch.device) -> Batch:
         """A batch of examples, padded with token 0 to the longest. The mask hides the padding."""
         width = max(example.length for example in examples)
-        ids = torch.zeros(len(examples), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        rows: list[Tensor] = []
+        ids: list[list[int]] = []
+        rows: list[int] = []
         labels: list[int] = []
         for index, example in enumerate(examples):
-            fed = (*example.input_ids, *example.output_ids[:-1])
-            ids[index, : len(fed)] = torch.tensor(fed)
-            mask[index, : len(fed)] = 1
+            fed = [*example.input_ids, *example.output_ids[:-1]]
+            ids.append(fed + [0] * (width - len(fed)))
             start = index * width + len(example.input_ids) - 1
-            rows.append(torch.arange(start, start + example.targets))
+            rows.extend(range(start, start + example.targets))
             labels.extend(example.output_ids)
-        padded = None if bool(mask.all()) else mask
-        return cls(ids.to(device), padded, torch.cat(rows).to(device), torch.tensor(labels, device=device))
+        # One tensor of all, and not one of each example: with short examples, those would be most of a step.
+        lengths = torch.tensor([[example.length] for example in examples])
+        padded = None if bool((lengths == width).all()) else (torch.arange(width) < lengths).long()
+        return cls(
+            torch.tensor(ids, device=device),
+            padded,
+            torch.tensor(rows, device=device),
+            torch.tensor(labels, device=device),
+        )
 
     def hidden(
         self,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,6 +74,16 @@ class Targets:
         """`[n]` fp32: the teacher's entropies of the rows of several examples, nats. Not in the form "hidden"."""
         return self._gather("entropy", examples, device)
 
+    def in_memory(self, most: int) -> Targets:
+        """These targets, read into memory if they are files of at most `most` bytes: then no step reads the disk."""
+        if any(isinstance(shard, _Shard) for shard in self.shards):
+            return self
+        names = {name for shard in self.shards for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+        size = sum(math.prod(shard.get_slice(name).get_shape()) * 4 for shard in self.shards for name in names)
+        if size > most:
+            return self
+        return replace(self, shards=tuple(_Shard({n: shard.get_tensor(n) for n in names}) for shard in self.shards))
+
     def joined(self, others: Targets, offset: int) -> Targets:
         """These targets, and others of the same form under their numbers + `offset`."""
         first = len(self.shards)
@@ -91,6 +101,16 @@ class Targets:
             shard, start, stop = self.rows[example]
             parts.append(self.shards[shard].get_slice(name)[start:stop])
         return torch.cat(parts).to(device)
+
+
+class _Shard(NamedTuple):
+    """A shard in memory."""
+
+    tensors: dict[str, Tensor]
+
+    def get_slice(self, name: str) -> Tensor:
+        """As of an open file."""
+        return self.tensors[name]
 
 
 class TargetWriter:
