@@ -56,6 +56,22 @@ def test_a_test_set_is_in_the_dry_run_and_in_the_table(run, inputs, tmp_path):
     assert "test KL" in result.stdout
 
 
+def test_segments_are_in_the_dry_run_and_what_is_left_of_them_below_the_table(run, inputs, tmp_path):
+    command = inputs.compress(
+        tmp_path / "run", segment_tokens=110, queries=None, heldout=None, selfstudy=8, evaluate_every=0
+    )
+    forecast = run(*command, "--dry-run")
+    assert "segments            2" in forecast.stdout and "disk " in forecast.stdout, forecast.output
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert "Segment 2 of 2: " in result.stderr and "2/2 Training: 4 steps in" in result.stderr
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    rows = figures["segments"]["by_distance"]
+    assert "so it is the whole text" in result.stdout and "segments ago" in result.stdout
+    assert f"{rows[0]['recovered']:.3f}" in result.stdout
+    assert (tmp_path / "run" / "report.html").exists() and "Warning" not in result.stderr
+
+
 def test_progress_goes_to_standard_error_without_control_codes(finished):
     assert "Training: 4 steps in" in finished.result.stderr
     assert "Training" not in finished.result.stdout

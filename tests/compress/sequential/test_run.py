@@ -79,9 +79,7 @@ def test_a_text_beyond_the_window_is_measured_by_the_teachers_of_its_segments(ma
     figures = compress(make(text=" ".join([TEXT] * 5), segment_tokens=300, steps=0, selfstudy=4))
     assert figures["context_tokens"] > 512
     assert figures["segments"]["teacher"] == "each segment's own"
-    assert figures["heldout"]["tokens"] == sum(
-        one.get("answer_tokens", 0) for one in figures["segments"]["by_segment"]
-    )
+    assert figures["heldout"]["tokens"] == sum(one.get("answer_tokens", 0) for one in figures["segments"]["by_segment"])
 
 
 def test_the_forecast_counts_segments_and_writes_nothing(make: Make) -> None:
