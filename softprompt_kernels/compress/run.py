@@ -68,6 +68,7 @@ from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.tracking.service import check_service
 from softprompt_kernels.compress.tracking.tracker import Tracker, tracked
 from softprompt_kernels.compress.training import Trained, Training
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import prefix_of
 from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, save
 
@@ -83,6 +84,10 @@ def compress_one(
         reporter: receives the progress; None reports nothing.
         loaded: as in `load_inputs`.
     """
+    if config.segment_tokens is not None:
+        raise SoftPromptError(
+            f"segment_tokens: got {config.segment_tokens}, accepted is none: this compresses in one piece"
+        )
     with ranks.started(), signals_as_interrupts():
         first, times = ranks.is_first(), StageTimes()
         reporter = (reporter if first else None) or SilentReporter()

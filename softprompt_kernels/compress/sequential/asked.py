@@ -104,8 +104,8 @@ class Asked:
                 states = {name: file.get_tensor(name) for name in queries}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise SoftPromptError(
-                f"output: what was asked in {folder} cannot be read ({error}); delete that folder and those of all "
-                "later segments to compress from there again"
+                f"output: what was asked in {folder} cannot be read ({error}); delete {folder.parent} to read the text "
+                "again from the start"
             ) from error
         return cls(queries, examples, states)
 

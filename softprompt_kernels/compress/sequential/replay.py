@@ -99,7 +99,7 @@ def read(folder: Path, key: str, objective: Objective, with_targets: bool) -> Re
                 raise ValueError("no targets")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SoftPromptError(
-            f"output: what is asked again in {folder} cannot be read ({error}); delete the folder of that segment and "
-            "of all later ones to compress from there again"
+            f"output: what is asked again in {folder} cannot be read ({error}); delete {folder.parent.parent} to read "
+            "the text again from the start"
         ) from error
     return Replayed(Replay(examples, targets), segments)

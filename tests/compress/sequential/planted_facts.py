@@ -9,6 +9,7 @@ segments. `... FOLDER long` compresses 100,000 tokens in segments. Both print ta
 
 import json
 import random
+import re
 import resource
 import sys
 import time
@@ -83,39 +84,28 @@ def silent() -> Iterator[None]:
         run.save_curves, run.save_report = drawn
 
 
-def four_windows(folder: Path, seeds: int = 5, **options: Any) -> None:
-    """Texts of 400 tokens, whole and in four segments of 100, with 24 facts."""
-    model = save_long_model(folder / "model")
+def four_windows(folder: Path, seeds: int = 5) -> None:
+    """Texts of 400 tokens with 24 facts: whole, and in four segments of 100."""
+    model, segments = save_long_model(folder / "model"), {"segment_tokens": 105}
+    accumulated = segments | {"state": "accumulated"}
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "whole": (32, {}),
+        "replaced": (32, segments),
+        "replaced, without replay": (32, segments | {"replay": 0}),
+        "replaced, k = 12": (12, segments),
+        "whole, k = 12": (12, {}),
+        "accumulated, k = 8 each": (8, accumulated),
+    }
     rows = []
-    for seed in range(seeds):
-        files = plant(folder / f"text-{seed}", seed, 390, 24)
-        for name, tokens, more in (
-            ("whole", 32, {}),
-            ("replaced", 32, {"segment_tokens": 105}),
-            ("replaced, no replay", 32, {"segment_tokens": 105, "replay": 0}),
-            ("accumulated", 8, {"segment_tokens": 105, "state": "accumulated"}),
-            ("accumulated, no replay", 8, {"segment_tokens": 105, "state": "accumulated", "replay": 0}),
-        ):
-            output = folder / f"run-{seed}-{name.replace(', ', '-').replace(' ', '-')}"
-            begin = time.perf_counter()
-            found = compress(settings(model, files, output, tokens=tokens, **more, **options))
-            segments = len(found.get("segments", {}).get("by_segment", [0]))
-            of_segment = [one.get("recovered") or 0 for one in found.get("segments", {}).get("by_segment", [])]
-            rows.append(
-                [
-                    f"{seed} {name}",
-                    f"{found['context_tokens']}",
-                    f"{segments}",
-                    f"{found['prompt_tokens']}",
-                    f"{found['heldout']['recovered']:.3f}",
-                    f"{found['heldout']['top1_agreement']:.3f}",
-                    f"{time.perf_counter() - begin:.1f}",
-                    " ".join(f"{one:.2f}" for one in of_segment),
-                ]
-            )
-            print(rows[-1], file=sys.stderr, flush=True)
-    header = ["text and state", "tokens", "segments", "prompt", "recovered", "top-1", "seconds", "by segment"]
-    print(table_text(header, rows))
+    for name, (tokens, options) in ways.items():
+        found = []
+        for seed in range(seeds):
+            output = folder / f"run-{seed}-{re.sub('[^a-z0-9]+', '-', name)}"
+            files = plant(folder / f"text-{seed}", seed, 390, 24)
+            found.append(compress(settings(model, files, output, tokens=tokens, **options))["heldout"]["recovered"])
+        rows.append([name, f"{sum(found) / seeds:.3f}", f"{min(found):.3f}", f"{max(found):.3f}"])
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(table_text(["recovered", "mean", "least", "most"], rows))
 
 
 def long_text(folder: Path, words: int, facts: int, tokens: int, state: str, size: int, **options: Any) -> None:
@@ -139,7 +129,7 @@ def long_text(folder: Path, words: int, facts: int, tokens: int, state: str, siz
 
 
 class Memory:
-    """A reporter that prints the peak of the process's memory now and then."""
+    """A reporter that prints the process's peak memory and processor time now and then."""
 
     def __init__(self, words: int) -> None:
         self.words = words
@@ -149,7 +139,8 @@ class Memory:
         number = text.split()[1] if text.startswith("Segment") else ""
         if number.isdigit() and int(number) % 10 == 1:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(f"{text} (peak memory so far {peak:.0f} MiB)", file=sys.stderr, flush=True)
+            used = f"peak memory so far {peak:.0f} MiB, {time.process_time():.0f} s of the processor"
+            print(f"{text} ({used})", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, description: str, total: int, unit: str) -> Iterator[Any]:
@@ -163,6 +154,6 @@ if __name__ == "__main__":
         if sys.argv[2] == "window":
             four_windows(target)
         else:
-            long_text(target, 100_000, 100, 128, "replaced", 1000)
-            long_text(target, 100_000, 100, 32, "replaced", 1000)
-            long_text(target, 100_000, 100, 8, "accumulated", 1000)
+            more = {"steps": 60, "replay": 200}
+            for tokens, state in ((128, "replaced"), (32, "replaced"), (8, "accumulated")):
+                long_text(target, 100_000, 100, tokens, state, 2560, **more)
