@@ -1,4 +1,4 @@
-"""`python -m tests.compress.compressor_runs.measure_recall FOLDER [--seeds 3] …`: a compressor on the model that recalls.
+"""`python -m tests.compress.compressor_runs.measure_recall FOLDER`: a compressor on the model that recalls.
 
 For each seed, a compressor is trained on contexts of key-value pairs (see `tests/compress/distill/recall_model.py`). On
 contexts that it was not trained on it is compared, with as many tokens and on the same queries, with
