@@ -68,7 +68,7 @@ ORDER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "benchmarks": (
         ("device",),
-        ("suites", "study", "serve", "long_context"),
+        ("suites", "study", "serve", "long_context", "costs"),
         ("counted", "step"),
         ("harness",),
     ),

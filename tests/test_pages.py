@@ -61,11 +61,11 @@ ELSEWHERE = {
     "pip install openai": "the tests' extra brings it",
     "softprompt compress --model my-model --context handbook.txt --tokens 256 --output runs/handbook "
     "--server http://localhost:8000/v1": "it needs a server; tests/compress/teacher/server",
-    "softprompt compress --model my-model --context my-text.txt --output my-run-4bit --tokens 16 --dtype 4bit": "it needs "
-    "bitsandbytes; tests/compress/sources/test_quantize.py, by `make quantized`",
+    "softprompt compress --model my-model --context my-text.txt --output my-run-4bit --tokens 16 --dtype 4bit": "it "
+    "needs bitsandbytes; tests/compress/sources/test_quantize.py, by `make quantized`",
     'softprompt generate "What is it about?" --model my-model --prompt my-run-4bit/prompt --dtype 4bit': "as compress",
-    "softprompt compress --model my-model --context my-text.txt --output my-run-split --tokens 16 --device split": "it takes "
-    "seconds; tests/compress/sources/test_split.py",
+    "softprompt compress --model my-model --context my-text.txt --output my-run-split --tokens 16 --device split": "it "
+    "takes seconds; tests/compress/sources/test_split.py",
     "softprompt serve --model my-model --prompts my-bank/runs": "it does not end; tests/serve/test_command.py",
     "softprompt serve --model my-model --prompt handbook=my-run/prompt": "it does not end; tests/serve/test_command.py",
     **dict.fromkeys(
