@@ -57,13 +57,13 @@ class Place(NamedTuple):
     """Where this rank is among the teams.
 
     Args:
-        number: of its team; a rank that is left over has one from `count` on.
-        count: of teams.
+        number: of its team; a rank that is left over has one from `teams` on.
+        teams: how many there are.
         team: its own.
     """
 
     number: int
-    count: int
+    teams: int
     team: Team
 
 
