@@ -118,6 +118,8 @@ def try_it(settings: CompressConfig, prompt: Path) -> str:
     """The command that asks the saved prompt."""
     arguments = settings.template_arguments
     given = f" --template-arguments {shlex.quote(json.dumps(arguments))}" if arguments else ""
+    if settings.dtype in ("8bit", "4bit"):  # in full precision it is another model
+        given += f" --dtype {settings.dtype}"
     return f'softprompt generate --model {settings.model} --prompt {prompt}{given} "..."'
 
 

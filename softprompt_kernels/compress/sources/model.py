@@ -53,8 +53,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     options: dict[str, Any] = {}
     if check_quantization(name, config, dtype):
         stored = getattr(config, "dtype", None)
-        compute = stored if torch_dtype == "auto" and isinstance(stored, torch.dtype) else torch_dtype
-        options = loading_options(dtype, torch.float32 if compute == "auto" else compute, resolved)
+        compute = stored if torch_dtype == "auto" else torch_dtype
+        options = loading_options(dtype, compute if isinstance(compute, torch.dtype) else torch.float32, resolved)
     if device == SPLIT:
         options["device_map"] = "auto"
     tokenizer = _load_tokenizer(name, base)
