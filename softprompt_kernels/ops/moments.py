@@ -10,6 +10,7 @@ the same op.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,8 +207,9 @@ def linear_kl_div_from_moments(
             float(temperature),
             chunk_tokens,
         )
-        made = None if moments is None else lambda vocab, rows: _check_vocabulary(moments, vocab, rows)
-        rows = sharded.linear_kl_div_from_moments(problem, valid_vocab, made, backend, group)
+        made_with = None if moments is None else moments.valid_vocab
+        check = None if moments is None else partial(_check_vocabulary, moments)
+        rows = sharded.linear_kl_div_from_moments(problem, valid_vocab, made_with, check, backend, group)
         return reduce_rows(rows, weights, reduction)
     rows, _ = student_op(
         student,

@@ -83,6 +83,7 @@ def teacher_moments(
 def linear_kl_div_from_moments(
     problem: moments.MomentsProblem,
     valid_vocab: int | None,
+    made_with: int | None,
     check_vocabulary: Callable[[int, int], None] | None,
     backend: str | None,
     group: ProcessGroup,
@@ -92,6 +93,7 @@ def linear_kl_div_from_moments(
     Args:
         problem: with this rank's rows of the head.
         valid_vocab: entries of all ranks that count.
+        made_with: valid_vocab of the moments.
         check_vocabulary: raises unless the moments were made with (entries that count, entries of all ranks).
         backend: of the kernel for a shard.
         group: the ranks.
@@ -106,7 +108,8 @@ def linear_kl_div_from_moments(
             "temperature": problem.temperature,
             "label_weight": problem.label_weight,
             "moments": "None" if problem.mean is None else "given",
-            "labels": "None" if problem.labels is None else "given",
+            "valid_vocab of the moments": made_with,
+            "the largest label": _largest(problem.labels),
             "a gradient by student_hidden": need_gradient,
         },
     )
@@ -289,6 +292,13 @@ def _facts(name: str, hidden: Tensor, head: Head, others: dict[str, object]) -> 
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _largest(labels: Tensor | None) -> str:
+    """The largest label, where the host need not wait to know it."""
+    if labels is None:
+        return "None"
+    return str(labels.max().item()) if labels.device.type == "cpu" and labels.numel() else "given"
 
 
 def _kept(weights: Tensor | None) -> int | None:

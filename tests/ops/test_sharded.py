@@ -181,6 +181,11 @@ def refusals(own: slice, group: Any) -> dict[str, str]:
         "labels": said(
             lambda: linear_kl_div_from_moments(student, moments, shard, labels=labels, label_weight=0.5, group=group)
         ),
+        "largest label": said(
+            lambda: linear_kl_div_from_moments(
+                student, moments, shard, labels=labels - 1 - int(second), label_weight=0.5, group=group
+            )
+        ),
         "backend": said(lambda: linear_kl_div(student, teacher, shard, backend="cpu", group=group)),
         "group": said(lambda: linear_kl_div(student, teacher, shard, group="world")),
         "trained twice": said(twice),
@@ -284,6 +289,7 @@ SAID = {
     "vocabulary": r"ValueError: valid_vocab must be None or in \[1, 83\], the entries of all ranks of group; got 84",
     "moments' vocabulary": r"ValueError: valid_vocab must be 83, which the moments were made with; got 82",
     "labels": r"ValueError: labels must be below the vocabulary's size 83; got 83",
+    "largest label": r"ValueError: the largest label must be the same on all ranks of group; got 82 on rank 0, 81 on",
     "backend": r"ValueError: backend must be None or 'composed' with a group; got 'cpu'",
     "group": r"TypeError: group must be None or a torch.distributed.ProcessGroup; got str",
     "trained twice": r"RuntimeError: linear_kl_div has no second derivative",
