@@ -1,7 +1,7 @@
 """A bank of several contexts: each as alone, bad ones skipped, resumed with the same bits, extended later."""
 
 import json
-import shutil
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from softprompt_kernels.compress import CompressConfig, compress
 from softprompt_kernels.compress.bank.run import compress_bank
+from softprompt_kernels.compress.bank.trainer import BankTrainer
 from softprompt_kernels.errors import SoftPromptError
 
 
@@ -101,16 +102,32 @@ def test_the_training_of_other_contexts_is_not_lost(
     assert list(bank()["contexts"]) == ["boat", "shop"]
 
 
-def test_a_converged_context_leaves_and_the_others_stay(
-    bank: Callable[..., Any], alone: Callable[..., Any], prompts: Callable[..., Any], texts: Path
+def test_contexts_leave_when_they_fail_or_have_converged_and_the_others_stay(
+    bank: Callable[..., Any],
+    alone: Callable[..., Any],
+    prompts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    recording_reporter: Any,
+    tmp_path: Path,
 ) -> None:
-    for name in ("shop", "boat"):
-        (texts / f"{name}.txt").unlink()
-    shutil.copy(texts / "mill.txt", texts / "same.txt")
-    steps = bank(converged=0.999, steps=9)["contexts"]["mill"]["steps"]
-    assert steps < 9
-    metrics = (texts.parent / "bank" / "runs" / "mill" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(metrics[-1])["step"] == steps
+    accumulate = BankTrainer.accumulate
+
+    def accumulated(trainer: BankTrainer, chosen: Any) -> dict[str, float]:
+        losses = accumulate(trainer, chosen)
+        changed = {"mill": math.nan if trainer.step == 1 else losses["boat"], "shop": 0.0}
+        return losses | {name: changed[name] for name in losses if name in changed}
+
+    monkeypatch.setattr(BankTrainer, "accumulate", accumulated)
+    options = {"steps": 7, "init": "strided"}
+    with pytest.raises(SystemError):
+        bank(reporter=recording_reporter("Training of 3 contexts", 6, SystemError), converged=1e-9, **options)
+    summary = bank(converged=1e-9, **options)
+    assert summary["skipped"]["mill"].startswith("learning_rate: at step 2 the loss is nan")
+    assert {name: figures["steps"] for name, figures in summary["contexts"].items()} == {"boat": 7, "shop": 5}
+    for name, steps in (("boat", 7), ("shop", 5)):
+        lines = (tmp_path / "bank" / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [*range(1, steps + 1)]
+    torch.testing.assert_close(prompts("bank")["boat"], torch.cat([*alone("boat", **options).values()]))
 
 
 def test_json_lines_bring_their_own_queries(
