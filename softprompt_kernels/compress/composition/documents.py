@@ -35,7 +35,7 @@ class Source:
     """A finished run, before anything is loaded.
 
     Args:
-        name: what tables call it: the name of its folder, or its path where two have the same name.
+        name: what tables call it: the name of its folder, with those above it where two have the same name.
         folder: of the run.
         config: of the run, on the device of the composition.
         adapter, record: adapter_config.json and softprompt.json of its prompt.
@@ -101,11 +101,8 @@ def sources_of(paths: Sequence[Path], *, device: str | None = None) -> tuple[Sou
             raise SoftPromptError(f"runs: got {path} twice (as {other}), accepted is each run once")
     # What a run's configuration asks of the machine is not for the composition.
     update = {"threads": None, "gradient_checkpointing": False} | ({} if device is None else {"device": device})
-    names = [folder.path.resolve().name for folder in folders]
-    sources = tuple(
-        _source(name if names.count(name) == 1 else str(folder.path), folder, update)
-        for name, folder in zip(names, folders, strict=True)
-    )
+    names = _names([folder.path.resolve() for folder in folders])
+    sources = tuple(_source(name, folder, update) for name, folder in zip(names, folders, strict=True))
     for source in sources[1:]:
         if found := _differences(sources[0], source):
             raise SoftPromptError(
@@ -172,6 +169,14 @@ def _run_folder(path: Path) -> RunFolder:
             )
         return RunFolder(path.parent if path.name else parent)
     return RunFolder(path)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of different paths that are different."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def _source(name: str, folder: RunFolder, update: dict[str, Any]) -> Source:

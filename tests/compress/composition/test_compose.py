@@ -55,7 +55,7 @@ def test_a_composition_measures_each_text(runs: Runs, composed: Path) -> None:
     assert figures["left_out"] == 2 * 2, "each text was asked for its hue twice in training"
     for one, (name, run) in zip(figures["documents"], runs.items(), strict=True):
         alone = figures_of(run)["heldout"]
-        assert one["name"] == "run" or name in one["name"]
+        assert one["name"] == f"{name}/run"
         assert one["heldout"]["kl_none"] == pytest.approx(alone["kl_none"], rel=1e-5)
         assert one["heldout"]["kl_alone"] == pytest.approx(alone["kl_prompt"], rel=1e-5)
         assert len({round(one["heldout"][f"kl_{key}"], 9) for key in ("naive", "joined", "prompt", "all")}) == 4
@@ -146,7 +146,7 @@ def test_the_command_shows_the_table_and_a_dry_run_writes_nothing(runs: Runs, tm
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[1].split("  ")[0] == "recovered, held-out"
-    assert [line.split()[0] for line in lines[3:6]] == [f"{runs['mill']}", f"{runs['tower']}", "mean"]
+    assert [line.split()[0] for line in lines[3:6]] == ["mill/run", "tower/run", "mean"]
     assert len(lines[5].split()) == 6
 
 
