@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from softprompt_kernels.compress.evaluate.distance import NEGLIGIBLE_KL, TokenDistances
 from softprompt_kernels.compress.inputs import RunInputs
 from softprompt_kernels.compress.report.table import SETS
-from softprompt_kernels.compress.reporter import Reporter
+from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sequential.asked import Asked
 from softprompt_kernels.compress.sequential.table import OWN, WHOLE
 from softprompt_kernels.compress.sources.queries import Query
@@ -45,7 +46,7 @@ class Evaluated:
 
 def evaluate(
     inputs: RunInputs,
-    asked: Iterable[Asked],
+    folders: Sequence[Path],
     students: Mapping[str, Prefix | None],
     whole: Prefix | None,
     reporter: Reporter,
@@ -54,28 +55,31 @@ def evaluate(
 
     Args:
         inputs: of the whole text.
-        asked: of each segment, in order.
+        folders: of the segments, in order, with what was asked about them.
         students: their prefixes by key, with "none" and "prompt". Others are not measured on the test set.
         whole: the captured whole text; None where it does not fit.
         reporter: receives the progress.
     """
     found: dict[str, Evaluated] = {name: Evaluated([], [], {}, {}) for name, _ in SETS}
-    for number, own in enumerate(asked, 1):
-        if whole is not None:
-            own = _answered(inputs, own, whole, reporter)
-        for name, examples in own.examples.items():
-            chosen = {k: v for k, v in students.items() if name != "test" or k in ("none", "prompt")}
-            found[name].queries.extend(own.queries[name])
-            found[name].examples.extend(examples)
-            found[name].by_segment[number] = own.measure(inputs.model, name, chosen, reporter)
+    with reporter.progress("Evaluation of the final prompt", len(folders), "segment") as advance:
+        for number, folder in enumerate(folders, 1):
+            own = Asked.read(folder)
+            if whole is not None:
+                own = _answered(inputs, own, whole)
+            for name, examples in own.examples.items():
+                chosen = {k: v for k, v in students.items() if name != "test" or k in ("none", "prompt")}
+                found[name].queries.extend(own.queries[name])
+                found[name].examples.extend(examples)
+                found[name].by_segment[number] = own.measure(inputs.model, name, chosen, SilentReporter())
+            advance(1)
     for of_set in found.values():
         of_set.distances.update(joined(of_set.by_segment.values()))
     return {name: of_set for name, of_set in found.items() if of_set.examples}
 
 
-def _answered(inputs: RunInputs, asked: Asked, whole: Prefix, reporter: Reporter) -> Asked:
+def _answered(inputs: RunInputs, asked: Asked, whole: Prefix) -> Asked:
     """The same queries with the answers of the model that has the whole text before it."""
-    config, examples, states = inputs.config, {}, {}
+    config, examples, states, reporter = inputs.config, {}, {}, SilentReporter()
     for name, queries in asked.queries.items():
         examples[name] = answer(
             inputs.model,
@@ -87,10 +91,8 @@ def _answered(inputs: RunInputs, asked: Asked, whole: Prefix, reporter: Reporter
             batch_size=config.sample_batch,
             seed=config.seed,
             reporter=reporter,
-            description="Answers with the whole text",
         )
-        title = f"Full context, {dict(SETS)[name]} queries"
-        states[name] = torch.cat(hidden_states(inputs.model, whole, examples[name], reporter, title)).cpu()
+        states[name] = torch.cat(hidden_states(inputs.model, whole, examples[name], reporter, "")).cpu()
     return Asked(asked.queries, examples, states)
 
 

@@ -35,7 +35,7 @@ from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.report.versions import made_with
 from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
 from softprompt_kernels.compress.run import write_report
-from softprompt_kernels.compress.sequential.asked import Asked, delete_asked
+from softprompt_kernels.compress.sequential.asked import delete_asked
 from softprompt_kernels.compress.sequential.evaluation import evaluate, segment_figures
 from softprompt_kernels.compress.sequential.long_text import LongText, load_long_text
 from softprompt_kernels.compress.sequential.replay import Replayed, read
@@ -157,7 +157,7 @@ def _evaluate(
         if prompt.length < inputs.context_tokens:
             students["truncated"] = capture_context(inputs.model, inputs.context_ids[:, : prompt.length])
         students["prompt"] = final
-        found = evaluate(inputs, (Asked.read(path) for path in folders), students, whole, reporter)
+        found = evaluate(inputs, folders, students, whole, reporter)
         del whole
         done = [json.loads((path / DONE).read_text(encoding="utf-8")) for path in folders]
         figures: dict[str, Any] = {
