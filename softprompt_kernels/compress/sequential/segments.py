@@ -23,7 +23,7 @@ from softprompt_kernels.compress.sources.encoder import Tokens
 from softprompt_kernels.compress.text_file import trim
 
 SHORTEST = 0.7
-"""A cut is moved back by up to a third of an even segment, to the end of a paragraph or sentence."""
+"""The least length of a segment, in that of an even one: how far a cut is moved back."""
 
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _SENTENCE = re.compile(r"[.!?…][\"'”’)\]]*(?=\s)|[。！？]|\n")
@@ -100,11 +100,18 @@ class _Places:
         places = [first]
         while last - places[-1] > most:
             begin, left = places[-1], last - places[-1]
-            even = left / math.ceil(left / most)
-            low, high = begin + max(1, math.ceil(SHORTEST * even)), begin + most
+            count = math.ceil(left / most)
+            even, enough = left / count, left - (count - 1) * most  # after a shorter run, one more would be needed
+            short = max(1, math.ceil(SHORTEST * even))
+            tries = [(kind, max(short, enough)) for kind in self.kinds[:2]] + [(kind, short) for kind in self.kinds]
             near = next(
-                (found for kind in self.kinds if (found := kind[bisect_left(kind, low) : bisect_left(kind, high + 1)])),
+                (found for kind, low in tries if (found := _within(kind, begin + low, begin + most))),
                 [begin + round(even)],
             )
             places.append(min(near, key=lambda index: abs(index - begin - even)))
         return [*places, last]
+
+
+def _within(numbers: list[int], low: int, high: int) -> list[int]:
+    """Those of ascending numbers from `low` to `high`."""
+    return numbers[bisect_left(numbers, low) : bisect_left(numbers, high + 1)]
