@@ -58,13 +58,10 @@ ELSEWHERE = {
     "tests/formats/test_hub.py does so to a server on this machine",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
-<<<<<<< Updated upstream
     "python -m tests.compress.sequential.planted_facts my-facts window": "minutes; tests/compress/sequential runs a short "
     "text",
     "python -m tests.compress.sequential.planted_facts my-facts long": "the same, for longer",
-=======
     "python -m benchmarks.costs": "tests/benchmarks/test_costs.py compares its tables with the page",
->>>>>>> Stashed changes
     "pip install openai": "the tests' extra brings it",
     "softprompt compress --model my-model --context handbook.txt --tokens 256 --output runs/handbook "
     "--server http://localhost:8000/v1": "it needs a server; tests/compress/teacher/server",
