@@ -87,8 +87,10 @@ def compress_bank(
 
 def check_config(config: CompressConfig) -> None:
     """Raise SoftPromptError for what is not there for many contexts."""
-    if config.rounds:
-        raise SoftPromptError(f"rounds: got {config.rounds} for many contexts, accepted is 0")
+    for name in ("rounds", "segment_tokens", "save_best", "patience", "keep_checkpoints"):
+        value, default = getattr(config, name), CompressConfig.model_fields[name].default
+        if value != default:
+            raise SoftPromptError(f"{name}: got {value} for many contexts, accepted is {default}")
     if config.track is not None:
         raise SoftPromptError(
             f"track: got {config.track} for many contexts, accepted is none; metrics.jsonl of each run has the steps"
