@@ -137,7 +137,6 @@ class Training:
         if report.step % config.checkpoint_every == 0 or best or self.stopped:
             self.save()
         if self.stopped and not last:
-            advance(part.last - report.step)
             self.reporter.message(
                 f"Stopped at step {report.step} of {config.steps}: no held-out KL of the last {config.patience} "
                 f"evaluations was below {self.progress.best_kl:.4g}, that of step {self.progress.best_step}."

@@ -92,6 +92,7 @@ def test_the_best_prompt_is_saved_and_training_stops_at_a_plateau(
     assert asked == [0, 2, 4, 6]
     assert figures["training"] == {"steps": 6, "of": 8, "saved_step": 2, "best_heldout_kl": 0.4}
     assert steps(config.output) == [1, 2, 3, 4, 5, 6]
+    assert reporter.done["Training"] == 6
     saved, record = load(config.output / "prompt", model)
     assert torch.equal(saved.state_dict()["key"], at_step[2])
     assert record["objective"]["steps"] == 2

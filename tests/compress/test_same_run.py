@@ -22,7 +22,8 @@ def test_a_run_of_the_version_before_is_not_refused(make_config: Make) -> None:
     record = config.output / "run.json"
     identity = json.loads(record.read_text())["identity"]
     del identity["model"]["body"], identity["model"]["rows"], identity["tokenizer"]["tokens_without_added"]
-    for name in ("test", "relative_learning_rate", "token_weights", "rounds", "student_share", "context_dtype"):
+    newer = ("token_weights", "rounds", "student_share", "context_dtype", "save_best", "patience")
+    for name in ("test", "relative_learning_rate", *newer):
         del identity[name]  # an option that it did not have
     identity["tokenizer"]["special_tokens"] = "0" * 64
     record.write_text(json.dumps({"identity": identity}))
