@@ -116,7 +116,7 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     result = run(*inputs.compress(tmp_path / "run"), "--dry-run")
     assert result.exit_code == 0, result.output
     names = {line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()}
-    sizes = {"context", "prompt", "ratio", "queries"}
+    sizes = {"context", "prompt", "checkpoints", "ratio", "queries"}
     assert names == sizes | {"KL without context", "time per step", "total time", "written"}
     assert "4 for training, 2 held out" in result.stdout
     stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
