@@ -202,7 +202,7 @@ class Training:
             self.progress = self.progress._replace(best_step=found.step, best_kl=float(found.notes["kl"]), waited=0)
         elif best_step == step:
             self.save()
-        elif found is None or found.step != best_step:
+        elif best_step is not None and (found is None or found.step != best_step):
             raise SoftPromptError(
                 f"save_best: {self.folder.best} has not the prompt of step {best_step}, the best before step {step}; "
                 f"delete {self.folder.checkpoint} to train again from the start"

@@ -164,25 +164,29 @@ def test_a_damaged_file_of_a_run_that_chooses(
     assert_same_results(config.output, whole.output)
 
 
+@pytest.mark.parametrize("step", [0, 4])
 def test_a_signal_in_a_held_out_evaluation_loses_neither_the_step_nor_the_evaluation(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recording_reporter: Any, step: int
 ) -> None:
     from softprompt_kernels.compress.training import Training
 
-    whole, config = make_config(output=tmp_path / "whole", **CHOOSING), make_config(**CHOOSING)
+    options = CHOOSING | {"learning_rate": 1e-3}  # so small that every step is better than the one before
+    whole, config = make_config(output=tmp_path / "whole", **options), make_config(**options)
     compress(whole)
     evaluate = Training.heldout_kl
 
     def interrupted(self: Training) -> float:
-        if self.trainer.step == 4:
+        if self.trainer.step == step:
             raise KeyboardInterrupt
         return evaluate(self)
 
     monkeypatch.setattr(Training, "heldout_kl", interrupted)
     with pytest.raises(Interrupted) as stop:
         compress(config)
-    assert stop.value.step == 4
+    assert stop.value.step == step
     monkeypatch.setattr(Training, "heldout_kl", evaluate)
+    with pytest.raises(SystemError):  # killed as soon as the evaluation is made up for
+        compress(config, recording_reporter("Training", step + 1, SystemError))
     compress(config)
     assert_same_results(config.output, whole.output)
 

@@ -52,10 +52,10 @@ class Checkpoints:
     def __init__(self, path: Path, identity: str, keep: int = 1, reporter: Reporter | None = None) -> None:
         self.path, self.identity, self.keep = path, identity, keep
         self.reporter = reporter or SilentReporter()
-        self._good = False  # whether the newest file is one that this process has read or written
+        self._newest: int | None = None  # the step of the newest file, if this process has read or written it
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, and delete the oldest ones.
+        """Write a checkpoint, and delete the oldest ones. One of the same step as the newest replaces it.
 
         Raises:
             OSError: it cannot be written. The checkpoints before are as they were.
@@ -64,11 +64,11 @@ class Checkpoints:
         own = {"step": str(checkpoint.step), "identity": self.identity, "checksum": _checksum(tensors)}
         with replaced_when_complete(self.path, flush=True) as temporary:
             save_file(tensors, temporary, {**checkpoint.notes, **own})
-            if self._good:
+            if self._newest not in (None, checkpoint.step):
                 for number in reversed(range(self.keep - 1)):
                     if self._name(number).exists():
                         self._name(number).replace(self._name(number + 1))
-        self._good = True
+        self._newest = checkpoint.step
         for path in self._older(self.keep):
             path.unlink(missing_ok=True)
 
@@ -89,7 +89,7 @@ class Checkpoints:
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 damaged.append((path, error))
                 continue
-            self._good = path == self.path
+            self._newest = found.step if path == self.path else None
             for bad, reason in damaged:
                 self.reporter.message(
                     f"Warning: {bad} is damaged ({reason}). Going on from the checkpoint before it, {path.name}."

@@ -133,6 +133,7 @@ class Trainer:
         self.report: StepReport | None = None  # of the last step
         self.consistent = True  # False while an update of σ is under way, and after one that went wrong
         self.saved_step: int | None = None  # the step of the last checkpoint
+        self.saved_notes: dict[str, str] = {}  # and its notes
 
     def take(self, examples: Sequence[Example], targets: Targets | None, share: float) -> None:
         """From now on, train on other answers to the same queries too, in place of those that were taken before.
@@ -247,8 +248,8 @@ class Trainer:
     def save(self, checkpoints: Checkpoints, notes: Mapping[str, str] | None = None) -> None:
         """Write a checkpoint of σ, the optimiser and the step.
 
-        Nothing is written if an update of σ was interrupted in the middle, or if the last checkpoint is of this step:
-        it is the last good state.
+        Nothing is written if an update of σ was interrupted in the middle: the previous checkpoint is the last good
+        state. Nor is it if the last checkpoint is of this step and has these notes.
 
         Args:
             checkpoints: of the run.
@@ -257,7 +258,8 @@ class Trainer:
         Raises:
             OSError: it cannot be written. The previous checkpoint is as it was.
         """
-        if not self.consistent or self.saved_step == self.step:
+        notes = dict(notes or {})
+        if not self.consistent or (self.saved_step, self.saved_notes) == (self.step, notes):
             return
         if not ranks.is_first():  # it is the same on all
             self.saved_step = self.step
@@ -266,8 +268,8 @@ class Trainer:
         for index, parameter in enumerate(self.parameters):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{name}"] = value
-        checkpoints.write(Checkpoint(self.step, tensors, dict(notes or {})))
-        self.saved_step = self.step
+        checkpoints.write(Checkpoint(self.step, tensors, notes))
+        self.saved_step, self.saved_notes = self.step, notes
 
     def load(self, checkpoints: Checkpoints) -> dict[str, str] | None:
         """Resume from the newest checkpoint, if there is one.
@@ -291,6 +293,7 @@ class Trainer:
                 name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()
             }
         self.step = self.saved_step = found.step
+        self.saved_notes = found.notes
         return found.notes
 
 

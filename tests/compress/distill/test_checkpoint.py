@@ -45,6 +45,15 @@ def test_the_last_checkpoints_stay(tmp_path: Path, keep: int) -> None:
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in at(5).tensors.items())
 
 
+def test_a_checkpoint_of_the_same_step_replaces_the_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / NAMES[0], "me", 2)
+    for step in (1, 2, 2):
+        checkpoints.write(at(step))
+    checkpoints.read()
+    checkpoints.write(at(2))
+    assert steps(tmp_path) == {NAMES[0]: 2, NAMES[1]: 1}
+
+
 def test_no_other_file_is_touched(tmp_path: Path) -> None:
     others = ["checkpoint-2.safetensors", "checkpoint.before-1", "checkpoint.before-1.safetensors.mine"]
     for name in others:
