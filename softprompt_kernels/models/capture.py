@@ -32,19 +32,25 @@ from softprompt_kernels.prompts.prefix import Prefix
 
 
 class TokenStore(Protocol):
-    """Keeps the keys and values of a context in all layers, while they are computed.
-
-    Args:
-        length: tokens that are complete in all layers.
-    """
+    """Keeps the keys and values of a context in all layers, while they are computed."""
 
     length: int
+    """Tokens that are complete in all layers."""
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Write `key [R, Hkv, n, D]` and `value [R, Hkv, n, Dv]` of one layer behind the complete tokens."""
+        """Write new tokens of one layer behind the complete ones.
+
+        Args:
+            layer: its index.
+            key, value: `[R, Hkv, n, D]` and `[R, Hkv, n, Dv]`, in the model's dtype and on the layer's device.
+        """
 
     def advance(self, tokens: int) -> None:
-        """So many more tokens are complete."""
+        """More tokens are complete in all layers.
+
+        Args:
+            tokens: how many.
+        """
 
     def prefix(self) -> Prefix:
         """The complete tokens, not copied."""
@@ -225,7 +231,11 @@ class MemoryStore:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Copy new tokens into the buffers of the layer.
+        """Copy new tokens into the buffers of a layer.
+
+        Args:
+            layer: its index.
+            key, value: `[R, Hkv, n, D]` and `[R, Hkv, n, Dv]`, of any floating dtype.
 
         Raises:
             SoftPromptError: a number does not fit float16.
@@ -236,7 +246,11 @@ class MemoryStore:
             buffer[:, :, self.length : self.length + new.shape[2]] = fitting_cast(new, self.dtype, self.name)
 
     def advance(self, tokens: int) -> None:
-        """Count them."""
+        """Count complete tokens.
+
+        Args:
+            tokens: how many more.
+        """
         self.length += tokens
 
     def prefix(self) -> Prefix:

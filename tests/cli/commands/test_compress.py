@@ -117,10 +117,11 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     assert result.exit_code == 0, result.output
     names = {line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()}
     sizes = {"context", "prompt", "checkpoints", "ratio", "queries"}
-    assert names == sizes | {"KL without context", "time per step", "total time", "written"}
+    assert names == sizes | {"KL without context", "time per step", "total time", "memory", "written"}
     assert "4 for training, 2 held out" in result.stdout
     stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    assert stages == ["context", "answers", "matching", "training", "evaluation", "answers compared"]
+    times = ["context", "answers", "matching", "training", "evaluation", "answers compared"]
+    assert stages == ["stored", *times, "context", "answers", "matching"]
     assert not (tmp_path / "run").exists()
 
 
@@ -205,7 +206,7 @@ def test_a_signal_gives_its_exit_code(run, inputs, tmp_path, monkeypatch, number
     stopped = run(*inputs.compress(tmp_path / "run"))
     assert stopped.exit_code == 128 + number, stopped.output
     assert "Stopped at step 3 of 4" in stopped.stderr and "Traceback" not in stopped.output
-    monkeypatch.setattr("softprompt_kernels.compress.run.capture_context", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("softprompt_kernels.compress.run.capture_context", lambda *_, **__: signal.raise_signal(number))
     stopped = run(*inputs.compress(tmp_path / "other"))
     assert stopped.exit_code == 128 + number and "Run the same command again" in stopped.stderr
 

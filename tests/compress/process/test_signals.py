@@ -66,7 +66,7 @@ def test_a_signal_in_matching_keeps_the_finished_layers(
 
 def test_a_signal_in_another_stage_interrupts_like_ctrl_c(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "softprompt_kernels.compress.run.capture_context", lambda *_: signal.raise_signal(signal.SIGTERM)
+        "softprompt_kernels.compress.run.capture_context", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     )
     with pytest.raises(KeyboardInterrupt) as stop:
         compress(make_config())
