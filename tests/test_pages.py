@@ -58,8 +58,8 @@ ELSEWHERE = {
     "tests/formats/test_hub.py does so to a server on this machine",
     "pip install pre-commit": "it installs another program; tests/test_workflows.py reads the configuration",
     "pre-commit install": "it changes the checkout's hooks",
-    "python -m tests.compress.sequential.planted_facts my-facts window": "minutes; tests/compress/sequential runs a short "
-    "text",
+    "python -m tests.compress.sequential.planted_facts my-facts window": "it takes minutes; tests/compress/sequential "
+    "compresses a short text",
     "python -m tests.compress.sequential.planted_facts my-facts long": "the same, for longer",
     "python -m benchmarks.costs": "tests/benchmarks/test_costs.py compares its tables with the page",
     "pip install openai": "the tests' extra brings it",

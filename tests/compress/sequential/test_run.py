@@ -123,7 +123,9 @@ def test_options_that_do_not_go_together_are_refused(make: Make, options: dict[s
         make(**options)
 
 
-@pytest.mark.parametrize(("state", "tokens", "steps", "least"), [("replaced", 14, 25, 0.98), ("accumulated", 6, 0, 0.9)])
+@pytest.mark.parametrize(
+    ("state", "tokens", "steps", "least"), [("replaced", 14, 25, 0.98), ("accumulated", 6, 0, 0.9)]
+)
 def test_facts_of_all_segments_are_recalled(tmp_path: Path, state: str, tokens: int, steps: int, least: float) -> None:
     """A replaced prompt recovers .47 without replay, and .95 without queries about the next segment."""
     model, files = save_long_model(tmp_path / "model"), plant(tmp_path, 3, 180, 12)
