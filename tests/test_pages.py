@@ -43,6 +43,7 @@ FAST = {  # options that make a command small, if the page has not set them
     "evaluate": {"--new-tokens": "4"},
     "generate": {"--max-new-tokens": "8"},
     "chat": {"--max-new-tokens": "8"},
+    "train-compressor": {"--steps": "2", "--selfstudy": "2", "--new-tokens": "2", "--batch-queries": "2"},
 }
 SMALL = {  # a shape of each op in place of a suite of `softprompt bench`
     "kl_div": "N8 V64",
@@ -125,6 +126,7 @@ FILES: dict[str, dict[str, str | None]] = {
         "my-texts/boat.txt": TEXT.replace("cat", "boat"),
         "my-contexts.jsonl": json.dumps({"name": "mill", "text": TEXT}),
     },
+    "docs/how-to/compressor.md": {f"my-texts/{name}.txt": TEXT for name in ("one", "two", "three")},
     "docs/benchmarks.md": {
         "benchmarks/study/texts/garden.yaml": None,
         "benchmarks/study/texts/garden.txt": TEXT,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Compressor:
 
     def __init__(self, model: PreTrainedModel, form: Form, summary: Tensor, lora: Lora | None = None) -> None:
         check_fixed_frequencies(model)
-        width = model.get_input_embeddings().weight.shape[1]
+        width = embedding_table(model).shape[1]
         if tuple(summary.shape) != (form.tokens, width):
             raise ValueError(f"summary: got shape {tuple(summary.shape)}, accepted is {(form.tokens, width)}")
         if (lora.rank if lora else 0) != form.lora_rank:
@@ -75,12 +76,12 @@ class Compressor:
         """The prompts of several contexts, in one forward pass a segment. To be called within `reading`.
 
         Args:
-            contexts: R sequences of token ids `[C_r]`.
+            contexts: R sequences of token ids `[C_r]`, int64.
             lengths: of the segments of each context, equally many; they add up to C_r.
             graph_segments: the gradient goes through the last so many segments. What was read before is a constant.
 
         Returns:
-            A prefix of R rows without padding: k tokens, or n·k of n segments.
+            A prefix of R rows without padding, in the model's dtype: k tokens, or n·k of n segments.
         """
         segments = _padded_segments(contexts, lengths)
         state: Prefix | None = None
@@ -112,13 +113,18 @@ class Compressor:
         graph, sink = torch.is_grad_enabled(), LayerSink()
         ends = known + (torch.full((ids.shape[0],), ids.shape[1], device=device) if real is None else real)
         behind = Prefix(behind.layers, None if real is None else ends)
-        rows = self.summary.to(model.get_input_embeddings().weight.dtype).expand(ids.shape[0], -1, -1)
+        rows = self.summary.to(embedding_table(self.model).dtype).expand(ids.shape[0], -1, -1)
         positions = ends[:, None] + torch.arange(self.form.tokens, device=device)
         hidden = run_base(model, Call(behind, sink=sink, wants_grad=graph), positions, inputs_embeds=rows)
         if not graph:  # a training looks at its loss
             check_finite(model, "hidden states of the summary tokens", hidden)
         place = known if self.form.accumulates else 0
         return move_keys(model, sink.close(), place - ends)
+
+
+def embedding_table(model: PreTrainedModel) -> Tensor:
+    """The weight `[V, d]` of a model's embedding."""
+    return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def _padded_segments(

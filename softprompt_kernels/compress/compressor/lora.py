@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -56,7 +56,7 @@ class Lora:
         before = set(vars(model))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._tuner: Any = LoraModel(model, {NAME: config}, NAME)  # type: ignore[no-untyped-call]
+            self._tuner: Any = LoraModel(model, {NAME: config}, NAME)
         self._model, self._added = model, set(vars(model)) - before
         self._config = config
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -124,4 +124,4 @@ class Lora:
         """Take the layers out. The model is as before."""
         self._tuner.unload()
         for name in self._added & set(vars(self._model)):
-            delattr(self._model, cast(str, name))
+            delattr(self._model, name)

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softprompt_kernels.compress.compressor.compressor import Compressor
+from softprompt_kernels.compress.compressor.compressor import Compressor, embedding_table
 from softprompt_kernels.compress.compressor.form import Form, State
 from softprompt_kernels.compress.compressor.lora import CONFIG, WEIGHTS, Lora
 from softprompt_kernels.compress.compressor.segments import even_lengths
@@ -129,7 +129,7 @@ def load_compressor(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     summary = _tensors(path / SUMMARY)
     if set(summary) != {"summary"} or summary["summary"].dim() != 2 or summary["summary"].shape[0] != form.tokens:
         raise SoftPromptError(f"{path / SUMMARY} does not hold `summary` of {form.tokens} tokens, as {RECORD} says")
-    width = model.get_input_embeddings().weight.shape[1]
+    width = embedding_table(model).shape[1]
     if summary["summary"].shape[1] != width:
         raise SoftPromptError(f"{path / SUMMARY} has rows of {summary['summary'].shape[1]}, the model's have {width}")
     tensors = _tensors(path / WEIGHTS) if form.lora_rank else {}
