@@ -87,7 +87,10 @@ def load_compressor_inputs(
     Raises:
         SoftPromptError: an input is invalid, or fewer than three contexts can be used.
     """
-    found = read_contexts(config.contexts)
+    try:
+        found = read_contexts(config.contexts)
+    except SoftPromptError as error:
+        raise SoftPromptError(str(error).replace("context:", "contexts:", 1)) from error
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)

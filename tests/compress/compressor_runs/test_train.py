@@ -142,6 +142,7 @@ def test_a_plan_writes_nothing(make_training: Callable[..., CompressorConfig], l
     [
         ({"tokens": 200}, r"contexts: got 0 that can be used, .*; mill-0: it has 1\d\d tokens, accepted are more"),
         ({"segment_tokens": 600, "segments": 9}, "segment_tokens: got 600 for a model with a window of 512"),
+        ({"contexts": Path("none")}, "^contexts: none cannot be read"),
         ({"new_tokens": 500}, "needs .* tokens with context and output, accepted are 512"),
     ],
 )
