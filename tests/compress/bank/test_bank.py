@@ -18,18 +18,30 @@ from softprompt_kernels.errors import SoftPromptError
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_grad_norm": 0.01, "matching_rows": 200},
+        {"max_grad_norm": 0.01, "matching_rows": 400, "queries": None, "selfstudy": 6},
         {"kind": "embedding", "init": "strided", "token_weights": "student", "micro_batch_size": 2, "steps": 3},
     ],
 )
 def test_each_prompt_is_that_of_a_run_of_its_own(
-    bank: Callable[..., Any], alone: Callable[..., Any], prompts: Callable[..., Any], options: dict[str, Any]
+    bank: Callable[..., Any],
+    alone: Callable[..., Any],
+    prompts: Callable[..., Any],
+    tmp_path: Path,
+    options: dict[str, Any],
 ) -> None:
+    def records(folder: Path) -> list[list[float]]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        names = ("step", "loss", "error", "grad_norm")
+        return [[line.get(name, 0.0) for name in names] for line in lines]
+
     summary = bank(**options)
     assert list(summary["contexts"]) == ["boat", "mill", "shop"] and not summary["skipped"]
     for name, found in prompts("bank").items():
         expected = torch.cat([*alone(name, **options).values()])
         torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+        own, single = records(tmp_path / "bank" / "runs" / name), records(tmp_path / "alone" / name)
+        for one, other in zip(own, single, strict=True):
+            assert one == pytest.approx(other, rel=1e-3)
 
 
 def test_bad_contexts_are_skipped_and_the_rest_goes_on(
