@@ -83,6 +83,10 @@ ELSEWHERE = {
         ),
         "minutes; tests/compress/composition composes two runs of a tiny model, and runs the command",
     ),
+    **dict.fromkeys(
+        (f"python -m tests.compress.composition.recall_compositions {texts} 6" for texts in (2, 4)),
+        "a minute; tests/compress/composition/test_recall.py makes one of its compositions",
+    ),
 }
 PROGRAMS = {  # that blocks of `bash` start, and why no test does
     "nsys": "it needs a GPU",
