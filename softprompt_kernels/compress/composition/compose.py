@@ -94,23 +94,23 @@ def _stages(work: Work, reporter: Reporter, times: StageTimes) -> dict[str, Any]
     with times("answers"):
         run.teach()
     with times("baselines"):
-        heldout = run.measure("heldout", run.baselines("heldout"))
-        for measured in heldout:
-            document_figures(measured)  # raises where the context does not matter
+        found = {name: run.measure(name, run.baselines(name)) for name in TITLES if run.numbers(name)}
+        for of_set in found.values():
+            for measured in of_set:
+                document_figures(measured)  # raises where the context does not matter
     taught = joined(run.taught)
     with times("training"):
         times.replace_earlier("training", run.train(taught))
     with times("evaluation"):
         trained = run.trained
-        test = run.measure("test", run.baselines("test"))
-        for name, of_set in (("heldout", heldout), ("test", test)):
+        for name, of_set in found.items():
             if config.steps:
                 after = run.measure(name, {number: {"prompt": trained} for number in run.numbers(name)})
             else:
                 after = [{"prompt": measured["joined"]} for measured in of_set]
             for measured, more in zip(of_set, after, strict=True):
                 measured |= more
-        figures = run.figures({"heldout": heldout, "test": test})
+        figures = run.figures(found)
         run.save(figures)
     with times("answers_compared"):
         answers = prompt_answers(inputs, trained, reporter)
@@ -172,7 +172,7 @@ class _Run:
         if isinstance(self.work.prompt, KVPrompt):
             shared["naive"] = beside_each_other(prefixes)
         shared["joined"] = self._joined
-        if numbers and self.work.fits_whole:
+        if self.work.fits_whole:
             shared["all"] = capture_context(model, self.work.inputs.context_ids)
         none = no_context_prefix(model, self.work.inputs.chat)
         return {number: {"none": none, "alone": prefixes[number], **shared} for number in numbers}
@@ -223,8 +223,7 @@ class _Run:
             }
             for document, tokens in zip(documents, composition.kept, strict=True)
         ]
-        sets = {name: of_set for name, of_set in measured.items() if of_set}
-        for name, of_set in sets.items():
+        for name, of_set in measured.items():
             for number, one in zip(self.numbers(name), of_set, strict=True):
                 found[number][name] = document_figures(one)
         context, prompt = sum(one["context_tokens"] for one in found), self.work.prompt.length
@@ -235,8 +234,8 @@ class _Run:
             "steps": self.work.inputs.config.steps,
             "left_out": self.work.left_out,
             "documents": found,
-            "mean": {name: mean_figures([one[name] for one in found if name in one]) for name in sets},
-            **{name: pooled_figures(of_set) for name, of_set in sets.items()},
+            "mean": {name: mean_figures([one[name] for one in found if name in one]) for name in measured},
+            **{name: pooled_figures(of_set) for name, of_set in measured.items()},
         }
 
     def save(self, figures: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from softprompt_kernels.compress.evaluate.distance import TokenDistances, check_context_matters, summary
 
 STUDENTS = {
@@ -93,8 +95,6 @@ def composition_table(figures: Mapping[str, Any], of_set: str) -> tuple[list[str
 
 
 def _joined(parts: Sequence[TokenDistances]) -> TokenDistances:
-    import torch
-
     return TokenDistances(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("kl", "agrees", "entropy", "teacher_entropy"))
     )

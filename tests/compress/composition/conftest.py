@@ -19,12 +19,15 @@ QUESTIONS = {
 
 
 def make_run(name: str, model: Path, folder: Path, **options: object) -> Path:
-    """The folder of a run about one of the texts, with six queries for training and two that are held out."""
+    """The folder of a run about one of the texts, with two queries held out, and one for the test about the mill."""
     files = {"context": folder / "text.txt", "queries": folder / "queries.jsonl", "heldout": folder / "heldout.jsonl"}
     folder.mkdir()
     files["context"].write_text(TEXTS[name])
     for part, questions in (("queries", QUESTIONS[name][2:]), ("heldout", QUESTIONS[name][:2])):
         files[part].write_text("".join(json.dumps({"input": question}) + "\n" for question in questions))
+    if name == "mill":
+        files["test"] = folder / "test.jsonl"
+        files["test"].write_text('{"input": "What is blue?"}\n')
     settings = {"selfstudy": 0, "tokens": 6, "new_tokens": 4, "matching_steps": 2, "steps": 0, "samples": 2}
     values = {**files, **settings, "model": str(model), "output": folder / "run", "device": "cpu", **options}
     compress(CompressConfig.model_validate(values))

@@ -62,6 +62,9 @@ def test_a_composition_measures_each_text(runs: Runs, composed: Path) -> None:
     for key in ("alone", "naive", "joined", "prompt", "all"):
         of_both = [one["heldout"][f"recovered_{key}"] for one in figures["documents"]]
         assert figures["mean"]["heldout"][key] == pytest.approx(sum(of_both) / 2)
+    mill, tower = figures["documents"]
+    assert "test" not in tower
+    assert figures["mean"]["test"]["prompt"] == mill["test"]["recovered_prompt"] == figures["test"]["recovered"]
     assert compose(list(runs.values()), composed, **SHORT) == figures, "a finished one is shown again"
     answers = (composed / "answers.md").read_text()
     assert all(question in answers for questions in QUESTIONS.values() for question in questions[:2])
