@@ -37,6 +37,7 @@ from torch import Tensor
 
 from softprompt_kernels.compress.parallel.failures import OtherRankFailed, Stop, hear, raise_lost, record, recorded
 from softprompt_kernels.compress.parallel.launch import launched
+from softprompt_kernels.compress.parallel.meeting import meet
 from softprompt_kernels.compress.parallel.shares import shares
 from softprompt_kernels.errors import SoftPromptError
 
@@ -57,7 +58,6 @@ class _Ranks:
 _ALONE = _Ranks(0, 1)
 _current = _ALONE
 _meeting: dist.Store | None = None  # where the processes find each other; rank 0 may hold it, so it stays
-_runs = 0  # how many times ranks were started: each time has its own keys in the store
 _told = False
 
 
@@ -92,12 +92,12 @@ def started() -> Iterator[None]:
         SoftPromptError: another rank has failed; the message has its number and its words.
         KeyboardInterrupt: another rank was stopped by a signal.
     """
-    global _current, _runs, _told
+    global _current, _told
     launch = launched()
     if launch.world == 1 or _current.world > 1:
         yield
         return
-    _runs, _told = _runs + 1, False
+    _told = False
     own = not dist.is_initialized()
     store = _join(launch.rank, launch.world, launch.local_rank, own)
     _current = _Ranks(launch.rank, launch.world, store)
@@ -122,14 +122,17 @@ def _join(rank: int, world: int, local_rank: int, own: bool) -> dist.Store:
     try:
         if _meeting is None:
             _meeting, *_ = next(dist.rendezvous("env://", rank, world, timeout=JOIN_TIMEOUT))
-        store = dist.PrefixStore(f"softprompt-{_runs}", _meeting)
+        session = meet(_meeting, rank, world, JOIN_TIMEOUT)
+        store = dist.PrefixStore(f"softprompt-{session}", _meeting)
         if own:
             if gpu and local_rank < torch.cuda.device_count():
                 torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            group_store = dist.PrefixStore(f"group-{_runs}", _meeting)
+            group_store = dist.PrefixStore(f"group-{session}", _meeting)
             dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=TIMEOUT)
         return store
+    except SoftPromptError:
+        raise
     except (RuntimeError, ValueError) as error:
         with suppress(RuntimeError):
             if store is not None and (stop := recorded(store)) is not None:  # another has failed at once
