@@ -18,8 +18,8 @@ ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and
 DtypeName = Annotated[
     Dtype,
     typer.Option(
-        help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
-        "bitsandbytes (extra quantize)."
+        help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: quantised weights "
+        "(extra quantize)."
     ),
 ]
 DeviceName = Annotated[str, typer.Option(help=DEVICE_HELP)]

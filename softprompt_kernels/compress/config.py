@@ -326,7 +326,7 @@ class CompressConfig(BaseModel):
     dtype: Dtype = Field(
         "auto",
         description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
-        "bitsandbytes, which compute as with auto. Needs the extra quantize.",
+        "torchao or bitsandbytes, which compute as with auto. Needs the extra quantize.",
     )
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description=DEVICE_HELP)
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")

@@ -50,7 +50,7 @@ def model_fingerprint(model: PreTrainedModel, saved: Any = None) -> dict[str, An
     Fields: `family`, `layers`, `hidden_size`, `attention_heads`, `kv_heads`, `head_dim`, `vocabulary`, `rope` (None
     without rotary embedding), `weights` and `body {"float16", "bfloat16"}` (SHA-256, hexadecimal; `body` is without
     embedding and head), `rows {"1", "2", "4", …}` (such hashes of the first rows of embedding and head), if rows were
-    left out `all_tokens` (a number), and of a quantised model `quantization` (such as "bitsandbytes 4bit"). All values
+    left out `all_tokens` (a number), and of a quantised model `quantization` ("bitsandbytes 4bit"). All values
     can be written as JSON.
     """
     config = model.config.get_text_config()
@@ -82,7 +82,9 @@ def _quantization(model: PreTrainedModel) -> str | None:
     bits = [
         f"{bits}bit" for bits in (8, 4) if settings.get(f"load_in_{bits}bit") or settings.get(f"_load_in_{bits}bit")
     ]
-    return " ".join([str(getattr(method, "value", method)), *bits])
+    kind = settings.get("quant_type")  # of torchao: its class, by name
+    named = kind.get("default", {}).get("_type") if isinstance(kind, dict) else None
+    return " ".join([str(getattr(method, "value", method)), *bits, *([named] if named else [])])
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, saved: Any = None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Pr
     Args:
         name: a folder in transformers' layout, or a name on the hub; also of a PEFT adapter, which is put on its model.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, where it is fastest, else as stored.
-            "8bit", "4bit": weights quantised by bitsandbytes, that compute as "auto" does (see `quantize.py`).
+            "8bit", "4bit": quantised weights, that compute as "auto" does (see `quantize.py`).
         device: a torch device, or "auto": "cuda" if there is one, else "cpu". "split": accelerate spreads the layers
             over all GPUs; what does not fit them lies in the CPU's memory, then on the disk, and is read for each run.
 

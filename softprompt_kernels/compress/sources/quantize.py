@@ -1,11 +1,15 @@
-"""Frozen models in 8 and 4 bits: quantised by bitsandbytes as they are loaded, or stored so (bitsandbytes, torchao).
+"""Frozen models in 8 and 4 bits: quantised as they are loaded, or stored so (bitsandbytes, torchao).
 
-    8bit    LLM.int8: weights in int8, one scale a row; the activations are rounded too    1 byte a weight
-    4bit    NF4: blocks of 64 weights with one scale; computes in the model's dtype        .5 byte a weight
+    8bit    torchao: int8, one scale a row                            1 byte a weight
+    4bit    bitsandbytes: NF4, blocks of 64 weights with one scale    .5 byte a weight
+
+Weights alone are rounded, so the model computes the same behind a prefix and in one piece, and gradients go through the
+weights as they are rounded. LLM.int8 of bitsandbytes rounds activations too: a rounding error before it can become a
+whole step of int8, and `softprompt doctor` finds differences of some percent. Only folders that are stored so have it.
 
 Embedding and head stay as they are stored, because the losses read the head's weight. Norms do too. The prompt is
-trained in fp32 behind the model, and gradients go through the weights as they are rounded. A quantised model is another
-model than the one in full precision: its teacher differs, and so does its fingerprint, which says how it was quantised.
+trained in fp32. A quantised model is another model than the one in full precision: its teacher differs, and so does its
+fingerprint, which says how it was quantised.
 """
 
 from __future__ import annotations
@@ -19,9 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from softprompt_kernels.errors import SoftPromptError
 
-BITS = ("8bit", "4bit")
-"""The values of `dtype` that quantise."""
-_PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}  # quant_method -> package
+BITS = {"8bit": "torchao", "4bit": "bitsandbytes"}
+"""The values of `dtype` that quantise -> the package that does."""
 
 
 def check_quantization(name: str, config: PreTrainedConfig, dtype: str) -> bool:
@@ -36,8 +39,8 @@ def check_quantization(name: str, config: PreTrainedConfig, dtype: str) -> bool:
             f"dtype: got {dtype} for {name!r}, which is stored quantised ({method}); accepted are auto, float32, "
             "bfloat16 and float16, in which it then computes"
         )
-    package = "bitsandbytes" if dtype in BITS else _PACKAGES.get(method or "")
-    if package is None:
+    package = BITS.get(dtype) or method
+    if package not in BITS.values():
         return False
     missing = [each for each in (package, "accelerate") if find_spec(each) is None]
     if missing:
@@ -59,17 +62,19 @@ def stored_method(config: PreTrainedConfig) -> str | None:
 
 def loading_options(dtype: str, compute_dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Further arguments of `from_pretrained`: the weights are quantised as they come to the device."""
-    # Its log says for every layer and every call that activations are cast to float16.
+    # The log of LLM.int8 says for every layer and every call that activations are cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     options: dict[str, Any] = {"device_map": {"": device}}
-    if dtype in BITS:
+    if dtype == "8bit":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
+    elif dtype == "4bit":
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=dtype == "8bit",
-            load_in_4bit=dtype == "4bit",
-            bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_quant_type="nf4",
+            load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_type="nf4"
         )
     return options
 

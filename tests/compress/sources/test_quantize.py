@@ -20,10 +20,12 @@ from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.start import compress
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.models import capture, head_of, prepare, prompted_logits
+from softprompt_kernels.models.exactness import check_exactness
 from softprompt_kernels.prompts import KVPrompt, load
 from softprompt_kernels.prompts.fingerprint import differences, model_fingerprint
 
 BITS = ("8bit", "4bit")
+HOW = {"8bit": "torchao Int8WeightOnlyConfig", "4bit": "bitsandbytes 4bit"}
 needs_packages = pytest.mark.skipif(
     find_spec("bitsandbytes") is None or find_spec("torchao") is None, reason="bitsandbytes or torchao is not installed"
 )
@@ -43,14 +45,22 @@ def gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 def test_layers_are_quantised_and_the_head_is_not(bits: str, tiny_model_folder: Path) -> None:
     model, _ = load_model(str(tiny_model_folder), bits)
     whole, _ = load_model(str(tiny_model_folder))
-    layers = [type(module).__name__ for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
-    assert set(layers) == {"Linear8bitLt" if bits == "8bit" else "Linear4bit"}
+    layers = {type(each.weight).__name__ for each in model.model.layers.modules() if isinstance(each, nn.Linear)}
+    assert layers == {"Int8Tensor" if bits == "8bit" else "Params4bit"}
     assert torch.equal(head_of(model).weight, head_of(whole).weight)
     assert torch.equal(model.get_input_embeddings().weight, whole.get_input_embeddings().weight)
     assert model.dtype == torch.float32 and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    size, of_whole = (sum(p.nbytes for p in each.model.layers.parameters()) for each in (model, whole))
-    assert size < of_whole / (3.5 if bits == "8bit" else 6.5)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    numbers = weight.qdata if bits == "8bit" else weight
+    assert numbers.nbytes == whole.model.layers[0].mlp.up_proj.weight.numel() * (1 if bits == "8bit" else 0.5)
+
+
+@needs_packages
+@pytest.mark.parametrize("bits", BITS)
+def test_a_prefix_gives_what_the_text_in_one_piece_gives(bits: str, tiny_model_folder: Path) -> None:
+    model, _ = load_model(str(tiny_model_folder), bits)
+    assert all(check.difference <= check.accepted for check in check_exactness(model))
 
 
 @needs_packages
@@ -66,11 +76,17 @@ def test_a_run_with_a_gradient_computes_what_the_teacher_does(bits: str, tiny_mo
 
 
 @needs_packages
-def test_the_gradient_is_that_of_the_rounded_weights(tiny_model_folder: Path) -> None:
-    model, _ = load_model(str(tiny_model_folder), "4bit")
+@pytest.mark.parametrize("bits", BITS)
+def test_the_gradient_is_that_of_the_rounded_weights(bits: str, tiny_model_folder: Path) -> None:
+    model, _ = load_model(str(tiny_model_folder), bits)
     logits, found = gradient(model)
-    rounded, _ = load_model(str(tiny_model_folder), "4bit")
-    rounded = rounded.dequantize().float()
+    rounded, _ = load_model(str(tiny_model_folder), bits)
+    if bits == "8bit":
+        for module in rounded.model.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    else:
+        rounded = rounded.dequantize().float()
     prepare(rounded)
     expected_logits, expected = gradient(rounded)
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-5 * float(expected_logits.abs().max()))
@@ -95,9 +111,9 @@ def test_a_run_behind_a_quantised_model(bits: str, tiny_model_folder: Path, tmp_
     model, tokenizer = load_model(str(tiny_model_folder), bits)
     prompt, record = load(folder, model, tokenizer)
     assert prompt.length == 12 and next(prompt.parameters()).dtype == torch.float32
-    assert record["model"]["quantization"] == f"bitsandbytes {bits}"
+    assert record["model"]["quantization"] == HOW[bits]
     whole, _ = load_model(str(tiny_model_folder))
-    with pytest.raises(SoftPromptError, match=f"quantization bitsandbytes {bits} against None"):
+    with pytest.raises(SoftPromptError, match=f"quantization {HOW[bits]} against None"):
         load(folder, whole, tokenizer)
     assert load(folder, whole, tokenizer, force=True)[0].length == 12
 
@@ -131,7 +147,7 @@ def test_a_model_that_is_stored_quantised(how: str, tiny_model_folder: Path, tmp
     logits, found = gradient(model)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert found.abs().max() > 0 and model_fingerprint(model) == before
-    assert before["quantization"] == ("torchao" if how == "torchao" else f"bitsandbytes {how}")
+    assert before["quantization"] == (HOW["8bit"] if how == "torchao" else f"bitsandbytes {how}")
     with pytest.raises(SoftPromptError, match=r"dtype: got 4bit .* is stored quantised"):
         load_model(str(folder), "4bit")
 
@@ -140,7 +156,7 @@ def test_a_model_that_is_stored_quantised(how: str, tiny_model_folder: Path, tmp
 def test_a_missing_package_is_named(bits: str, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(
-        SoftPromptError, match=rf"dtype: got {bits}, .*bitsandbytes.* installed: pip install .*quantize"
+        SoftPromptError, match=rf"dtype: got {bits}, .*{HOW[bits].split()[0]}.* installed: pip install .*quantize"
     ):
         load_model(str(tiny_model_folder), bits)
 
