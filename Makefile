@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test changed docs bench study compile counters gpu load kills quantized sanitize simt mutants clean
+.PHONY: help demo lint test changed docs bench study compile counters gpu quantized load kills sanitize simt mutants clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets

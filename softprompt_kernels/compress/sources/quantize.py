@@ -40,7 +40,7 @@ def check_quantization(name: str, config: PreTrainedConfig, dtype: str) -> bool:
             "bfloat16 and float16, in which it then computes"
         )
     package = BITS.get(dtype) or method
-    if package not in BITS.values():
+    if package is None or package not in BITS.values():
         return False
     missing = [each for each in (package, "accelerate") if find_spec(each) is None]
     if missing:
