@@ -125,12 +125,12 @@ FILES: dict[str, dict[str, str | None]] = {
         "demo/heldout.jsonl": '{"input": "where is the cat?"}\n',
         "demo/test.jsonl": '{"input": "who ran to the house?"}\n',
     },
-    "docs/how-to/many-contexts.md": {
+    "docs/scale/many-contexts.md": {
         "my-texts/mill.txt": TEXT,
         "my-texts/boat.txt": TEXT.replace("cat", "boat"),
         "my-contexts.jsonl": json.dumps({"name": "mill", "text": TEXT}),
     },
-    "docs/how-to/compressor.md": {f"my-texts/{name}.txt": TEXT for name in ("one", "two", "three")},
+    "docs/scale/compressor.md": {f"my-texts/{name}.txt": TEXT for name in ("one", "two", "three")},
     "docs/benchmarks.md": {
         "benchmarks/study/texts/garden.yaml": None,
         "benchmarks/study/texts/garden.txt": TEXT,

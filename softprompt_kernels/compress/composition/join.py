@@ -15,7 +15,7 @@ weighted values N_j of each prompt, and those of the own tokens,
 Each prompt was matched so that Z_j is that of its context. They add up as those of the contexts would, so no key needs
 a correction. The attention sink must not add up: the first token takes the weight of heads that have nothing to read,
 and n sinks would take it n times. So only the first prompt keeps its frozen tokens, which are its sink; the others lose
-theirs. (docs/how-to/compose.md has what was measured.)
+theirs. (docs/scale/compose.md has what was measured.)
 
 **Embedding prompts** have no positions of their own, and no frozen tokens by default. Their vectors stand one behind
 the other, and the model reads them in one run, in which later ones see the earlier ones.

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softprompt_kernels.compress import ChatFormat
 from softprompt_kernels.errors import SoftPromptError
-from tests.compress.sources.test_chat_refused_texts import CHATML, DROPS_THOUGHTS, THINKS
+from tests.compress.sources.chat.test_chat_refused_texts import CHATML, DROPS_THOUGHTS, THINKS
 
 THOUGHT = "<think>\nhm hm\n</think>\n\n"
 LAST_SYSTEM = (
