@@ -256,16 +256,17 @@ def test_attention_reads_a_mapped_context_without_a_copy(path: Path) -> None:
         pytest.skip(f"the cpu backend: {native.missing()}")
     import resource
 
-    tokens = 1 << 17
-    file = ContextFile(path, {}, Prefix.of([(torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, 32))]), tokens, torch.float)
-    some = torch.randn(1, 1, tokens // 8, 32)
+    tokens, width = 1 << 18, 40  # keys of 42 MB: malloc always asks the system for a block of more than 32 MiB
+    one = torch.zeros(1, 1, 1, width)
+    file = ContextFile(path, {}, Prefix.of([(one, one)]), tokens, torch.float)
+    some = torch.randn(1, 1, tokens // 8, width)
     for _ in range(8):
         file.put(0, some, some)
         file.advance(tokens // 8)
     file.close()
     key, value = file.prefix().layers[0]
-    query = torch.randn(2, 2, 3, 32)
-    none = torch.zeros(2, 1, 0, 32)
+    query = torch.randn(2, 2, 3, width)
+    none = torch.zeros(2, 1, 0, width)
     prompt_attention(query, none, none, key[:, :, :64], value[:, :, :64], causal=False)  # makes the threads' buffers
     used, before = status("VmData"), resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (used + key.nbytes // 2, before[1]))  # no room for a copy of the keys
