@@ -4,7 +4,8 @@ Layers are independent of each other. They are done in groups, so that the rows 
 the result of a group is stored before the next one begins: an interrupted run resumes there.
 
 Of many ranks each matches some of the groups, with all rows. Groups are cut so that there is one for each rank, while
-there are layers. So the result has the bits of one process for the same rows, and nothing is exchanged before the end.
+there are layers. So for the same rows the closed form has the bits of one process, a refinement differs by the rounding
+of a group of another size, and nothing is exchanged before the end.
 Then each rank gets the prompt: 4·k·Σ Hkv·(D + Dv) bytes over the layers. With more ranks than layers, a team of ranks
 matches each layer and shares its rows. That sums as many bytes over the team in every step of refinement, and Gram
 matrices of 16·k²·Hkv bytes for each layer before it.

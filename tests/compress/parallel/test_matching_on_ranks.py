@@ -29,10 +29,11 @@ def test_a_team_that_shares_rows_matches_as_one_process(
 ) -> None:
     monkeypatch.setattr(module, "FEWEST_OF_A_RANK", 8)
     monkeypatch.setattr(module, "ROWS_PER_STEP", 71)  # not a multiple of the ranks
-    kinds = {"plain": {}, "softcap": {"softcap": 5.0, "sinks": True}, "window": {"window": 12}}
+    kinds = {"plain": {}, "softcap": {"softcap": 5.0, "sinks": True}, "window": {"window": 12}, "two layers": {}}
     problems = {}
     for name, kind in kinds.items():
-        context, rows = stored([make_layer(context=20, count=301, **kind)])
+        layers = [make_layer(context=20, count=301, seed=seed, **kind) for seed in range(1 + (name == "two layers"))]
+        context, rows = stored(layers)
         problems[name] = context, replace(rows, files=(rows.files[0].rename(tmp_path / f"{name}.safetensors"),))
 
     def run(where: str) -> None:
@@ -63,11 +64,16 @@ def test_a_team_that_shares_rows_matches_as_one_process(
 
     for name in kinds:
         for steps, tolerance in ((0, 1e-5), (30, 1e-4)):
+            if name == "two layers":  # one for each rank, with all rows
+                tolerance = 1e-6 if steps else 0.0
             (one, error, records), (two, error_two, records_two) = (of(where, name, steps) for where in ("one", "two"))
             torch.testing.assert_close(error_two, error, rtol=1e-3, atol=1e-6)
             for pair, pair_two in zip(one.layers, two.layers, strict=True):
                 for tensor, other in zip(pair, pair_two, strict=True):
-                    assert (tensor - other).norm() < tolerance * tensor.norm(), (name, steps)
+                    assert (tensor - other).norm() <= tolerance * tensor.norm(), (name, steps)
+            if name == "two layers":
+                assert [record["first_layer"] for record in records_two] == [0] * steps + [1] * steps
+                continue
             assert len(records_two) == len(records)
             for record, other in zip(records, records_two, strict=True):
                 assert other["error"] == pytest.approx(record["error"], rel=1e-3)
