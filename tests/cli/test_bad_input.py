@@ -47,10 +47,10 @@ def test_an_unusable_context(refused, inputs, tmp_path, content, fragment):
     assert fragment in message and not (tmp_path / "run").exists()
 
 
-def test_a_context_that_is_missing_or_a_folder(refused, inputs, tmp_path):
-    for place in (tmp_path / "no.txt", tmp_path):
+def test_a_context_that_is_missing_or_an_empty_folder(refused, inputs, tmp_path):
+    for place, why in ((tmp_path / "no.txt", "cannot be read"), (tmp_path, "holds no context that can be used")):
         message = refused(*inputs.compress(tmp_path / "run", context=place))
-        assert message.startswith(f"context: {place} cannot be read")
+        assert message.startswith(f"context: {place} {why}")
 
 
 @pytest.mark.parametrize(

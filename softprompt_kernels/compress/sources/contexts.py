@@ -24,6 +24,7 @@ from softprompt_kernels.compress.sources.queries import Query, query_of
 from softprompt_kernels.compress.text_file import read_utf8
 from softprompt_kernels.errors import SoftPromptError
 
+_EMPTY = ", accepted are text files in a folder, or a line for each in a .jsonl file"
 _KEYS = ("name", "text", "context", "queries", "heldout", "test")
 _NAME_CHARACTERS = 80  # a name is cut there
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -74,7 +75,7 @@ def read_contexts(path: Path) -> Contexts:
             found.skipped[context[0]] = context[1]
     if not found.contexts:
         reasons = "".join(f"; {name}: {reason}" for name, reason in list(found.skipped.items())[:3])
-        raise SoftPromptError(f"context: {path} holds no context that can be used{reasons or ', and no file or line'}")
+        raise SoftPromptError(f"context: {path} holds no context that can be used{reasons or _EMPTY}")
     return found
 
 

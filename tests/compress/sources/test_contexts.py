@@ -88,7 +88,7 @@ def test_no_context_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SoftPromptError, match=r"holds no context that can be used; line-1: .* is not JSON"):
         lines(tmp_path, "{")
     (tmp_path / "none").mkdir()
-    with pytest.raises(SoftPromptError, match="no file or line"):
+    with pytest.raises(SoftPromptError, match="accepted are text files in a folder"):
         read_contexts(tmp_path / "none")
     with pytest.raises(SoftPromptError, match="cannot be read"):
         read_contexts(tmp_path / "missing.jsonl")
