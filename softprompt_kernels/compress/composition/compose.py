@@ -48,7 +48,9 @@ TITLES = {"heldout": "held-out", "test": "test"}
 
 
 @own_torch_modes()
-def compose(runs: Sequence[Path], output: Path, *, reporter: Reporter | None = None, **options: Any) -> dict[str, Any]:
+def compose(
+    runs: Sequence[str | Path], output: str | Path, *, reporter: Reporter | None = None, **options: Any
+) -> dict[str, Any]:
     """Join the prompts of several runs to one, train it, and measure each document's queries behind it.
 
     Args:
@@ -67,7 +69,7 @@ def compose(runs: Sequence[Path], output: Path, *, reporter: Reporter | None = N
     """
     reporter, times = reporter or SilentReporter(), StageTimes()
     with signals_as_interrupts():
-        check_unlocked(output)
+        check_unlocked(Path(output))
         composition = composition_of([Path(run) for run in runs], Path(output), options)
         with times("load"):
             work = prepare(composition)

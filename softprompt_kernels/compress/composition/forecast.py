@@ -51,7 +51,7 @@ class CompositionPlan:
 
 @own_torch_modes()
 def plan_composition(
-    runs: Sequence[Path], output: Path, *, reporter: Reporter | None = None, **options: Any
+    runs: Sequence[str | Path], output: str | Path, *, reporter: Reporter | None = None, **options: Any
 ) -> CompositionPlan:
     """Measure on a few queries what `compose` would do. Nothing is written.
 
