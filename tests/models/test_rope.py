@@ -54,6 +54,18 @@ def test_shift_equals_running_the_model_at_the_other_positions(rotary_family, de
         assert ((pair[0] - before[0]).abs().max() > 0.1) == moved
 
 
+def test_rows_can_be_shifted_by_different_numbers(build, tokens):
+    model = build("llama")
+    prepare(model)
+    both = capture_at(model, tokens(1, 9).expand(2, -1), 20)
+    got = shift_keys(model, both, torch.tensor([-6, 17]))
+    for row, delta in enumerate((-6, 17)):
+        alone = shift_keys(model, both, delta)
+        for (key, value), (wanted, same) in zip(got.layers, alone.layers, strict=True):
+            torch.testing.assert_close(key[row], wanted[row], atol=1e-6, rtol=0)
+            assert value is same
+
+
 def test_llama3_keys_can_be_shifted(build, tokens):
     model = build("llama", rope_parameters=LLAMA3)
     prepare(model)
