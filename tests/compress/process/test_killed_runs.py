@@ -70,7 +70,10 @@ def content(folder: Path) -> dict[str, Any]:
     found["config.yaml"] = found["config.yaml"].replace(folder.name, "")
     found["metrics"] = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
     found["figures"] = {name: value for name, value in figures.items() if name not in ("seconds", "stages")}
-    for path in [*folder.glob("*.safetensors"), folder / "prompt/adapter_model.safetensors"]:
+    # Not the checkpoints before the newest: a signal saves at other steps.
+    for path in map(
+        folder.joinpath, ("checkpoint.safetensors", "best.safetensors", "prompt/adapter_model.safetensors")
+    ):
         with safe_open(path, framework="pt") as file:
             found[path.name] = {name: file.get_tensor(name) for name in file.offset_keys()}
             found[f"{path.name} metadata"] = file.metadata()
