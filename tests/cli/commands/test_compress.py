@@ -120,7 +120,8 @@ def test_a_dry_run_measures_and_writes_nothing(run, inputs, tmp_path):
     assert names == sizes | {"KL without context", "time per step", "total time", "memory", "written"}
     assert "4 for training, 2 held out" in result.stdout
     stages = [line.strip().split("  ")[0] for line in result.stdout.splitlines() if line.startswith("  ")]
-    times = ["context", "answers", "matching", "training", "evaluation", "answers compared"]
+    evaluations = ["heldout evaluations", "evaluation"]
+    times = ["context", "answers", "matching", "training", *evaluations, "answers compared"]
     assert stages == ["stored", *times, "context", "answers", "matching"]
     assert not (tmp_path / "run").exists()
 
