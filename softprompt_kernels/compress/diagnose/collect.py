@@ -94,7 +94,7 @@ def load_run(folder: RunFolder, config: CompressConfig | None = None, loaded: Lo
     if folder.read_evaluation() is None and not folder.examples.exists():
         raise SoftPromptError(
             f"run: {folder.path} is not finished: the teacher has not answered the queries; run the command of the run "
-            "again first"
+            "again, and diagnose it then"
         )
     try:
         inputs = load_inputs(config, loaded)
