@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.lock import LOCK
 from softprompt_kernels.compress.sources.queries import write_text
 from softprompt_kernels.errors import SoftPromptError
@@ -240,6 +239,8 @@ class RunFolder:
 
     def add_metrics(self, record: Mapping[str, Any]) -> None:
         """Append the record of a step to the metrics. Of many ranks the first does."""
+        from softprompt_kernels.compress.parallel import ranks  # it imports torch
+
         if not ranks.is_first():
             return
         with disk_errors_named(self.metrics), self.metrics.open("a", encoding="utf-8") as metrics:
@@ -262,6 +263,8 @@ class RunFolder:
             if record["stage"] == "training" and record["step"] > step:
                 break
             kept.append(record)
+        from softprompt_kernels.compress.parallel import ranks
+
         if ranks.is_first():
             write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return float(sum(record["seconds"] for record in kept if record["stage"] == "training"))

@@ -328,6 +328,7 @@ def test_rows_of_which_some_are_not_finite_are_refused(make_config: Make, monkey
     class Broken:
         def __init__(self, rows: Any) -> None:
             self.count, self.scores, self.query_heads, self.rows = rows.count, rows.scores, rows.query_heads, rows
+            self.heldout = rows.heldout
 
         def layer(self, index: int, device: torch.device) -> Any:
             found = self.rows.layer(index, device)
