@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from softprompt_kernels.compress.matching import match as matching
 from softprompt_kernels.compress.report.curves import save_curves
 from softprompt_kernels.compress.report.table import evaluation_table
 from softprompt_kernels.compress.sources.queries import load_queries
+from softprompt_kernels.compress.teacher.rows import Rows
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import KVPrompt, load
 
@@ -325,18 +326,14 @@ def test_frequencies_that_depend_on_the_length_are_refused_before_any_work(
 def test_rows_of_which_some_are_not_finite_are_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     read = teaching.read_rows
 
-    class Broken:
-        def __init__(self, rows: Any) -> None:
-            self.count, self.scores, self.query_heads, self.rows = rows.count, rows.scores, rows.query_heads, rows
-            self.heldout = rows.heldout
-
+    class Broken(Rows):
         def layer(self, index: int, device: torch.device) -> Any:
-            found = self.rows.layer(index, device)
+            found = super().layer(index, device)
             return replace(found, query=torch.full_like(found.query, torch.nan))
 
     def broken(folder: Path, key: str) -> Any:
         rows = read(folder, key)
-        return None if rows is None else Broken(rows)
+        return None if rows is None else Broken(*(getattr(rows, field.name) for field in fields(rows)))
 
     monkeypatch.setattr(teaching, "read_rows", broken)
     config = make_config()
