@@ -2,7 +2,7 @@
 
     contexts → for each: inputs → context → answers → baselines → closed form
              → refinement of several contexts at once → training in one batch
-             → for each: evaluation → saving → compared answers → report
+             → for each: evaluation → saving → compared answers
 
 The model is loaded once. Each context has a run folder of its own, with the files of a single run. Contexts come in
 lots of `contexts_together`: one lot is finished before the next begins. A captured context is released before the next
@@ -39,7 +39,7 @@ from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signal_of, signals_as_interrupts
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
-from softprompt_kernels.compress.run import Run, begin, conclude, learn, write_report
+from softprompt_kernels.compress.run import Run, begin, conclude, learn
 from softprompt_kernels.compress.sources.contexts import NamedContext, read_contexts
 from softprompt_kernels.compress.sources.model import load_model
 from softprompt_kernels.compress.stage_times import StageTimes
@@ -215,7 +215,6 @@ class _Bank:
         figures = begin(inputs, folder, reporter, times)
         if figures is not None:
             self.finished[context.name] = figures
-            write_report(folder, reporter)
             return None
         self.reporter.message(f"{context.name}: {title}, {inputs.context_tokens} tokens")
         run, taught, distances, prompt = learn(inputs, folder, reporter, times, Tracker(own, folder, reporter))
@@ -331,7 +330,6 @@ class _Bank:
                     Trained(0.0, part.steps, part.steps, None),
                     steps=part.steps,
                 )
-                write_report(run.folder, run.reporter)
                 self._write_summary()
                 recovered, seconds = self.finished[name]["heldout"]["recovered"], time.perf_counter() - start
                 self.reporter.message(f"{name}: recovered {recovered:.3f}, evaluated in {seconds:.1f} s")
