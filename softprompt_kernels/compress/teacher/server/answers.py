@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.chat import ChatFormat
+from softprompt_kernels.compress.sources.model import embedding_count
 from softprompt_kernels.compress.sources.queries import Query
 from softprompt_kernels.compress.sources.sequences import Example
 from softprompt_kernels.compress.teacher.answers import end_tokens, hidden_states
@@ -85,8 +86,8 @@ def server_answers(
         reporter: receives the progress.
 
     Raises:
-        SoftPromptError: the server cannot be reached, fails again and again, gives no completion, or gives text that is
-            not the local model's. The answers that have come are kept.
+        SoftPromptError: the server cannot be reached, fails again and again, gives no completion or an empty one, or
+            gives text that is not the local model's. The answers that have come are kept.
     """
     inputs = [tuple(chat.query_ids(query.input, answered=query.output is not None)) for query in queries]
     outputs = [None if query.output is None else tuple(chat.output_ids(query.output)) for query in queries]
@@ -108,6 +109,7 @@ def server_answers(
             for number, completion in completions:
                 index, digest = missing[number]
                 tokens = answer_tokens(chat, completion, ends, asking.new_tokens)
+                _check_tokens(tokens, model, len(prompts[number]), asking)
                 _keep(asking.file, digest, tokens)
                 found[index] = tokens
                 if completion.model != name and not told:
@@ -147,6 +149,25 @@ def answer_tokens(chat: ChatFormat, completion: Completion, ends: frozenset[int]
         closing = tokens[end] if end < len(tokens) else chat.output_ids(completion.text or ".")[-1]
         return (*body, closing)
     return body[:new_tokens]
+
+
+def _check_tokens(tokens: Sequence[int], model: PreTrainedModel, asked: int, asking: Asking) -> None:
+    """Refuse an answer that is not one. `asked` is how many tokens the question has, with the context.
+
+    Raises:
+        SoftPromptError: it is empty, or the model has no embedding for a token.
+    """
+    address, embeddings = asking.options.address, embedding_count(model)
+    if not tokens:
+        raise SoftPromptError(
+            f"server: {address} cut an answer off before its first token; accepted is a server with room for "
+            f"{asked + asking.new_tokens} tokens, {asked} of context and question and {asking.new_tokens} of the answer"
+        )
+    if strange := next((token for token in tokens if not 0 <= token < embeddings), None):
+        raise SoftPromptError(
+            f"server: {address} gives the token {strange}, accepted are those below {embeddings}, the local model's "
+            "embeddings: it holds another model"
+        )
 
 
 def _ask(client: Client, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> Generator[tuple[int, Completion]]:

@@ -234,6 +234,17 @@ def test_text_of_another_model_is_refused(make: Make, server: Fake) -> None:
     assert not (make().output / "evaluation.json").exists()
 
 
+def test_answers_that_are_none_are_refused(make: Make, server: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = server.complete
+    for tokens, words in (([], "before its first token; accepted is a server with room for"), ([5, 300], "token 300")):
+        choice = {"token_ids": tokens, "text": "", "finish_reason": "length"}
+        monkeypatch.setattr(
+            server, "complete", lambda body, c=choice: (r := complete(body)) | {"choices": [r["choices"][0] | c]}
+        )
+        with pytest.raises(SoftPromptError, match=words):
+            compress(make())
+
+
 def test_greedy_answers_of_the_same_model_pass(make: Make, server: Fake) -> None:
     compress(make(new_tokens=16, sample_temperature=0.0))
     assert {body["temperature"] for body in server.requests} == {0.0}
