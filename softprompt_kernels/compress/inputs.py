@@ -167,11 +167,11 @@ def load_inputs(config: CompressConfig, loaded: Loaded | None = None) -> RunInpu
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     resolve_device(config.device)
-    if config.server is not None:
+    folder = RunFolder(config.output)
+    if config.server is not None and ranks.is_first() and not folder.examples.exists():
         served_model(server_options(config))
     own_loss = load_own_loss(config.objective) if is_own(config.objective) else None
     model, tokenizer = loaded or load_model(config.model, config.dtype, config.device)
-    folder = RunFolder(config.output)
     stored = (folder.examples.exists() or folder.checkpoint.exists()) and folder.read_evaluation() is None
     chat = ChatFormat.pinned(tokenizer, folder.path / CHAT_FILE, config.template_arguments, needed=stored)
     context_ids = chat.context_ids(text).to(model.device)

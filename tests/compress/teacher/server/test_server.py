@@ -204,8 +204,11 @@ def test_answers_that_came_are_kept_when_the_server_breaks(make: Make, server: F
     server.behave, before = lambda number: None, len(server.requests)
     with (make().output / "cache" / "server-answers.jsonl").open("a") as lines:
         lines.write('{"question": "ab')  # a crash cuts a line off
-    compress(make())
+    figures = compress(make())
     assert len(server.requests) == before + 3
+    server.shutdown()
+    server.server_close()
+    assert compress(make()) == figures  # nothing is left to ask
 
 
 def test_ctrl_c_keeps_what_came(make: Make, server: Fake, recording_reporter: Any) -> None:
