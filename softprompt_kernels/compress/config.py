@@ -414,9 +414,17 @@ class CompressConfig(BaseModel):
                 f"segment_tokens: got kind={self.kind} and init={self.init}, accepted are kind=kv and init=matched, "
                 "strided or first",
             ),
-            (
-                self.segment_tokens is None or self.rounds == 0,
-                f"rounds: got {self.rounds}, accepted with segment_tokens is 0",
+            *(
+                (
+                    self.segment_tokens is None or getattr(self, name) == type(self).model_fields[name].default,
+                    f"{name}: got {getattr(self, name)} with segment_tokens, accepted is {value}: {why}",
+                )
+                for name, value, why in (
+                    ("rounds", "0", "segments have none"),
+                    ("server", "none", "it cannot read a segment behind a prompt"),
+                    ("context_memory", "none", "a segment's keys and values stay in memory"),
+                    ("context_dtype", "auto", "a segment's keys and values stay as they are"),
+                )
             ),
             *(
                 (
@@ -456,6 +464,8 @@ def accepted(name: str, of: type[BaseModel] = CompressConfig) -> str:
         return "a mapping of names to JSON values"
     if name == "objective" and of is CompressConfig:
         return f"one of {', '.join(OBJECTIVES)}, or package.module:function"
+    if name == "server":
+        return "an address that begins with http:// or https://"
     if name == "device":
         return "auto, cpu, cuda, cuda:1, split or similar"
     for bound in field.metadata + [item for part in get_args(field.annotation) for item in _metadata(part)]:

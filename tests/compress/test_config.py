@@ -148,6 +148,9 @@ def test_a_value_out_of_range_is_named_with_what_is_accepted(field, value):
         ({"batch_size": 4, "micro_batch_size": 5}, "micro_batch_size"),
         ({"steps": 4, "warmup_steps": 5}, "warmup_steps"),
         ({"kind": "embedding", "init": "matched"}, "init"),
+        ({"segment_tokens": 64, "server": "http://there/v1"}, "server"),
+        ({"segment_tokens": 64, "context_memory": 0}, "context_memory"),
+        ({"segment_tokens": 64, "context_dtype": "float16"}, "context_dtype"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides, field):
@@ -161,6 +164,7 @@ def test_accepted_says_the_range_in_words():
     assert accepted("max_grad_norm") == "a number > 0"
     assert accepted("threads") == "an integer ≥ 1"
     assert accepted("init_text") == "a path"
+    assert accepted("server") == "an address that begins with http:// or https://"
 
 
 def test_all_wrong_fields_are_named_at_once():

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ({"segment_tokens": 6}, "accepted is more than tokens=6"),
         ({"segment_tokens": None}, "only segments use them"),
         ({"kind": "embedding", "init": "first"}, "accepted are kind=kv"),
-        ({"rounds": 1}, "accepted with segment_tokens is 0"),
+        ({"rounds": 1}, "with segment_tokens, accepted is 0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
