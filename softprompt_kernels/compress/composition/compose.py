@@ -30,6 +30,7 @@ from softprompt_kernels.compress.composition.work import Work, prepare
 from softprompt_kernels.compress.evaluate.distance import measure_tokens
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import CHAT_FILE, sha256
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signals_as_interrupts
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
@@ -67,6 +68,7 @@ def compose(
         SoftPromptError: bad input. Most is found before anything is written.
         Interrupted, KeyboardInterrupt: as in `compress`.
     """
+    ranks.check_alone("a composition")
     reporter, times = reporter or SilentReporter(), StageTimes()
     with signals_as_interrupts():
         check_unlocked(Path(output))

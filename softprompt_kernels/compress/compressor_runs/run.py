@@ -28,6 +28,7 @@ from softprompt_kernels.compress.distill.checkpoint import Checkpoints
 from softprompt_kernels.compress.distill.trainer import Schedule, StepReport
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.inputs import CHAT_FILE, Loaded, sha256
+from softprompt_kernels.compress.parallel import ranks
 from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.lock import check_unlocked, locked
 from softprompt_kernels.compress.process.signals import signal_of, signals_as_interrupts
@@ -63,6 +64,7 @@ def train_compressor(
         Interrupted: Ctrl-C, SIGTERM or SIGHUP during training. The state is saved first.
         KeyboardInterrupt: the same in another stage.
     """
+    ranks.check_alone("a compressor")
     reporter, times = reporter or SilentReporter(), StageTimes()
     with signals_as_interrupts():
         check_unlocked(config.output)

@@ -247,13 +247,13 @@ def of_first(value: Any) -> Any:
 
 
 def check_alone(what: str) -> None:
-    """Refuse many ranks for what is made for one process.
+    """Refuse many processes, within `started` or not, for what is made for one.
 
     Raises:
-        SoftPromptError: there are many; `what` begins the message.
+        SoftPromptError: torchrun has started many; the message says for `what`.
     """
-    if _current.world > 1:
-        raise SoftPromptError(f"torchrun: got {_current.world} processes for {what}, accepted is one")
+    if (processes := launched().world) > 1:
+        raise SoftPromptError(f"torchrun: got {processes} processes for {what}, accepted is one")
 
 
 def check_same(facts: dict[str, Any], accepted: str) -> None:

@@ -16,6 +16,10 @@ from safetensors.torch import load_file
 
 from softprompt_kernels.cli import main
 from softprompt_kernels.compress import CompressConfig, Interrupted, compress
+from softprompt_kernels.compress.bank.run import compress_bank
+from softprompt_kernels.compress.composition.compose import compose
+from softprompt_kernels.compress.compressor_runs.config import CompressorConfig
+from softprompt_kernels.compress.compressor_runs.run import train_compressor
 from softprompt_kernels.compress.distill.trainer import Trainer
 from softprompt_kernels.errors import SoftPromptError
 
@@ -141,3 +145,16 @@ def test_the_end_of_one_rank_ends_all_and_the_run_resumes_with_the_same_bits(
     assert first.value[1].startswith("2 Loading") and "Error: tokens: got 999" in first.value[1]
     assert first.value[2].startswith("2 Error: frozen_tokens: got 99")
     assert second.value == ["0 ", "2 ", "2 "]
+
+
+def test_what_takes_one_process_refuses_torchrun(runs: Callable[..., CompressConfig], monkeypatch: Any) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    calls: dict[str, Callable[[], Any]] = {
+        "a composition": lambda: compose(["one", "two"], "joined"),
+        "a compressor": lambda: train_compressor(CompressorConfig.model_construct()),
+        "many contexts": lambda: compress_bank(runs("bank")),
+    }
+    for what, call in calls.items():
+        with pytest.raises(SoftPromptError, match=f"got 2 processes for {what}, accepted is one"):
+            call()
