@@ -115,6 +115,18 @@ State = Literal["replaced", "accumulated"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "8bit", "4bit"]
 KeptDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+WITHOUT_SEGMENTS = (
+    "server",  # knows no prompt of the segments before
+    "rounds",
+    "save_best",  # what is held out of one segment does not say what is left of those before
+    "patience",
+    "context_dtype",
+    "context_memory",
+    "contexts_together",
+    "converged",
+)
+"""Fields that a compression in segments does not have."""
+
 DEVICE_HELP = "auto, cpu, cuda, cuda:1, ... split: the layers over all GPUs, the rest in the CPU's memory and on disk."
 
 
@@ -417,14 +429,10 @@ class CompressConfig(BaseModel):
             *(
                 (
                     self.segment_tokens is None or getattr(self, name) == type(self).model_fields[name].default,
-                    f"{name}: got {getattr(self, name)} with segment_tokens, accepted is {value}: {why}",
+                    f"{name}: got {getattr(self, name)} with segment_tokens, accepted is its default: segments do not "
+                    "use it",
                 )
-                for name, value, why in (
-                    ("rounds", "0", "segments have none"),
-                    ("server", "none", "it cannot read a segment behind a prompt"),
-                    ("context_memory", "none", "a segment's keys and values stay in memory"),
-                    ("context_dtype", "auto", "a segment's keys and values stay as they are"),
-                )
+                for name in WITHOUT_SEGMENTS
             ),
             *(
                 (

@@ -29,11 +29,8 @@ from dataclasses import dataclass
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.sequential.segments import Segment
 from softprompt_kernels.compress.sources.queries import Query, hold_out, load_queries, remove_held_out
-from softprompt_kernels.compress.sources.self_study import self_study
+from softprompt_kernels.compress.sources.self_study import GENERAL, self_study
 from softprompt_kernels.errors import SoftPromptError
-
-GENERAL = "general"
-"""The family of self-study's requests that fit any text."""
 
 READ_ON, PIECE = 64, 128
 """Queries about the next segment, and most tokens of the piece of it that is read before each."""
@@ -61,7 +58,8 @@ def queries_by_segment(config: CompressConfig, segments: Sequence[Segment]) -> l
     def sorted_in(queries: Sequence[Query]) -> list[list[Query]]:
         found: list[list[Query]] = [[] for _ in segments]
         for query in queries:
-            found[nearest(f"{query.input} {query.output or ''}")].append(query)
+            index = -1 if query.input in GENERAL else nearest(f"{query.input} {query.output or ''}")
+            found[index].append(query)
         return found
 
     test = [] if config.test is None else load_queries(config.test)
@@ -76,7 +74,7 @@ def queries_by_segment(config: CompressConfig, segments: Sequence[Segment]) -> l
         _, chosen = hold_out([query for own in train for query in own], config.heldout_share, config.seed)
         inputs = {query.input for query in chosen}
         held = [
-            [query for query in own if query.input in inputs and (own is train[-1] or query.family != GENERAL)]
+            [query for query in own if query.input in inputs and (own is train[-1] or query.input not in GENERAL)]
             for own in train
         ]
         train = [[query for query in own if query.input not in inputs] for own in train]
@@ -98,7 +96,7 @@ def queries_by_segment(config: CompressConfig, segments: Sequence[Segment]) -> l
 def _read_on(later: Segment, asked: Sequence[Query], seed: int) -> list[Query]:
     """Queries about the next segment, each behind the piece of it that is nearest."""
     nearest = Nearest([text for _, text in later.pieces])
-    about = [query for query in asked if query.family != GENERAL]
+    about = [query for query in asked if query.input not in GENERAL]
     chosen = random.Random(seed + later.number).sample(about, min(READ_ON, len(about)))
     return [
         Query(query.input, family="read on", lead=later.pieces[nearest(f"{query.input} {query.output or ''}")][0])

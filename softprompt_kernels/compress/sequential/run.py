@@ -88,6 +88,7 @@ def _run(text: LongText, reporter: Reporter, times: StageTimes) -> dict[str, Any
     if ranks.of_first(finished is not None):
         reporter.message(f"The run in {folder.path} is already finished.")
         write_report(folder, reporter)
+        _tidy(text, folder)
         return finished or {}
     if ranks.is_first():
         write_text(folder.path / CHAT_FILE, inputs.chat.rendered_from)
@@ -96,9 +97,25 @@ def _run(text: LongText, reporter: Reporter, times: StageTimes) -> dict[str, Any
     prompt = _read_segments(text, folder, sha256(json.dumps(recorded, sort_keys=True)), reporter, times)
     figures = _evaluate(text, folder, prompt, reporter, times)
     write_report(folder, reporter)
-    for number in range(1, len(text.segments) + 1) if ranks.is_first() else ():
-        delete_asked(segment_folder(folder, number))
+    _tidy(text, folder)
     return figures
+
+
+def _tidy(text: LongText, folder: RunFolder) -> None:
+    """Delete what only an unfinished run needs, also what one that was killed has left."""
+    if not ranks.is_first():
+        return
+    for segment in text.segments:
+        delete_asked(segment_folder(folder, segment.number))
+        if segment.number < len(text.segments):
+            _delete_earlier(text, folder, segment.number)
+
+
+def _delete_earlier(text: LongText, folder: RunFolder, number: int) -> None:
+    """Delete what only the segment after this one needs."""
+    shutil.rmtree(segment_folder(folder, number) / REPLAY, ignore_errors=True)
+    if text.inputs.config.state == "accumulated":  # the next prompt begins with this one
+        shutil.rmtree(segment_folder(folder, number) / "prompt", ignore_errors=True)
 
 
 def segment_folder(folder: RunFolder, number: int) -> Path:
@@ -136,10 +153,7 @@ def _read_segments(text: LongText, folder: RunFolder, key: str, reporter: Report
             prompt = run.run()
             tracker.finish({})
         if number > 1 and ranks.is_first():
-            earlier_folder = segment_folder(folder, number - 1)
-            shutil.rmtree(earlier_folder / REPLAY, ignore_errors=True)
-            if inputs.config.state == "accumulated":  # the new prompt begins with the earlier one
-                shutil.rmtree(earlier_folder / "prompt", ignore_errors=True)
+            _delete_earlier(text, folder, number - 1)
     assert prompt is not None, "a text has a segment"
     return prompt
 

@@ -34,9 +34,9 @@ from softprompt_kernels.compress.process.interrupted import Interrupted
 from softprompt_kernels.compress.process.signals import signal_of
 from softprompt_kernels.compress.reporter import Reporter
 from softprompt_kernels.compress.sequential.asked import Asked
-from softprompt_kernels.compress.sequential.queries import GENERAL
 from softprompt_kernels.compress.sequential.replay import Replayed, store
 from softprompt_kernels.compress.sources.queries import write_text
+from softprompt_kernels.compress.sources.self_study import GENERAL
 from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.context import capture_context, move_keys, no_context_prefix
 from softprompt_kernels.compress.teacher.rows import Rows
@@ -121,6 +121,7 @@ class SegmentRun:
                     folder=folder.cache,
                     key=self.key,
                     record=self._record,
+                    model=inputs.model,
                 )
             except KeyboardInterrupt as stop:
                 done = len(stored_layers(own, folder.cache, self.key))
@@ -144,7 +145,7 @@ class SegmentRun:
 
     def _save(self, prompt: KVPrompt, taught: Taught, context: Prefix, seconds: float) -> None:
         inputs, config, folder = self.inputs, self.inputs.config, self.folder
-        asked = Asked.of(taught, lambda q: not q.lead and (q.family != GENERAL or self.number == self.last))
+        asked = Asked.of(taught, lambda q: not q.lead and (q.input not in GENERAL or self.number == self.last))
         if ranks.is_first():
             asked.save(folder.path)
         if self.number < self.last and ranks.is_first():
@@ -177,7 +178,7 @@ class SegmentRun:
 
     def _asked_later(self, taught: Taught) -> Replayed:
         """The queries of this segment and of earlier ones that later ones may ask again."""
-        own = [index for index, query in enumerate(self.inputs.train) if not query.lead and query.family != GENERAL]
+        own = [index for index, query in enumerate(self.inputs.train) if not query.lead and query.input not in GENERAL]
         everything, first = taught.examples["train"], len(self.inputs.train)
         chosen = [*own, *range(first, len(everything))]
         examples = {index: everything[number] for index, number in enumerate(chosen)}
@@ -192,4 +193,5 @@ class SegmentRun:
 def tidy(folder: RunFolder) -> None:
     """Delete what only an unfinished segment needs."""
     shutil.rmtree(folder.cache, ignore_errors=True)
-    folder.checkpoint.unlink(missing_ok=True)
+    for checkpoint in folder.path.glob("checkpoint*.safetensors"):  # there may be several
+        checkpoint.unlink(missing_ok=True)

@@ -58,6 +58,8 @@ GENERAL = (
     "Where is each thing to be found?",
 )
 
+"""Requests that fit any text. Behind several texts, or parts of one, they have no single answer."""
+
 ABOUT_PHRASE = (
     "What is {phrase}?",
     "Tell me about {phrase}.",

@@ -1,5 +1,6 @@
 """Which segment a query belongs to, and what is held out and asked again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_no_held_out_input_is_trained_on_and_only_the_last_segment_holds_out_gen
     held = {query.input for own in found for query in own.heldout}
     assert not held & {query.input for own in found for query in own.train}
     assert [any(q.family == "general" for q in own.heldout) for own in found] == [False, False, True]
+
+
+def test_a_general_request_of_a_file_belongs_to_the_last_segment(segments: list[Segment], tmp_path: Path) -> None:
+    segments[0] = replace(segments[0], text="How does the mill work?")
+    heldout = write(tmp_path / "h.jsonl", "How does it work?")
+    found = queries_by_segment(config(tmp_path, heldout=heldout, selfstudy=8), segments)
+    assert [[q.input for q in own.heldout] for own in found] == [[], [], ["How does it work?"]]
+
+
+def test_the_family_of_a_query_from_a_file_means_nothing(segments: list[Segment], tmp_path: Path) -> None:
+    queries = write(tmp_path / "q.jsonl", "Is rye ground?", "Who sells bread?", "Sold when?")
+    queries.write_text(queries.read_text().replace("}", ', "family": "general"}'))
+    found = queries_by_segment(
+        config(tmp_path, queries=queries, heldout=write(tmp_path / "h", "?"), selfstudy=0), segments
+    )
+    assert [[q.input for q in own.train if q.lead] for own in found] == [["Who sells bread?"], ["Sold when?"], []]
 
 
 def test_the_next_segment_is_asked_about_behind_the_nearest_piece_of_it(

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("no_plot")
 def test_an_interrupted_run_goes_on_in_its_segment_and_ends_with_the_same_bits(
     make: Make, tmp_path: Path, recording_reporter: Any, state: str
 ) -> None:
-    config = make(state=state)
+    config = make(state=state, keep_checkpoints=2)
     figures = compress(config)
     again = config.model_copy(update={"output": tmp_path / "again"})
     for stage in ("2/3 Matching", "3/3 Training"):
@@ -56,7 +56,12 @@ def test_an_interrupted_run_goes_on_in_its_segment_and_ends_with_the_same_bits(
     assert torch.equal(weights[0]["prompt_embeddings"], weights[1]["prompt_embeddings"])
     for name in ("heldout", "train"):
         assert resumed[name] == figures[name]
+    (again.output / "segments" / "0001" / "asked.json").touch()  # of a run that was killed just before it ended
     assert compress(again) == resumed, "a finished run returns its figures"
+    assert {path.name for path in (again.output / "segments" / "0001").iterdir()} == {
+        *(["prompt"] if state == "replaced" else []),
+        *("metrics.jsonl", "queries.jsonl", "segment.json"),
+    }
 
     prompt, length = read(config.output / "prompt").prompt, 6 if state == "replaced" else 18
     assert prompt.length == figures["prompt_tokens"] == length
@@ -115,7 +120,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         ({"segment_tokens": 6}, "accepted is more than tokens=6"),
         ({"segment_tokens": None}, "only segments use them"),
         ({"kind": "embedding", "init": "first"}, "accepted are kind=kv"),
-        ({"rounds": 1}, "with segment_tokens, accepted is 0"),
+        ({"rounds": 1}, "rounds: got 1 with segment_tokens"),
+        ({"server": "http://localhost:1/v1"}, "server: got http://localhost:1/v1 with segment_tokens"),
+        ({"save_best": True, "evaluate_every": 1}, "save_best: got True with segment_tokens"),
+        ({"patience": 2, "evaluate_every": 1}, "patience: got 2 with segment_tokens"),
+        ({"context_dtype": "bfloat16"}, "context_dtype: got bfloat16 with segment_tokens"),
+        ({"context_memory": 0}, "context_memory: got 0.0 with segment_tokens"),
+        ({"contexts_together": 2}, "contexts_together: got 2 with segment_tokens"),
+        ({"converged": 0}, "converged: got 0.0 with segment_tokens"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
