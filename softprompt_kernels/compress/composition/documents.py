@@ -89,8 +89,8 @@ def sources_of(paths: Sequence[Path], *, device: str | None = None) -> tuple[Sou
         device: instead of those in the configurations of the runs; None: as there.
 
     Raises:
-        SoftPromptError: there are too few, one is named twice, is no finished run of `compress`, has no record, or
-            differs from the first in the model, the tokenizer, the kind, the dtype or the chat template's arguments.
+        SoftPromptError: there are too few, one is named twice, is no finished run of `compress` in one piece, has no
+            record, or differs from the first in the model, the tokenizer, the kind, the dtype or the chat template's arguments.
     """
     if len(paths) < 2:
         raise SoftPromptError(f"runs: got {len(paths)}, accepted are two or more folders of runs of `compress`")
@@ -190,6 +190,11 @@ def _source(name: str, folder: RunFolder, update: dict[str, Any]) -> Source:
     if folder.read_evaluation() is None:
         raise SoftPromptError(f"runs: {path} is not finished; run its `softprompt compress` again")
     config = load_config(path / "config.yaml", {"output": path, **update})
+    if config.segment_tokens is not None:  # its queries and teachers are those of its segments
+        raise SoftPromptError(
+            f"runs: {path} compressed a text in segments, accepted are runs without segment_tokens. Prompts alone are "
+            "joined by `join_prompts` in Python"
+        )
     adapter, record = describe(folder.prompt)
     if record is None:
         raise SoftPromptError(

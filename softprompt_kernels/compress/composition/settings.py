@@ -69,9 +69,10 @@ def composition_of(runs: Sequence[Path], output: Path, options: Mapping[str, Any
     sources = sources_of(runs, device=options.get("device"))
     first = sources[0]
     values = first.config.model_dump(
-        include={"model", "context", "template_arguments", "dtype", "device", "kind"} | {"new_tokens", "sample_batch"}
+        include={"model", "context", "template_arguments", "dtype", "device", "kind", "sample_batch"}
     )
     values["sample_temperature"] = first.config.sample_temperature
+    values["new_tokens"] = max(source.config.new_tokens for source in sources)  # answers of all of them have to fit
     tokens = sum(joined_tokens([source.tokens for source in sources], [source.frozen for source in sources]))
     init = "matched" if first.config.kind == "kv" else "strided"  # it decides the default of the learning rate
     given = {"output": output, "tokens": tokens, "init": init, "frozen_tokens": min(first.frozen, tokens - 1)}

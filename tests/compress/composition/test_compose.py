@@ -185,6 +185,9 @@ def test_runs_that_do_not_fit_together_are_refused(runs: Runs, tmp_path: Path) -
     other_dtype = copied(mill, tmp_path / "other_dtype")
     config = other_dtype / "config.yaml"
     config.write_text(config.read_text().replace("dtype: auto", "dtype: bfloat16"))
+    in_segments = copied(mill, tmp_path / "in_segments")
+    config = in_segments / "config.yaml"
+    config.write_text(config.read_text().replace("segment_tokens: null", "segment_tokens: 40"))
     other_text = copied(mill, tmp_path / "other_text")
     text = tmp_path / "other.txt"
     text.write_text("Another text that is long enough for a prompt of six tokens.")
@@ -202,6 +205,7 @@ def test_runs_that_do_not_fit_together_are_refused(runs: Runs, tmp_path: Path) -
         ([tower, other_tokenizer], r"another tokenizer \("),
         ([tower, other_kind], "kind embedding against kv"),
         ([tower, other_dtype], "dtype bfloat16 against auto"),
+        ([tower, in_segments], "compressed a text in segments"),
         ([tower, other_text], "was made with another context"),
     ):
         with pytest.raises(SoftPromptError, match=message):
