@@ -210,14 +210,16 @@ class _Bank:
         own = context_config(self.config, context, self.folder.sources, folder.path)
         with times("load"):
             inputs = load_inputs(own, self.loaded)
-        locks.enter_context(locked(folder.path))
         reporter = Named(self.reporter, context.name)
-        figures = begin(inputs, folder, reporter, times)
-        if figures is not None:
-            self.finished[context.name] = figures
-            return None
-        self.reporter.message(f"{context.name}: {title}, {inputs.context_tokens} tokens")
-        run, taught, distances, prompt = learn(inputs, folder, reporter, times, Tracker(own, folder, reporter))
+        with ExitStack() as lock:  # of a context that is finished, or skipped, it is released here
+            lock.enter_context(locked(folder.path))
+            figures = begin(inputs, folder, reporter, times)
+            if figures is not None:
+                self.finished[context.name] = figures
+                return None
+            self.reporter.message(f"{context.name}: {title}, {inputs.context_tokens} tokens")
+            run, taught, distances, prompt = learn(inputs, folder, reporter, times, Tracker(own, folder, reporter))
+            locks.push(lock.pop_all())
         if prompt is None:
             matching.add(context.name, run, taught.rows)
         # The captured context and the teacher's states are large. The states are read again when they are needed.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from softprompt_kernels.errors import SoftPromptError
 
 _EMPTY = ", accepted are text files in a folder, or a line for each in a .jsonl file"
 _KEYS = ("name", "text", "context", "queries", "heldout", "test")
-_NAME_CHARACTERS = 80  # a name is cut there
+_NAME_BYTES = 80  # a longer name is cut: a file system has 255 for it with what is added
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -95,7 +96,7 @@ def _of_folder(folder: Path) -> Iterator[_Found]:
         readable = relative.as_posix().encode(errors="replace").decode()
         name = _safe(readable.removesuffix(".txt")) or "text"
         if name.casefold() in taken:
-            name = f"{name}-{hashlib.sha256(readable.encode()).hexdigest()[:8]}"
+            name = _with_digest(name, os.fsencode(relative.as_posix()))
         taken.add(name.casefold())
         try:
             yield NamedContext(name, _checked(read_utf8(file, readable), readable), readable)
@@ -120,7 +121,8 @@ def _of_lines(path: Path) -> Iterator[_Found]:
                 raise SoftPromptError(f"{place} has the name {clash!r} of line {first}, accepted is one of its own")
             yield _of_record(record, name, place)
         except SoftPromptError as error:
-            yield name, str(error)
+            # A line that is skipped does not take the name of another one.
+            yield name if taken.setdefault(name.casefold(), number) == number else place, str(error)
 
 
 def _record(line: str, place: str) -> dict[str, Any]:
@@ -172,5 +174,12 @@ def _checked(text: str, place: str) -> str:
 
 
 def _safe(name: str) -> str:
-    """A name that every file system accepts; empty if nothing of it is left."""
-    return _UNSAFE.sub("-", name).strip("-.")[:_NAME_CHARACTERS].rstrip("-.")
+    """A name that every file system accepts; empty if nothing of it is left. One that is cut ends with a digest."""
+    found = _UNSAFE.sub("-", name).strip("-.")
+    if len(found.encode()) <= _NAME_BYTES:
+        return found
+    return _with_digest(found.encode()[:_NAME_BYTES].decode(errors="ignore").rstrip("-."), name.encode())
+
+
+def _with_digest(name: str, of: bytes) -> str:
+    return f"{name}-{hashlib.sha256(of).hexdigest()[:8]}"

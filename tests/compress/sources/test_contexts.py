@@ -84,6 +84,20 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path, record: Any, messa
         raise AssertionError(*found.skipped.values())
 
 
+@pytest.mark.parametrize("letter", ["x", "\u4e2d", "\U0001d56c"])
+def test_long_names_fit_a_file_name_and_stay_different(tmp_path: Path, letter: str) -> None:
+    given = [{"name": letter * 300 + end, "text": "one"} for end in ("", "a", "b")]
+    names = [one.name for one in lines(tmp_path, *given).contexts]
+    assert len(set(names)) == 3 and all(len(name.encode()) < 100 for name in names)
+    assert names[1:] == [one.name for one in lines(tmp_path, *given[1:]).contexts], "they do not depend on each other"
+
+
+def test_a_skipped_line_does_not_take_the_name_of_another(tmp_path: Path) -> None:
+    found = lines(tmp_path, {"name": "line-2", "text": "one"}, "{", "{", {"name": "line-3", "text": "two"})
+    assert [one.name for one in found.contexts] == ["line-2"]
+    assert [*found.skipped] == ["contexts.jsonl, line 2", "line-3", "line-4"]
+
+
 def test_no_context_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SoftPromptError, match=r"holds no context that can be used; line-1: .* is not JSON"):
         lines(tmp_path, "{")
