@@ -140,7 +140,8 @@ class _Bank:
             done = {*self.finished, *self.skipped}
             waiting = {name: context for name, context in waiting.items() if name not in done}
         if not self.finished:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.skipped.items())[:3])
+            last = list(self.skipped.items())[-3:]  # which were tried; those before could not be read
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in last)
             raise SoftPromptError(f"context: none of the {len(self.skipped)} contexts could be compressed; {reasons}")
         return self._write_summary()
 

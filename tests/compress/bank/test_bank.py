@@ -61,7 +61,8 @@ def test_bad_contexts_are_skipped_and_the_rest_goes_on(
 
 
 def test_a_bank_without_a_usable_context_is_refused(bank: Callable[..., Any], texts: Path) -> None:
-    with pytest.raises(SoftPromptError, match="none of the 3 contexts could be compressed; boat: tokens"):
+    (texts / "an_empty_one.txt").write_text("")
+    with pytest.raises(SoftPromptError, match="none of the 4 contexts could be compressed; boat: tokens"):
         bank(tokens=400)
 
 
@@ -84,7 +85,7 @@ def test_a_bank_that_crashes_again_and_again_ends_with_the_same_bits(
 
 
 def test_a_bank_is_extended_and_leaves_what_is_finished(
-    bank: Callable[..., Any], texts: Path, recording_reporter: Any, tmp_path: Path
+    bank: Callable[..., Any], texts: Path, recording_reporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shop = texts / "shop.txt"
     later = shop.rename(tmp_path / "later.txt")
@@ -93,8 +94,16 @@ def test_a_bank_is_extended_and_leaves_what_is_finished(
     before = {file: file.stat().st_mtime_ns for file in runs.rglob("*") if file.is_file()}
     later.rename(shop)
     reporter = recording_reporter()
+    step, locked = BankTrainer.train_step, []
+
+    def train_step(trainer: BankTrainer) -> Any:
+        locked.extend(file.parent.name for file in runs.glob("*/.lock"))
+        return step(trainer)
+
+    monkeypatch.setattr(BankTrainer, "train_step", train_step)
     assert len(bank(reporter=reporter, steps=1)["contexts"]) == 3
     assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert locked == ["shop"], "each locked folder has an open file"
     assert "Training of 1 contexts" in reporter.done
     with pytest.raises(SoftPromptError, match="holds another bank, which differs in seed, steps"):
         bank(steps=2, seed=1)
