@@ -90,7 +90,8 @@ def sources_of(paths: Sequence[Path], *, device: str | None = None) -> tuple[Sou
 
     Raises:
         SoftPromptError: there are too few, one is named twice, is no finished run of `compress` in one piece, has no
-            record, or differs from the first in the model, the tokenizer, the kind, the dtype or the chat template's arguments.
+            record, or differs from the first in the model, the tokenizer, the kind, the dtype or the chat template's
+            arguments.
     """
     if len(paths) < 2:
         raise SoftPromptError(f"runs: got {len(paths)}, accepted are two or more folders of runs of `compress`")
