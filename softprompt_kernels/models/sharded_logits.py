@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def gathered_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:
     """`[..., V]` of all ranks' rows, from the same `hidden [..., d]` on every rank. Differentiable. Collective."""
     own = nn.functional.linear(_Summed.apply(hidden, group), weight, bias)
-    logits: Tensor = _Gathered.apply(own.flatten(0, -2), group)
-    return logits.unflatten(0, own.shape[:-1]) if own.dim() > 1 else logits.squeeze(0)
+    logits: Tensor = _Gathered.apply(own.reshape(-1, own.shape[-1]), group)
+    return logits.view(*own.shape[:-1], -1)
 
 
 class _Summed(torch.autograd.Function):

@@ -111,6 +111,12 @@ def head_options(weight: Tensor, bias: Tensor | None, logit_scale: float, chunk_
         raise ValueError(f"chunk_tokens must be None or at least 1; got {chunk_tokens}")
 
 
+def whole(name: str, number: int | None) -> None:
+    """The number is None or an int."""
+    if number is not None and not isinstance(number, int):
+        raise TypeError(f"{name} must be None or an int; got {type(number).__name__}")
+
+
 def vocabulary(valid_vocab: int | None, *sizes: int) -> int:
     """The number of vocabulary entries that count, at most the smallest of the sizes."""
     if valid_vocab is None:

@@ -103,13 +103,13 @@ def linear_kl_div(
         student, teacher = student_hidden.flatten(0, -2), teacher_hidden.detach().flatten(0, -2)
         weights = check_weights(weights, student.shape[0], accumulate_dtype(student.dtype), student.device)
         dispatch.check_backend(backend)
+        logit_scale, beta, temperature = float(logit_scale), float(beta), float(temperature)
         if group is not None:
+            checks.whole("valid_vocab", valid_vocab)
             sharded.check_backend(backend)
     head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     if group is not None:
-        call = sharded.LiveCall(
-            softcap, float(logit_scale), divergence, float(beta), float(temperature), valid_vocab, chunk_tokens
-        )
+        call = sharded.LiveCall(softcap, logit_scale, divergence, beta, temperature, valid_vocab, chunk_tokens)
         heads = None if teacher_weight is None else teacher_weight.detach()
         rows = sharded.linear_kl_div(student, weight, bias, teacher, heads, weights, call, group)
         return reduce_rows(rows, weights, reduction)
@@ -122,10 +122,10 @@ def linear_kl_div(
         weights,
         torch.is_grad_enabled() and student.requires_grad and not head_trains,
         softcap,
-        float(logit_scale),
+        logit_scale,
         divergence,
-        float(beta),
-        float(temperature),
+        beta,
+        temperature,
         vocab,
         chunk_tokens,
         backend,

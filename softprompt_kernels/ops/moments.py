@@ -99,24 +99,25 @@ def teacher_moments(
         _check_head("teacher_hidden", teacher_hidden, weight, bias, logit_scale, temperature, chunk_tokens)
         vocab = 0 if group is not None else checks.vocabulary(valid_vocab, weight.shape[0])
         dispatch.check_backend(backend)
+        logit_scale, temperature = float(logit_scale), float(temperature)
+        if group is not None:
+            checks.whole("valid_vocab", valid_vocab)
     if group is not None:
-        hidden, scale = teacher_hidden.detach().flatten(0, -2), float(logit_scale)
-        head = Head(weight.detach(), None if bias is None else bias.detach(), None, scale)
-        found = sharded.teacher_moments(hidden, head, float(temperature), valid_vocab, chunk_tokens, backend, group)
-        return TeacherMoments(*found, float(temperature), scale, valid_vocab)
+        hidden = teacher_hidden.detach().flatten(0, -2)
+        head = Head(weight.detach(), None if bias is None else bias.detach(), None, logit_scale)
+        found = sharded.teacher_moments(hidden, head, temperature, valid_vocab, chunk_tokens, backend, group)
+        return TeacherMoments(*found, temperature, logit_scale, valid_vocab)
     mean, entropy, bias_mean = teacher_op(
         teacher_hidden.detach().flatten(0, -2),
         weight.detach(),
         None if bias is None else bias.detach(),
-        float(logit_scale),
-        float(temperature),
+        logit_scale,
+        temperature,
         vocab,
         chunk_tokens,
         backend,
     )
-    return TeacherMoments(
-        mean, entropy, None if bias is None else bias_mean, float(temperature), float(logit_scale), valid_vocab
-    )
+    return TeacherMoments(mean, entropy, None if bias is None else bias_mean, temperature, logit_scale, valid_vocab)
 
 
 def linear_kl_div_from_moments(
@@ -194,17 +195,20 @@ def linear_kl_div_from_moments(
             labelled = (labels >= 0).to(accumulate_dtype(student.dtype))
             weights = labelled if weights is None else weights * labelled
         dispatch.check_backend(backend)
+        logit_scale, temperature, label_weight = float(logit_scale), float(temperature), float(label_weight)
+        if group is not None:
+            checks.whole("valid_vocab", valid_vocab)
     if group is not None:
         problem = moments_kernels.MomentsProblem(
             student,
             None if moments is None else moments.mean,
             None if moments is None else moments.entropy,
             None if moments is None else moments.bias_mean,
-            Head(weight, bias, None, float(logit_scale)),
+            Head(weight, bias, None, logit_scale),
             labels,
-            float(label_weight),
+            label_weight,
             weights,
-            float(temperature),
+            temperature,
             chunk_tokens,
         )
         made_with = None if moments is None else moments.valid_vocab
@@ -221,9 +225,9 @@ def linear_kl_div_from_moments(
         labels,
         weights,
         torch.is_grad_enabled() and student.requires_grad,
-        float(label_weight),
-        float(logit_scale),
-        float(temperature),
+        label_weight,
+        logit_scale,
+        temperature,
         vocab,
         chunk_tokens,
         backend,
@@ -361,8 +365,8 @@ def _check_moments(
 ) -> None:
     if not isinstance(moments, TeacherMoments):
         raise TypeError(f"moments must be TeacherMoments; got {type(moments).__name__}")
-    _check_setting("temperature", float(temperature), moments.temperature)
-    _check_setting("logit_scale", float(logit_scale), moments.logit_scale)
+    _check_setting("temperature", temperature, moments.temperature)
+    _check_setting("logit_scale", logit_scale, moments.logit_scale)
     if (bias is None) != (moments.bias_mean is None):
         raise ValueError(
             f"bias must be {'None' if moments.bias_mean is None else 'given'}, as for the moments; "

@@ -37,7 +37,7 @@ from softprompt_kernels.kernels.composed import linear_kl_div as composed
 from softprompt_kernels.kernels.problems.loss import Divergence, ExpectationProblem, Head, HeadNeeds, HeadProblem
 from softprompt_kernels.kernels.sharded import divergence as sharded_divergence
 from softprompt_kernels.kernels.sharded import expectation as sharded_expectation
-from softprompt_kernels.kernels.sharded.shards import Shards, agree
+from softprompt_kernels.kernels.sharded.shards import Shards, agree, refusals_shared
 from softprompt_kernels.ops import dispatch
 from softprompt_kernels.ops.autograd import NO_SECOND_DERIVATIVE, row_gradient_dtype, run_kernel, scale_rows
 
@@ -68,10 +68,11 @@ def teacher_moments(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """mean [N, d], entropy [N] and bias_mean [N] of the whole vocabulary, from this rank's rows of the head."""
     op = "teacher_moments"
+    with refusals_shared(group, hidden):
+        kernel = _expectation_kernel(op, head, hidden, temperature, chunk_tokens, backend)
     facts = _facts("teacher_hidden", hidden, head, {"temperature": temperature})
     shards = agree(group, hidden.device, head.weight.shape[0], valid_vocab, facts)
     head = head.cut(shards.size)
-    kernel = _expectation_kernel(op, head, hidden, temperature, chunk_tokens, backend)
     expectation = partial(sharded_expectation.forward, shards=shards, kernel=kernel.forward)
     arguments = hidden, head, temperature, chunk_tokens, expectation
     found: tuple[Tensor, Tensor, Tensor | None] = run_kernel(
@@ -98,7 +99,9 @@ def linear_kl_div_from_moments(
         backend: of the kernel for a shard.
         group: the ranks.
     """
-    student, head = problem.student, problem.head
+    student, head, op = problem.student, problem.head, "linear_kl_div_from_moments"
+    with refusals_shared(group, student):
+        kernel = _expectation_kernel(op, head, student, problem.temperature, problem.chunk_tokens, backend)
     need_gradient = torch.is_grad_enabled() and student.requires_grad
     facts = _facts(
         "student_hidden",
@@ -110,6 +113,7 @@ def linear_kl_div_from_moments(
             "moments": "None" if problem.mean is None else "given",
             "valid_vocab of the moments": made_with,
             "the largest label": _largest(problem.labels),
+            "rows of weights above 0": _kept(problem.weights),
             "a gradient by student_hidden": need_gradient,
         },
     )
@@ -117,7 +121,7 @@ def linear_kl_div_from_moments(
     if check_vocabulary is not None:
         check_vocabulary(shards.total, shards.rows)
     problem = replace(problem, head=head.cut(shards.size))
-    rows: Tensor = _FromMoments.apply(student, head.weight, problem, need_gradient, shards, backend)
+    rows: Tensor = _FromMoments.apply(student, head.weight, problem, need_gradient, shards, kernel)
     return rows
 
 
@@ -130,16 +134,15 @@ class _FromMoments(torch.autograd.Function):
         problem: moments.MomentsProblem,
         need_gradient: bool,
         shards: Shards,
-        backend: str | None,
+        kernel: Any,
     ) -> Tensor:
         problem = replace(problem, student=student)
-        op, head, temperature = "linear_kl_div_from_moments", problem.head, problem.temperature
-        kernel = _expectation_kernel(op, head, student, temperature, problem.chunk_tokens, backend)
         expectation = partial(
             sharded_expectation.forward, shards=shards, kernel=kernel.forward, label_weight=problem.label_weight
         )
         arguments = problem, need_gradient, expectation, True
-        rows, gradient = run_kernel(f"{op}.forward", kernel, student.device, moments.forward, *arguments)
+        name = "linear_kl_div_from_moments.forward"
+        rows, gradient = run_kernel(name, kernel, student.device, moments.forward, *arguments)
         if gradient is not None:
             # The weight is saved only so that changing it in place before the backward is an error.
             ctx.save_for_backward(gradient.to(row_gradient_dtype(student.dtype)), student, weight)

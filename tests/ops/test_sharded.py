@@ -50,6 +50,7 @@ MOMENTS: dict[str, dict[str, Any]] = {
     "masked entries": {"bias": "-inf"},
     "a shard without a finite logit": {"bias": "-inf shard"},
     "no gradient": {"frozen": True, "labels": True, "label_weight": 0.4},
+    "no tokens": {"tokens": 0, "labels": True, "label_weight": 0.4},
 }
 
 
@@ -187,6 +188,19 @@ def refusals(own: slice, group: Any) -> dict[str, str]:
             )
         ),
         "backend": said(lambda: linear_kl_div(student, teacher, shard, backend="cpu", group=group)),
+        "backend on one rank": said(
+            lambda: teacher_moments(teacher, shard, backend="cuda" if second else None, group=group)
+        ),
+        "backend of moments on one rank": said(
+            lambda: linear_kl_div_from_moments(student, moments, shard, backend="cuda" if second else None, group=group)
+        ),
+        "no number": said(lambda: teacher_moments(teacher, shard, temperature=None if second else 1.0, group=group)),
+        "no integer": said(lambda: linear_kl_div(student, teacher, shard, valid_vocab=torch.tensor(9), group=group)),
+        "weights of moments": said(
+            lambda: linear_kl_div_from_moments(
+                student, moments, shard, weights=torch.ones(64) if second else None, group=group
+            )
+        ),
         "group": said(lambda: linear_kl_div(student, teacher, shard, group="world")),
         "trained twice": said(twice),
         "twice": said(lambda: twice_stored(lambda h: linear_kl_div(h, teacher, shard, group=group))),
@@ -291,6 +305,11 @@ SAID = {
     "labels": r"ValueError: labels must be below the vocabulary's size 83; got 83",
     "largest label": r"ValueError: the largest label must be the same on all ranks of group; got 82 on rank 0, 81 on",
     "backend": r"ValueError: backend must be None or 'composed' with a group; got 'cpu'",
+    "backend on one rank": r"ValueError: .*backend='cuda' cannot serve this teacher_moments call",
+    "backend of moments on one rank": r"ValueError: .*backend='cuda' cannot serve this linear_kl_div_from_moments call",
+    "no number": r"(ValueError: group: a rank refused its arguments \(rank 1: )?TypeError: float\(\) argument must be",
+    "no integer": r"TypeError: valid_vocab must be None or an int; got Tensor",
+    "weights of moments": r"ValueError: rows of weights above 0 must be the same.*None on rank 0, 64 on rank 1",
     "group": r"TypeError: group must be None or a torch.distributed.ProcessGroup; got str",
     "trained twice": r"RuntimeError: linear_kl_div has no second derivative",
     "twice": r"RuntimeError: linear_kl_div has no second derivative",

@@ -93,7 +93,7 @@ def check_group(group: Any) -> None:
 
 @contextmanager
 def refusals_shared(group: ProcessGroup | None, hidden: Any) -> Iterator[None]:
-    """Within the context, an error in the arguments of this rank is told to the others before it is raised here.
+    """Within the context, an error of this rank is told to the others before it is raised here.
 
     `hidden` is an argument on the device of the call, unless it is wrong.
     """
@@ -103,7 +103,7 @@ def refusals_shared(group: ProcessGroup | None, hidden: Any) -> Iterator[None]:
     check_group(group)
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # of any type: the others would wait for this rank
         device = hidden.device if isinstance(hidden, Tensor) else torch.get_default_device()
         exchange(group, device, {_REFUSED: f"{type(error).__name__}: {error}"[:160]})
         raise

@@ -53,6 +53,7 @@ def results_of(model: LlamaForCausalLM, folder: Path) -> dict[str, torch.Tensor]
     prefix, head = capture(model, context), head_of(model)
     found = {"keys": prefix.layers[1][0], "logits": prompted_logits(model, own, prefix)}
     teacher = prompted_hidden(model, own, prefix).flatten(0, 1)
+    found["logits of one token"] = head.logits(teacher[0])
     for name, options in OBJECTIVES.items():
         objective, targets = Objective(head=head, **options), None
         if objective.form is not None:
