@@ -150,7 +150,7 @@ class Teacher:
         return Lesson(assignment.name, assignment.ids, examples, targets)
 
     def _folder(self, assignment: Assignment, evaluated: bool) -> Path:
-        return self.folder / f"{'evaluated-' if evaluated else ''}{assignment.name}"
+        return self.folder / ("evaluated" if evaluated else "trained") / assignment.name
 
     def _key(self, assignment: Assignment, evaluated: bool) -> str:
         asked = [(query.input, query.output) for query in assignment.queries]

@@ -1,8 +1,8 @@
 """LoRA on a frozen model (arXiv 2106.09685), through PEFT. It is on while a compressor reads, and off in between.
 
-All linear layers but the head are adapted: W + (α/r)·B·A with α = 2r. B starts at 0, so the model starts unchanged. The
-model of teacher and student has to stay as it is, and so has its fingerprint. Therefore `detach` takes the layers out
-again.
+All linear layers but the head are adapted: W + (α/r)·B·A with α = 2r. A and B are in fp32 where the model has 16
+bits. B starts at 0, so the model starts unchanged. The model of teacher and student has to stay as it is, and so has
+its fingerprint. Therefore `detach` takes the layers out again.
 
 PEFT is imported here alone, and only where a compressor has LoRA.
 """
@@ -60,6 +60,9 @@ class Lora:
         self._model, self._added = model, set(vars(model)) - before
         self._config = config
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        for parameter in self.named_parameters().values():
+            if parameter.dtype.itemsize == 2:  # PEFT gives them the model's dtype, in which small updates are lost
+                parameter.data = parameter.data.float()
         self._enable(False)
 
     @contextmanager

@@ -109,6 +109,14 @@ def load_compressor_inputs(
             assignments.append(_assignment(config, model, chat, form, context))
         except SoftPromptError as error:
             skipped[context.name] = str(error)
+    segments = max((len(even_lengths(one.ids.shape[0], form.segment_tokens)) for one in assignments), default=1)
+    for one in [
+        one for one in assignments if one.ids.shape[0] < segments
+    ]:  # a step cuts its contexts into equally many
+        assignments.remove(one)
+        skipped[one.name] = (
+            f"it has {one.ids.shape[0]} tokens, accepted are {segments} or more, the segments of the longest context"
+        )
     for name, reason in list(skipped.items())[:_SHOWN]:
         reporter.message(f"Skipped the context {name}: {reason}")
     if len(skipped) > _SHOWN:
@@ -136,8 +144,10 @@ def _assignment(
     ids = chat.context_ids(context.text)[0].cpu()
     check_ids(model, chat.tokenizer, ids.tolist(), "context")
     tokens = ids.shape[0]
-    if tokens <= form.tokens:
-        raise SoftPromptError(f"it has {tokens} tokens, accepted are more than tokens={form.tokens}")
+    if tokens <= form.prompt_tokens(tokens):
+        raise SoftPromptError(
+            f"it has {tokens} tokens, accepted are more than the {form.prompt_tokens(tokens)} of its prompt"
+        )
     given = [query for part in (context.queries, context.heldout, context.test) for query in part or ()]
     known = {query.input for query in given}
     made = [query for query in self_study(context.text, config.selfstudy, config.seed) if query.input not in known]

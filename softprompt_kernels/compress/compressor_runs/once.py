@@ -12,6 +12,7 @@ from softprompt_kernels.compress.inputs import Loaded, read_text, sha256
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.sources.chat import ChatFormat
 from softprompt_kernels.compress.sources.model import check_ids, load_model
+from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import KVPrompt, check_destination, save
 
 
@@ -52,6 +53,12 @@ def read_context(
     check_ids(model, tokenizer, ids.tolist(), "context")
     compressor = load_compressor(compressor_dir, model, tokenizer)
     try:
+        tokens = compressor.form.prompt_tokens(ids.shape[0])
+        if tokens >= ids.shape[0]:
+            raise SoftPromptError(
+                f"context: got {ids.shape[0]} tokens, accepted are more than the {tokens} of the prompt that the "
+                "compressor makes of it"
+            )
         prefix = read_once(compressor, ids)
     finally:
         if compressor.lora is not None:

@@ -195,7 +195,7 @@ class _Run:
             if compressor.lora is not None:
                 compressor.lora.detach()
         figures |= {
-            "prompt_tokens": inputs.form.tokens,
+            "summary_tokens": inputs.form.tokens,
             "best_step": trainer.best_step,
             "contexts": {name: len(of_set) for name, of_set in lessons.items()},
             "skipped": inputs.skipped,

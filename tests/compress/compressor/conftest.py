@@ -20,7 +20,7 @@ TOKENS = 3
 
 
 def perturb(lora: Lora, dtype: torch.dtype) -> Lora:
-    """LoRA as after some training, in the model's dtype: B is not 0."""
+    """LoRA as after some training, in `dtype`: B is not 0."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in lora.named_parameters().items():

@@ -145,6 +145,16 @@ def test_lora_is_off_outside_of_reading_and_leaves_no_trace(make_compressor: Mak
     assert not hasattr(model, "peft_config")
 
 
+def test_lora_is_trained_in_fp32_behind_a_model_in_16_bits(model: PreTrainedModel) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    lora = Lora(half, 2)
+    assert {parameter.dtype for parameter in lora.named_parameters().values()} == {torch.float32}
+    with lora.on():
+        assert prompted_hidden(half, torch.arange(6)[None], None).dtype == torch.bfloat16
+    lora.detach()
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
 def test_a_context_alone_has_the_prompt_that_it_has_in_a_batch(make_compressor: Make) -> None:
     compressor = make_compressor(state="accumulated", segment_tokens=4)
     with torch.no_grad(), compressor.reading():

@@ -74,6 +74,16 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_step(
     torch.testing.assert_close(found, gradients(compressor)["summary"], rtol=1e-3, atol=1e-6)
 
 
+def test_what_is_kept_of_a_context_does_not_depend_on_the_names_of_others(make_teacher: Any, assignments: Any) -> None:
+    from softprompt_kernels.compress import SilentReporter
+
+    teacher = make_teacher()
+    named = replace(assignments[1], name="evaluated-one")
+    for assignment, evaluated in ((named, False), (assignments[0], True)):
+        teacher.lessons([assignment], evaluated=evaluated, reporter=SilentReporter(), description="")
+    assert teacher._stored(named, False) is not None
+
+
 def test_micro_batches_have_the_gradient_of_the_batch(make_compressor: Make, lessons: list[Lesson]) -> None:
     compressor = make_compressor(2)
     results = []

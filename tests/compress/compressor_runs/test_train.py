@@ -1,6 +1,7 @@
 """The training of a compressor from contexts to its folder, and what is done with it: read, compress, evaluate."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from softprompt_kernels.compress import (
     CompressConfig,
     CompressorConfig,
     Interrupted,
+    SilentReporter,
     compress,
     load_compressor,
     plan,
@@ -21,6 +23,8 @@ from softprompt_kernels.compress import (
     read_once,
     train_compressor,
 )
+from softprompt_kernels.compress.compressor.form import Form
+from softprompt_kernels.compress.compressor_runs.inputs import load_compressor_inputs
 from softprompt_kernels.compress.start import compress as start_compress
 from softprompt_kernels.errors import SoftPromptError
 from softprompt_kernels.prompts import load
@@ -64,6 +68,7 @@ def test_a_compressor_is_trained_and_makes_prompts(
     recording_reporter: Any,
     loaded: Loaded,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, reporter = make_training(), recording_reporter()
     names = [name for name, _ in loaded[0].named_parameters()]
@@ -94,6 +99,15 @@ def test_a_compressor_is_trained_and_makes_prompts(
     prompt, record = load(tmp_path / "prompt", *loaded)
     assert sizes == {"context_tokens": record["context"]["tokens"], "prompt_tokens": 4}
     assert record["objective"]["init"] == "compressor"
+
+    text.write_text("No.")
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(SoftPromptError, match=r"got \d+ tokens, accepted are more than"),
+    ):
+        patched.setattr(Form, "prompt_tokens", lambda form, tokens: tokens)
+        read_context("", text, folder, tmp_path / "none", loaded=loaded)
+    assert not (tmp_path / "none").exists()
 
     run = make_config(init="compressor", compressor=folder, tokens=4, steps=0, context=text)
     text.write_text(TEXT.format(7, 70))
@@ -126,6 +140,19 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert files[0] == files[1]
 
 
+def test_a_context_with_fewer_tokens_than_the_longest_has_segments_is_skipped(
+    make_training: Callable[..., CompressorConfig], loaded: Loaded, tmp_path: Path
+) -> None:
+    config = make_training(segment_tokens=2, tokens=1, steps=2)
+    lines = [{"name": f"long-{i}", "text": TEXT.format(i, 40) * 2} for i in range(4)]
+    config.contexts.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"name": "short", "text": "No."}]))
+    inputs = load_compressor_inputs(config, SilentReporter(), loaded)
+    assert re.match(
+        r"it has \d\d tokens, accepted are 1\d\d or more, the segments of the longest", inputs.skipped["short"]
+    )
+    assert sum(map(len, inputs.sets.values())) == 4
+
+
 def test_a_plan_writes_nothing(make_training: Callable[..., CompressorConfig], loaded: Loaded) -> None:
     config = make_training(state="accumulated", segment_tokens=80)
     found = plan_compressor(config, None, loaded)
@@ -141,6 +168,10 @@ def test_a_plan_writes_nothing(make_training: Callable[..., CompressorConfig], l
     ("options", "match"),
     [
         ({"tokens": 200}, r"contexts: got 0 that can be used, .*; mill-0: it has 1\d\d tokens, accepted are more"),
+        (
+            {"state": "accumulated", "segment_tokens": 4},
+            r"mill-0: it has 1\d\d tokens, accepted are more than the 1\d\d",
+        ),
         ({"segment_tokens": 600, "segments": 9}, "segment_tokens: got 600 for a model with a window of 512"),
         ({"contexts": Path("none")}, "^contexts: none cannot be read"),
         ({"new_tokens": 500}, "needs .* tokens with context and output, accepted are 512"),
