@@ -264,3 +264,12 @@ def test_a_backend_that_does_not_exist(refused, inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_BACKEND", "abacus")
     message = refused(*inputs.compress(tmp_path / "run"))
     assert message.startswith("SOFTPROMPT_BACKEND: ") and "abacus" in message
+
+
+def test_a_compressor_is_trained_by_one_process(refused, tmp_path, monkeypatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    options = {"--model": "none", "--contexts": tmp_path, "--output": tmp_path / "run", "--tokens": 4}
+    message = refused("train-compressor", *(word for pair in options.items() for word in pair))
+    assert message == "torchrun: got 2 processes, accepted by train-compressor is one, without torchrun"
+    assert not (tmp_path / "run").exists()

@@ -13,8 +13,10 @@ from softprompt_kernels.cli.options import with_options_of
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.compressor_runs.config import CompressorConfig
 from softprompt_kernels.compress.config_file import load_as
+from softprompt_kernels.compress.parallel.launch import launched
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.compress.report.table import LEGEND, evaluation_table
+from softprompt_kernels.errors import SoftPromptError
 
 if TYPE_CHECKING:
     from softprompt_kernels.compress import CompressorPlan
@@ -48,6 +50,10 @@ def train_compressor(config: ConfigFile = None, dry_run: DryRun = False, **optio
     Ctrl-C, SIGTERM and SIGHUP keep what is finished. Run the same command again to resume.
     """
     settings = load_as(CompressorConfig, config, {name: value for name, value in options.items() if value is not None})
+    if (processes := launched().world) > 1:
+        raise SoftPromptError(
+            f"torchrun: got {processes} processes, accepted by train-compressor is one, without torchrun"
+        )
     quiet_libraries()
     from softprompt_kernels.cli.progress import terminal_reporter
     from softprompt_kernels.compress import plan_compressor, train_compressor

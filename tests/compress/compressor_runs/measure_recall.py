@@ -29,11 +29,19 @@ def recall_task(number: int, pairs: int, words: int) -> RecallTask:
 
 
 def training(
-    folder: Path, model: Path, seed: int, *, pairs: int, words: int, contexts: int, **options: Any
+    folder: Path,
+    model: Path,
+    seed: int,
+    *,
+    pairs: int,
+    words: int,
+    contexts: int,
+    tested: int = TESTED,
+    **options: Any,
 ) -> CompressorConfig:
     """The training of a compressor on so many contexts, beside those that choose and test."""
     folder.mkdir(parents=True, exist_ok=True)
-    total = contexts + 2 * TESTED
+    total = contexts + 2 * tested
     with (folder / "contexts.jsonl").open("w") as file:
         for number in range(seed * 100_000, seed * 100_000 + total):
             task = recall_task(number, pairs, words)
@@ -43,8 +51,8 @@ def training(
         "model": str(model),
         "contexts": folder / "contexts.jsonl",
         "output": folder / "training",
-        "heldout_share": TESTED / total,
-        "test_share": TESTED / total,
+        "heldout_share": tested / total,
+        "test_share": tested / total,
         "selfstudy": 0,
         "new_tokens": 1,
         "segments": 1,

@@ -23,6 +23,7 @@ def test_a_compressor_recovers_pairs_of_contexts_that_it_was_not_trained_on(tmp_
         pairs=1,
         words=0,
         contexts=48,
+        tested=8,
         tokens=2,
         lora_rank=8,
         steps=50,
