@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from softprompt_kernels.cli.display import show_pairs, show_table
+from softprompt_kernels.cli.options import as_loaded
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.sizes import size
@@ -32,12 +33,13 @@ def show_bank(settings: CompressConfig, summary: Mapping[str, Any]) -> None:
     typer.echo("KL: in nats per token, from the model with the full context, on held-out queries.")
     typer.echo(f"{len(contexts)} contexts in prompts of {settings.tokens} tokens, {duration(summary['seconds'])}.\n")
     first = folder.run(next(iter(contexts)))
+    given = as_loaded(settings.model, settings.dtype, settings.template_arguments)
     show_pairs(
         [
             ("runs", str(first.path.parent)),
             ("figures", str(folder.summary)),
             *((f"skipped {name}", reason) for name, reason in skipped.items()),
-            ("try it", f'softprompt generate --model {settings.model} --prompt {first.prompt} "..."'),
+            ("try it", f'softprompt generate {given} --prompt {first.prompt} "..."'),
         ]
     )
     if skipped:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -11,17 +13,11 @@ import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from softprompt_kernels.compress.config import DEVICE_HELP, ChatArguments, CompressConfig, Dtype, accepted
+from softprompt_kernels.compress.config import DEVICE_HELP, DTYPE_HELP, ChatArguments, CompressConfig, Dtype, accepted
 from softprompt_kernels.errors import SoftPromptError
 
 ModelName = Annotated[str, typer.Option("--model", help="Folder of the model and its tokenizer, or its hub name.")]
-DtypeName = Annotated[
-    Dtype,
-    typer.Option(
-        help="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: quantised weights "
-        "(extra quantize)."
-    ),
-]
+DtypeName = Annotated[Dtype, typer.Option(help=DTYPE_HELP)]
 DeviceName = Annotated[str, typer.Option(help=DEVICE_HELP)]
 Force = Annotated[
     bool, typer.Option("--force", help="Use the prompt even if it was made for another model or tokenizer.")
@@ -59,6 +55,16 @@ def parse_template_arguments(text: str | None) -> dict[str, Any] | None:
         raise SoftPromptError(
             f"--template-arguments: got {text!r}, accepted is {accepted('template_arguments')}"
         ) from error
+
+
+def as_loaded(model: str, dtype: str, template_arguments: Mapping[str, Any] | None = None) -> str:
+    """The options with which a later command loads the same model and writes the same chats."""
+    given = f"--model {model}"
+    if dtype in ("8bit", "4bit"):  # in full precision it is another model
+        given += f" --dtype {dtype}"
+    if template_arguments:
+        given += f" --template-arguments {shlex.quote(json.dumps(dict(template_arguments)))}"
+    return given
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

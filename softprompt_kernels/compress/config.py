@@ -127,6 +127,10 @@ WITHOUT_SEGMENTS = (
 )
 """Fields that a compression in segments does not have."""
 
+DTYPE_HELP = (
+    "Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by torchao or "
+    "bitsandbytes, which compute as with auto. Needs the extra quantize."
+)
 DEVICE_HELP = "auto, cpu, cuda, cuda:1, ... split: the layers over all GPUs, the rest in the CPU's memory and on disk."
 
 
@@ -335,11 +339,7 @@ class CompressConfig(BaseModel):
     )
 
     seed: Integer = Field(0, ge=0, lt=2**32, description="Seed of sampling, split, initialisation and batch order.")
-    dtype: Dtype = Field(
-        "auto",
-        description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU. 8bit, 4bit: weights quantised by "
-        "torchao or bitsandbytes, which compute as with auto. Needs the extra quantize.",
-    )
+    dtype: Dtype = Field("auto", description=DTYPE_HELP)
     device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description=DEVICE_HELP)
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
     track: Literal["tensorboard", "wandb"] | None = Field(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +12,7 @@ import typer
 from softprompt_kernels.cli.bank import bank_forecast_lines, show_bank
 from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.cli.errors import resumable
-from softprompt_kernels.cli.options import with_config_options
+from softprompt_kernels.cli.options import as_loaded, with_config_options
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.config_file import load_config
@@ -102,6 +100,7 @@ def _compress(settings: CompressConfig) -> None:
         typer.echo("")
     typer.echo(f"{context} tokens in a prompt of {prompt} ({context / prompt:.1f}x), {duration(figures['seconds'])}.")
     typer.echo(f"{stage_line(figures.get('stages', {}))}\n")
+    given = as_loaded(settings.model, settings.dtype, settings.template_arguments)
     show_pairs(
         [
             ("prompt", str(folder.prompt)),
@@ -109,18 +108,9 @@ def _compress(settings: CompressConfig) -> None:
             *([("curves", str(folder.curves))] if folder.curves.exists() else []),
             *([("report", str(folder.report))] if folder.report.exists() else []),
             *([("answers", str(folder.answers))] if folder.answers.exists() else []),
-            ("try it", try_it(settings, folder.prompt)),
+            ("try it", f'softprompt generate {given} --prompt {folder.prompt} "..."'),
         ]
     )
-
-
-def try_it(settings: CompressConfig, prompt: Path) -> str:
-    """The command that asks the saved prompt."""
-    arguments = settings.template_arguments
-    given = f" --template-arguments {shlex.quote(json.dumps(arguments))}" if arguments else ""
-    if settings.dtype in ("8bit", "4bit"):  # in full precision it is another model
-        given += f" --dtype {settings.dtype}"
-    return f'softprompt generate --model {settings.model} --prompt {prompt}{given} "..."'
 
 
 def _forecast(settings: CompressConfig) -> None:

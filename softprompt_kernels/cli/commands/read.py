@@ -12,13 +12,17 @@ from softprompt_kernels.cli.options import (
     DeviceName,
     DtypeName,
     ModelName,
-    TemplateArguments,
+    as_loaded,
     parse_template_arguments,
 )
 from softprompt_kernels.cli.quiet import quiet_libraries
 
 ContextFile = Annotated[Path, typer.Argument(metavar="CONTEXT", help="File with the text, in UTF-8.")]
 CompressorFolder = Annotated[Path, typer.Option("--compressor", help="Folder that train-compressor saved.")]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(help="Arguments of the chat template. Default: those that the compressor was trained with."),
+]
 PromptFolder = Annotated[Path, typer.Option("--output", help="Folder of the prompt; one that is there is replaced.")]
 
 
@@ -48,6 +52,6 @@ def read(
         [
             ("context", f"{tokens} tokens"),
             ("prompt", f"{prompt} tokens ({tokens / prompt:.1f}x) in {output}"),
-            ("try it", f'softprompt generate --model {model} --prompt {output} "..."'),
+            ("try it", f'softprompt generate {as_loaded(model, dtype)} --prompt {output} "..."'),
         ]
     )

@@ -9,7 +9,7 @@ import typer
 
 from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.cli.errors import resumable
-from softprompt_kernels.cli.options import with_options_of
+from softprompt_kernels.cli.options import as_loaded, with_options_of
 from softprompt_kernels.cli.quiet import quiet_libraries
 from softprompt_kernels.compress.compressor_runs.config import CompressorConfig
 from softprompt_kernels.compress.config_file import load_as
@@ -78,11 +78,12 @@ def train_compressor(config: ConfigFile = None, dry_run: DryRun = False, **optio
         f"{len(figures['skipped'])} skipped. Best step: {figures['best_step']}. {duration(figures['seconds'])}.\n"
     )
     folder = settings.output / FOLDER
+    given = as_loaded(settings.model, settings.dtype)
     show_pairs(
         [
             ("compressor", str(folder)),
             ("figures", str(settings.output / "evaluation.json")),
-            ("use it", f"softprompt read FILE --model {settings.model} --compressor {folder} --output PROMPT"),
+            ("use it", f"softprompt read FILE {given} --compressor {folder} --output PROMPT"),
         ]
     )
 

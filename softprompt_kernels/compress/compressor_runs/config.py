@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from softprompt_kernels.compress.compressor.form import State
-from softprompt_kernels.compress.config import ChatArguments, Dtype, FilePath, Integer, Number
+from softprompt_kernels.compress.config import DEVICE_HELP, DTYPE_HELP, ChatArguments, Dtype, FilePath, Integer, Number
 
 DEFAULT_SEGMENT = 1024
 
@@ -86,8 +86,8 @@ class CompressorConfig(BaseModel):
     evaluate_every: Integer = Field(100, ge=1, description="Steps between evaluations on held-out contexts.")
 
     seed: Integer = Field(0, ge=0, lt=2**32, description="Seed of the split, sampling, initialisation and batches.")
-    dtype: Dtype = Field("auto", description="Dtype of the model. auto: float32 on a CPU, as stored on a GPU.")
-    device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Dtype = Field("auto", description=DTYPE_HELP)
+    device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description=DEVICE_HELP)
     threads: Integer | None = Field(None, ge=1, description="CPU threads. Default: PyTorch's number.")
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompt_kernels.compress.compressor.compressor import read_once
-from softprompt_kernels.compress.compressor.store import digest, load_compressor
+from softprompt_kernels.compress.compressor.store import digest, load_compressor, read_form
 from softprompt_kernels.compress.inputs import Loaded, read_text, sha256
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.sources.chat import ChatFormat
@@ -35,7 +35,7 @@ def read_context(
         context: file with the text, in UTF-8.
         compressor_dir: folder of the saved compressor.
         output: folder of the prompt. A prompt that was saved there before is replaced.
-        template_arguments: of the chat template, as in `CompressConfig`.
+        template_arguments: of the chat template, as in `CompressConfig`; None: those of the compressor's training.
         dtype, device: as in `load_model`.
         loaded: the model and its tokenizer, from `load_model`; None: they are loaded.
 
@@ -48,6 +48,9 @@ def read_context(
     text = read_text(context, "context")
     check_destination(output)
     compressor_digest = digest(compressor_dir)
+    if template_arguments is None:
+        trained = read_form(compressor_dir)[1].get("trained")
+        template_arguments = trained.get("template_arguments") if isinstance(trained, dict) else None
     model, tokenizer = loaded or load_model(model_name, dtype, device)
     ids = ChatFormat(tokenizer, template_arguments).context_ids(text)[0]
     check_ids(model, tokenizer, ids.tolist(), "context")

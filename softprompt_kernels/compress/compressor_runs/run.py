@@ -185,6 +185,7 @@ class _Run:
                 "step": trainer.best_step,
                 "steps": config.steps,
                 "objective": config.objective,
+                "template_arguments": config.template_arguments,
                 "segments": config.segments,
                 "backprop_segments": config.backprop_segments,
             }

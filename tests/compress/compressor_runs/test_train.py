@@ -201,7 +201,10 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_compress_refuses_a_compressor_that_does_not_fit(
-    make_config: Callable[..., CompressConfig], make_training: Callable[..., CompressorConfig], loaded: Loaded
+    make_config: Callable[..., CompressConfig],
+    make_training: Callable[..., CompressorConfig],
+    loaded: Loaded,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match="compressor: got None with kind=kv, accepted with init=compressor"):
         make_config(init="compressor")
@@ -215,3 +218,8 @@ def test_compress_refuses_a_compressor_that_does_not_fit(
     assert not run.output.exists()
     compressor = load_compressor(folder, *loaded)
     assert read_once(compressor, torch.arange(130) + 60).length == 4
+    record = json.loads((folder / "compressor.json").read_text())
+    record["trained"]["template_arguments"] = {"hour": 9}
+    (folder / "compressor.json").write_text(json.dumps(record))
+    with pytest.raises(SoftPromptError, match="got 'hour', accepted are variables that the chat template uses"):
+        read_context("", run.context, folder, tmp_path / "prompt", loaded=loaded)
