@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from softprompt_kernels.cli.options import as_loaded
+
 TEMPLATE = (
     "{% if tone is defined %}{{ tone }}{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -101,3 +103,9 @@ def test_a_dry_run_takes_the_arguments_that_it_is_given(run, inputs, argued, tmp
         assert result.exit_code == 0, result.output
         counts.append(re.search(r"context +(\d+) tokens", result.stdout)[1])
     assert len(set(counts)) == 3
+
+
+def test_a_later_command_loads_the_same_model() -> None:
+    assert as_loaded("my-model", "auto") == "--model my-model"
+    shown = as_loaded("my-model", "4bit", {"enable_thinking": False})
+    assert shown == "--model my-model --dtype 4bit --template-arguments '{\"enable_thinking\": false}'"
