@@ -12,6 +12,7 @@ What the stages take beside the model and these bytes is counted, not measured. 
     8·C                                  the token ids
     one layer of the context             where it is cast or moved to another device to be read; in matching in fp32
     BYTES_FOR_EACH_KEY·Hkv·C             matching: the importance of each key, its gradient, and the choice of keys
+    8·D·C for each thread                matching: what the kernel of the CPU packs of the keys of one head
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from softprompt_kernels.sizes import size
 
 GIB = 1 << 30
 BYTES_FOR_EACH_KEY = 72
-"""What matching takes for each key of one layer."""
+"""What matching takes for each key of one layer, beside the kernel."""
 _CGROUPS = (  # the limit of a container, what it uses, and the file with what of that can be dropped
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
     (
@@ -149,7 +150,8 @@ def peak_bytes(inputs: RunInputs, first: Prefix, dtype: torch.dtype, moved: bool
         fp32 = 4 * layer if dtype != torch.float32 or moved else 0
         # The rows of a group; of one layer its rows as they are read, sorted, and split; Gram matrices and P.
         grams = 6 * 8 * kv_heads * config.tokens**2
-        keys = BYTES_FOR_EACH_KEY * kv_heads * tokens
+        packed = 8 * key_size * min(torch.get_num_threads(), kv_heads)
+        keys = (BYTES_FOR_EACH_KEY * kv_heads + packed) * tokens
         found["matching"] = max(GROUP_BYTES, row) + 4 * row + grams + keys + fp32
     return found
 
