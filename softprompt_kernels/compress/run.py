@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from softprompt_kernels.compress.compared_answers import compared_answers, prompt_answers
@@ -224,7 +225,7 @@ def conclude(
             distances[name] |= of_set
         figures = run.figures({name: _means(of_set) for name, of_set in distances.items()}, training)
         if ranks.is_first():
-            run.save(prompt, figures, training)
+            save_prompt(inputs, folder.prompt, prompt, training.saved_step, figures["heldout"])
     with times("answers_compared"):
         answers = prompt_answers(inputs, trained, run.reporter)
         if not ranks.is_first():
@@ -404,24 +405,37 @@ class Run:
         }
         return Details(sets=sets, match_error=error_rows(stored_error(self.context, self.folder.cache, self.key)))
 
-    def save(self, prompt: Prompt, figures: Mapping[str, Any], training: Trained) -> None:
-        """Write the prompt."""
-        inputs, folder, config = self.inputs, self.folder, self.inputs.config
-        save(
-            folder.prompt,
-            prompt,
-            model=inputs.model,
-            tokenizer=inputs.tokenizer,
-            context={
-                "sha256": sha256(inputs.text),
-                "tokens": inputs.context_tokens,
-                **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
-            },
-            objective={
-                "name": config.objective,
-                "nll_weight": config.nll_weight,
-                "steps": training.saved_step,
-                "init": config.init,
-            },
-            figures=figures["heldout"],
-        )
+
+def save_prompt(
+    inputs: RunInputs, path: Path, prompt: Prompt, steps: int, figures: Mapping[str, Any], **more: Any
+) -> None:
+    """Write the prompt of a run.
+
+    Args:
+        inputs: of the run.
+        path: the folder of the prompt.
+        prompt: to write.
+        steps: of training that it has had.
+        figures: on held-out queries.
+        more: how it was made, beside objective, steps and initialisation.
+    """
+    config = inputs.config
+    save(
+        path,
+        prompt,
+        model=inputs.model,
+        tokenizer=inputs.tokenizer,
+        context={
+            "sha256": sha256(inputs.text),
+            "tokens": inputs.context_tokens,
+            **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
+        },
+        objective={
+            "name": config.objective,
+            "nll_weight": config.nll_weight,
+            "steps": steps,
+            "init": config.init,
+            **more,
+        },
+        figures=figures,
+    )

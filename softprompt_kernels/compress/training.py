@@ -233,21 +233,7 @@ class Training:
     @cached_property
     def trainer(self) -> Trainer:
         """The trainer of the prompt, before the first step."""
-        inputs, config = self.inputs, self.inputs.config
-        return Trainer(
-            inputs.model,
-            self.prompt,
-            self.taught.examples["train"],
-            self.taught.targets,
-            inputs.objective,
-            Schedule(config.steps, config.learning_rate, config.warmup_steps),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            relative=config.relative_learning_rate,
-        )
+        return trainer_of(self.inputs, self.prompt, self.taught)
 
     def on_policy(self) -> OnPolicy:
         """The rounds of the training."""
@@ -266,3 +252,28 @@ class Training:
             config.seed,
             self.reporter,
         )
+
+
+def trainer_of(inputs: RunInputs, prompt: Prompt, taught: Taught) -> Trainer:
+    """The trainer of a prompt as its configuration says, before the first step.
+
+    Args:
+        inputs: config, model and objective.
+        prompt: trained in place.
+        taught: what the teacher left.
+    """
+    config = inputs.config
+    return Trainer(
+        inputs.model,
+        prompt,
+        taught.examples["train"],
+        taught.targets,
+        inputs.objective,
+        Schedule(config.steps, config.learning_rate, config.warmup_steps),
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        relative=config.relative_learning_rate,
+    )

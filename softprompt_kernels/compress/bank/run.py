@@ -29,7 +29,7 @@ from softprompt_kernels.compress.bank.matching import JointMatching, hollow
 from softprompt_kernels.compress.bank.summary import bank_summary
 from softprompt_kernels.compress.bank.trainer import BankTrainer, Member, stored_members
 from softprompt_kernels.compress.config import CompressConfig
-from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, StepReport, Trainer
+from softprompt_kernels.compress.distill.trainer import Prompt, StepReport
 from softprompt_kernels.compress.evaluate.distance import TokenDistances, distance
 from softprompt_kernels.compress.inputs import Loaded, load_inputs
 from softprompt_kernels.compress.matching.match import Matching
@@ -46,7 +46,7 @@ from softprompt_kernels.compress.stage_times import StageTimes
 from softprompt_kernels.compress.teacher.answers import hidden_states
 from softprompt_kernels.compress.teaching import Taught, Teaching
 from softprompt_kernels.compress.tracking.tracker import Tracker
-from softprompt_kernels.compress.training import Trained
+from softprompt_kernels.compress.training import Trained, trainer_of
 from softprompt_kernels.errors import SoftPromptError, is_out_of_memory
 from softprompt_kernels.models import head_of, prefix_of
 from softprompt_kernels.prompts import Prefix
@@ -277,20 +277,7 @@ class _Bank:
     def _member(self, part: _Part) -> Member:
         config, run = self.config, part.run
         assert part.prompt is not None
-        trainer = Trainer(
-            run.inputs.model,
-            part.prompt,
-            part.taught.examples["train"],
-            part.taught.targets,
-            run.inputs.objective,
-            Schedule(config.steps, config.learning_rate, config.warmup_steps),
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            relative=config.relative_learning_rate,
-        )
+        trainer = trainer_of(run.inputs, part.prompt, part.taught)
         plain = config.objective == "kl" and (config.nll_weight, config.loss_temperature) == (0, 1)
         enough = None
         if config.converged and plain and config.token_weights == "uniform":

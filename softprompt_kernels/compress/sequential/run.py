@@ -34,7 +34,7 @@ from softprompt_kernels.compress.process.signals import signals_as_interrupts
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.report.versions import made_with
 from softprompt_kernels.compress.reporter import Advance, Reporter, SilentReporter
-from softprompt_kernels.compress.run import write_report
+from softprompt_kernels.compress.run import save_prompt, write_report
 from softprompt_kernels.compress.sequential.asked import delete_asked
 from softprompt_kernels.compress.sequential.evaluation import evaluate, segment_figures
 from softprompt_kernels.compress.sequential.long_text import LongText, load_long_text
@@ -48,7 +48,7 @@ from softprompt_kernels.compress.teaching import Replay
 from softprompt_kernels.compress.tracking.service import check_service
 from softprompt_kernels.compress.tracking.tracker import tracked
 from softprompt_kernels.models import prefix_of
-from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, load, save
+from softprompt_kernels.prompts import KVPrompt, Prefix, check_destination, load
 
 
 @own_torch_modes()
@@ -182,26 +182,8 @@ def _evaluate(
             "segments": segment_figures(found["heldout"], done, config.state, text.fits),
         }
         if ranks.is_first():
-            save(
-                folder.prompt,
-                prompt,
-                model=inputs.model,
-                tokenizer=inputs.tokenizer,
-                context={
-                    "sha256": sha256(inputs.text),
-                    "tokens": inputs.context_tokens,
-                    **({"template_arguments": config.template_arguments} if config.template_arguments else {}),
-                },
-                objective={
-                    "name": config.objective,
-                    "nll_weight": config.nll_weight,
-                    "steps": config.steps,
-                    "init": config.init,
-                    "segments": len(text.segments),
-                    "state": config.state,
-                },
-                figures=figures["heldout"],
-            )
+            made = {"segments": len(text.segments), "state": config.state}
+            save_prompt(inputs, folder.prompt, prompt, config.steps, figures["heldout"], **made)
     with times("answers_compared"):
         asked = {name: of_set.queries for name, of_set in found.items() if name != "train"}
         shown = replace(inputs, heldout=tuple(asked["heldout"]), test=tuple(asked.get("test", ())))
