@@ -9,6 +9,7 @@ import typer
 
 from softprompt_kernels.cli.display import show_pairs, show_table
 from softprompt_kernels.cli.options import as_loaded
+from softprompt_kernels.compress.bank.summary import counted
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.report.durations import duration
 from softprompt_kernels.sizes import size
@@ -31,7 +32,7 @@ def show_bank(settings: CompressConfig, summary: Mapping[str, Any]) -> None:
     show_table(*bank_table(summary), highlight="mean ± deviation")
     contexts, skipped = summary["contexts"], summary["skipped"]
     typer.echo("KL: in nats per token, from the model with the full context, on held-out queries.")
-    typer.echo(f"{len(contexts)} contexts in prompts of {settings.tokens} tokens, {duration(summary['seconds'])}.\n")
+    typer.echo(f"{counted(len(contexts))} in prompts of {settings.tokens} tokens, {duration(summary['seconds'])}.\n")
     first = folder.run(next(iter(contexts)))
     given = as_loaded(settings.model, settings.dtype, settings.template_arguments)
     show_pairs(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softprompt_kernels.compress.bank.summary import counted
 from softprompt_kernels.compress.initial_prompt import matched_prompt
 from softprompt_kernels.compress.matching.match import (
     GROUP_BYTES,
@@ -111,7 +112,7 @@ class JointMatching:
         groups = list(waiting[0].groups)
         layers = sum(len(group) for one in waiting for group in one.groups)
         with self.reporter.progress(
-            f"Matching of {len(waiting)} contexts", layers * self.settings.steps, "layer step"
+            f"Matching of {counted(len(waiting))}", layers * self.settings.steps, "layer step"
         ) as advance:
             for group in groups:
                 begin = time.perf_counter()

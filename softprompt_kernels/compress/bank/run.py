@@ -26,7 +26,7 @@ from torch import Tensor
 from softprompt_kernels.compress.bank.contexts import context_config
 from softprompt_kernels.compress.bank.folder import BankFolder
 from softprompt_kernels.compress.bank.matching import JointMatching, hollow
-from softprompt_kernels.compress.bank.summary import bank_summary
+from softprompt_kernels.compress.bank.summary import bank_summary, counted
 from softprompt_kernels.compress.bank.trainer import BankTrainer, Member, stored_members
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.trainer import Prompt, StepReport
@@ -248,7 +248,7 @@ class _Bank:
                     name: files.enter_context(part.run.folder.metrics.open("a", encoding="utf-8"))
                     for name, part in parts.items()
                 }
-                title = f"Training of {len(parts)} contexts"
+                title = f"Training of {counted(len(parts))}"
                 advance = files.enter_context(self.reporter.progress(title, config.steps, "step"))
                 advance(trainer.step)
                 while trainer.step < config.steps and trainer.training:

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def counted(contexts: int) -> str:
+    """A number of contexts in words."""
+    return f"{contexts} context" + "s" * (contexts != 1)
+
+
 def bank_summary(
     contexts: Mapping[str, Mapping[str, Any]], skipped: Mapping[str, str], seconds: float
 ) -> dict[str, Any]:

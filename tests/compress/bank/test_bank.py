@@ -75,7 +75,7 @@ def test_a_bank_that_crashes_again_and_again_ends_with_the_same_bits(
         ("Matching of 2 contexts", 20),
         ("Training of 2 contexts", 3),
         ("mill: Soft prompt, held-out queries", 2),
-        ("Training of 1 contexts", 5),
+        ("Training of 1 context", 5),
     ):
         with pytest.raises(SystemError):
             bank(reporter=recording_reporter(stage, after, SystemError), contexts_together=2)
@@ -104,7 +104,7 @@ def test_a_bank_is_extended_and_leaves_what_is_finished(
     assert len(bank(reporter=reporter, steps=1)["contexts"]) == 3
     assert before == {file: file.stat().st_mtime_ns for file in before}
     assert locked == ["shop"], "each locked folder has an open file"
-    assert "Training of 1 contexts" in reporter.done
+    assert "Training of 1 context" in reporter.done
     with pytest.raises(SoftPromptError, match="holds another bank, which differs in seed, steps"):
         bank(steps=2, seed=1)
 
