@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from softprompt_kernels.compress.config import CompressConfig
 from softprompt_kernels.compress.distill.objective import Objective
-from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
+from softprompt_kernels.compress.distill.trainer import Prompt, Schedule, Trainer
 from softprompt_kernels.compress.evaluate.distance import measure
 from softprompt_kernels.compress.folder import RunFolder
 from softprompt_kernels.compress.initial_prompt import initial_prompt
@@ -194,23 +194,9 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
     prompt = initial_prompt(replace(inputs, config=config.model_copy(update={"init": start})), context)
     padded = [Example(e.input_ids, (e.output_ids * config.new_tokens)[: config.new_tokens]) for e in examples]
     batch = (padded * config.batch_size)[: config.batch_size]
-    trainer = Trainer(
-        inputs.model,
-        prompt,
-        batch,
-        None,
-        # NLL costs the same as KL from moments and needs no moments.
-        Objective("nll", replace(inputs.objective.head, softcap=None)),
-        Schedule(1, 0.0),
-        batch_size=len(batch),
-        micro_batch_size=config.micro_batch_size,
-    )
-    trainer.accumulate(range(len(batch)))
-    begin = time.perf_counter()
-    trainer.accumulate(range(len(batch)))
-    step_seconds = time.perf_counter() - begin
+    step_seconds = seconds_of_step(inputs, prompt, batch, config.micro_batch_size)
 
-    trained_bytes = sum(parameter.nbytes for parameter in trainer.parameters)
+    trained_bytes = sum(parameter.nbytes for parameter in prompt.parameters())
     checkpoint_bytes = (3 * config.keep_checkpoints + config.save_best) * trained_bytes if config.steps else 0
     with torch.no_grad():
         prompt_bytes = prefix_of(inputs.model, prompt).to(dtype=inputs.model.dtype).nbytes
@@ -249,6 +235,27 @@ def _measured(inputs: RunInputs, stored: ContextPlan, reporter: Reporter) -> Pla
         processes=world,
         exchanged_bytes=4 * trained if world > 1 else 0,
     )
+
+
+def seconds_of_step(inputs: RunInputs, prompt: Prompt, batch: Sequence[Example], micro_batch_size: int | None) -> float:
+    """Seconds of the second of two training steps on a batch. The prompt is not changed."""
+    # NLL costs the same as KL from moments and needs no moments. It takes no softcap.
+    objective = Objective("nll", replace(inputs.objective.head, softcap=None))
+    size = len(batch)
+    trainer = Trainer(
+        inputs.model,
+        prompt,
+        batch,
+        None,
+        objective,
+        Schedule(1, 0.0),
+        batch_size=size,
+        micro_batch_size=micro_batch_size,
+    )
+    trainer.accumulate(range(size))
+    begin = time.perf_counter()
+    trainer.accumulate(range(size))
+    return time.perf_counter() - begin
 
 
 def _moments_seconds(inputs: RunInputs, context: Prefix, examples: list[Example]) -> float:

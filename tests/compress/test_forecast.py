@@ -2,13 +2,19 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softprompt_kernels.compress import CompressConfig, compress, plan, run
 from softprompt_kernels.compress import forecast as module
+from softprompt_kernels.compress.initial_prompt import initial_prompt
+from softprompt_kernels.compress.inputs import load_inputs
+from softprompt_kernels.compress.sources.sequences import Example
+from softprompt_kernels.compress.teacher.context import capture_context
 from softprompt_kernels.errors import SoftPromptError
 
 Make = Callable[..., CompressConfig]
@@ -134,3 +140,14 @@ def test_a_plan_has_the_context_length_of_the_run(make_config: Make) -> None:
 def test_a_plan_refuses_what_the_run_refuses(make_config: Make) -> None:
     with pytest.raises(SoftPromptError, match="tokens: got 10000 for a context of"):
         plan(make_config(tokens=10_000))
+
+
+def test_a_step_is_timed_for_a_head_with_a_softcap_too(make_config: Make) -> None:
+    config = make_config(init="first", batch_size=2)
+    inputs = load_inputs(config)
+    head = replace(inputs.objective.head, softcap=5.0)
+    inputs = replace(inputs, objective=replace(inputs.objective, head=head))
+    prompt = initial_prompt(inputs, capture_context(inputs.model, inputs.context_ids))
+    before = [parameter.clone() for parameter in prompt.parameters()]
+    assert module.seconds_of_step(inputs, prompt, [Example((1, 2), (3, 4))] * 2, None) > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, prompt.parameters(), strict=True))

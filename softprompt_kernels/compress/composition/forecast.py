@@ -10,8 +10,7 @@ from typing import Any
 
 from softprompt_kernels.compress.composition.settings import composition_of
 from softprompt_kernels.compress.composition.work import Work, prepare
-from softprompt_kernels.compress.distill.objective import Objective
-from softprompt_kernels.compress.distill.trainer import Schedule, Trainer
+from softprompt_kernels.compress.forecast import seconds_of_step
 from softprompt_kernels.compress.process.torch_modes import own_torch_modes
 from softprompt_kernels.compress.reporter import Reporter, SilentReporter
 from softprompt_kernels.compress.sources.sequences import Example
@@ -74,20 +73,7 @@ def plan_composition(
     sequence_seconds = (time.perf_counter() - begin) / len(sequences)
 
     batch = (sequences * config.batch_size)[: config.batch_size]
-    trainer = Trainer(
-        inputs.model,
-        work.prompt,
-        batch,
-        None,
-        Objective("nll", inputs.objective.head),  # it costs the same as KL from moments and needs none
-        Schedule(1, 0.0),
-        batch_size=len(batch),
-        micro_batch_size=config.micro_batch_size,
-    )
-    trainer.accumulate(range(len(batch)))
-    begin = time.perf_counter()
-    trainer.accumulate(range(len(batch)))
-    step_seconds = time.perf_counter() - begin
+    step_seconds = seconds_of_step(inputs, work.prompt, batch, config.micro_batch_size)
 
     measured = len(inputs.heldout) + len(inputs.test)
     tokens_of_sequence = sum(example.length for example in sequences) / len(sequences)
